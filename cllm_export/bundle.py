@@ -1,0 +1,409 @@
+"""The bundle: the exported directory that is handed from the exporter to the runtime, and its manifest.
+
+    bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
+    model.onnx             the greedy graph; further graphs of the same bundle stand beside it
+    weights.bin            the one weights file that all graphs share
+    tokenizer.json         and, where the checkpoint has them, chat_template.jinja and generation_config.json
+    parity.json            written by ``verify``; not part of the bundle, it carries the bundle's fingerprint
+
+A bundle is written beside its target and exchanged with it in one step, so that a kill at any moment leaves the old
+bundle or the new one. This module neither exports nor runs anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cllm_export.contract import CONTRACT_VERSION, FixedShapes, Geometry, Precision, require_at_least
+from cllm_export.errors import BundleError, BundleVersionError, ChecksumError, OptionError, OutputError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+WEIGHTS_NAME = "weights.bin"
+TOKENIZER_NAME = "tokenizer.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+GENERATION_CONFIG_NAME = "generation_config.json"
+PARITY_NAME = "parity.json"
+GREEDY_GRAPH = "greedy"
+
+Loop = Literal["sliding", "block"]
+FillName = Literal["pad", "repeat", "prompt"]
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``; ``total`` is in bytes or items, whatever the stage counts."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphEntry:
+    """One graph of a bundle: its file and, if it is pinned, its shapes."""
+
+    file: str
+    fixed_shapes: FixedShapes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedWith:
+    """How a model was consistency-tuned, which is how it decodes fastest. Any other setting gives the same tokens."""
+
+    block_size: int
+    fill: FillName
+    loop: Loop
+
+    def __post_init__(self) -> None:
+        require_at_least("trained_with.block_size", self.block_size, 1)
+        require_one_of("trained_with.fill", self.fill, ("pad", "repeat", "prompt"))
+        require_one_of("trained_with.loop", self.loop, ("sliding", "block"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file of a bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What stands in ``bundle.json``."""
+
+    family: str
+    graphs: dict[str, GraphEntry]
+    geometry: Geometry
+    block_size: int
+    max_length: int
+    batch_size: int
+    precision: Precision
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    trained_with: TrainedWith | None
+    special_tokens: dict[str, str]
+    """bos_token, eos_token and the like by name, as chat templates refer to them."""
+    checkpoint_fingerprint: str
+    """sha256 over the checkpoint's config and weight files' headers and contents, see the exporter."""
+    tool_versions: dict[str, str]
+    files: dict[str, FileEntry]
+    schema_version: int = SCHEMA_VERSION
+    contract_version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_length", "batch_size"):
+            require_at_least(name, getattr(self, name), 1)
+        require_one_of("precision", self.precision, ("fp32", "fp16"))
+        for name in self.files:
+            require_plain_name(name)
+
+    def to_json(self) -> str:
+        """The manifest as stable, human-readable JSON: equal manifests give equal bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: Path) -> Manifest:
+        """Parse a manifest; unknown and missing keys are errors.
+
+        Raises:
+            BundleError: not a manifest.
+            BundleVersionError: written by another schema or contract version.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{source} is not valid JSON ({error}); rebuild the bundle") from None
+        if not isinstance(raw, dict) or "schema_version" not in raw:
+            raise BundleError(f"{source} is not a bundle manifest: it has no schema_version; rebuild the bundle")
+        _check_versions(raw, source)
+        try:
+            return _manifest_from(raw)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise BundleError(f"{source} is damaged: {error}; rebuild the bundle") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An opened bundle: every file is present at its right size. ``check_files`` compares checksums too."""
+
+    path: Path
+    manifest: Manifest
+    fingerprint: str
+    """sha256 of the manifest, which holds the sha256 of every other file."""
+
+    def file(self, name: str) -> Path:
+        """Path of one listed file."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path} lists no file {name!r}; it has {', '.join(sorted(self.manifest.files))}")
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Whether the bundle lists the file."""
+        return name in self.manifest.files
+
+    def graph_path(self, graph: str = GREEDY_GRAPH) -> Path:
+        """Path of one graph's ONNX file."""
+        entry = self.manifest.graphs.get(graph)
+        if entry is None:
+            raise BundleError(f"{self.path} has no {graph!r} graph; it has {', '.join(sorted(self.manifest.graphs))}")
+        return self.file(entry.file)
+
+    def check_files(self, progress: Progress | None = None) -> None:
+        """Read every file and compare its sha256 with the manifest.
+
+        Raises:
+            ChecksumError: a file differs; names it, and both sums.
+        """
+        total, done = sum(entry.size for entry in self.manifest.files.values()), 0
+        for name, entry in sorted(self.manifest.files.items()):
+            actual = sha256_of(self.path / name)
+            if actual != entry.sha256:
+                raise ChecksumError(
+                    f"{self.path / name} is corrupted: its sha256 is {actual}, the manifest says {entry.sha256}; "
+                    "copy the bundle again or rebuild it"
+                )
+            done += entry.size
+            if progress:
+                progress("checksums", done, total)
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open a bundle and check that every listed file is there at its size. Completes an exchange that was cut short.
+
+    Raises:
+        BundleError: not a bundle, or a file is missing or has another size.
+        BundleVersionError: written by another schema or contract version.
+    """
+    path = Path(path)
+    _recover(path)
+    manifest_path = path / MANIFEST_NAME
+    if not path.is_dir():
+        raise BundleError(f"{path} is not a bundle: there is no such directory; make one with: cllm-export build")
+    try:
+        text = manifest_path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = " (it looks like a checkpoint: run cllm-export build on it)" if (path / "config.json").exists() else ""
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{manifest_path} cannot be read: {error}") from None
+    manifest = Manifest.from_json(text, source=manifest_path)
+    for name, entry in manifest.files.items():
+        _check_size(path, name, entry)
+    return Bundle(path=path, manifest=manifest, fingerprint=hashlib.sha256(text.encode()).hexdigest())
+
+
+@contextlib.contextmanager
+def staged_output(target: Path, *, force: bool) -> Iterator[Path]:
+    """A scratch directory beside ``target`` that takes its place when the block ends, and vanishes if it raises.
+
+    Raises:
+        OutputError: the target exists and ``force`` is not set, is no bundle, or the disk is full.
+    """
+    target = Path(os.path.abspath(target))
+    _recover(target)
+    check_output(target, force=force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside {target}: {error}") from None
+    with _directory_lock(staging):
+        try:
+            yield staging
+            _sync(staging)
+            _take_place(staging, target)
+        except OSError as error:
+            raise _output_error(error, target) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(target: Path, *, force: bool) -> None:
+    """Refuse, before any work, a target that must not be replaced.
+
+    Raises:
+        OutputError: it exists and ``force`` is not set, or it exists and is not a bundle.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    is_empty_dir = target.is_dir() and not any(target.iterdir())
+    is_bundle = (target / MANIFEST_NAME).is_file()
+    if not is_bundle and not is_empty_dir:
+        raise OutputError(f"{target} exists and is not a bundle; it will not be replaced: choose another --output")
+    if not force and not is_empty_dir:
+        raise OutputError(f"{target} exists; replace it with --force or choose another --output")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``bundle.json`` into a staged directory."""
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def describe_files(directory: Path) -> dict[str, FileEntry]:
+    """Size and sha256 of every file of a staged directory."""
+    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)
+    return {path.name: FileEntry(size=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise OptionError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def require_plain_name(name: str) -> None:
+    """Raise BundleError unless ``name`` is a plain file name: a path read from a file never leaves its directory."""
+    if not name or name in (".", "..") or name != os.path.basename(name) or "\\" in name or "\0" in name:
+        raise BundleError(f"file name {name!r} is not a plain name inside the bundle; do not use this bundle")
+
+
+def _check_versions(raw: dict[str, Any], source: Path) -> None:
+    for key, own in (("schema_version", SCHEMA_VERSION), ("contract_version", CONTRACT_VERSION)):
+        found = raw.get(key)
+        if found == own:
+            continue
+        if isinstance(found, int) and found > own:
+            raise BundleVersionError(f"{source} has {key} {found}, this cllm-export reads {own}: upgrade cllm-export")
+        raise BundleVersionError(
+            f"{source} has {key} {found!r}, this cllm-export reads {own}: "
+            f"rebuild it with: cllm-export build CHECKPOINT --output {source.parent} --force"
+        )
+
+
+def _manifest_from(raw: dict[str, Any]) -> Manifest:
+    raw = dict(raw)
+    raw["graphs"] = {name: _graph_entry_from(entry) for name, entry in raw["graphs"].items()}
+    raw["geometry"] = _build(Geometry, raw["geometry"])
+    raw["trained_with"] = _build(TrainedWith, raw["trained_with"]) if raw["trained_with"] else None
+    raw["files"] = {name: _build(FileEntry, entry) for name, entry in raw["files"].items()}
+    raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
+    return _build(Manifest, raw)
+
+
+def _graph_entry_from(raw: dict[str, Any]) -> GraphEntry:
+    fixed = raw.get("fixed_shapes")
+    return _build(GraphEntry, {**raw, "fixed_shapes": _build(FixedShapes, fixed) if fixed else None})
+
+
+def _build(cls: type[T], raw: dict[str, Any]) -> T:
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(raw) - known):
+        raise ValueError(f"unknown key {unknown[0]!r} in {cls.__name__}")
+    return cls(**raw)
+
+
+def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
+    path = directory / name
+    if path.is_symlink() and path.resolve().parent != directory.resolve():
+        raise BundleError(f"{path} is a link that leaves the bundle; replace it with the file itself")
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing; copy the bundle again or rebuild it") from None
+    if size != entry.size:
+        raise BundleError(f"{path} has {size} bytes, the manifest says {entry.size}; copy the bundle again or rebuild")
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def _recover(target: Path) -> None:
+    """Put back the old bundle if a kill came between the two renames of the fall-back exchange."""
+    previous = _previous(target)
+    if previous.is_dir() and not target.exists():
+        previous.rename(target)
+
+
+def _take_place(staging: Path, target: Path) -> None:
+    """Put ``staging`` where ``target`` is, in one atomic step where the system has one."""
+    if not target.exists():
+        staging.rename(target)
+    elif not _exchange(staging, target):
+        previous = _previous(target)
+        shutil.rmtree(previous, ignore_errors=True)
+        target.rename(previous)
+        staging.rename(target)
+        shutil.rmtree(previous, ignore_errors=True)
+    _sync_directory(target.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories atomically with renameat2(2); False where the system or file system cannot."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    status = renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange)
+    if status != 0 and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    return int(status) == 0
+
+
+@contextlib.contextmanager
+def _directory_lock(directory: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a directory, so that another build knows it is in use."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _try_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed builds of the same target left: nobody holds the lock of their staging directory."""
+    for left in target.parent.glob(f".{target.name}.staging-*"):
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            if _try_lock(descriptor):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _output_error(error: OSError, target: Path) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full while writing {target}; free space and run the command again")
+    return OutputError(f"cannot write {target}: {error}")

@@ -1,0 +1,74 @@
+"""Every error the project raises on purpose.
+
+    CllmExportError
+    ├── OptionError               an option or argument outside its range
+    ├── CheckpointError           a checkpoint that is missing, partial or damaged
+    │   └── UnsupportedError      a sound checkpoint that the graph cannot express yet
+    ├── GraphError                an exported graph that breaks one of its rules
+    ├── OutputError               a target that exists, or cannot be written
+    ├── BundleError               a bundle that is missing, partial or damaged
+    │   ├── BundleVersionError    written by another schema or contract version
+    │   └── ChecksumError         a file that differs from its manifest
+    ├── PromptError               a prompt that is empty, too long or malformed
+    ├── EngineError               an engine that failed, or was asked for the impossible
+    └── MissingExtraError         a command that needs an extra that is not installed
+
+The command line prints the message of any of these and exits with 2; a message says what was wrong, the value got,
+and what to do next. Anything else that escapes is a defect of this project.
+"""
+
+from __future__ import annotations
+
+
+class CllmExportError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class OptionError(CllmExportError, ValueError):
+    """An option or argument is outside its range."""
+
+
+class CheckpointError(CllmExportError):
+    """A checkpoint is missing, partial or damaged."""
+
+
+class UnsupportedError(CheckpointError):
+    """A checkpoint is sound, but the graph cannot express its architecture yet."""
+
+
+class GraphError(CllmExportError):
+    """An exported graph breaks a rule it must hold."""
+
+
+class OutputError(CllmExportError):
+    """An output exists already, or cannot be written."""
+
+
+class BundleError(CllmExportError):
+    """A bundle is missing, partial or damaged."""
+
+
+class BundleVersionError(BundleError):
+    """A bundle was written by another version of the schema or the graph contract."""
+
+
+class ChecksumError(BundleError):
+    """A file of a bundle differs from what its manifest says."""
+
+
+class PromptError(CllmExportError, ValueError):
+    """A prompt is empty, too long or malformed."""
+
+
+class EngineError(CllmExportError, RuntimeError):
+    """An engine failed, or was asked for a forward it cannot run."""
+
+
+class MissingExtraError(CllmExportError, ImportError):
+    """A package that only an extra installs is missing."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        super().__init__(
+            f"this needs the package {package!r}, which is not installed; "
+            f"install it with: pip install 'cllm-export[{extra}]'"
+        )

@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: trace, passes, lint, weights. Needs the ``export`` extra; the runtime never imports it."""

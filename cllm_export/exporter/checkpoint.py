@@ -1,0 +1,318 @@
+"""A Hugging Face checkpoint directory, opened and judged: what it holds, and whether the graph can express it.
+
+Everything here happens before any work: a checkpoint that cannot be exported is refused by name. Nothing is
+unpickled and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm_export.bundle import (
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_NAME,
+    FillName,
+    Loop,
+    TrainedWith,
+    require_plain_name,
+    sha256_of,
+)
+from cllm_export.errors import BundleError, CheckpointError, OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types the exporter has a parity test for."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose table depends on the position alone."""
+
+DEFAULT_MAX_LENGTH_CAP = 2048
+
+SINGLE_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor of the checkpoint lies, its safetensors dtype (``BF16``, ``F32``, ...) and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint whose architecture the exporter supports."""
+
+    path: Path
+    raw_config: Mapping[str, Any]
+    """``config.json`` as it stands."""
+    config: PretrainedConfig
+    """The same as transformers reads it."""
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def family(self) -> str:
+        return str(self.raw_config["model_type"])
+
+    @property
+    def trained_with(self) -> TrainedWith | None:
+        """The ``cllm`` section of ``config.json``: how the model was consistency-tuned."""
+        section = self.raw_config.get("cllm")
+        if section is None:
+            return None
+        return _trained_with(section, self.path)
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        path = self.path / GENERATION_CONFIG_NAME
+        return _read_json(path) if path.exists() else {}
+
+    @cached_property
+    def tokenizer_config(self) -> Mapping[str, Any]:
+        path = self.path / "tokenizer_config.json"
+        return _read_json(path) if path.exists() else {}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids; those of ``generation_config.json`` win, as in transformers."""
+        for source in (self.generation_config, self.raw_config):
+            value = source.get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (int(value),)
+        return ()
+
+    @property
+    def pad_token_id(self) -> int | None:
+        for source in (self.generation_config, self.raw_config):
+            if isinstance(value := source.get("pad_token_id"), int) and 0 <= value < self.config.vocab_size:
+                return value
+        return None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and the like by name: what chat templates refer to."""
+        tokens = {}
+        for name, value in self.tokenizer_config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                tokens[name] = text
+        return tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        path = self.path / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        template = self.tokenizer_config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default", next(iter(named.values()), None))
+        return template if isinstance(template, str) else None
+
+    def default_max_length(self) -> int:
+        """The model's own length, capped at 2048."""
+        return min(int(self.config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, read through a memory map; only this tensor enters memory.
+
+        Raises:
+            CheckpointError: the file changed since it was opened.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.tensors[name].file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name} from {self.tensors[name].file}: {error}") from None
+
+    def fingerprint(self) -> str:
+        """sha256 over ``config.json`` and every weight file: equal for equal checkpoints, wherever they lie."""
+        digest = hashlib.sha256()
+        files = {self.path / "config.json"} | {info.file for info in self.tensors.values()}
+        for path in sorted(files):
+            digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Checkpoint:
+    """Open a checkpoint and refuse, by name, what cannot be exported.
+
+    ``max_length`` is the length the bundle is to be built for: a sliding window is accepted where it cannot matter.
+
+    Raises:
+        CheckpointError: missing, partial or damaged.
+        UnsupportedError: an architecture the graph cannot express yet.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    raw = _read_json(path / "config.json")
+    _refuse_unsupported(raw, path)
+    if not (path / TOKENIZER_NAME).is_file():
+        raise CheckpointError(
+            f"{path} has no {TOKENIZER_NAME}; save a fast tokenizer into it with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    config = _read_config(path)
+    _refuse_window(config, path, max_length)
+    _refuse_rope(config, path)
+    checkpoint = Checkpoint(path=path, raw_config=raw, config=config, tensors=_find_tensors(path))
+    _check_sections(checkpoint)
+    return checkpoint
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
+    family = raw.get("model_type")
+    for reason, applies in _REFUSALS.items():
+        if applies(raw):
+            raise UnsupportedError(f"{path} (model type {family!r}) uses {reason}, which is not supported yet")
+    if family not in FAMILIES:
+        raise UnsupportedError(f"{path} has model type {family!r}; supported are {', '.join(FAMILIES)}")
+
+
+_REFUSALS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "a mixture of experts": lambda raw: any(raw.get(key) for key in ("num_experts", "num_local_experts")),
+    "attention softcapping": lambda raw: bool(raw.get("attn_logit_softcapping")),
+    "logit softcapping": lambda raw: bool(raw.get("final_logit_softcapping")),
+    "quantised weights (quantization_config)": lambda raw: bool(raw.get("quantization_config")),
+    "an encoder (is_encoder_decoder)": lambda raw: bool(raw.get("is_encoder_decoder")),
+}
+
+
+def _refuse_window(config: PretrainedConfig, path: Path, max_length: int | None) -> None:
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else config.model_type == "mistral"
+    length = max_length or min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
+    if window is not None and slides and length > window:
+        raise UnsupportedError(
+            f"{path} uses a sliding window of {window} tokens, which is not supported beyond that length yet; "
+            f"build with --max-length {window} or less, where it has no effect"
+        )
+
+
+def _refuse_rope(config: PretrainedConfig, path: Path) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedError(f"{path} has rope type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many unrelated types for a bad config
+        raise CheckpointError(f"{path / 'config.json'} is not a valid config: {error}") from None
+
+
+def _check_sections(checkpoint: Checkpoint) -> None:
+    """Touch what is read late, so that a bad value is found before any work."""
+    config = checkpoint.config
+    ids = checkpoint.eos_token_ids
+    if any(not 0 <= token < config.vocab_size for token in ids):
+        raise CheckpointError(
+            f"{checkpoint.path} has eos_token_id {ids}, outside its vocabulary of {config.vocab_size}"
+        )
+    _ = checkpoint.trained_with, checkpoint.special_tokens, checkpoint.chat_template
+
+
+def _trained_with(section: Any, path: Path) -> TrainedWith:
+    where = f"the cllm section of {path / 'config.json'}"
+    if not isinstance(section, dict) or set(section) - {"n", "fill", "loop"}:
+        raise CheckpointError(f'{where} must look like {{"n": 16, "fill": "pad", "loop": "sliding"}}, got {section!r}')
+    fill: FillName = section.get("fill", "pad")
+    loop: Loop = section.get("loop", "sliding")
+    try:
+        return TrainedWith(block_size=section.get("n", 0), fill=fill, loop=loop)
+    except OptionError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _find_tensors(path: Path) -> dict[str, TensorInfo]:
+    files = _weight_files(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in _read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} stands in both {tensors[name].file} and {file}")
+            tensors[name] = info
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / WEIGHTS_INDEX).is_file():
+        return _shards(path)
+    if (path / SINGLE_WEIGHTS).is_file():
+        return [_inside(path, SINGLE_WEIGHTS)]
+    if pickled := [name for name in PICKLED_WEIGHTS if (path / name).exists()]:
+        raise CheckpointError(
+            f"{path} has only pickled weights ({pickled[0]}), which are never loaded because a pickle can run code; "
+            "convert them with save_pretrained(..., safe_serialization=True) on a machine you trust"
+        )
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedError(f"{path} is a LoRA adapter; merge it into its base model first (merge_and_unload)")
+    raise CheckpointError(f"{path} has no weights: neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}")
+
+
+def _shards(path: Path) -> list[Path]:
+    weight_map = _read_json(path / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / WEIGHTS_INDEX} has no weight_map; download the checkpoint again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(f"shard {name} of {path} is missing; download it again")
+    return [_inside(path, name) for name in names]
+
+
+def _inside(path: Path, name: str) -> Path:
+    try:
+        require_plain_name(name)
+    except BundleError:
+        raise CheckpointError(f"{path / WEIGHTS_INDEX} names a shard outside the checkpoint: {name!r}") from None
+    return path / name
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes; the library checks offsets and lengths against the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            return {
+                name: TensorInfo(file=file, dtype=str(part.get_dtype()), shape=tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CheckpointError(f"{file} ({size} bytes) is damaged or cut short: {error}; download it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value

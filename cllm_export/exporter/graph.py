@@ -1,0 +1,58 @@
+"""The graph in memory while passes work on it: an ONNX model without data, and where each weight will come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from torch import Tensor
+
+from cllm_export.contract import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """How one weight of the graph is made of checkpoint tensors: stacked along their first axis, then transposed."""
+
+    tensors: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(kw_only=True)
+class DecoderGraph:
+    """A decoder's ONNX model whose weights are still graph inputs, with a source for each."""
+
+    model: ir.Model
+    precision: Precision
+    weights: dict[str, WeightSource] = field(default_factory=dict)
+    """Graph input -> checkpoint tensors it is made of."""
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Graph input -> value that no checkpoint holds (RoPE tables, row numbers)."""
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+    def add_weight(self, name: str, source: WeightSource, *, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
+        """Add a weight as a graph input, of the dtype of ``like``; the one there is if the name is taken."""
+        for value in self.graph.inputs:
+            if value.name == name:
+                return value
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=like.type)
+        self.graph.inputs.append(value)
+        self.weights[name] = source
+        return value
+
+    def drop_unused_weights(self) -> None:
+        """Remove weights and constants that no node reads any more."""
+        for value in [value for value in self.graph.inputs if self._is_stored(value) and not value.uses()]:
+            self.graph.inputs.remove(value)
+            self.weights.pop(str(value.name), None)
+            self.constants.pop(str(value.name), None)
+
+    def count(self, op_type: str) -> int:
+        """Number of nodes of one operator type."""
+        return sum(node.op_type == op_type for node in self.graph)
+
+    def _is_stored(self, value: ir.Value) -> bool:
+        return value.name in self.weights or value.name in self.constants

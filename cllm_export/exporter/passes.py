@@ -1,0 +1,302 @@
+"""Passes: each takes the graph of a decoder a step nearer to the contract, and checks its own post-condition.
+
+Order matters and stands in ``PASSES``. A pass works on structure alone: weights are graph inputs without data, and a
+change to a weight is a change to its ``WeightSource``, carried out when weights are streamed to disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import optimizer
+from onnxscript.rewriter import pattern, rewrite
+from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
+
+from cllm_export.contract import FixedShapes, Geometry, graph_inputs, graph_outputs
+from cllm_export.errors import GraphError
+from cllm_export.exporter.graph import DecoderGraph, WeightSource
+from cllm_export.exporter.trace import TRACE_DOMAIN
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[DecoderGraph], None]
+
+
+def run_passes(graph: DecoderGraph) -> None:
+    """Run every pass in order, removing what each leaves unused.
+
+    Raises:
+        GraphError: a pass did not reach its post-condition; names it.
+    """
+    for step in PASSES:
+        step(graph)
+        optimizer.remove_unused_nodes(graph.model)
+        graph.drop_unused_weights()
+        log.debug("%s: %d nodes", step.__name__, len(graph.graph))
+
+
+def fold_constants(graph: DecoderGraph) -> None:
+    """Evaluate what does not depend on any input, and collapse what the tracer wrote step by step."""
+    level = logging.getLogger("onnxscript").level
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        optimizer.optimize(graph.model, onnx_shape_inference=True)
+    finally:
+        logging.getLogger("onnxscript").setLevel(level)
+
+
+def fuse_rms_norm(graph: DecoderGraph) -> None:
+    """Pow, ReduceMean, Add, Sqrt, Reciprocal, Mul, Mul -> RMSNormalization. Post: no ReduceMean is left."""
+    rewrite(graph.model, pattern_rewrite_rules=pattern.RewriteRuleSet(rms_normalization_rules))
+    _require(graph.count("ReduceMean") == 0, "fuse_rms_norm left a ReduceMean: the model's norm is of an unknown form")
+
+
+class _RotaryRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """x * cos + rotate_half(x) * sin -> RotaryEmbedding over the tables."""
+
+    def __init__(self) -> None:
+        super().__init__(name="RotaryEmbedding", remove_nodes=False)  # cos and sin are shared by every layer
+
+    def pattern(
+        self, op: Any, x: Any, cos_table: Any, sin_table: Any, positions: Any, low: Any, half: Any, end: Any
+    ) -> Any:
+        cos = op.Unsqueeze(op.Rotary(cos_table, positions, _domain=TRACE_DOMAIN), [1])
+        sin = op.Unsqueeze(op.Rotary(sin_table, positions, _domain=TRACE_DOMAIN), [1])
+        first = op.Slice(x, low, half, [3], [1])
+        second = op.Slice(x, half, end, [3], [1])
+        return x * cos + op.Concat(op.Neg(second), first, axis=-1) * sin
+
+    def check(self, context: Any, x: Any, cos_table: Any, low: Any, half: Any, end: Any, **_: Any) -> Any:
+        result = pattern.MatchResult()
+        width, rotated = x.shape[3], 2 * cos_table.shape[1]
+        bounds = [int(value.const_value.numpy().item()) for value in (low, half, end)]
+        if width != rotated or bounds[:2] != [0, width // 2] or bounds[2] < width:
+            return result.fail(f"rotation of {rotated} of {width} columns split at {bounds}", x)
+        return result
+
+    def rewrite(self, op: Any, x: Any, cos_table: Any, sin_table: Any, positions: Any, **_: Any) -> Any:
+        return op.RotaryEmbedding(x, cos_table, sin_table, positions, interleaved=0)
+
+
+def fuse_rotary(graph: DecoderGraph) -> None:
+    """Marker operators and the rotation around them -> RotaryEmbedding. Post: two for each Attention, no marker."""
+    rewrite(graph.model, pattern_rewrite_rules=pattern.RewriteRuleSet([_RotaryRule.rule()]))
+    optimizer.remove_unused_nodes(graph.model)
+    found, expected = graph.count("RotaryEmbedding"), 2 * graph.count("Attention")
+    markers = sum(node.domain == TRACE_DOMAIN for node in graph.graph)
+    _require(found == expected and not markers, f"fuse_rotary made {found} RotaryEmbedding, not {expected}")
+    graph.model.opset_imports.pop(TRACE_DOMAIN, None)
+
+
+def make_reshapes_static(graph: DecoderGraph) -> None:
+    """Write each Reshape's target as constants, 0 for an axis it keeps. Post: no Reshape computes its target."""
+    for node in graph.graph:
+        if node.op_type == "Reshape" and node.inputs[1] is not None and node.inputs[1].const_value is None:
+            target = _static_target(node)
+            node.replace_input_with(1, _constant(graph, target))
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+
+
+def transpose_weights(graph: DecoderGraph) -> None:
+    """Transpose(weight) -> a weight stored transposed, or a Gemm where the table is shared. Post: no such Transpose."""
+    stored = set(graph.weights)
+    transposes = [node for node in graph.graph if node.op_type == "Transpose"]
+    for node in [node for node in transposes if node.inputs[0] is not None and node.inputs[0].name in stored]:
+        weight = node.inputs[0]
+        assert weight is not None and weight.name is not None and weight.shape is not None
+        if len(weight.uses()) > 1:
+            _use_gemm(graph, node, weight)
+            continue
+        source = WeightSource(tensors=graph.weights[weight.name].tensors, transposed=True)
+        shape = tuple(int(dim) for dim in reversed(weight.shape.dims))  # type: ignore[arg-type]
+        transposed = graph.add_weight(f"{weight.name}.T", source, shape=shape, like=weight)
+        ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
+
+
+def pack_qkv(graph: DecoderGraph) -> None:
+    """The three projections of each attention -> one MatMul, one Reshape and one Split by heads.
+
+    On a model of a few million parameters the node count is what a forward costs. Gate and up stay apart: packing
+    them saves a MatMul and adds a Split that copies, which measured slower at n >= 8 (benchmarks/packing.py).
+    """
+    for attention in [node for node in graph.graph if node.op_type == "Attention"]:
+        chains = [_projection_of(graph, attention.inputs[index]) for index in (0, 1, 2)]
+        if all(chains) and len({chain[0].inputs[0] for chain in chains if chain}) == 1:
+            _pack(graph, [chain for chain in chains if chain])
+
+
+PASSES: tuple[Pass, ...] = (
+    fold_constants,
+    fuse_rms_norm,
+    fuse_rotary,
+    make_reshapes_static,
+    transpose_weights,
+    pack_qkv,
+)
+
+
+def state_contract(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes | None = None) -> None:
+    """Give inputs and outputs the shapes of the contract; drop the tracer's shapes and names of everything between."""
+    specs = {
+        spec.name: spec
+        for spec in (*graph_inputs(geometry, graph.precision, fixed), *graph_outputs(geometry, graph.precision, fixed))
+    }
+    for index, node in enumerate(graph.graph):
+        node.name, node.doc_string = f"{node.op_type}_{index}", None
+        node.metadata_props.clear()
+        for position, value in enumerate(node.outputs):
+            value.metadata_props.clear()
+            if value.name not in specs:
+                value.name = f"{node.name}_{position}"
+                value.shape, value.type = None, None
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        if spec := specs.get(str(value.name)):
+            value.shape = ir.Shape(spec.shape)
+    graph.model.metadata_props.clear()
+
+
+def pin_shapes(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes) -> None:
+    """Make B, n and S numbers: every Shape folds away, and so does a Slice that keeps the whole cache."""
+    state_contract(graph, geometry, fixed)
+    fold_constants(graph)
+    if fixed.kv_extent == geometry.cache_length:
+        for node in [node for node in graph.graph if _is_whole_cache_slice(node)]:
+            source = node.inputs[0]
+            assert source is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+    optimizer.remove_unused_nodes(graph.model)
+    graph.drop_unused_weights()
+    state_contract(graph, geometry, fixed)
+    _require(graph.count("Shape") == 0, "pin_shapes left a Shape")
+
+
+def _is_whole_cache_slice(node: ir.Node) -> bool:
+    source = node.inputs[0].producer() if node.op_type == "Slice" and node.inputs[0] is not None else None
+    return source is not None and source.op_type == "TensorScatter"
+
+
+def _static_target(node: ir.Node) -> list[int]:
+    source, result = node.inputs[0], node.outputs[0]
+    _require(
+        source is not None and source.shape is not None and result.shape is not None,
+        f"make_reshapes_static: {node.name} has no known shape",
+    )
+    assert source is not None and source.shape is not None and result.shape is not None
+    target = []
+    for axis, dim in enumerate(result.shape.dims):
+        kept = axis < len(source.shape) and source.shape[axis] == dim
+        target.append(dim if isinstance(dim, int) else 0 if kept else -1)
+    _require(target.count(-1) <= 1, f"make_reshapes_static: {node.name} has more than one unknown axis: {result.shape}")
+    return target
+
+
+def _use_gemm(graph: DecoderGraph, transpose: ir.Node, table: ir.Value) -> None:
+    """MatMul with a transposed shared table [V, E] -> Gemm(transB) over it, so that the file holds it once."""
+    for matmul in [use.node for use in transpose.outputs[0].uses()]:
+        hidden, logits = matmul.inputs[0], matmul.outputs[0]
+        _require(matmul.op_type == "MatMul" and hidden is not None, f"{table.name} is shared by a {matmul.op_type}")
+        assert table.shape is not None
+        vocabulary, width = (int(dim) for dim in table.shape.dims)  # type: ignore[arg-type]
+        flat = ir.node("Reshape", [hidden, _constant(graph, [-1, width])])
+        gemm = ir.node("Gemm", [flat.outputs[0], table], {"transB": 1})
+        shape = ir.node("Shape", [hidden], {"start": 0, "end": 2})
+        target = ir.node("Concat", [shape.outputs[0], _constant(graph, [vocabulary])], {"axis": 0})
+        back = ir.node("Reshape", [gemm.outputs[0], target.outputs[0]])
+        back.outputs[0].shape, back.outputs[0].type = logits.shape, logits.type
+        graph.graph.insert_before(matmul, (flat, gemm, shape, target, back))
+        ir.convenience.replace_all_uses_with(logits, back.outputs[0])
+
+
+def _projection_of(graph: DecoderGraph, value: ir.Value | None) -> list[ir.Node] | None:
+    """The nodes from MatMul to Reshape (and Transpose, if it follows at once) behind an Attention input, or None."""
+    chain: list[ir.Node] = []
+    while value is not None and (node := value.producer()) is not None:
+        chain.insert(0, node)
+        if node.op_type == "MatMul":
+            break
+        value = _data_input(graph, node)
+    types = [node.op_type for node in chain]
+    for head in (["MatMul", "Reshape"], ["MatMul", "Add", "Reshape"]):
+        if types[: len(head)] == head and all(len(node.outputs[0].uses()) == 1 for node in chain[: len(head)]):
+            follows = types[len(head)] == "Transpose"
+            return chain[: len(head) + follows]
+    return None
+
+
+def _data_input(graph: DecoderGraph, node: ir.Node) -> ir.Value | None:
+    """The input of a node that carries activations: the block of a TensorScatter, what is not a weight of an Add."""
+    if node.op_type == "TensorScatter":
+        return node.inputs[1]
+    return next((value for value in node.inputs if value is not None and value.name not in graph.weights), None)
+
+
+def _pack(graph: DecoderGraph, chains: list[list[ir.Node]]) -> None:
+    first = chains[0][0]
+    heads, width = zip(*(_heads(chain) for chain in chains), strict=True)
+    weights = [chain[0].inputs[1] for chain in chains]
+    rows, packed = first.inputs[0], _packed(graph, weights, axis=1)
+    nodes = [ir.node("MatMul", [rows, packed])]
+    biases = [_bias(graph, chain) for chain in chains]
+    if any(biases):
+        _require(all(biases), "pack_qkv: some of the three projections have a bias and some have none")
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], _packed(graph, biases, axis=0)]))
+    nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], _constant(graph, [0, 0, sum(heads), width[0]])]))
+    transposed = all(chain[-1].op_type == "Transpose" for chain in chains)
+    if transposed:
+        nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}))
+    split = ir.node(
+        "Split",
+        [nodes[-1].outputs[0], _constant(graph, list(heads))],
+        {"axis": 1 if transposed else 2},
+        num_outputs=3,
+    )
+    graph.graph.insert_before(first, [*nodes, split])
+    for chain, output in zip(chains, split.outputs, strict=True):
+        replaced = chain[-1] if transposed else next(node for node in chain if node.op_type == "Reshape")
+        output.shape, output.type = replaced.outputs[0].shape, replaced.outputs[0].type
+        ir.convenience.replace_all_uses_with(replaced.outputs[0], output)
+
+
+def _heads(chain: list[ir.Node]) -> tuple[int, int]:
+    shape = next(node for node in chain if node.op_type == "Reshape").outputs[0].shape
+    assert shape is not None
+    return int(shape[2]), int(shape[3])  # type: ignore[arg-type]
+
+
+def _bias(graph: DecoderGraph, chain: list[ir.Node]) -> ir.Value | None:
+    add = next((node for node in chain if node.op_type == "Add"), None)
+    return next(value for value in add.inputs if value and value.name in graph.weights) if add else None
+
+
+def _packed(graph: DecoderGraph, values: list[ir.Value | None], *, axis: int) -> ir.Value:
+    """One weight made of several, side by side along their output axis (which checkpoints store first)."""
+    present = [value for value in values if value is not None and value.shape is not None]
+    sources = [graph.weights[str(value.name)] for value in present]
+    tensors = tuple(name for source in sources for name in source.tensors)
+    dims = [[int(dim) for dim in value.shape.dims] for value in present if value.shape]  # type: ignore[arg-type]
+    shape = [*dims[0]]
+    shape[axis] = sum(dim[axis] for dim in dims)
+    layer, kind = tensors[0].rsplit(".", 2)[0], tensors[0].rsplit(".", 1)[1]
+    source = WeightSource(tensors=tensors, transposed=sources[0].transposed)
+    return graph.add_weight(f"{layer}.qkv_proj.{kind}", source, shape=tuple(shape), like=present[0])
+
+
+def _constant(graph: DecoderGraph, values: list[int]) -> ir.Value:
+    """A small int64 constant of the graph itself, shared by equal values."""
+    name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
+    if name in graph.graph.initializers:
+        return graph.graph.initializers[name]
+    tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+    )
+    graph.graph.register_initializer(value)
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise GraphError(message)

@@ -1,0 +1,329 @@
+"""Checkpoint config to raw ONNX graph: the stock transformers decoder, traced over fake tensors.
+
+No model is re-implemented and no weight is read. The decoder is told, through transformers' attention registry and
+its cache argument, to emit ONNX Attention and TensorScatter; its rotary embedding is swapped for a table look-up.
+Around it stands what the contract adds: positions, mask, argmax and match length. Tensors that hold weights come out
+as graph inputs named after their checkpoint tensors, so that every later pass works without data.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from cllm_export.contract import OPSET, Geometry, Precision, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.errors import CheckpointError, GraphError, UnsupportedError
+
+ATTENTION_NAME = "cllm_export_onnx"
+TRACE_DOMAIN = "cllm_export.trace"
+"""Domain of the two marker operators that stand for cos and sin until the rotary pass removes them."""
+
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A traced decoder: its graph, and what each graph input that is no contract input stands for."""
+
+    model: ir.Model
+    checkpoint_names: dict[str, str]
+    """Graph input -> checkpoint tensor."""
+    constants: dict[str, Tensor]
+    """Graph input -> value computed here (RoPE tables, row numbers)."""
+    expected_shapes: dict[str, tuple[int, ...]]
+    """Checkpoint tensor -> shape that the config asks for."""
+
+
+def geometry_of(config: PretrainedConfig, *, max_length: int, max_block_size: int) -> Geometry:
+    """The geometry of an engine for this config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Geometry(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        cache_length=max_length + max_block_size - 1,
+        max_block_size=max_block_size,
+    )
+
+
+def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precision) -> Trace:
+    """Trace the greedy graph of ``contract.py`` with symbolic B, n, S and h.
+
+    Raises:
+        UnsupportedError: the modelling code does not go through the attention registry or half-split rotation.
+    """
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    tables = _rotary_tables(config, geometry.cache_length)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        decoder = _empty_decoder(config, precision)
+        names = _checkpoint_names(decoder)
+        shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+        graph = GreedyGraph(decoder, geometry, TORCH_DTYPE[precision])
+        inputs = _example_inputs(geometry, precision)
+    program = _export(graph, inputs)
+    model = program.model
+    constants = {
+        "rotary.cos": tables[0].to(TORCH_DTYPE[precision]),
+        "rotary.sin": tables[1].to(TORCH_DTYPE[precision]),
+        "row_numbers": torch.arange(geometry.cache_length),
+    }
+    _rename_contract_values(model, geometry, precision)
+    _detach_weights(model, names | {name: name for name in constants})
+    used = {value.name for value in model.graph.inputs if value.name}
+    return Trace(
+        model=model,
+        checkpoint_names={name: name for name in names.values() if name in used},
+        constants={name: value for name, value in constants.items() if name in used},
+        expected_shapes={name: shapes[name] for name in set(names.values())},
+    )
+
+
+class GreedyGraph(nn.Module):
+    """The decoder wrapped in the greedy contract. Shapes are those of ``contract.py``."""
+
+    row_numbers: Tensor
+
+    def __init__(self, decoder: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.rotary = RotaryTable(geometry, dtype)
+        decoder.model.rotary_emb = self.rotary
+        self.register_buffer("row_numbers", torch.zeros(geometry.cache_length, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        num_committed: Tensor,
+        write_index: Tensor,
+        kv_positions: Tensor,
+        head_rows: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        b, n = input_ids.shape
+        rows = self.row_numbers[:n]
+        positions = write_index[:, None] + rows
+        mask = kv_positions <= positions[:, None, :, None]
+        cache = ScatterCache(past, write_index, kv_positions.shape[0])
+        hidden = self.decoder.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        hidden = _op("Gather", hidden, head_rows, shape=(b, head_rows.shape[0], hidden.shape[2]), axis=1)
+        next_ids = self.decoder.lm_head(hidden).float().argmax(-1)
+        accepted = _num_accepted(input_ids, num_committed, head_rows, next_ids)
+        return (next_ids, accepted, *cache.present)
+
+
+class RotaryTable(nn.Module):
+    """Stands for the decoder's rotary embedding: cos and sin [B, n, D] as marker operators over tables [C, D/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
+        super().__init__()
+        table = torch.zeros(geometry.cache_length, geometry.head_dim // 2, dtype=dtype)
+        self.register_buffer("cos", table, persistent=False)
+        self.register_buffer("sin", table.clone(), persistent=False)
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (*position_ids.shape, 2 * self.cos.shape[1])
+        cos, sin = (
+            torch.onnx.ops.symbolic(f"{TRACE_DOMAIN}::Rotary", (table, position_ids), dtype=hidden.dtype, shape=shape)
+            for table in (self.cos, self.sin)
+        )
+        return cos, sin
+
+
+class ScatterCache:
+    """What the decoder sees as its cache: each update writes a block at the write index and shows rows 0..S-1."""
+
+    is_compileable = False
+
+    def __init__(self, past: Sequence[Tensor], write_index: Tensor, extent: int) -> None:
+        self._past = past
+        self._write_index = write_index
+        self._extent = extent
+        self.present: list[Tensor] = []
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if len(self.present) != 2 * layer:
+            raise GraphError(f"layer {layer} updated its cache out of order, after {len(self.present) // 2} layers")
+        rows = [self._write(self._past[2 * layer + i], block) for i, block in enumerate((key, value))]
+        return rows[0], rows[1]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def _write(self, past: Tensor, block: Tensor) -> Tensor:
+        inputs = (past, block, self._write_index)
+        present = _op("TensorScatter", *inputs, shape=past.shape, version=24, axis=-2, mode="linear")
+        self.present.append(present)
+        return present[:, :, : self._extent]
+
+
+def _num_accepted(input_ids: Tensor, num_committed: Tensor, head_rows: Tensor, next_ids: Tensor) -> Tensor:
+    """Number of leading rows that are right, [B]: the first row that is neither committed nor predicted, else n.
+
+    Row i is right if i < num_committed or if its token equals the prediction after row i - 1. An idle slot has no
+    committed row, so its first wrong row is 0. In prefill only row 0 is looked at.
+    """
+    b, h = input_ids.shape[0], head_rows.shape[0]
+    before = nn.functional.pad(next_ids, (1, -1), value=-1)
+    drafted = _op("Gather", input_ids, head_rows, shape=(b, h), axis=1)
+    right = (head_rows < num_committed[:, None]) | (drafted == before)
+    length = _op("Shape", input_ids, shape=(1,), dtype=torch.int64, version=23, start=1, end=2)
+    return torch.where(right, length, head_rows).amin(-1)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of the registry: query [B, H, n, D], key and value [B, K, S, D], bool mask [B, 1, n, S]."""
+    if mask is None:
+        raise UnsupportedError(f"{type(module).__name__} drops the attention mask it is given")
+    shape = (*query.shape[:3], value.shape[3])
+    output = _op("Attention", query, key, value, mask, shape=shape, version=24, scale=float(scaling))
+    return output.transpose(1, 2), None
+
+
+def _op(
+    name: str, *inputs: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, version: int = 23, **attrs: Any
+) -> Tensor:
+    """One ONNX operator of the default domain."""
+    return torch.onnx.ops.symbolic(
+        name, inputs, attrs, dtype=dtype or inputs[0].dtype, shape=list(shape), version=version
+    )
+
+
+def _empty_decoder(config: PretrainedConfig, precision: Precision) -> PreTrainedModel:
+    decoder = AutoModelForCausalLM.from_config(
+        config, dtype=TORCH_DTYPE[precision], attn_implementation=ATTENTION_NAME, trust_remote_code=False
+    )
+    if not (hasattr(decoder, "model") and hasattr(decoder.model, "rotary_emb") and hasattr(decoder, "lm_head")):
+        raise UnsupportedError(f"{type(decoder).__name__} is not laid out as model.rotary_emb and lm_head")
+    decoder.requires_grad_(False)
+    return decoder.eval()
+
+
+def _rotary_tables(config: PretrainedConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [C, D/2] in fp32, computed by the decoder's own rotary embedding, whatever its rope type."""
+    with torch.device("meta"):
+        rotary_type = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+    with torch.no_grad():
+        cos, sin = rotary_type(config)(torch.zeros(1), torch.arange(length)[None])
+    half = cos.shape[-1] // 2
+    for table in (cos, sin):
+        if not torch.equal(table[..., :half], table[..., half:]):
+            raise UnsupportedError(
+                f"{rotary_type.__name__} interleaves its rotation; only the half-split form is known"
+            )
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def _checkpoint_names(decoder: PreTrainedModel) -> dict[str, str]:
+    """Parameter name in the trace -> tensor name in a checkpoint; tied parameters share the first one's."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, parameter in decoder.named_parameters(remove_duplicate=False):
+        first.setdefault(id(parameter), name)
+        names[f"decoder.{name}"] = first[id(parameter)]
+    return names
+
+
+def _example_inputs(geometry: Geometry, precision: Precision) -> tuple[Any, ...]:
+    b, n, s = 2, 5, 48
+    shape = (b, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
+    past = [torch.zeros(shape, dtype=TORCH_DTYPE[precision]) for _ in range(2 * geometry.num_layers)]
+    ids = torch.zeros(b, n, dtype=torch.int64)
+    slots = torch.ones(b, dtype=torch.int64)
+    return ids, slots, slots.clone(), torch.arange(s), torch.arange(n - 2), past
+
+
+def _export(graph: GreedyGraph, inputs: tuple[Any, ...]) -> torch.onnx.ONNXProgram:
+    auto = torch.export.Dim.DYNAMIC
+    batch = {0: auto}
+    shapes = ({0: auto, 1: auto}, batch, batch, {0: auto}, {0: auto}, [batch] * len(inputs[-1]))
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.eval(),
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            optimize=False,
+            verbose=False,
+        )
+    if program is None:
+        raise GraphError("torch.onnx.export returned no program")
+    return program
+
+
+def _rename_contract_values(model: ir.Model, geometry: Geometry, precision: Precision) -> None:
+    _rename(list(model.graph.inputs), graph_inputs(geometry, precision))
+    _rename(list(model.graph.outputs), graph_outputs(geometry, precision))
+
+
+def _rename(values: list[ir.Value], specs: list[TensorSpec]) -> None:
+    if len(values) != len(specs):
+        raise GraphError(f"the trace has {len(values)} values where the contract has {len(specs)}")
+    for value, spec in zip(values, specs, strict=True):
+        value.name = spec.name
+
+
+def _detach_weights(model: ir.Model, names: dict[str, str]) -> None:
+    """Turn every weight initializer into a graph input named after its checkpoint tensor."""
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        if name not in names:
+            continue
+        del graph.initializers[name]
+        value.const_value = None
+        value.name = names[name]
+        graph.inputs.append(value)
+
+
+def check_tensors(trace: Trace, found: dict[str, tuple[int, ...]]) -> None:
+    """Compare the checkpoint's tensors with what its config asks for.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape; names it.
+    """
+    for name, shape in sorted(trace.expected_shapes.items()):
+        if name not in found:
+            raise CheckpointError(f"the checkpoint has no tensor {name}, which its config asks for; it is incomplete")
+        if found[name] != shape:
+            raise CheckpointError(f"tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}")
+    known = set(trace.expected_shapes) | {"lm_head.weight"}
+    extra = sorted(name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise CheckpointError(f"the checkpoint has a tensor {extra[0]} that its config has no place for")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from writing about optional packages and its own internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,56 @@
+"""The seam between loops and what runs a forward: ONNX Runtime, TensorRT, the reference, or a fake.
+
+Loops hold policy, engines hold tensors. Shapes are those of ``contract.py``; lists at this seam cost a microsecond a
+forward and keep every loop testable without an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from cllm_export.contract import FixedShapes, Geometry
+
+
+class Forward(NamedTuple):
+    """What one forward gives: ``next_ids`` [B, h] and ``num_accepted`` [B]."""
+
+    next_ids: list[list[int]]
+    num_accepted: list[int]
+
+
+class Engine(Protocol):
+    """Runs one forward at a time over its static KV cache. Not thread-safe."""
+
+    run_seconds: float
+    """Seconds spent inside the engine proper so far, the rest of a loop's time being its overhead."""
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def fixed_shapes(self) -> FixedShapes | None:
+        """The shapes every forward must have, or None where n may vary."""
+        ...
+
+    def forward(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> Forward:
+        """Run a block [B, n] through every slot; see ``contract.py`` for the meaning of each argument.
+
+        Nothing is retained of a rejected draft: the caller moves its write index by what it accepts, and the rows
+        above stay hidden by the mask until a later forward overwrites them.
+
+        Raises:
+            EngineError: the forward leaves the cache, has the wrong shape, or fails.
+        """
+        ...
+
+    def prefill(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> None:
+        """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
+        ...

@@ -1,0 +1,395 @@
+"""Load a bundle and generate from it: the API that services embed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+from cllm_export.bundle import Bundle, FillName, Manifest, open_bundle, require_one_of
+from cllm_export.contract import require_at_least
+from cllm_export.errors import EngineError, OptionError, PromptError
+from cllm_export.prompts import check_messages
+from cllm_export.runtime.autoregressive import Autoregressive
+from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.jacobi import BlockJacobi, Decoder, SlidingJacobi
+from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.statistics import ForwardRecord, Statistics, summarize
+from cllm_export.runtime.text import Messages, TextCodec, TextStream
+
+Method = Literal["jacobi", "jacobi-block", "autoregressive"]
+FinishReason = Literal["eos", "length", "stop"]
+
+DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
+    "jacobi": SlidingJacobi,
+    "jacobi-block": BlockJacobi,
+    "autoregressive": Autoregressive,
+}
+METHODS: tuple[Method, ...] = tuple(DECODERS)
+
+PREFILL_CHUNK = 128
+"""Tokens of the prompt that one prefill forward takes, where the graph leaves n open."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one request gave."""
+
+    text: str
+    """Decoded text, special tokens left out, cut before a stop string."""
+    token_ids: tuple[int, ...]
+    """New tokens, the end-of-sequence token included where one was reached."""
+    finish_reason: FinishReason
+    statistics: Statistics
+    forwards: tuple[ForwardRecord, ...] = field(repr=False)
+    """Every decode forward: its block, its predictions and what it made known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    prompt: list[int]
+    method: Method
+    block_size: int
+    fill: FillName
+    seed: int
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+
+class Model:
+    """A loaded bundle: one engine, one request at a time.
+
+    A second request while one runs (another thread, or a stream that is not exhausted) is refused with EngineError
+    rather than queued: queueing is a scheduler's work.
+
+    Attributes:
+        bundle: the opened bundle.
+        engine: what runs the forwards.
+        codec: tokenizer and chat template.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, codec: TextCodec) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.codec = codec
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Messages,
+        *,
+        max_new_tokens: int | None = None,
+        method: Method | None = None,
+        block_size: int | None = None,
+        fill: FillName | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Decode one prompt greedily. Every method and block size gives the model's own greedy tokens.
+
+        Args:
+            prompt: text, token ids, or chat messages (``{"role", "content"}``) for the bundle's chat template.
+            max_new_tokens: the length limit, exact; by default whatever still fits into the bundle's max length.
+            method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop
+                the model was trained with, else ``jacobi``.
+            block_size: n, 1 to the bundle's largest; by default the bundle's, and 1 for ``autoregressive``.
+            fill: ``pad``, ``repeat`` or ``prompt``; by default what the model was trained with, else ``pad``.
+            seed: of the ``prompt`` fill's generator.
+            stop: strings to stop at; the text is cut before the first one.
+
+        Raises:
+            PromptError: the prompt is empty, or does not fit together with its new tokens.
+            OptionError: an option is out of range.
+            EngineError: the engine failed, or another request is running.
+        """
+        request = self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop)
+        with self._exclusive():
+            run = _Run(self, request)
+            for _ in run.tokens():
+                pass
+            return run.result()
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Messages,
+        *,
+        max_new_tokens: int | None = None,
+        method: Method | None = None,
+        block_size: int | None = None,
+        fill: FillName | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Stream:
+        """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
+        return Stream(self, self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop))
+
+    def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
+        """Token ids of a prompt in any of its forms.
+
+        Raises:
+            PromptError: empty, or holds something that is neither text, token ids nor messages.
+        """
+        if isinstance(prompt, str):
+            ids = self.codec.encode(prompt) if prompt else []
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.codec.encode_chat(check_messages(prompt, "prompt"))
+        else:
+            ids = [self._check_token(token) for token in prompt]
+        if not ids:
+            raise PromptError("the prompt is empty: it must hold at least one token")
+        return ids
+
+    def _check_token(self, token: object) -> int:
+        vocabulary = self.bundle.manifest.geometry.vocab_size
+        if not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise PromptError(f"a prompt of token ids must hold integers from 0 to {vocabulary - 1}, got {token!r}")
+        return token
+
+    def _request(
+        self,
+        prompt: str | Sequence[int] | Messages,
+        max_new_tokens: int | None,
+        method: Method | None,
+        block_size: int | None,
+        fill: FillName | None,
+        seed: int,
+        stop: Sequence[str],
+    ) -> _Request:
+        manifest = self.bundle.manifest
+        trained = manifest.trained_with
+        default: Method = "jacobi-block" if trained and trained.loop == "block" else "jacobi"
+        method = method or default
+        require_one_of("method", method, METHODS)
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
+        ids = self.encode(prompt)
+        return _Request(
+            prompt=ids,
+            method=method,
+            block_size=self._block_size(block_size, method),
+            fill=fill or (trained.fill if trained else "pad"),
+            seed=seed,
+            max_new_tokens=_fit(len(ids), max_new_tokens, manifest),
+            stop=tuple(stop),
+        )
+
+    def _block_size(self, block_size: int | None, method: Method) -> int:
+        fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
+        if block_size is None:
+            pinned = fixed.block_size if fixed else None
+            return pinned or (1 if method == "autoregressive" else self.bundle.manifest.block_size)
+        require_at_least("block_size", block_size, 1)
+        if fixed and block_size != fixed.block_size:
+            raise OptionError(
+                f"block_size must be {fixed.block_size}, which this bundle is pinned to, got {block_size}"
+            )
+        if block_size > largest:
+            raise OptionError(f"block_size must be at most {largest} for this bundle, got {block_size}")
+        return block_size
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise EngineError("another request is running on this model: finish or close its stream first")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+class Stream(Iterator[str]):
+    """Text deltas of one request. Close it (or use it in a ``with``) to stop early; ``result`` ends the request."""
+
+    def __init__(self, model: Model, request: _Request) -> None:
+        self._run = _Run(model, request)
+        self._deltas = self._iterate(model)
+
+    def __next__(self) -> str:
+        return next(self._deltas)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop here; the model is free for the next request."""
+        self._deltas.close()
+
+    def result(self) -> Generation:
+        """The whole generation; runs what was not yet read."""
+        for _ in self._deltas:
+            pass
+        return self._run.result()
+
+    def _iterate(self, model: Model) -> Generator[str]:  # closing it unwinds the lock
+        with model._exclusive():
+            for delta in self._run.text():
+                if delta:
+                    yield delta
+
+
+class _Run:
+    """One request on its way: prefill, then forwards until it ends."""
+
+    def __init__(self, model: Model, request: _Request) -> None:
+        self._engine = model.engine
+        self._codec = model.codec
+        self._request = request
+        self._eos = frozenset(model.bundle.manifest.eos_token_ids)
+        self._pad = _pad_token(model.bundle.manifest)
+        self._stream = TextStream(model.codec, request.stop)
+        self._records: list[ForwardRecord] = []
+        self._finish: FinishReason = "length"
+        self._prefill_seconds = self._decode_seconds = self._engine_seconds = 0.0
+
+    def text(self) -> Iterator[str]:
+        """Text deltas, one for each forward."""
+        for tokens in self.tokens(reading=True):
+            yield self._stream.push(self._printable(tokens))
+        yield self._stream.flush()
+
+    def tokens(self, *, reading: bool = False) -> Iterator[list[int]]:
+        """New tokens, one list for each forward. ``reading`` says the caller feeds the text stream itself."""
+        started = perf_counter()
+        prefill(self._engine, self._request.prompt[:-1], self._pad)
+        self._prefill_seconds = perf_counter() - started
+        watch_text = bool(self._request.stop) and not reading
+        for tokens in self._decode():
+            if watch_text:
+                self._stream.push(self._printable(tokens))
+            yield tokens
+            if self._stream.stopped:
+                self._finish = "stop"
+                return
+
+    def result(self) -> Generation:
+        token_ids = tuple(token for record in self._records for token in record.new)
+        if self._request.stop:
+            self._stream.flush()
+            text = self._stream.text
+        else:
+            text = self._codec.decode(self._printable(list(token_ids)))
+        return Generation(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=self._finish,
+            forwards=tuple(self._records),
+            statistics=summarize(
+                self._records,
+                prompt_tokens=len(self._request.prompt),
+                prefill_seconds=self._prefill_seconds,
+                decode_seconds=self._decode_seconds,
+                engine_seconds=self._engine_seconds,
+            ),
+        )
+
+    def _decode(self) -> Iterator[list[int]]:
+        """The loop: next block, one forward, commit, cut."""
+        engine, decoder, records = self._engine, self._make_decoder(), self._records
+        left, ended = self._request.max_new_tokens, False
+        idle = engine.num_slots - 1
+        while left and not ended:
+            started, engine_started = perf_counter(), engine.run_seconds
+            write_index = decoder.write_index
+            tokens, num_committed = decoder.next_block()
+            if idle:
+                blocks = [tokens] * (1 + idle)
+                forward = engine.forward(blocks, [num_committed] + [0] * idle, [write_index] + [0] * idle)
+            else:
+                forward = engine.forward((tokens,), (num_committed,), (write_index,))
+            next_ids = forward.next_ids[0]
+            new, num_accepted = decoder.commit(next_ids, forward.num_accepted[0])
+            if len(new) > left:
+                new = new[:left]
+            if not self._eos.isdisjoint(new):
+                new, ended = self._cut_at_eos(new), True
+            left -= len(new)
+            records.append(ForwardRecord(write_index, tokens, next_ids, num_accepted, new))
+            self._engine_seconds += engine.run_seconds - engine_started
+            self._decode_seconds += perf_counter() - started
+            yield new
+
+    def _make_decoder(self) -> Decoder:
+        request = self._request
+        fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=self._pad, seed=request.seed)
+        return DECODERS[request.method](
+            last_token=request.prompt[-1],
+            write_index=len(request.prompt) - 1,
+            block_size=request.block_size,
+            fill=fill,
+        )
+
+    def _cut_at_eos(self, new: list[int]) -> list[int]:
+        self._finish = "eos"
+        first = next(index for index, token in enumerate(new) if token in self._eos)
+        return new[: first + 1]
+
+    def _printable(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token not in self._eos]
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Model:
+    """Load a bundle for generation on the CPU.
+
+    Args:
+        path: a directory that ``cllm-export build`` wrote.
+        threads: threads inside the engine; by default as many as the process may use.
+
+    Raises:
+        BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
+        EngineError: the engine does not take the graph.
+        MissingExtraError: no engine is installed.
+    """
+    if threads is not None:
+        require_at_least("threads", threads, 1)
+    bundle = open_bundle(path)
+    pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+    engine = OrtEngine(bundle, num_slots=None if pinned else 1, threads=threads)
+    return Model(bundle, engine, TextCodec(bundle))
+
+
+def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int, *, slot: int = 0) -> None:
+    """Write the KV of the prompt minus its last token into one slot, chunk by chunk; other slots stay idle.
+
+    In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
+    """
+    fixed = engine.fixed_shapes
+    size = fixed.block_size if fixed else PREFILL_CHUNK
+    for start in range(0, len(tokens), size):
+        chunk = list(tokens[start : start + size])
+        num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
+        num_committed[slot], write_index[slot] = len(chunk), start
+        padded = chunk + [pad_token_id] * (size - len(chunk)) if fixed else chunk
+        engine.prefill([padded] * engine.num_slots, num_committed, write_index)
+
+
+def _pad_token(manifest: Manifest) -> int:
+    """Any token fills a block safely: the pad token, else an end-of-sequence token, else token 0."""
+    if manifest.pad_token_id is not None:
+        return manifest.pad_token_id
+    return manifest.eos_token_ids[0] if manifest.eos_token_ids else 0
+
+
+def _fit(prompt_length: int, max_new_tokens: int | None, manifest: Manifest) -> int:
+    room = manifest.max_length - prompt_length
+    if room < 1:
+        raise PromptError(
+            f"the prompt has {prompt_length} tokens and this bundle holds {manifest.max_length} in all, "
+            "at least one of them new: shorten the prompt or build with a larger --max-length"
+        )
+    if max_new_tokens is None:
+        return room
+    require_at_least("max_new_tokens", max_new_tokens, 1)
+    if max_new_tokens > room:
+        raise PromptError(
+            f"{prompt_length} prompt tokens and {max_new_tokens} new ones need {prompt_length + max_new_tokens}, this "
+            f"bundle holds {manifest.max_length}: ask for at most {room}, or build with a larger --max-length"
+        )
+    return max_new_tokens

@@ -1,0 +1,205 @@
+"""The ONNX Runtime engine: one session, static buffers bound once for each shape, the KV cache updated in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cllm_export.bundle import GREEDY_GRAPH, Bundle
+from cllm_export.contract import FixedShapes, Geometry, cache_names, check_forward, require_at_least
+from cllm_export.errors import EngineError, MissingExtraError
+from cllm_export.runtime.engine import Forward
+from cllm_export.runtime.kv_cache import allocate, kv_extent
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Int64Array = NDArray[np.int64]
+
+
+class _Buffers(NamedTuple):
+    """Input and output arrays of one block size, written and read in place."""
+
+    input_ids: Int64Array
+    head_rows: Int64Array
+    next_ids: Int64Array
+
+
+class _Binding(NamedTuple):
+    """One ``IOBinding`` for a block size and extent, and the buffers behind it."""
+
+    buffers: _Buffers
+    io: Any
+
+
+class OrtEngine:
+    """Runs one graph of a bundle on ONNX Runtime's CPU provider. See ``Engine`` for the calls. Not thread-safe.
+
+    Args:
+        bundle: an opened bundle.
+        graph: which of its graphs.
+        num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
+        threads: intra-op threads; by default as many as the process may use.
+
+    Raises:
+        EngineError: ONNX Runtime does not take the graph.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, graph: str = GREEDY_GRAPH, num_slots: int | None = None, threads: int | None = None
+    ) -> None:
+        manifest = bundle.manifest
+        path = bundle.graph_path(graph)
+        self._fixed = manifest.graphs[graph].fixed_shapes
+        self._geometry = manifest.geometry
+        self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
+        self._session = _make_session(str(path), threads or available_threads())
+        self.run_seconds = 0.0
+        self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
+        """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
+        self._cache_values = {name: _bindable(array) for name, array in self.cache.items()}
+        self._num_committed = np.zeros(self._num_slots, np.int64)
+        self._write_index = np.zeros(self._num_slots, np.int64)
+        self._num_accepted = np.zeros(self._num_slots, np.int64)
+        self._positions = np.arange(self._geometry.cache_length, dtype=np.int64)
+        self._buffers: dict[tuple[int, int], _Buffers] = {}
+        self._bindings: dict[tuple[int, int, int], _Binding] = {}
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def fixed_shapes(self) -> FixedShapes | None:
+        return self._fixed
+
+    def forward(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> Forward:
+        block_size = len(input_ids[0])
+        buffers = self._run(input_ids, num_committed, write_index, block_size, block_size)
+        return Forward(buffers.next_ids.tolist(), self._num_accepted.tolist())
+
+    def prefill(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> None:
+        chunk_size = len(input_ids[0])
+        self._run(input_ids, num_committed, write_index, chunk_size, chunk_size if self._fixed else 1)
+
+    def run_bound(self, block_size: int, write_index: int) -> None:
+        """One forward over whatever the buffers hold, every slot at the same write index: the bare engine, for
+        timing."""
+        self._write_index.fill(write_index)
+        self._num_committed.fill(1)
+        self._run_binding(self._binding(block_size, block_size, write_index))
+
+    def _run(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        block_size: int,
+        head_size: int,
+    ) -> _Buffers:
+        binding = self._binding(block_size, head_size, max(write_index))
+        binding.buffers.input_ids[:] = input_ids
+        self._num_committed[:] = num_committed
+        self._write_index[:] = write_index
+        self._run_binding(binding)
+        return binding.buffers
+
+    def _run_binding(self, binding: _Binding) -> None:
+        started = perf_counter()
+        try:
+            self._session.run_with_iobinding(binding.io)
+        except Exception as error:  # onnxruntime raises its own types, unrelated to each other
+            raise EngineError(f"ONNX Runtime failed in a forward: {error}") from error
+        self.run_seconds += perf_counter() - started
+
+    def _binding(self, block_size: int, head_size: int, write_index: int) -> _Binding:
+        cache_length = self._geometry.cache_length
+        extent = self._fixed.kv_extent if self._fixed else kv_extent(write_index + block_size, cache_length)
+        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
+        key = (block_size, head_size, extent)
+        binding = self._bindings.get(key)
+        if binding is None:
+            self._check_shape(block_size)
+            binding = self._bindings[key] = self._bind(*key)
+        return binding
+
+    def _check_shape(self, block_size: int) -> None:
+        if self._fixed and block_size != self._fixed.block_size:
+            raise EngineError(f"this graph is pinned to blocks of {self._fixed.block_size}, got {block_size}")
+
+    def _bind(self, block_size: int, head_size: int, extent: int) -> _Binding:
+        buffers = self._make_buffers(block_size, head_size)
+        io = self._session.io_binding()
+        inputs = {
+            "input_ids": buffers.input_ids,
+            "num_committed": self._num_committed,
+            "write_index": self._write_index,
+            "kv_positions": self._positions[:extent],
+            "head_rows": buffers.head_rows,
+        }
+        for name, array in inputs.items():
+            io.bind_ortvalue_input(name, _bindable(array))
+        io.bind_ortvalue_output("next_ids", _bindable(buffers.next_ids))
+        io.bind_ortvalue_output("num_accepted", _bindable(self._num_accepted))
+        for past, present in cache_names(self._geometry.num_layers):
+            io.bind_ortvalue_input(past, self._cache_values[past])
+            io.bind_ortvalue_output(present, self._cache_values[past])
+        return _Binding(buffers, io)
+
+    def _make_buffers(self, block_size: int, head_size: int) -> _Buffers:
+        key = (block_size, head_size)
+        if key not in self._buffers:
+            self._buffers[key] = _Buffers(
+                input_ids=np.zeros((self._num_slots, block_size), np.int64),
+                head_rows=np.arange(head_size, dtype=np.int64),
+                next_ids=np.zeros((self._num_slots, head_size), np.int64),
+            )
+        return self._buffers[key]
+
+    def _settle_slots(self, num_slots: int | None, batch_size: int) -> int:
+        if num_slots is not None:
+            require_at_least("num_slots", num_slots, 1)
+        if self._fixed and num_slots not in (None, self._fixed.batch_size):
+            raise EngineError(f"this graph is pinned to {self._fixed.batch_size} slots, got num_slots={num_slots}")
+        return self._fixed.batch_size if self._fixed else num_slots or batch_size
+
+
+def available_threads() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _make_session(path: str, threads: int) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("onnxruntime", extra="cpu") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own types, unrelated to each other
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} does not load {path}: {error}") from error
+
+
+def _bindable(array: NDArray[Any]) -> onnxruntime.OrtValue:
+    """An OrtValue over the array's own memory."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

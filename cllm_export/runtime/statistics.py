@@ -1,0 +1,116 @@
+"""What a request took, in the measures of the field, each with one meaning. Computed after the request, not in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class ForwardRecord(NamedTuple):
+    """One decode forward of one request."""
+
+    write_index: int
+    """Position of the block's first token."""
+    block: list[int]
+    next_ids: list[int]
+    num_accepted: int
+    new: list[int]
+    """Tokens it made known, cut at the end of the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What one request took. Prefill, the prompt minus its last token, is never counted as forwards."""
+
+    prompt_tokens: int
+    new_tokens: int
+    forwards: int
+    """Decode forwards, the one that confirms a fixed point counted."""
+    acceptance_histogram: dict[int, int]
+    """m, the draft tokens found right in a forward -> number of forwards."""
+    fast_forwarded: int
+    """Tokens by which the right prefix grew beyond one in a forward, summed."""
+    stationary: int
+    """Draft tokens that were right while an earlier one was still wrong, and stayed right until accepted."""
+    prefill_seconds: float
+    decode_seconds: float
+    engine_seconds: float
+    """Seconds of the decode spent inside the engine; the rest is the loop's overhead."""
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens / decode forwards."""
+        return self.new_tokens / self.forwards if self.forwards else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of decode, prefill excluded."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Decode wall-clock / time inside the engine, at least 1."""
+        return self.decode_seconds / self.engine_seconds if self.engine_seconds else 1.0
+
+    def to_dict(self) -> dict[str, object]:
+        """Every measure, JSON-ready."""
+        histogram = {str(matched): count for matched, count in sorted(self.acceptance_histogram.items())}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "forwards": self.forwards,
+            "tokens_per_forward": round(self.tokens_per_forward, 4),
+            "acceptance_histogram": histogram,
+            "fast_forwarded": self.fast_forwarded,
+            "stationary": self.stationary,
+            "prefill_seconds": round(self.prefill_seconds, 6),
+            "decode_seconds": round(self.decode_seconds, 6),
+            "engine_seconds": round(self.engine_seconds, 6),
+            "tokens_per_second": round(self.tokens_per_second, 2),
+        }
+
+
+def summarize(
+    records: Sequence[ForwardRecord],
+    *,
+    prompt_tokens: int,
+    prefill_seconds: float,
+    decode_seconds: float,
+    engine_seconds: float,
+) -> Statistics:
+    """Statistics of one request from the record of its forwards."""
+    return Statistics(
+        prompt_tokens=prompt_tokens,
+        new_tokens=sum(len(record.new) for record in records),
+        forwards=len(records),
+        acceptance_histogram=dict(Counter(record.num_accepted - 1 for record in records)),
+        fast_forwarded=sum(max(0, len(record.new) - 1) for record in records),
+        stationary=count_stationary(records),
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        engine_seconds=engine_seconds,
+    )
+
+
+def count_stationary(records: Sequence[ForwardRecord]) -> int:
+    """Draft tokens accepted by a forward that already stood, and were not yet accepted, in the block before it."""
+    if not records:
+        return 0
+    end = records[0].write_index + sum(len(record.new) for record in records)
+    pairs = itertools.pairwise(records)
+    return sum(position <= end for pair in pairs for position in stationary_positions(*pair))
+
+
+def stationary_positions(before: ForwardRecord, after: ForwardRecord) -> list[int]:
+    """Absolute positions whose draft token was right in both blocks, but accepted only by the second."""
+    first_wrong = before.write_index + before.num_accepted
+    positions = []
+    for row in range(1, after.num_accepted):
+        position = after.write_index + row
+        earlier = position - before.write_index
+        if position > first_wrong and earlier < len(before.block) and before.block[earlier] == after.block[row]:
+            positions.append(position)
+    return positions
