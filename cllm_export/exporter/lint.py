@@ -460,7 +460,7 @@ def _reshape(node: NodeProto, values: _Values) -> Broken:
 
 
 def _top_k(node: NodeProto, values: _Values) -> Broken:
-    """TensorRT's TopK layer returns sorted values and at most 3840 of them."""
+    """TensorRT's TopK layer returns sorted values, and fewer than 3840 of them."""
     if not _attribute(node, "sorted", 1):
         yield "topk-sorted", "sorted must be 1"
     if (count := values.constants.get(_input(node, 1))) and count[0] >= 3840:

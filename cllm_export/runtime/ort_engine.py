@@ -45,6 +45,7 @@ class OrtEngine:
         graph: which of its graphs.
         num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
         threads: intra-op threads; by default as many as the process may use.
+        log_severity: ONNX Runtime's own level, 2 to see its warnings.
 
     Raises:
         EngineError: ONNX Runtime does not take the graph.
@@ -52,14 +53,20 @@ class OrtEngine:
     """
 
     def __init__(
-        self, bundle: Bundle, *, graph: str = GREEDY_GRAPH, num_slots: int | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        graph: str = GREEDY_GRAPH,
+        num_slots: int | None = None,
+        threads: int | None = None,
+        log_severity: int = 3,
     ) -> None:
         manifest = bundle.manifest
         path = bundle.graph_path(graph)
         self._fixed = manifest.graphs[graph].fixed_shapes
         self._geometry = manifest.geometry
         self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
-        self._session = _make_session(str(path), threads or available_threads())
+        self._session = _make_session(str(path), threads or available_threads(), log_severity)
         self.run_seconds = 0.0
         self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
         """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
@@ -183,7 +190,7 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _make_session(path: str, threads: int) -> onnxruntime.InferenceSession:
+def _make_session(path: str, threads: int, log_severity: int) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
     except ImportError:
@@ -191,7 +198,7 @@ def _make_session(path: str, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = log_severity
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, unrelated to each other

@@ -1,0 +1,210 @@
+"""Time a bundle: every loop on real prompts, the forward at every block size, and PyTorch beside them.
+
+Everything is compared in one run, interleaved, by medians: machines are shared and noisy, so ratios count.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cllm_export.bundle import Bundle, Progress
+from cllm_export.errors import OptionError
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
+from cllm_export.runtime.ort_engine import OrtEngine, available_threads
+from cllm_export.verify import random_prompts
+
+LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+LATENCY_ROUNDS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What ``cllm-export bench`` lets the user choose."""
+
+    methods: tuple[Method, ...] = METHODS
+    block_size: int | None = None
+    max_new_tokens: int = 128
+    threads: int | None = None
+    repeats: int = 3
+    sweep: tuple[int, ...] = ()
+    """Further block sizes for the sliding loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One pass of one loop over every prompt."""
+
+    new_tokens: int
+    forwards: int
+    decode_seconds: float
+    prefill_seconds: float
+    engine_seconds: float
+
+
+def run_bench(
+    bundle: Bundle,
+    *,
+    prompts: Sequence[Prompt] = (),
+    checkpoint: Path | None = None,
+    options: BenchOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle; the report, JSON-ready (``--json`` writes it as it is).
+
+    ``loops`` holds, for each method, tokens_per_second (decode only), tokens_per_forward, forwards, new_tokens,
+    speedup (against the autoregressive loop of the same run, prefill excluded), speedup_with_prefill, and overhead
+    (decode wall-clock over time inside the engine). ``sweep`` holds the same for further block sizes, ``latency`` the
+    milliseconds T(n) of one forward and its ratio to T(1).
+    """
+    options = options or BenchOptions()
+    model = load(bundle.path, threads=options.threads)
+    encoded = [model.encode(prompt.content) for prompt in prompts] or list(random_prompts(bundle, 16).values())
+    settings = _settings(options)
+    runs = _interleaved(model, encoded, settings, options, progress or (lambda *_: None))
+    report: dict[str, Any] = {
+        "machine": describe_machine(options.threads),
+        "bundle": {"path": bundle.path.name, "fingerprint": bundle.fingerprint},
+        "prompts": len(encoded),
+        "max_new_tokens": options.max_new_tokens,
+        "repeats": options.repeats,
+        "block_size": options.block_size or bundle.manifest.block_size,
+    }
+    baseline = runs.get(("autoregressive", None))
+    report["loops"] = {method: _summary(runs[method, None], baseline) for method in options.methods}
+    report["sweep"] = {str(size): _summary(runs["jacobi", size], baseline) for size in options.sweep}
+    if not model.engine.fixed_shapes:
+        report["latency"] = measure_latency(bundle, encoded, options.threads)
+    if checkpoint:
+        report["transformers"] = _bench_transformers(bundle, checkpoint, encoded, options)
+    return report
+
+
+def measure_latency(bundle: Bundle, prompts: Sequence[Sequence[int]], threads: int | None) -> list[dict[str, float]]:
+    """Milliseconds of one bare forward at each block size, past as many rows as the median prompt has."""
+    engine = OrtEngine(bundle, num_slots=1, threads=threads)
+    past = int(median(len(prompt) for prompt in prompts))
+    sizes = [size for size in LATENCY_BLOCK_SIZES if size <= engine.geometry.max_block_size]
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(LATENCY_ROUNDS):
+        for size in sizes:
+            engine.run_bound(size, past)  # brings this shape's buffers back into cache
+            started = engine.run_seconds
+            for _ in range(3):
+                engine.run_bound(size, past)
+            times[size].append((engine.run_seconds - started) / 3)
+    first = median(times[sizes[0]])
+    return [
+        {"block_size": size, "milliseconds": median(times[size]) * 1e3, "ratio": median(times[size]) / first}
+        for size in sizes
+    ]
+
+
+def describe_machine(threads: int | None) -> dict[str, Any]:
+    """What a figure depends on besides the bundle."""
+    import onnxruntime
+
+    return {
+        "processor": _processor(),
+        "threads": threads or available_threads(),
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _settings(options: BenchOptions) -> list[tuple[Method, int | None]]:
+    settings: list[tuple[Method, int | None]] = [(method, None) for method in options.methods]
+    return settings + [("jacobi", size) for size in options.sweep]
+
+
+def _interleaved(
+    model: Model,
+    prompts: list[list[int]],
+    settings: list[tuple[Method, int | None]],
+    options: BenchOptions,
+    progress: Progress,
+) -> dict[tuple[Method, int | None], list[_Run]]:
+    """Prompt by prompt through every setting, so that a slow moment of the machine falls on all alike."""
+    runs: dict[tuple[Method, int | None], list[_Run]] = {setting: [] for setting in settings}
+    for repeat in range(options.repeats + 1):
+        generations: dict[tuple[Method, int | None], list[Generation]] = {setting: [] for setting in settings}
+        for index, prompt in enumerate(prompts):
+            for method, size in settings:
+                generations[method, size].append(_generate(model, prompt, method, size, options))
+            progress("warm-up" if repeat == 0 else f"repeat {repeat}", index + 1, len(prompts))
+        if repeat:
+            for setting, done in generations.items():
+                runs[setting].append(_collect(done))
+    return runs
+
+
+def _generate(model: Model, prompt: list[int], method: Method, size: int | None, options: BenchOptions) -> Generation:
+    limit = min(options.max_new_tokens, model.bundle.manifest.max_length - len(prompt))
+    if limit < 1:
+        raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
+    if method == "autoregressive":
+        return model.generate(prompt, max_new_tokens=limit, method=method)
+    return model.generate(prompt, max_new_tokens=limit, method=method, block_size=size or options.block_size)
+
+
+def _collect(generations: list[Generation]) -> _Run:
+    statistics = [generation.statistics for generation in generations]
+    return _Run(
+        new_tokens=sum(entry.new_tokens for entry in statistics),
+        forwards=sum(entry.forwards for entry in statistics),
+        decode_seconds=sum(entry.decode_seconds for entry in statistics),
+        prefill_seconds=sum(entry.prefill_seconds for entry in statistics),
+        engine_seconds=sum(entry.engine_seconds for entry in statistics),
+    )
+
+
+def _summary(runs: list[_Run], baseline: list[_Run] | None) -> dict[str, float | int | None]:
+    first = runs[0]
+    summary: dict[str, float | int | None] = {
+        "tokens_per_second": median(run.new_tokens / run.decode_seconds for run in runs),
+        "tokens_per_forward": first.new_tokens / first.forwards,
+        "forwards": first.forwards,
+        "new_tokens": first.new_tokens,
+        "overhead": median(run.decode_seconds / run.engine_seconds for run in runs),
+        "speedup": None,
+        "speedup_with_prefill": None,
+    }
+    if baseline:
+        pairs = list(zip(baseline, runs, strict=True))
+        summary["speedup"] = median(base.decode_seconds / run.decode_seconds for base, run in pairs)
+        summary["speedup_with_prefill"] = median(
+            (base.decode_seconds + base.prefill_seconds) / (run.decode_seconds + run.prefill_seconds)
+            for base, run in pairs
+        )
+    return summary
+
+
+def _bench_transformers(
+    bundle: Bundle, checkpoint: Path, prompts: list[list[int]], options: BenchOptions
+) -> dict[str, float | int]:
+    import torch
+
+    from cllm_export.exporter.reference import Reference
+
+    torch.set_num_threads(options.threads or available_threads())
+    reference = Reference(checkpoint, max_length=bundle.manifest.max_length)
+    reference.generate(prompts[0], 4, ())
+    tokens, seconds = 0, 0.0
+    for prompt in prompts:
+        limit = min(options.max_new_tokens, bundle.manifest.max_length - len(prompt))
+        new, taken = reference.generate(prompt, limit, bundle.manifest.eos_token_ids)
+        tokens, seconds = tokens + new, seconds + taken
+    return {"new_tokens": tokens, "tokens_per_second_with_prefill": tokens / seconds}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,359 @@
+"""The command line: parse, call, print. No logic stands here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cllm_export import __version__, display
+from cllm_export.bundle import FillName, Loop, TrainedWith, open_bundle
+from cllm_export.contract import Precision
+from cllm_export.errors import CllmExportError, MissingExtraError, OptionError, OutputError, PromptError
+from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
+
+EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT = 1, 2, 3
+
+app = typer.Typer(
+    name="cllm-export",
+    help="Export Consistency LLMs and decode them in parallel, token for token equal to autoregressive decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BundleArgument = Annotated[Path, typer.Argument(help="A directory that `cllm-export build` wrote.", show_default=False)]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="JSON Lines (`prompt` or `messages`, optional `id`, `answer`), or a prompt a line."),
+]
+CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
+BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most.")]
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks; anywhere on the command line.")] = False,  # noqa: ARG001
+) -> None:
+    """Export Consistency LLMs and decode them in parallel."""
+    if version:
+        display.OUT.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", help="n; by default what the model was trained with, else 16.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", help="Prompt plus new tokens; by default the model's, capped at 2048."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
+    precision: Annotated[Precision, typer.Option("--precision", help="fp16 is for GPU engines.")] = "fp32",
+    fixed_shapes: Annotated[
+        bool, typer.Option("--fixed-shapes", help="Pin batch, block and extent in the graph, for edge compilers.")
+    ] = False,
+    trained_block_size: Annotated[
+        int | None, typer.Option("--trained-block-size", help="n the model was tuned with, if its config is silent.")
+    ] = None,
+    trained_fill: Annotated[FillName | None, typer.Option("--trained-fill", help="Fill, likewise.")] = None,
+    trained_loop: Annotated[Loop | None, typer.Option("--trained-loop", help="Loop, likewise.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Export a checkpoint into a bundle."""
+    with _needs_export_extra():
+        from cllm_export.exporter.pipeline import BuildOptions, build
+    options = BuildOptions(
+        block_size=block_size,
+        max_length=max_length,
+        batch_size=batch_size,
+        precision=precision,
+        fixed_shapes=fixed_shapes,
+        trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
+    )
+    with display.progress_bar() as progress:
+        bundle = build(checkpoint, output, options, force=force, progress=progress)
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    display.OUT.print(
+        f"[green]wrote[/green] {output} ({display.bytes_text(size)}, fingerprint {bundle.fingerprint[:12]})"
+    )
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    checkpoint: CheckpointOption = None,
+    prompts: PromptsOption = None,
+    block_sizes: Annotated[
+        list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Prove a bundle lossless, write parity.json into it, and exit with 1 if it is not."""
+    from cllm_export.verify import VerifyOptions
+    from cllm_export.verify import verify as run
+
+    options = VerifyOptions(max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads)
+    with display.progress_bar() as progress, _needs_export_extra():
+        parity = run(
+            open_bundle(bundle),
+            prompts=read_prompts(prompts, limit=limit) if prompts else (),
+            checkpoint=checkpoint,
+            options=options,
+            progress=progress,
+        )
+    display.show_parity(parity)
+    if not parity.passed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it and --prompts, standard input.", show_default=False)
+    ] = None,
+    prompts: PromptsOption = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="By default the loop the model was trained with.")
+    ] = None,
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the prompt fill.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; repeatable.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="By default whatever fits.")
+    ] = None,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Statistics on standard error.")] = False,
+    blocks: Annotated[bool, typer.Option("--show-blocks", help="Every block, coloured by what became of it.")] = False,
+) -> None:
+    """Decode prompts: from the command line, a file, or standard input."""
+    if blocks and as_json:
+        raise OptionError("--show-blocks and --json exclude each other: the JSON has the statistics")
+    given = _gather_prompts(prompt, prompts, limit)
+    model = load(bundle, threads=threads)
+    options: dict[str, Any] = {
+        "method": method,
+        "block_size": block_size,
+        "fill": fill,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "max_new_tokens": max_new_tokens,
+    }
+    for entry in given:
+        with _naming(entry, len(given)):
+            if as_json:
+                _print_json_line(entry, model.generate(entry.content, **options))
+            else:
+                _print_text(model, entry, options, stats=stats, blocks=blocks)
+
+
+@app.command()
+def inspect(bundle: BundleArgument, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Say what is in a bundle and what memory it needs."""
+    from cllm_export.inspect import describe
+
+    description = describe(open_bundle(bundle))
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+    else:
+        display.show_description(description)
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    prompts: PromptsOption = None,
+    checkpoint: CheckpointOption = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="Only this loop, beside autoregressive; by default all.")
+    ] = None,
+    block_size: BlockSizeOption = None,
+    sweep: Annotated[str, typer.Option("--sweep", help="Further block sizes for the sliding loop: 4,8,12.")] = "",
+    max_new_tokens: MaxNewTokensOption = 128,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes; medians are reported.")] = 3,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+) -> None:
+    """Time every loop on real prompts, interleaved, and the forward at every block size."""
+    from cllm_export.bench import BenchOptions, run_bench
+
+    options = BenchOptions(
+        methods=_with_baseline(method),
+        block_size=block_size,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        repeats=repeats,
+        sweep=_parse_sizes(sweep),
+    )
+    opened = open_bundle(bundle)
+    given = read_prompts(prompts, limit=limit) if prompts else ()
+    with display.progress_bar() as progress, _needs_export_extra():
+        report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)
+    if as_json:
+        _write_text(as_json, json.dumps(report, indent=2) + "\n")
+    display.show_bench(report)
+
+
+@app.command()
+def demo(
+    example: Annotated[
+        Path, typer.Option("--example", help="A directory with `checkpoint/` and `prompts.jsonl`.")
+    ] = Path("examples/text_to_sql"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("demo-bundle"),
+    threads: ThreadsOption = None,
+) -> None:
+    """Build the example's bundle, verify it, decode a few prompts and print the speed table."""
+    from cllm_export.demo import run_demo
+
+    with _needs_export_extra():
+        run_demo(example, output, threads=threads)
+
+
+def main() -> None:
+    """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
+    debug = _take_debug_flag(sys.argv)
+    try:
+        app()
+    except CllmExportError as error:
+        _fail(str(error), EXIT_ERROR, error if debug else None)
+    except Exception as error:
+        message = (
+            f"{type(error).__name__}: {error}; this is a defect of cllm-export: run again with --debug and report it"
+        )
+        _fail(message, EXIT_DEFECT, error if debug else None)
+
+
+def _take_debug_flag(argv: list[str]) -> bool:
+    """Remove --debug from anywhere before a bare ``--``."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    debug = "--debug" in argv[:end]
+    argv[:end] = [argument for argument in argv[:end] if argument != "--debug"]
+    return debug
+
+
+def _fail(message: str, code: int, cause: BaseException | None = None) -> None:
+    if cause is not None:
+        raise cause
+    display.ERR.print("[bold red]error:[/bold red]", end=" ")
+    display.ERR.print(message, markup=False)
+    sys.exit(code)
+
+
+@contextmanager
+def _needs_export_extra() -> Iterator[None]:
+    """Turn a missing package of the export extra into its install line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in EXPORT_PACKAGES:
+            raise MissingExtraError(error.name, extra="export") from None
+        raise
+
+
+@contextmanager
+def _naming(prompt: Prompt, total: int) -> Iterator[None]:
+    """Say which of several prompts an error is about."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"prompt {prompt.id}: {error}" if total > 1 else str(error)) from None
+
+
+def _trained_with(block_size: int | None, fill: FillName | None, loop: Loop | None) -> TrainedWith | None:
+    if block_size is None:
+        if fill or loop:
+            raise OptionError("--trained-fill and --trained-loop need --trained-block-size")
+        return None
+    return TrainedWith(block_size=block_size, fill=fill or "pad", loop=loop or "sliding")
+
+
+def _with_baseline(method: Method | None) -> tuple[Method, ...]:
+    return tuple(name for name in METHODS if method in (None, name) or name == "autoregressive")
+
+
+def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:
+    if prompt is not None and path is not None:
+        raise OptionError("give a prompt or --prompts, not both")
+    if prompt is not None:
+        return [Prompt(id="1", content=prompt)]
+    if path is not None:
+        return read_prompts(path, limit=limit)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise OptionError("no prompt: give one as an argument, with --prompts FILE, or on standard input")
+    return _read_stdin(limit)
+
+
+def _read_stdin(limit: int | None) -> list[Prompt]:
+    """JSON Lines if it starts with a brace, else the whole text as one prompt."""
+    data = sys.stdin.buffer.read()
+    if data.lstrip()[:1] == b"{":
+        return parse_prompts(data, source="standard input", limit=limit)
+    try:
+        return [Prompt(id="1", content=data.decode("utf-8"))]
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not valid UTF-8 at byte {error.start}") from None
+
+
+def _print_json_line(prompt: Prompt, generation: Generation) -> None:
+    line = {
+        "id": prompt.id,
+        "text": generation.text,
+        "token_ids": list(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        "stats": generation.statistics.to_dict(),
+    }
+    typer.echo(json.dumps(line, ensure_ascii=False))
+
+
+def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats: bool, blocks: bool) -> None:
+    with model.stream(prompt.content, **options) as stream:
+        if not blocks:
+            for delta in stream:
+                typer.echo(delta, nl=False)
+                sys.stdout.flush()
+            typer.echo()
+        generation = stream.result()
+    if blocks:
+        display.show_blocks(model, generation)
+    if stats:
+        display.show_statistics(generation)
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise OptionError(f"--sweep must be block sizes such as 4,8,12, got {text!r}") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""Prove a bundle: its Jacobi loops give its own greedy tokens, and those are the checkpoint's.
+
+What must be equal is required to be equal: Jacobi decoding against autoregressive decoding through the same engine
+and shape. What floating point may flip, across shapes or against PyTorch, is compared token by token; a difference
+counts as a tie only where the reference's own margin between its two best tokens is under a stated epsilon.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, Bundle, Progress
+from cllm_export.contract import Precision
+from cllm_export.errors import BundleError, ChecksumError, OptionError, OutputError
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.generate import METHODS, Generation, Method, load, prefill
+from cllm_export.runtime.ort_engine import OrtEngine
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.reference import Reference
+
+MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.1}
+"""Top-1 minus top-2 logit under which a flipped token counts as a tie.
+
+Logits of a few tens carry an fp32 rounding error near 1e-5 through a decoder's depth, so 1e-3 is a hundred times the
+noise and a thousandth of an ordinary margin. fp16 weights and activations carry 2**-11 relative: 0.01 to 0.05.
+"""
+
+DEFAULT_NUM_PROMPTS = 16
+CORRUPTION_LIMIT = 1 << 30
+"""Bytes above which a file is not copied to be corrupted; its checksum is compared all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One property of a bundle and whether it holds; ``passed`` is None where it was not checked, and says why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The report that ``verify`` writes as ``parity.json``."""
+
+    bundle_fingerprint: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    def to_json(self) -> str:
+        checks = [vars(check) for check in self.checks]
+        report = {"bundle_fingerprint": self.bundle_fingerprint, "passed": self.passed, "checks": checks}
+        return json.dumps(report, indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What ``cllm-export verify`` lets the user choose."""
+
+    max_new_tokens: int = 128
+    block_sizes: tuple[int, ...] = ()
+    """Block sizes the losslessness checks run at; by default the bundle's own."""
+    threads: int | None = None
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    prompts: Sequence[Prompt] = (),
+    checkpoint: Path | None = None,
+    options: VerifyOptions | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Run every check and write ``parity.json`` into the bundle.
+
+    Without prompts, sequences of random tokens (seeded) stand for them. Without a checkpoint, a token that differs
+    across shapes cannot be shown to be a tie, and fails.
+
+    Raises:
+        ChecksumError: a file of the bundle is corrupted.
+        CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+    """
+    options = options or VerifyOptions()
+    bundle.check_files(progress)
+    session = _Session(bundle, prompts, checkpoint, options, progress or (lambda *_: None))
+    checks = [Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files match the manifest")]
+    checks += session.token_checks()
+    checks += [
+        check_rows_are_isolated(bundle, options.threads),
+        check_dead_rows_are_hidden(bundle, options.threads),
+        check_cache_is_in_place(bundle, options.threads),
+        check_corruption_is_caught(bundle),
+    ]
+    parity = Parity(bundle_fingerprint=bundle.fingerprint, checks=tuple(checks))
+    write_parity(bundle, parity)
+    return parity
+
+
+def write_parity(bundle: Bundle, parity: Parity) -> None:
+    """Write ``parity.json``, whole or not at all.
+
+    Raises:
+        OutputError: the bundle cannot be written to.
+    """
+    target = bundle.path / PARITY_NAME
+    scratch = target.with_name(f".{PARITY_NAME}.{os.getpid()}")
+    try:
+        scratch.write_text(parity.to_json(), encoding="utf-8")
+        scratch.replace(target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+
+
+class _Session:
+    """The checks that decode prompts: they share one model, one reference and the sequences decoded so far."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        prompts: Sequence[Prompt],
+        checkpoint: Path | None,
+        options: VerifyOptions,
+        progress: Progress,
+    ) -> None:
+        self._bundle = bundle
+        self._model = load(bundle.path, threads=options.threads)
+        self._reference = _open_reference(bundle, checkpoint) if checkpoint else None
+        self._progress = progress
+        self._max_new_tokens = options.max_new_tokens
+        self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
+        own = bundle.manifest.block_size
+        pinned = self._model.engine.fixed_shapes is not None
+        self._block_sizes = (own,) if pinned or not options.block_sizes else options.block_sizes
+
+    def token_checks(self) -> list[Check]:
+        checks = []
+        for block_size in self._block_sizes:
+            autoregressive = self._decode("autoregressive", block_size)
+            for method in METHODS[:2]:
+                checks.append(self._lossless(method, block_size, autoregressive))
+        if self._model.engine.fixed_shapes:
+            checks.append(Check(name="across shapes", passed=None, detail="the bundle is pinned to one shape"))
+        else:
+            checks.append(self._across_shapes(self._block_sizes[0]))
+        checks.append(self._against_checkpoint(self._block_sizes[0]))
+        return checks
+
+    def _lossless(self, method: Method, block_size: int, expected: list[Generation]) -> Check:
+        actual = self._decode(method, block_size)
+        differences = [
+            {"prompt": prompt_id, "position": first_difference(a.token_ids, e.token_ids)}
+            for prompt_id, a, e in zip(self._prompts, actual, expected, strict=True)
+            if a.token_ids != e.token_ids
+        ]
+        forwards = sum(generation.statistics.forwards for generation in actual)
+        tokens = sum(generation.statistics.new_tokens for generation in actual)
+        equal = len(actual) - len(differences)
+        return Check(
+            name=f"{method} == autoregressive, n = {block_size}",
+            passed=not differences,
+            detail=f"{equal} of {len(actual)} prompts equal, {tokens} tokens, {tokens / forwards:.2f} per forward",
+            data={"prompts": len(actual), "equal": equal, "new_tokens": tokens, "differences": differences},
+        )
+
+    def _across_shapes(self, block_size: int) -> Check:
+        one = self._decode("autoregressive", 1)
+        many = self._decode("autoregressive", block_size)
+        differences = []
+        for (prompt_id, prompt), a, b in zip(self._prompts.items(), one, many, strict=True):
+            position = first_difference(a.token_ids, b.token_ids)
+            if position is not None:
+                margin = self._margin(prompt, a.token_ids, position)
+                differences.append({"prompt": prompt_id, "position": position, "margin": margin})
+        return self._compared(f"across shapes, n = 1 against {block_size}", len(one), differences)
+
+    def _against_checkpoint(self, block_size: int) -> Check:
+        name = "against the PyTorch checkpoint"
+        if self._reference is None:
+            return Check(name=name, passed=None, detail="no --checkpoint given")
+        differences = []
+        generations = self._decode("autoregressive", block_size)
+        for (prompt_id, prompt), generation in zip(self._prompts.items(), generations, strict=True):
+            steps = self._reference.predict(prompt, generation.token_ids)
+            pairs = enumerate(zip(steps, generation.token_ids, strict=True))
+            first = next((index for index, (step, token) in pairs if step.token != token), None)
+            if first is not None:
+                differences.append({"prompt": prompt_id, "position": first, "margin": steps[first].margin})
+        return self._compared(name, len(generations), differences)
+
+    def _compared(self, name: str, total: int, differences: list[dict[str, Any]]) -> Check:
+        epsilon = MARGIN_EPSILON[self._bundle.manifest.precision]
+        wrong = [entry for entry in differences if entry["margin"] is None or entry["margin"] > epsilon]
+        detail = f"{total - len(differences)} of {total} prompts equal"
+        if differences:
+            first = (wrong or differences)[0]
+            margin = "unknown (give --checkpoint)" if first["margin"] is None else f"{first['margin']:.2g}"
+            detail += f"; first difference: prompt {first['prompt']}, token {first['position']}, margin {margin}"
+        data = {"prompts": total, "differences": differences, "margin_epsilon": epsilon}
+        return Check(name=name, passed=not wrong, detail=detail, data=data)
+
+    def _margin(self, prompt: list[int], tokens: Sequence[int], position: int) -> float | None:
+        if self._reference is None or position >= len(tokens):
+            return None
+        return self._reference.predict(prompt, tokens[: position + 1])[position].margin
+
+    def _decode(self, method: Method, block_size: int) -> list[Generation]:
+        generations = []
+        for done, prompt in enumerate(self._prompts.values(), start=1):
+            room = self._bundle.manifest.max_length - len(prompt)
+            limit = min(self._max_new_tokens, room)
+            generations.append(self._model.generate(prompt, max_new_tokens=limit, method=method, block_size=block_size))
+            self._progress(f"{method}, n = {block_size}", done, len(self._prompts))
+        return generations
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+        encoded = {}
+        for index, prompt in enumerate(prompts, start=1):
+            key = prompt.id if prompt.id not in encoded else f"{prompt.id} (line {index})"
+            ids = self._model.encode(prompt.content)
+            if len(ids) >= self._bundle.manifest.max_length:
+                raise OptionError(f"prompt {key} has {len(ids)} tokens, too long for this bundle; leave it out")
+            encoded[key] = ids
+        return encoded
+
+
+def random_prompts(bundle: Bundle, count: int, *, seed: int = 0) -> dict[str, list[int]]:
+    """Sequences of random tokens by name, of lengths that reach over chunks of the prompt."""
+    generator = random.Random(seed)  # noqa: S311 - test data, not a secret
+    manifest = bundle.manifest
+    longest = max(1, min(160, manifest.max_length // 2))
+    lengths = [generator.randint(1, longest) for _ in range(count)]
+    return {
+        f"random-{index}": [generator.randrange(manifest.geometry.vocab_size) for _ in range(length)]
+        for index, length in enumerate(lengths)
+    }
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first position where two sequences differ, or None where they are equal."""
+    if tuple(a) == tuple(b):
+        return None
+    pairs = zip(a, b, strict=False)
+    return next((index for index, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def check_rows_are_isolated(bundle: Bundle, threads: int | None, *, trials: int = 8) -> Check:
+    """Change later rows and other slots at random: the prediction and the KV rows of earlier rows stay bit-equal."""
+    probe = _Probe(bundle, threads)
+    block = probe.random_block()
+    before = probe.run(block)
+    leaks = []
+    for trial in range(trials):
+        kept = 1 + trial % max(1, probe.block_size - 1) if trial else 1
+        changed = block[:kept] + probe.random_block()[kept:]
+        if not probe.same(before, probe.run(changed, disturb=True), rows=kept):
+            leaks.append(kept)
+    slots = probe.engine.num_slots
+    detail = f"{trials} trials, {slots} slots, n = {probe.block_size}"
+    return Check(
+        name="rows see each other only through attention",
+        passed=not leaks,
+        detail=detail if not leaks else f"rows before {leaks[0]} changed with later rows or other slots",
+        data={"trials": trials, "slots": slots, "leaks": leaks},
+    )
+
+
+def check_dead_rows_are_hidden(bundle: Bundle, threads: int | None) -> Check:
+    """Poison every row above the write index with large finite values: no output and no valid row changes."""
+    probe = _Probe(bundle, threads)
+    block = probe.random_block()
+    clean = probe.run(block)
+    poisoned = probe.run(block, poison=1e4)
+    same = probe.same(clean, poisoned, rows=probe.block_size)
+    detail = "rows above the write index set to 1e4" if same else "a row above the write index changed an output"
+    return Check(name="dead cache rows change nothing", passed=same, detail=detail)
+
+
+def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
+    """The engine writes the block's rows into the very buffers it reads, and says nothing of a copy."""
+    probe = _Probe(bundle, threads, log_severity=2)
+    with _captured_stderr() as log:
+        before = {name: array.copy() for name, array in probe.engine.cache.items()}
+        probe.run(probe.random_block())
+    rows = slice(probe.write_index, probe.write_index + probe.block_size)
+    written = all(np.any(array[:, :, rows] != before[name][:, :, rows]) for name, array in probe.engine.cache.items())
+    above = slice(probe.write_index + probe.block_size, None)
+    kept = all(
+        np.array_equal(array[:, :, above], before[name][:, :, above]) for name, array in probe.engine.cache.items()
+    )
+    warned = "in-place" in log()
+    problems = [
+        text
+        for text, failed in (
+            ("the block's rows were not written", not written),
+            ("rows beyond the block were written", not kept),
+            ("ONNX Runtime reports a copy of the cache", warned),
+        )
+        if failed
+    ]
+    return Check(
+        name="KV cache is updated in place",
+        passed=not problems,
+        detail="; ".join(problems) or f"{len(before)} buffers, past and present on one address",
+    )
+
+
+def check_corruption_is_caught(bundle: Bundle) -> Check:
+    """Flip one byte of a copy of each file: the checksum of exactly that file must fail."""
+    missed, skipped = [], []
+    for name, entry in bundle.manifest.files.items():
+        if entry.size > CORRUPTION_LIMIT or not entry.size:
+            skipped.append(name)
+        elif not _corruption_is_named(bundle, name):
+            missed.append(name)
+    detail = f"one flipped byte in each of {len(bundle.manifest.files) - len(skipped)} files was named"
+    if skipped:
+        detail += f"; not tried on {', '.join(skipped)} (size)"
+    return Check(
+        name="corruption is caught by checksum",
+        passed=not missed,
+        detail=detail if not missed else f"a flipped byte in {missed[0]} went unnoticed",
+    )
+
+
+class _Probe:
+    """An engine with two slots or more, brought to the same state before every forward."""
+
+    def __init__(self, bundle: Bundle, threads: int | None, *, log_severity: int = 3) -> None:
+        pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+        slots = None if pinned else max(2, bundle.manifest.batch_size)
+        self.engine = OrtEngine(bundle, num_slots=slots, threads=threads, log_severity=log_severity)
+        self.block_size = bundle.manifest.block_size
+        self._vocabulary = bundle.manifest.geometry.vocab_size
+        self._random = random.Random(1)  # noqa: S311 - test data, not a secret
+        self._prompt = self._tokens(max(1, min(24, bundle.manifest.max_length - 1)))
+        self.write_index = len(self._prompt)
+
+    def random_block(self) -> list[int]:
+        return self._tokens(self.block_size)
+
+    def run(
+        self, block: list[int], *, disturb: bool = False, poison: float | None = None
+    ) -> tuple[list[int], list[Any]]:
+        """Predictions [n] of slot 0 and its KV rows [K, n, D] of every layer, after one forward of the block."""
+        for array in self.engine.cache.values():
+            array.fill(0)
+        prefill(self.engine, self._prompt, 0)
+        if poison is not None:
+            for array in self.engine.cache.values():
+                array[:, :, self.write_index :] = poison
+        others = self.engine.num_slots - 1
+        blocks = [block] + [self.random_block() if disturb else [0] * self.block_size for _ in range(others)]
+        active = [1] + [int(disturb)] * others
+        forward = self.engine.forward(blocks, active, [self.write_index] + [0] * others)
+        rows = slice(self.write_index, self.write_index + self.block_size)
+        return forward.next_ids[0], [array[0, :, rows].copy() for array in self.engine.cache.values()]
+
+    @staticmethod
+    def same(a: tuple[list[int], list[Any]], b: tuple[list[int], list[Any]], *, rows: int) -> bool:
+        """Whether the first rows agree bit for bit."""
+        caches = zip(a[1], b[1], strict=True)
+        return a[0][:rows] == b[0][:rows] and all(x[:, :rows].tobytes() == y[:, :rows].tobytes() for x, y in caches)
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._vocabulary) for _ in range(count)]
+
+
+def _open_reference(bundle: Bundle, checkpoint: Path) -> Reference:
+    from cllm_export.exporter.reference import Reference
+
+    reference = Reference(checkpoint, max_length=bundle.manifest.max_length)
+    if reference.checkpoint.fingerprint() != bundle.manifest.checkpoint_fingerprint:
+        raise BundleError(
+            f"{bundle.path} was not built from {checkpoint}: their fingerprints differ; "
+            "give the checkpoint it was built from, or rebuild it"
+        )
+    return reference
+
+
+def _corruption_is_named(bundle: Bundle, name: str) -> bool:
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=bundle.path.parent) as scratch:
+        copy = Path(scratch)
+        for other in (MANIFEST_NAME, *bundle.manifest.files):
+            place: Callable[..., object] = shutil.copyfile if other == name else _link
+            place(bundle.path / other, copy / other)
+        with (copy / name).open("r+b") as file:
+            file.seek(bundle.manifest.files[name].size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+        try:
+            Bundle(path=copy, manifest=bundle.manifest, fingerprint=bundle.fingerprint).check_files()
+        except ChecksumError as error:
+            return name in str(error)
+        return False
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """What native code writes to the process's standard error meanwhile, such as ONNX Runtime's own log."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        text = ""
+        try:
+            yield lambda: text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
