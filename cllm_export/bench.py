@@ -1,6 +1,6 @@
 """Time a bundle: every loop on real prompts, the forward at every block size, and PyTorch beside them.
 
-Everything is compared in one run, interleaved, by medians: machines are shared and noisy, so ratios count.
+Everything is compared in one run, pass after pass in turn, by medians: machines are shared and noisy, so ratios count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cllm_export.runtime.ort_engine import OrtEngine, available_threads
 from cllm_export.verify import random_prompts
 
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-LATENCY_ROUNDS = 40
+LATENCY_ROUNDS, LATENCY_WARM_UP, LATENCY_TIMED = 20, 8, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +93,12 @@ def measure_latency(bundle: Bundle, prompts: Sequence[Sequence[int]], threads: i
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(LATENCY_ROUNDS):
         for size in sizes:
-            engine.run_bound(size, past)  # brings this shape's buffers back into cache
-            started = engine.run_seconds
-            for _ in range(3):
+            for _ in range(LATENCY_WARM_UP):  # a wider forward before has emptied the caches
                 engine.run_bound(size, past)
-            times[size].append((engine.run_seconds - started) / 3)
+            started = engine.run_seconds
+            for _ in range(LATENCY_TIMED):
+                engine.run_bound(size, past)
+            times[size].append((engine.run_seconds - started) / LATENCY_TIMED)
     first = median(times[sizes[0]])
     return [
         {"block_size": size, "milliseconds": median(times[size]) * 1e3, "ratio": median(times[size]) / first}
@@ -129,17 +130,18 @@ def _interleaved(
     options: BenchOptions,
     progress: Progress,
 ) -> dict[tuple[Method, int | None], list[_Run]]:
-    """Prompt by prompt through every setting, so that a slow moment of the machine falls on all alike."""
+    """Pass by pass through every setting, again and again, after one that warms up.
+
+    A pass is all prompts in one setting, as a service would run them: switching from request to request would charge
+    the light forwards of one loop for the caches that the heavy ones of another have emptied.
+    """
     runs: dict[tuple[Method, int | None], list[_Run]] = {setting: [] for setting in settings}
     for repeat in range(options.repeats + 1):
-        generations: dict[tuple[Method, int | None], list[Generation]] = {setting: [] for setting in settings}
-        for index, prompt in enumerate(prompts):
-            for method, size in settings:
-                generations[method, size].append(_generate(model, prompt, method, size, options))
-            progress("warm-up" if repeat == 0 else f"repeat {repeat}", index + 1, len(prompts))
-        if repeat:
-            for setting, done in generations.items():
-                runs[setting].append(_collect(done))
+        for index, (method, size) in enumerate(settings):
+            done = [_generate(model, prompt, method, size, options) for prompt in prompts]
+            if repeat:
+                runs[method, size].append(_collect(done))
+            progress("passes", repeat * len(settings) + index + 1, (options.repeats + 1) * len(settings))
     return runs
 
 

@@ -92,9 +92,9 @@ def fuse_rotary(graph: DecoderGraph) -> None:
 
 
 def make_reshapes_static(graph: DecoderGraph) -> None:
-    """Write each Reshape's target as constants, 0 for an axis it keeps. Post: no Reshape computes its target."""
+    """Write each Reshape's target as constants, 0 for an axis it keeps; one that takes another's whole shape stays."""
     for node in graph.graph:
-        if node.op_type == "Reshape" and node.inputs[1] is not None and node.inputs[1].const_value is None:
+        if node.op_type == "Reshape" and _computes_target(node):
             target = _static_target(node)
             node.replace_input_with(1, _constant(graph, target))
             node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
@@ -119,13 +119,41 @@ def transpose_weights(graph: DecoderGraph) -> None:
 def pack_qkv(graph: DecoderGraph) -> None:
     """The three projections of each attention -> one MatMul, one Reshape and one Split by heads.
 
-    On a model of a few million parameters the node count is what a forward costs. Gate and up stay apart: packing
-    them saves a MatMul and adds a Split that copies, which measured slower at n >= 8 (benchmarks/packing.py).
+    On a model of a few million parameters the node count is what a forward costs (benchmarks/graph_passes.py). Gate
+    and up stay apart: packing them saves a MatMul and adds a Split that copies, so the count stays as it is.
     """
     for attention in [node for node in graph.graph if node.op_type == "Attention"]:
         chains = [_projection_of(graph, attention.inputs[index]) for index in (0, 1, 2)]
         if all(chains) and len({chain[0].inputs[0] for chain in chains if chain}) == 1:
             _pack(graph, [chain for chain in chains if chain])
+
+
+def fold_query_groups(graph: DecoderGraph) -> None:
+    """Grouped queries: the g heads that share a key/value head become rows of one head, [B, K, g n, D].
+
+    The same numbers in the same order, but every key and value is read once instead of g times: leaving it out costs
+    the demo model (g = 3) about a tenth of a one-token forward (benchmarks/graph_passes.py).
+    """
+    folded: dict[tuple[ir.Value, int], ir.Value] = {}
+    for attention in [node for node in graph.graph if node.op_type == "Attention"]:
+        query, key, _, mask = attention.inputs[:4]
+        assert query is not None and key is not None and mask is not None and query.shape and key.shape
+        heads, kv_heads, width = (int(dim) for dim in (query.shape[1], key.shape[1], query.shape[3]))  # type: ignore[arg-type]
+        groups = heads // kv_heads
+        if groups == 1:
+            continue
+        if (mask, groups) not in folded:
+            folded[mask, groups] = _repeat_rows(graph, mask, groups)
+        rows = ir.node("Reshape", [query, _constant(graph, [0, kv_heads, -1, width])])
+        back = ir.node("Reshape", [attention.outputs[0], _constant(graph, [0, heads, -1, width])])
+        back.outputs[0].shape, back.outputs[0].type = attention.outputs[0].shape, attention.outputs[0].type
+        attention.outputs[0].shape = None
+        ir.convenience.replace_all_uses_with(attention.outputs[0], back.outputs[0])
+        back.replace_input_with(0, attention.outputs[0])
+        attention.replace_input_with(0, rows.outputs[0])
+        attention.replace_input_with(3, folded[mask, groups])
+        graph.graph.insert_before(attention, rows)
+        graph.graph.insert_after(attention, back)
 
 
 PASSES: tuple[Pass, ...] = (
@@ -135,6 +163,7 @@ PASSES: tuple[Pass, ...] = (
     make_reshapes_static,
     transpose_weights,
     pack_qkv,
+    fold_query_groups,
 )
 
 
@@ -178,6 +207,12 @@ def _is_whole_cache_slice(node: ir.Node) -> bool:
     return source is not None and source.op_type == "TensorScatter"
 
 
+def _computes_target(reshape: ir.Node) -> bool:
+    target = reshape.inputs[1]
+    producer = target.producer() if target is not None else None
+    return producer is not None and producer.op_type != "Shape"
+
+
 def _static_target(node: ir.Node) -> list[int]:
     source, result = node.inputs[0], node.outputs[0]
     _require(
@@ -194,20 +229,17 @@ def _static_target(node: ir.Node) -> list[int]:
 
 
 def _use_gemm(graph: DecoderGraph, transpose: ir.Node, table: ir.Value) -> None:
-    """MatMul with a transposed shared table [V, E] -> Gemm(transB) over it, so that the file holds it once."""
+    """MatMul of rows [B h, E] with a transposed shared table [V, E] -> Gemm(transB), so that the file holds it once."""
     for matmul in [use.node for use in transpose.outputs[0].uses()]:
-        hidden, logits = matmul.inputs[0], matmul.outputs[0]
-        _require(matmul.op_type == "MatMul" and hidden is not None, f"{table.name} is shared by a {matmul.op_type}")
-        assert table.shape is not None
-        vocabulary, width = (int(dim) for dim in table.shape.dims)  # type: ignore[arg-type]
-        flat = ir.node("Reshape", [hidden, _constant(graph, [-1, width])])
-        gemm = ir.node("Gemm", [flat.outputs[0], table], {"transB": 1})
-        shape = ir.node("Shape", [hidden], {"start": 0, "end": 2})
-        target = ir.node("Concat", [shape.outputs[0], _constant(graph, [vocabulary])], {"axis": 0})
-        back = ir.node("Reshape", [gemm.outputs[0], target.outputs[0]])
-        back.outputs[0].shape, back.outputs[0].type = logits.shape, logits.type
-        graph.graph.insert_before(matmul, (flat, gemm, shape, target, back))
-        ir.convenience.replace_all_uses_with(logits, back.outputs[0])
+        rows = matmul.inputs[0]
+        _require(
+            matmul.op_type == "MatMul" and rows is not None and rows.shape is not None and len(rows.shape) == 2,
+            f"{table.name} is shared by a {matmul.op_type} that is no head",
+        )
+        gemm = ir.node("Gemm", [rows, table], {"transB": 1})
+        gemm.outputs[0].shape, gemm.outputs[0].type = matmul.outputs[0].shape, matmul.outputs[0].type
+        graph.graph.insert_before(matmul, gemm)
+        ir.convenience.replace_all_uses_with(matmul.outputs[0], gemm.outputs[0])
 
 
 def _projection_of(graph: DecoderGraph, value: ir.Value | None) -> list[ir.Node] | None:
@@ -258,6 +290,15 @@ def _pack(graph: DecoderGraph, chains: list[list[ir.Node]]) -> None:
         replaced = chain[-1] if transposed else next(node for node in chain if node.op_type == "Reshape")
         output.shape, output.type = replaced.outputs[0].shape, replaced.outputs[0].type
         ir.convenience.replace_all_uses_with(replaced.outputs[0], output)
+
+
+def _repeat_rows(graph: DecoderGraph, mask: ir.Value, times: int) -> ir.Value:
+    """A mask [B, 1, n, S] repeated along its rows: [B, 1, times n, S]."""
+    producer = mask.producer()
+    assert producer is not None
+    repeat = ir.node("Concat", [mask] * times, {"axis": 2})
+    graph.graph.insert_after(producer, repeat)
+    return repeat.outputs[0]
 
 
 def _heads(chain: list[ir.Node]) -> tuple[int, int]:

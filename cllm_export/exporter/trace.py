@@ -121,9 +121,12 @@ class GreedyGraph(nn.Module):
         hidden = self.decoder.model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        hidden = _op("Gather", hidden, head_rows, shape=(b, head_rows.shape[0], hidden.shape[2]), axis=1)
-        next_ids = self.decoder.lm_head(hidden).float().argmax(-1)
-        accepted = _num_accepted(input_ids, num_committed, head_rows, next_ids)
+        h = head_rows.shape[0]
+        hidden = _op("Gather", hidden, head_rows, shape=(b, h, hidden.shape[2]), axis=1)
+        drafted = _op("Gather", input_ids, head_rows, shape=(b, h), axis=1)
+        best = self.decoder.lm_head(hidden.flatten(0, 1)).float().argmax(-1)
+        next_ids = _op("Reshape", best, _op("Shape", drafted, shape=(2,)), shape=(b, h))
+        accepted = _num_accepted(input_ids, num_committed, head_rows, drafted, next_ids)
         return (next_ids, accepted, *cache.present)
 
 
@@ -175,15 +178,15 @@ class ScatterCache:
         return present[:, :, : self._extent]
 
 
-def _num_accepted(input_ids: Tensor, num_committed: Tensor, head_rows: Tensor, next_ids: Tensor) -> Tensor:
+def _num_accepted(
+    input_ids: Tensor, num_committed: Tensor, head_rows: Tensor, drafted: Tensor, next_ids: Tensor
+) -> Tensor:
     """Number of leading rows that are right, [B]: the first row that is neither committed nor predicted, else n.
 
     Row i is right if i < num_committed or if its token equals the prediction after row i - 1. An idle slot has no
     committed row, so its first wrong row is 0. In prefill only row 0 is looked at.
     """
-    b, h = input_ids.shape[0], head_rows.shape[0]
     before = nn.functional.pad(next_ids, (1, -1), value=-1)
-    drafted = _op("Gather", input_ids, head_rows, shape=(b, h), axis=1)
     right = (head_rows < num_committed[:, None]) | (drafted == before)
     length = _op("Shape", input_ids, shape=(1,), dtype=torch.int64, version=23, start=1, end=2)
     return torch.where(right, length, head_rows).amin(-1)

@@ -36,6 +36,11 @@ class Engine(Protocol):
         """The shapes every forward must have, or None where n may vary."""
         ...
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of the prompt that one prefill forward should take; fixed shapes take their block."""
+        ...
+
     def forward(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> Forward:

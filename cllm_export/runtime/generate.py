@@ -32,9 +32,6 @@ DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregres
 }
 METHODS: tuple[Method, ...] = tuple(DECODERS)
 
-PREFILL_CHUNK = 128
-"""Tokens of the prompt that one prefill forward takes, where the graph leaves n open."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
@@ -361,7 +358,7 @@ def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int, *, slot: i
     In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
     """
     fixed = engine.fixed_shapes
-    size = fixed.block_size if fixed else PREFILL_CHUNK
+    size = engine.prefill_chunk
     for start in range(0, len(tokens), size):
         chunk = list(tokens[start : start + size])
         num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots

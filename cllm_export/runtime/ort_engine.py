@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import GREEDY_GRAPH, Bundle
+from cllm_export.bundle import GREEDY_GRAPH, WEIGHTS_NAME, Bundle
 from cllm_export.contract import FixedShapes, Geometry, cache_names, check_forward, require_at_least
 from cllm_export.errors import EngineError, MissingExtraError
 from cllm_export.runtime.engine import Forward
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Int64Array = NDArray[np.int64]
+
+CACHE_RESIDENT_BYTES = 32 << 20
+"""Weights up to this size live in a processor's last-level cache while decoding, unless something turns them out."""
+
+SMALL_CHUNK, CHUNK = 16, 128
+"""Tokens a prefill forward takes. A wide forward reads the weights less often, which pays where they come from memory;
+where they live in cache it pays nothing, and turns them out for the next ten decode forwards or so: on the demo model
+128 instead of 16 costs an autoregressive request 20 % of its decode and wins the same time in prefill."""
 
 
 class _Buffers(NamedTuple):
@@ -67,6 +75,7 @@ class OrtEngine:
         self._geometry = manifest.geometry
         self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
         self._session = _make_session(str(path), threads or available_threads(), log_severity)
+        self._chunk = SMALL_CHUNK if bundle.file(WEIGHTS_NAME).stat().st_size <= CACHE_RESIDENT_BYTES else CHUNK
         self.run_seconds = 0.0
         self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
         """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
@@ -85,6 +94,10 @@ class OrtEngine:
     @property
     def num_slots(self) -> int:
         return self._num_slots
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self._fixed.block_size if self._fixed else self._chunk
 
     @property
     def fixed_shapes(self) -> FixedShapes | None:

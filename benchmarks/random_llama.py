@@ -1,0 +1,50 @@
+"""Make a Llama checkpoint with random weights, of a size to measure export and latency with.
+
+python benchmarks/random_llama.py OUTPUT [--size 246m] [--dtype float32] [--tokenizer TOKENIZER_JSON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SIZES = {
+    "246m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+}
+
+
+def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path) -> int:
+    """Write the checkpoint; its number of parameters. The tokenizer is any file: random weights mean nothing."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES[size], num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(output)
+    shutil.copyfile(tokenizer, output / "tokenizer.json")
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="246m")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    default = Path(__file__).resolve().parent.parent / "examples" / "text_to_sql" / "checkpoint" / "tokenizer.json"
+    parser.add_argument("--tokenizer", type=Path, default=default)
+    args = parser.parse_args()
+    count = make_checkpoint(args.output, args.size, getattr(torch, args.dtype), args.tokenizer)
+    print(f"{args.output}: {count / 1e6:.0f} M parameters, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()
