@@ -15,11 +15,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,6 +105,21 @@ class Manifest:
         require_one_of("precision", self.precision, ("fp32", "fp16"))
         for name in self.files:
             require_plain_name(name)
+        if WEIGHTS_NAME not in self.files or GREEDY_GRAPH not in self.graphs:
+            raise ValueError(f"a bundle needs {WEIGHTS_NAME} and a {GREEDY_GRAPH} graph")
+        if missing := sorted({entry.file for entry in self.graphs.values()} - set(self.files)):
+            raise ValueError(f"graph file {missing[0]} is not listed")
+        if self.max_length > self.geometry.cache_length or self.block_size > self.geometry.max_block_size:
+            raise ValueError("max_length or block_size is beyond what the geometry holds")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        ids = (*self.eos_token_ids, *(() if self.pad_token_id is None else (self.pad_token_id,)))
+        if any(type(token) is not int or not 0 <= token < self.geometry.vocab_size for token in ids):
+            raise ValueError(f"eos_token_ids and pad_token_id must be tokens of the vocabulary, got {ids}")
+        texts = (*self.special_tokens.items(), *self.tool_versions.items())
+        if not all(isinstance(text, str) for pair in texts for text in (*pair, self.family)):
+            raise ValueError("special_tokens, tool_versions and family must be text")
 
     def to_json(self) -> str:
         """The manifest as stable, human-readable JSON: equal manifests give equal bytes."""
@@ -119,7 +135,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{source} is not valid JSON ({error}); rebuild the bundle") from None
         if not isinstance(raw, dict) or "schema_version" not in raw:
             raise BundleError(f"{source} is not a bundle manifest: it has no schema_version; rebuild the bundle")
@@ -183,9 +199,13 @@ def open_bundle(path: str | Path) -> Bundle:
         BundleVersionError: written by another schema or contract version.
     """
     path = Path(path)
-    _recover(path)
     manifest_path = path / MANIFEST_NAME
-    if not path.is_dir():
+    try:
+        _recover(Path(os.path.abspath(path)))
+        is_directory = path.is_dir()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be opened: {error.strerror}") from None
+    if not is_directory:
         raise BundleError(f"{path} is not a bundle: there is no such directory; make one with: cllm-export build")
     try:
         text = manifest_path.read_text(encoding="utf-8")
@@ -207,24 +227,25 @@ def staged_output(target: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: the target exists and ``force`` is not set, is no bundle, or the disk is full.
     """
-    target = Path(os.path.abspath(target))
-    _recover(target)
-    check_output(target, force=force)
+    target = Path(os.path.realpath(target))
     try:
+        _recover(target)
+        check_output(target, force=force)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
+        staging, lock = _make_staging(target)
     except OSError as error:
-        raise OutputError(f"cannot write beside {target}: {error}") from None
-    with _directory_lock(staging):
-        try:
-            yield staging
-            _sync(staging)
-            _take_place(staging, target)
-        except OSError as error:
-            raise _output_error(error, target) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        raise OutputError(f"cannot write beside {target}: {error.strerror}") from None
+    try:
+        yield staging
+        check_output(target, force=force)  # something may have appeared there meanwhile
+        _sync(staging)
+        _take_place(staging, target)
+    except OSError as error:
+        raise _output_error(error, target) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
 
 
 def check_output(target: Path, *, force: bool) -> None:
@@ -289,7 +310,7 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
     raw = dict(raw)
     raw["graphs"] = {name: _graph_entry_from(entry) for name, entry in raw["graphs"].items()}
     raw["geometry"] = _build(Geometry, raw["geometry"])
-    raw["trained_with"] = _build(TrainedWith, raw["trained_with"]) if raw["trained_with"] else None
+    raw["trained_with"] = _build(TrainedWith, raw["trained_with"]) if raw["trained_with"] is not None else None
     raw["files"] = {name: _build(FileEntry, entry) for name, entry in raw["files"].items()}
     raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
     return _build(Manifest, raw)
@@ -297,7 +318,7 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
 
 def _graph_entry_from(raw: dict[str, Any]) -> GraphEntry:
     fixed = raw.get("fixed_shapes")
-    return _build(GraphEntry, {**raw, "fixed_shapes": _build(FixedShapes, fixed) if fixed else None})
+    return _build(GraphEntry, {**raw, "fixed_shapes": _build(FixedShapes, fixed) if fixed is not None else None})
 
 
 def _build(cls: type[T], raw: dict[str, Any]) -> T:
@@ -309,12 +330,14 @@ def _build(cls: type[T], raw: dict[str, Any]) -> T:
 
 def _check_size(directory: Path, name: str, entry: FileEntry) -> None:
     path = directory / name
-    if path.is_symlink() and path.resolve().parent != directory.resolve():
+    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(directory):
         raise BundleError(f"{path} is a link that leaves the bundle; replace it with the file itself")
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         raise BundleError(f"{path} is missing; copy the bundle again or rebuild it") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
     if size != entry.size:
         raise BundleError(f"{path} has {size} bytes, the manifest says {entry.size}; copy the bundle again or rebuild")
 
@@ -325,6 +348,8 @@ def _previous(target: Path) -> Path:
 
 def _recover(target: Path) -> None:
     """Put back the old bundle if a kill came between the two renames of the fall-back exchange."""
+    if not target.name:  # the root directory
+        return
     previous = _previous(target)
     if previous.is_dir() and not target.exists():
         previous.rename(target)
@@ -356,15 +381,20 @@ def _exchange(first: Path, second: Path) -> bool:
     return int(status) == 0
 
 
-@contextlib.contextmanager
-def _directory_lock(directory: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a directory, so that another build knows it is in use."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _make_staging(target: Path) -> tuple[Path, int]:
+    """A new directory beside the target, and the descriptor that holds its lock.
+
+    It gets the name that other builds look for only once it is locked, so that none takes it for abandoned.
+    """
+    token = secrets.token_hex(4)
+    unlocked = target.with_name(f".{target.name}.new-{token}")
+    unlocked.mkdir()
     try:
+        descriptor = os.open(unlocked, os.O_RDONLY)
         _try_lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
+        return unlocked.rename(target.with_name(f".{target.name}.staging-{token}")), descriptor
+    except FileNotFoundError:  # another build cleaned up between two of these lines
+        return _make_staging(target)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -379,7 +409,14 @@ def _try_lock(descriptor: int) -> bool:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed builds of the same target left: nobody holds the lock of their staging directory."""
-    for left in target.parent.glob(f".{target.name}.staging-*"):
+    if target.exists():
+        shutil.rmtree(_previous(target), ignore_errors=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        if not left.name.removeprefix(f".{target.name}.").startswith(("staging-", "new-")):
+            continue
+        if left.is_symlink() or not left.is_dir():
+            left.unlink(missing_ok=True)
+            continue
         descriptor = os.open(left, os.O_RDONLY)
         try:
             if _try_lock(descriptor):

@@ -13,7 +13,7 @@ One forward over a block:
 
     input_ids      [B, n]  the block: committed tokens whose KV is not stored yet, then the draft; or a prompt chunk
     num_committed  [B]     leading tokens of the block known to be right; 0 marks an idle slot
-    write_index    [B]     valid KV rows of each slot; where the KV of this block is written
+    write_index    [B]     valid KV rows of each slot; where the KV of this block is written, an idle slot's too
     kv_positions   [S]     0..S-1; its length sets the extent, its values build the mask
     head_rows      [h]     rows the head is computed for: 0..n-1 when decoding, 0 alone in prefill
     past_key.l, past_value.l        [B, K, C, D]
@@ -131,6 +131,8 @@ def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry
     Raises:
         EngineError: the forward would write or read outside its bounds.
     """
+    if write_index < 0:
+        raise EngineError(f"the write index must be at least 0, got {write_index}")
     needed = write_index + block_size
     if needed > geometry.cache_length:
         raise EngineError(

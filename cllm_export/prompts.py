@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cllm_export.errors import PromptError
 
-Message = dict[str, str]
+Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ def read_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
 
 def parse_prompts(data: bytes, *, source: str, limit: int | None = None) -> list[Prompt]:
     """Parse the bytes of a prompt file; ``source`` names it in errors."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     is_json = source.endswith((".jsonl", ".json")) or data.lstrip()[:1] == b"{"
     prompts: list[Prompt] = []
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -60,7 +62,7 @@ def check_messages(messages: Sequence[Any], where: str) -> tuple[Message, ...]:
     if not messages:
         raise PromptError(f"{where}: messages must not be empty")
     for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise PromptError(
                 f'{where}: a message must look like {{"role": "user", "content": "..."}}, got {message!r}'
             )
@@ -78,11 +80,12 @@ def _parse_line(text: str, number: int, source: str) -> Prompt:
     where = f"{source}:{number}"
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where}: malformed JSON: {error}") from None
     if not isinstance(raw, dict):
         raise PromptError(f"{where}: expected an object with prompt or messages, got {type(raw).__name__}")
-    return Prompt(id=str(raw.get("id", number)), content=_content(raw, where), answer=_answer(raw))
+    given = raw.get("id")
+    return Prompt(id=str(number if given is None else given), content=_content(raw, where), answer=_answer(raw))
 
 
 def _content(raw: dict[str, Any], where: str) -> str | tuple[Message, ...]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
+import numpy as np
+
 from cllm_export.bundle import Bundle, FillName, Manifest, open_bundle, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
@@ -23,7 +25,7 @@ from cllm_export.runtime.statistics import ForwardRecord, Statistics, summarize
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 
 Method = Literal["jacobi", "jacobi-block", "autoregressive"]
-FinishReason = Literal["eos", "length", "stop"]
+FinishReason = Literal["eos", "length", "stop", "closed"]
 
 DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
     "jacobi": SlidingJacobi,
@@ -31,6 +33,7 @@ DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregres
     "autoregressive": Autoregressive,
 }
 METHODS: tuple[Method, ...] = tuple(DECODERS)
+FILLS: tuple[FillName, ...] = ("pad", "repeat", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Generation:
     token_ids: tuple[int, ...]
     """New tokens, the end-of-sequence token included where one was reached."""
     finish_reason: FinishReason
+    """``closed`` is that of a stream that was closed before its end."""
     statistics: Statistics
     forwards: tuple[ForwardRecord, ...] = field(repr=False)
     """Every decode forward: its block, its predictions and what it made known."""
@@ -109,7 +113,7 @@ class Model:
             run = _Run(self, request)
             for _ in run.tokens():
                 pass
-            return run.result()
+        return run.result()
 
     def stream(
         self,
@@ -133,7 +137,9 @@ class Model:
         """
         if isinstance(prompt, str):
             ids = self.codec.encode(prompt) if prompt else []
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif isinstance(prompt, bytes) or not hasattr(prompt, "__getitem__") or isinstance(prompt, Mapping):
+            raise PromptError(f"a prompt is text, token ids or messages, got {type(prompt).__name__}")
+        elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self.codec.encode_chat(check_messages(prompt, "prompt"))
         else:
             ids = [self._check_token(token) for token in prompt]
@@ -143,9 +149,10 @@ class Model:
 
     def _check_token(self, token: object) -> int:
         vocabulary = self.bundle.manifest.geometry.vocab_size
-        if not isinstance(token, int) or not 0 <= token < vocabulary:
+        is_integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+        if not is_integer or not 0 <= (index := int(token)) < vocabulary:  # type: ignore[call-overload]
             raise PromptError(f"a prompt of token ids must hold integers from 0 to {vocabulary - 1}, got {token!r}")
-        return token
+        return int(index)
 
     def _request(
         self,
@@ -160,8 +167,11 @@ class Model:
         manifest = self.bundle.manifest
         trained = manifest.trained_with
         default: Method = "jacobi-block" if trained and trained.loop == "block" else "jacobi"
-        method = method or default
+        method = default if method is None else method
         require_one_of("method", method, METHODS)
+        if fill is None:
+            fill = trained.fill if trained else "pad"
+        require_one_of("fill", fill, FILLS)
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
         ids = self.encode(prompt)
@@ -169,7 +179,7 @@ class Model:
             prompt=ids,
             method=method,
             block_size=self._block_size(block_size, method),
-            fill=fill or (trained.fill if trained else "pad"),
+            fill=fill,
             seed=seed,
             max_new_tokens=_fit(len(ids), max_new_tokens, manifest),
             stop=tuple(stop),
@@ -200,7 +210,10 @@ class Model:
 
 
 class Stream(Iterator[str]):
-    """Text deltas of one request. Close it (or use it in a ``with``) to stop early; ``result`` ends the request."""
+    """Text deltas of one request, which starts with the first one read.
+
+    Close it (or use it in a ``with``) to stop early; ``result`` reads what is left and gives the whole.
+    """
 
     def __init__(self, model: Model, request: _Request) -> None:
         self._run = _Run(model, request)
@@ -220,7 +233,11 @@ class Stream(Iterator[str]):
         self._deltas.close()
 
     def result(self) -> Generation:
-        """The whole generation; runs what was not yet read."""
+        """The whole generation; runs what was not yet read.
+
+        Raises:
+            EngineError: the request never ran, because the model was busy or the stream was closed first.
+        """
         for _ in self._deltas:
             pass
         return self._run.result()
@@ -237,45 +254,42 @@ class _Run:
 
     def __init__(self, model: Model, request: _Request) -> None:
         self._engine = model.engine
-        self._codec = model.codec
         self._request = request
         self._eos = frozenset(model.bundle.manifest.eos_token_ids)
         self._pad = _pad_token(model.bundle.manifest)
         self._stream = TextStream(model.codec, request.stop)
+        self._num_read = 0
+        self._delta = ""
         self._records: list[ForwardRecord] = []
-        self._finish: FinishReason = "length"
+        self._finish: FinishReason | None = None
         self._prefill_seconds = self._decode_seconds = self._engine_seconds = 0.0
 
     def text(self) -> Iterator[str]:
         """Text deltas, one for each forward."""
-        for tokens in self.tokens(reading=True):
-            yield self._stream.push(self._printable(tokens))
+        for tokens in self.tokens():
+            if not self._request.stop:
+                self._read(tokens)
+            delta, self._delta = self._delta, ""
+            yield delta
         yield self._stream.flush()
 
-    def tokens(self, *, reading: bool = False) -> Iterator[list[int]]:
-        """New tokens, one list for each forward. ``reading`` says the caller feeds the text stream itself."""
+    def tokens(self) -> Iterator[list[int]]:
+        """New tokens, one list for each forward."""
         started = perf_counter()
         prefill(self._engine, self._request.prompt[:-1], self._pad)
         self._prefill_seconds = perf_counter() - started
-        watch_text = bool(self._request.stop) and not reading
-        for tokens in self._decode():
-            if watch_text:
-                self._stream.push(self._printable(tokens))
-            yield tokens
-            if self._stream.stopped:
-                self._finish = "stop"
-                return
+        self._finish = "closed"
+        yield from self._decode()
 
     def result(self) -> Generation:
-        token_ids = tuple(token for record in self._records for token in record.new)
-        if self._request.stop:
-            self._stream.flush()
-            text = self._stream.text
-        else:
-            text = self._codec.decode(self._printable(list(token_ids)))
+        if self._finish is None:
+            raise EngineError("this request never ran: its model was busy, or it was closed before its first forward")
+        token_ids = [token for record in self._records for token in record.new]
+        self._read(token_ids[self._num_read :])
+        self._stream.flush()
         return Generation(
-            text=text,
-            token_ids=token_ids,
+            text=self._stream.text,
+            token_ids=tuple(token_ids),
             finish_reason=self._finish,
             forwards=tuple(self._records),
             statistics=summarize(
@@ -290,9 +304,8 @@ class _Run:
     def _decode(self) -> Iterator[list[int]]:
         """The loop: next block, one forward, commit, cut."""
         engine, decoder, records = self._engine, self._make_decoder(), self._records
-        left, ended = self._request.max_new_tokens, False
-        idle = engine.num_slots - 1
-        while left and not ended:
+        left, idle = self._request.max_new_tokens, engine.num_slots - 1
+        while self._finish == "closed":
             started, engine_started = perf_counter(), engine.run_seconds
             write_index = decoder.write_index
             tokens, num_committed = decoder.next_block()
@@ -302,16 +315,37 @@ class _Run:
             else:
                 forward = engine.forward((tokens,), (num_committed,), (write_index,))
             next_ids = forward.next_ids[0]
-            new, num_accepted = decoder.commit(next_ids, forward.num_accepted[0])
-            if len(new) > left:
-                new = new[:left]
-            if not self._eos.isdisjoint(new):
-                new, ended = self._cut_at_eos(new), True
+            known, num_accepted = decoder.commit(next_ids, forward.num_accepted[0])
+            new = self._cut(known, left)
             left -= len(new)
+            if not left and self._finish == "closed":
+                self._finish = "length"
+            num_accepted -= len(known) - len(new)
             records.append(ForwardRecord(write_index, tokens, next_ids, num_accepted, new))
             self._engine_seconds += engine.run_seconds - engine_started
             self._decode_seconds += perf_counter() - started
             yield new
+
+    def _cut(self, known: list[int], left: int) -> list[int]:
+        """What is left of newly known tokens at the end of the request: limit, end-of-sequence token, stop string."""
+        new = known if len(known) <= left else known[:left]
+        if not self._eos.isdisjoint(new):
+            first = next(index for index, token in enumerate(new) if token in self._eos)
+            new, self._finish = new[: first + 1], "eos"
+        return self._cut_at_stop(new) if self._request.stop else new
+
+    def _cut_at_stop(self, new: list[int]) -> list[int]:
+        for index in range(len(new)):
+            self._read(new[index : index + 1])
+            if self._stream.stopped:
+                self._finish = "stop"
+                return new[: index + 1]
+        return new
+
+    def _read(self, tokens: list[int]) -> None:
+        """Turn tokens into text; an end-of-sequence token is no text."""
+        self._num_read += len(tokens)
+        self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
     def _make_decoder(self) -> Decoder:
         request = self._request
@@ -322,14 +356,6 @@ class _Run:
             block_size=request.block_size,
             fill=fill,
         )
-
-    def _cut_at_eos(self, new: list[int]) -> list[int]:
-        self._finish = "eos"
-        first = next(index for index, token in enumerate(new) if token in self._eos)
-        return new[: first + 1]
-
-    def _printable(self, tokens: list[int]) -> list[int]:
-        return [token for token in tokens if token not in self._eos]
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Model:
@@ -352,8 +378,8 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
     return Model(bundle, engine, TextCodec(bundle))
 
 
-def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int, *, slot: int = 0) -> None:
-    """Write the KV of the prompt minus its last token into one slot, chunk by chunk; other slots stay idle.
+def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
+    """Write the KV of the prompt minus its last token into slot 0, chunk by chunk; the other slots are empty.
 
     In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
     """
@@ -362,7 +388,7 @@ def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int, *, slot: i
     for start in range(0, len(tokens), size):
         chunk = list(tokens[start : start + size])
         num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
-        num_committed[slot], write_index[slot] = len(chunk), start
+        num_committed[0], write_index[0] = len(chunk), start
         padded = chunk + [pad_token_id] * (size - len(chunk)) if fixed else chunk
         engine.prefill([padded] * engine.num_slots, num_committed, write_index)
 

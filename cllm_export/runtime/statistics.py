@@ -17,6 +17,7 @@ class ForwardRecord(NamedTuple):
     block: list[int]
     next_ids: list[int]
     num_accepted: int
+    """Rows that are right, less those whose tokens lie beyond the end of the request."""
     new: list[int]
     """Tokens it made known, cut at the end of the request."""
 
@@ -30,7 +31,8 @@ class Statistics:
     forwards: int
     """Decode forwards, the one that confirms a fixed point counted."""
     acceptance_histogram: dict[int, int]
-    """m, the draft tokens found right in a forward -> number of forwards."""
+    """m, the draft tokens found right in a forward -> number of forwards. The block loop looks at a block again until
+    its fixed point, so there m counts what earlier forwards had found right as well."""
     fast_forwarded: int
     """Tokens by which the right prefix grew beyond one in a forward, summed."""
     stationary: int

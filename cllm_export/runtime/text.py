@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from cllm_export.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Bundle
 from cllm_export.errors import BundleError, PromptError
+
+INCOMPLETE = "\ufffd"
+"""What tokenizers decode a cut-off UTF-8 sequence to."""
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -30,8 +32,12 @@ class TextCodec:
             raise BundleError(f"{bundle.file(TOKENIZER_NAME)} is not a tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens its tokenizer adds."""
-        return list(self.tokenizer.encode(text).ids)
+        """Token ids of a prompt, with the special tokens its tokenizer adds.
+
+        Raises:
+            PromptError: the text holds half a surrogate pair, which no UTF-8 text can.
+        """
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Token ids of chat messages rendered with the bundle's template, ready for the assistant's turn.
@@ -39,7 +45,7 @@ class TextCodec:
         Raises:
             PromptError: the bundle has no chat template, or the template refuses the messages.
         """
-        return list(self.tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
+        return self._encode(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Messages) -> str:
         """Chat messages as the text the model was trained on."""
@@ -56,6 +62,13 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids)))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt is not valid Unicode at character {error.start}") from None
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     @cached_property
     def _template(self) -> Any:
@@ -79,51 +92,60 @@ class TextCodec:
 
 
 class TextStream:
-    """Turns tokens into text as they come, cut at the first stop string.
+    """Turns tokens into text, one by one, cut at the first stop string to be completed.
 
-    Text that may still turn into a stop string, and bytes that are not yet a whole character, are held back.
+    Bytes that are not yet a whole character are held back, and so is text that may still turn into a stop string.
+    The text is the same however tokens were handed over: all text of a request goes through here.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
         self._codec = codec
         self._stop = stop
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._seen = ""
+        self._window: list[int] = []
+        """The tokens of the last text, which give the next ones their context, then those not yet a character."""
+        self._num_context = 0
+        self._text = ""
         self._emitted = 0
         self.stopped = False
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Text that is certain after these tokens and was not before."""
-        self._tokens += tokens
+        """Text that is certain after these tokens and was not before; nothing once a stop string was reached."""
         for token in tokens:
-            self._seen += self._stream.step(self._codec.tokenizer, token) or ""
-        self._cut()
-        return self._emit(len(self._seen) if self.stopped else len(self._seen) - self._held())
+            if not self.stopped:
+                self._window.append(token)
+                self._advance(at_end=False)
+        return self._emit(len(self._text) if self.stopped else len(self._text) - self._held())
 
     def flush(self) -> str:
-        """The rest, at the end of the request: what was held back turned out not to be a stop string."""
+        """The rest, at the end of the request: what was held back became neither a character nor a stop string."""
         if not self.stopped:
-            whole = self._codec.decode(self._tokens)
-            self._seen += whole[len(self._seen) :] if whole.startswith(self._seen) else ""
-            self._cut()
-        return self._emit(len(self._seen))
+            self._advance(at_end=True)
+        return self._emit(len(self._text))
 
     @property
     def text(self) -> str:
         """Everything so far, held-back text included."""
-        return self._seen
+        return self._text
+
+    def _advance(self, *, at_end: bool) -> None:
+        before = self._codec.decode(self._window[: self._num_context])
+        after = self._codec.decode(self._window)
+        if len(after) > len(before) and (at_end or not after.endswith(INCOMPLETE)):
+            self._text += after[len(before) :]
+            del self._window[: self._num_context]
+            self._num_context = len(self._window)
+            self._cut()
 
     def _cut(self) -> None:
-        ends = [start for text in self._stop if (start := self._seen.find(text)) >= 0]
-        if ends:
-            self._seen, self.stopped = self._seen[: min(ends)], True
+        starts = [start for text in self._stop if (start := self._text.find(text)) >= 0]
+        if starts:
+            self._text, self.stopped = self._text[: min(starts)], True
 
     def _held(self) -> int:
-        lengths = (size for text in self._stop for size in range(1, len(text)) if self._seen.endswith(text[:size]))
+        lengths = (size for text in self._stop for size in range(1, len(text)) if self._text.endswith(text[:size]))
         return max(lengths, default=0)
 
     def _emit(self, end: int) -> str:
-        delta = self._seen[self._emitted : end]
+        delta = self._text[self._emitted : end]
         self._emitted = max(self._emitted, end)
         return delta

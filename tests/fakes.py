@@ -1,0 +1,362 @@
+"""Fakes for the unit tests: an engine that keeps the contract without tensors, and bundles that hold no model.
+
+The fake engine's rows are real rows: it writes what it is told where it is told, idle slots and dead drafts included,
+and reads whatever stands there. A loop that gets its write index wrong gets other tokens, not an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cllm_export.bundle import (
+    CHAT_TEMPLATE_NAME,
+    GREEDY_GRAPH,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    GraphEntry,
+    Manifest,
+    describe_files,
+    open_bundle,
+    write_manifest,
+)
+from cllm_export.contract import FixedShapes, Geometry, check_forward
+from cllm_export.errors import EngineError
+from cllm_export.runtime.autoregressive import Autoregressive
+from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.engine import Engine, Forward
+from cllm_export.runtime.generate import Model, prefill
+from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
+from cllm_export.runtime.kv_cache import kv_extent
+from cllm_export.runtime.statistics import ForwardRecord
+from cllm_export.runtime.text import TextCodec
+
+PAD, EOS = 0, 1
+"""The two special tokens of both fake tokenizers."""
+GRAPH_FILE = "model.onnx"
+
+properties = settings(deadline=None, derandomize=True, max_examples=150)
+"""For every hypothesis test: repeatable, and no judge of speed."""
+
+
+PREFILL_CHUNK = 32
+"""Tokens that one prefill forward of the fake engine takes."""
+
+
+class Row(NamedTuple):
+    """One KV row: the token written there, and a digest of what that token saw when it was written."""
+
+    token: int
+    context: int
+
+
+UNWRITTEN = Row(-1, -1)
+
+
+class LanguageModel(Protocol):
+    """Two layers of one: what a row keeps of the tokens it sees, and the greedy token after the rows it sees."""
+
+    def context(self, tokens: Sequence[int]) -> int: ...
+
+    def predict(self, rows: Sequence[Row]) -> int: ...
+
+
+class HashModel:
+    """Arbitrary but deterministic tokens, told from the position and the last ``window`` rows.
+
+    With window 0 the position alone decides, so that a draft is right at once; with None every row before matters,
+    so that one wrong token spoils all that follow it.
+    """
+
+    def __init__(self, *, vocab_size: int, window: int | None = None, seed: int = 0) -> None:
+        self._vocab_size = vocab_size
+        self._window = window
+        self._seed = seed
+
+    def context(self, tokens: Sequence[int]) -> int:
+        return hash((self._seed, len(tokens), *tokens[self._first(tokens) :]))
+
+    def predict(self, rows: Sequence[Row]) -> int:
+        contexts = [row.context for row in rows[self._first(rows) :]]
+        return hash((self._seed, len(rows), *contexts)) % self._vocab_size
+
+    def _first(self, items: Sequence[Any]) -> int:
+        return 0 if self._window is None else max(0, len(items) - self._window)
+
+
+class ScriptModel:
+    """Recites ``script`` after a prompt, as long as the last ``window`` tokens are the script's; else a wrong token."""
+
+    def __init__(self, *, prompt_length: int, script: Sequence[int], window: int | None = None) -> None:
+        self._start = prompt_length
+        self._script = list(script)
+        self._window = window
+
+    def context(self, tokens: Sequence[int]) -> int:
+        return 0
+
+    def predict(self, rows: Sequence[Row]) -> int:
+        index = len(rows) - self._start
+        if not 0 <= index < len(self._script):
+            return self._script[-1]
+        first = 0 if self._window is None else max(0, index - self._window)
+        recited = [row.token for row in rows[self._start + first :]]
+        right = self._script[index]
+        return right if recited == self._script[first:index] else right ^ 1
+
+
+def greedy(model: LanguageModel, prompt: Sequence[int], count: int, *, eos: Collection[int] = ()) -> list[int]:
+    """The model's own greedy tokens, without an engine, a cache or a loop of the project: what must come out."""
+    tokens = list(prompt)
+    rows = [Row(token, model.context(tokens[: index + 1])) for index, token in enumerate(tokens)]
+    while len(tokens) - len(prompt) < count and not (len(tokens) > len(prompt) and tokens[-1] in eos):
+        tokens.append(model.predict(rows))
+        rows.append(Row(tokens[-1], model.context(tokens)))
+    return tokens[len(prompt) :]
+
+
+class Call(NamedTuple):
+    """One call of the fake engine, as it was made."""
+
+    kind: Literal["prefill", "forward"]
+    input_ids: list[list[int]]
+    num_committed: list[int]
+    write_index: list[int]
+
+
+class FakeEngine:
+    """An ``Engine`` in pure Python. ``calls`` records every forward and prefill, ``rows`` is its cache [B][C]."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        geometry: Geometry,
+        *,
+        num_slots: int = 1,
+        fixed_shapes: FixedShapes | None = None,
+    ) -> None:
+        self._model = model
+        self._geometry = geometry
+        self._fixed = fixed_shapes
+        self._num_slots = fixed_shapes.batch_size if fixed_shapes else num_slots
+        self.run_seconds = 0.0
+        self.calls: list[Call] = []
+        self.rows = [[UNWRITTEN] * geometry.cache_length for _ in range(self._num_slots)]
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def fixed_shapes(self) -> FixedShapes | None:
+        return self._fixed
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self._fixed.block_size if self._fixed else PREFILL_CHUNK
+
+    def forward(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> Forward:
+        if len(input_ids[0]) > self._geometry.max_block_size:
+            raise EngineError(f"a block of {len(input_ids[0])} is above {self._geometry.max_block_size}")
+        self._write(Call("forward", [list(block) for block in input_ids], list(num_committed), list(write_index)))
+        next_ids = [
+            [self._model.predict(rows[: start + row + 1]) for row in range(len(block))]
+            for rows, block, start in zip(self.rows, input_ids, write_index, strict=True)
+        ]
+        accepted = [_count_right(*slot) for slot in zip(input_ids, next_ids, num_committed, strict=True)]
+        return Forward(next_ids, accepted)
+
+    def prefill(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> None:
+        self._write(Call("prefill", [list(chunk) for chunk in input_ids], list(num_committed), list(write_index)))
+
+    def _write(self, call: Call) -> None:
+        """Write the tokens of every slot, then what each of them sees, as a decoder does layer by layer."""
+        self._check(call)
+        self.calls.append(call)
+        for rows, block, start in zip(self.rows, call.input_ids, call.write_index, strict=True):
+            tokens = [row.token for row in rows[:start]] + block
+            for row, token in enumerate(block, start=start):
+                rows[row] = Row(token, self._model.context(tokens[: row + 1]))
+
+    def _check(self, call: Call) -> None:
+        size = len(call.input_ids[0])
+        lengths = {len(call.input_ids), len(call.num_committed), len(call.write_index)}
+        if lengths != {self._num_slots} or {len(block) for block in call.input_ids} != {size} or not size:
+            raise EngineError(f"the engine has {self._num_slots} slots and takes equal blocks, got {call}")
+        if self._fixed and size != self._fixed.block_size:
+            raise EngineError(f"this engine is pinned to blocks of {self._fixed.block_size}, got {size}")
+        if not all(0 <= count <= size for count in call.num_committed):
+            raise EngineError(f"num_committed must be 0 to {size}, got {call.num_committed}")
+        if not all(0 <= token < self._geometry.vocab_size for block in call.input_ids for token in block):
+            raise EngineError(f"tokens must be below {self._geometry.vocab_size}, got {call.input_ids}")
+        extent = self._fixed.kv_extent if self._fixed else self._extent(max(call.write_index) + size)
+        for start in call.write_index:
+            check_forward(block_size=size, write_index=start, kv_extent=extent, geometry=self._geometry)
+
+    def _extent(self, needed: int) -> int:
+        return kv_extent(needed, self._geometry.cache_length)
+
+
+def _count_right(block: Sequence[int], next_ids: Sequence[int], num_committed: int) -> int:
+    if not num_committed:
+        return 0
+    right = num_committed
+    while right < len(block) and block[right] == next_ids[right - 1]:
+        right += 1
+    return right
+
+
+def make_geometry(*, vocab_size: int = 32, max_length: int = 64, max_block_size: int = 16) -> Geometry:
+    """The geometry of a fake model; only what bounds a forward matters."""
+    return Geometry(
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        hidden_size=32,
+        vocab_size=vocab_size,
+        cache_length=max_length + max_block_size - 1,
+        max_block_size=max_block_size,
+    )
+
+
+def decode(
+    decoder_type: type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive],
+    engine: Engine,
+    prompt: Sequence[int],
+    *,
+    block_size: int,
+    fill: Fill,
+    count: int,
+) -> list[ForwardRecord]:
+    """Prefill a prompt and run forwards until ``count`` tokens are known: a policy alone, with no rule that cuts."""
+    prefill(engine, prompt[:-1], PAD)
+    decoder = decoder_type(last_token=prompt[-1], write_index=len(prompt) - 1, block_size=block_size, fill=fill)
+    records: list[ForwardRecord] = []
+    while sum(len(record.new) for record in records) < count:
+        write_index = decoder.write_index
+        tokens, num_committed = decoder.next_block()
+        next_ids, num_accepted = engine.forward([tokens], [num_committed], [write_index])
+        commit = decoder.commit(next_ids[0], num_accepted[0])
+        records.append(ForwardRecord(write_index, tokens, next_ids[0], commit.num_accepted, commit.tokens))
+    return records
+
+
+def tokens_of(records: Sequence[ForwardRecord]) -> list[int]:
+    """The new tokens of a run, in order."""
+    return [token for record in records for token in record.new]
+
+
+@functools.cache
+def byte_level_tokenizer() -> Tokenizer:
+    """Byte-level BPE, as of Qwen and Llama 3: an emoji is four tokens, and any ids decode."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat", "select the name where the city"], trainer)
+    return tokenizer
+
+
+@functools.cache
+def byte_fallback_tokenizer() -> Tokenizer:
+    """Characters, and bytes for what is none of them: a newline is a byte. As of Llama 2, which CLLMs come from."""
+    pieces = ["<pad>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdehinost"]
+    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def fill_bundle(
+    directory: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    files: Mapping[str, str] | None = None,
+    fixed_shapes: FixedShapes | None = None,
+    **changes: Any,
+) -> Manifest:
+    """Write the files of a sound bundle without a model into a directory; ``changes`` are fields of its manifest."""
+    tokenizer = tokenizer or byte_level_tokenizer()
+    (directory / GRAPH_FILE).write_bytes(b"a graph")
+    (directory / WEIGHTS_NAME).write_bytes(bytes(range(64)))
+    tokenizer.save(str(directory / TOKENIZER_NAME))
+    for name, text in (files or {}).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    settled: dict[str, Any] = {
+        "family": "llama",
+        "graphs": {GREEDY_GRAPH: GraphEntry(file=GRAPH_FILE, fixed_shapes=fixed_shapes)},
+        "geometry": make_geometry(vocab_size=tokenizer.get_vocab_size()),
+        "block_size": 4,
+        "max_length": 64,
+        "batch_size": 1,
+        "precision": "fp32",
+        "eos_token_ids": (EOS,),
+        "pad_token_id": PAD,
+        "trained_with": None,
+        "special_tokens": {"eos_token": "</s>"},
+        "checkpoint_fingerprint": "0" * 64,
+        "tool_versions": {"cllm-export": "0.1.0"},
+        "files": describe_files(directory),
+    }
+    manifest = Manifest(**settled | changes)
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def write_bundle(directory: Path, **options: Any) -> Bundle:
+    """Make a directory a bundle and open it; see ``fill_bundle`` for the options."""
+    directory.mkdir(parents=True, exist_ok=True)
+    fill_bundle(directory, **options)
+    return open_bundle(directory)
+
+
+def write_chat_bundle(directory: Path, template: str, **options: Any) -> Bundle:
+    """A bundle with this chat template."""
+    return write_bundle(directory, files={CHAT_TEMPLATE_NAME: template}, **options)
+
+
+def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle as if its manifest said something else."""
+    return replace(bundle, manifest=replace(bundle.manifest, **changes))
+
+
+def make_model(bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1) -> Model:
+    """A model that runs the fake engine in the place of ONNX Runtime."""
+    manifest = bundle.manifest
+    engine = FakeEngine(
+        language_model,
+        manifest.geometry,
+        num_slots=num_slots,
+        fixed_shapes=manifest.graphs[GREEDY_GRAPH].fixed_shapes,
+    )
+    return Model(bundle, engine, TextCodec(bundle))
+
+
+def calls_of(model: Model) -> list[Call]:
+    """The calls of a model's fake engine so far."""
+    engine = model.engine
+    assert isinstance(engine, FakeEngine)
+    return engine.calls

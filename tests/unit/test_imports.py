@@ -1,0 +1,103 @@
+"""Imports point one way, the runtime stays light, and the public names are the ones promised."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cllm_export
+
+PACKAGE = Path(cllm_export.__file__).parent
+ROOT = PACKAGE.parent
+HEAVY = {"torch", "transformers", "onnx", "onnxruntime"}
+EXPORT_ONLY = {"torch", "transformers", "onnx"}
+ALLOWED = {
+    "errors": set(),
+    "contract": {"errors"},
+    "bundle": {"contract", "errors"},
+    "prompts": {"errors"},
+    "runtime": {"bundle", "contract", "errors", "prompts", "runtime"},
+}
+"""Module or folder of the package -> what of the package it may import."""
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place_of(path: Path) -> str:
+    """The module or folder of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        yield from _names(node)
+
+
+def imports_at_load(path: Path) -> Iterator[str]:
+    """Full names of what a file imports when it is itself imported."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        yield from _names(node)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute, so that this test can read them"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def places_imported(path: Path) -> set[str]:
+    """Modules and folders of the package that a file imports."""
+    return {name.split(".")[1] for name in imports_of(path) if name.startswith("cllm_export.")}
+
+
+@pytest.mark.parametrize("module", ["cllm_export", "cllm_export.runtime", "cllm_export.bundle"])
+def test_importing_the_runtime_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print(*sorted({HEAVY} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_imports_point_one_way(place):
+    files = [path for path in modules() if place_of(path) == place]
+    assert files
+    for path in files:
+        assert places_imported(path) <= ALLOWED[place], path
+
+
+def test_the_exporter_never_imports_the_command_line():
+    for path in modules():
+        if place_of(path) == "exporter":
+            assert "cli" not in places_imported(path), path
+
+
+def test_only_the_exporter_loads_torch_transformers_or_onnx():
+    for path in modules():
+        if place_of(path) != "exporter":
+            loaded = {name.split(".")[0] for name in imports_at_load(path)}
+            assert not loaded & EXPORT_ONLY, path
+
+
+def test_the_package_loads_neither_exporter_nor_command_line():
+    assert places_imported(PACKAGE / "__init__.py") <= {"errors", "runtime"}
+
+
+def test_the_public_names_are_the_ones_promised():
+    assert sorted(cllm_export.__all__) == ["CllmExportError", "Generation", "Model", "__version__", "load"]
+    assert all(hasattr(cllm_export, name) for name in cllm_export.__all__)
