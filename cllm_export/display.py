@@ -125,7 +125,7 @@ def _block_line(model: Model, number: int, record: ForwardRecord, following: For
             break
         rejected = STATIONARY if position in still_right else REJECTED
         line.append(_token_text(model, record.block[row]), ACCEPTED if row < record.num_accepted else rejected)
-        if row + 1 == record.num_accepted:
+        if row + 1 == record.num_accepted and position < end:
             line.append(_token_text(model, record.next_ids[row]), BONUS)
     if record.num_accepted == 1:
         bonus = Text(_token_text(model, record.next_ids[0]), BONUS)

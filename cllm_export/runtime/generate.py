@@ -320,7 +320,8 @@ class _Run:
             left -= len(new)
             if not left and self._finish == "closed":
                 self._finish = "length"
-            num_accepted -= len(known) - len(new)
+            if lost := len(known) - len(new):
+                num_accepted -= lost - 1  # the bonus is lost first, and is no row of the block
             records.append(ForwardRecord(write_index, tokens, next_ids, num_accepted, new))
             self._engine_seconds += engine.run_seconds - engine_started
             self._decode_seconds += perf_counter() - started
