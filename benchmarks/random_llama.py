@@ -22,7 +22,7 @@ def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path
     """Write the checkpoint; its number of parameters. The tokenizer is any file: random weights mean nothing."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES[size], num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=True
+        **SIZES[size], num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

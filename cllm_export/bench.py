@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from cllm_export.bundle import Bundle, Progress
@@ -20,7 +21,8 @@ from cllm_export.runtime.ort_engine import OrtEngine, available_threads
 from cllm_export.verify import random_prompts
 
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-LATENCY_ROUNDS, LATENCY_WARM_UP, LATENCY_TIMED = 20, 8, 5
+LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
+SHORT_FORWARD_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +93,31 @@ def measure_latency(bundle: Bundle, prompts: Sequence[Sequence[int]], threads: i
     past = int(median(len(prompt) for prompt in prompts))
     sizes = [size for size in LATENCY_BLOCK_SIZES if size <= engine.geometry.max_block_size]
     times: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(LATENCY_ROUNDS):
+    started = perf_counter()
+    while len(times[sizes[-1]]) < MIN_ROUNDS or perf_counter() - started < LATENCY_SECONDS:
         for size in sizes:
-            for _ in range(LATENCY_WARM_UP):  # a wider forward before has emptied the caches
-                engine.run_bound(size, past)
-            started = engine.run_seconds
-            for _ in range(LATENCY_TIMED):
-                engine.run_bound(size, past)
-            times[size].append((engine.run_seconds - started) / LATENCY_TIMED)
+            times[size].append(_time_forward(engine, size, past))
     first = median(times[sizes[0]])
     return [
         {"block_size": size, "milliseconds": median(times[size]) * 1e3, "ratio": median(times[size]) / first}
         for size in sizes
     ]
+
+
+def _time_forward(engine: OrtEngine, block_size: int, past: int) -> float:
+    """Seconds of one forward; short ones are repeated, after some that refill the caches a wider one has emptied."""
+    engine.run_bound(block_size, past)
+    started = engine.run_seconds
+    engine.run_bound(block_size, past)
+    seconds = engine.run_seconds - started
+    if seconds > SHORT_FORWARD_SECONDS:
+        return seconds
+    for _ in range(8):
+        engine.run_bound(block_size, past)
+    started = engine.run_seconds
+    for _ in range(5):
+        engine.run_bound(block_size, past)
+    return (engine.run_seconds - started) / 5
 
 
 def describe_machine(threads: int | None) -> dict[str, Any]:

@@ -163,9 +163,8 @@ def _loop_cells(name: str, block_size: str, entry: Mapping[str, Any]) -> Sequenc
 
 def _latency_table(latency: Sequence[Mapping[str, float]]) -> Table:
     table = Table(box=None)
-    table.add_column("n")
+    for name in ("n", "T(n) ms", "T(n)/T(1)"):
+        table.add_column(name, justify="right")
     for entry in latency:
-        table.add_column(str(int(entry["block_size"])), justify="right")
-    table.add_row("T(n) ms", *(f"{entry['milliseconds']:.2f}" for entry in latency))
-    table.add_row("T(n)/T(1)", *(f"{entry['ratio']:.2f}" for entry in latency))
+        table.add_row(str(int(entry["block_size"])), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}")
     return table
