@@ -41,15 +41,20 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks; anywhere on the command line.")] = False,  # noqa: ARG001
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks; anywhere on the command line.")] = False,
 ) -> None:
     """Export Consistency LLMs and decode them in parallel."""
-    if version:
-        display.OUT.print(__version__)
-        raise typer.Exit
 
 
 @app.command()
@@ -238,6 +243,9 @@ def main() -> None:
         app()
     except CllmExportError as error:
         _fail(str(error), EXIT_ERROR, error if debug else None)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"the system refused: {error.strerror}{where}", EXIT_ERROR, error if debug else None)
     except Exception as error:
         message = (
             f"{type(error).__name__}: {error}; this is a defect of cllm-export: run again with --debug and report it"
@@ -306,12 +314,13 @@ def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) ->
 
 
 def _read_stdin(limit: int | None) -> list[Prompt]:
-    """JSON Lines if it starts with a brace, else the whole text as one prompt."""
+    """JSON Lines if it starts with a brace, else the whole text as one prompt, less the newline that ends it."""
     data = sys.stdin.buffer.read()
     if data.lstrip()[:1] == b"{":
         return parse_prompts(data, source="standard input", limit=limit)
     try:
-        return [Prompt(id="1", content=data.decode("utf-8"))]
+        text = data.decode("utf-8")
+        return [Prompt(id="1", content=text.removesuffix("\n").removesuffix("\r"))]
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input is not valid UTF-8 at byte {error.start}") from None
 

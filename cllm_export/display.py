@@ -52,25 +52,30 @@ def bytes_text(size: float) -> str:
 
 
 def show_description(description: Mapping[str, Any]) -> None:
-    """What ``inspect`` found, as a table."""
-    table = Table(show_header=False, box=None)
+    """What ``inspect`` found, a line for each thing."""
+    OUT.print(Text(description["path"], "bold"))
+    for name, value in _description_lines(description):
+        OUT.print(Text.assemble((f"{name:<26}", "dim"), value))
+
+
+def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     shown = ("family", "precision", "block_size", "max_length", "batch_size", "eos_token_ids", "trained_with")
     for key in shown:
         value = description[key]
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value or "-")
-        table.add_row(key.replace("_", " "), text.strip("[]"))
+        yield key.replace("_", " "), _pairs(value) if isinstance(value, dict) else str(value or "-").strip("[]")
     for name, graph in description["graphs"].items():
         pinned = graph["fixed_shapes"]
-        shape = ", ".join(f"{k} {v}" for k, v in pinned.items()) if pinned else "symbolic B, n, S, h"
-        table.add_row(f"graph {name}", f"{graph['file']}: {shape}")
+        yield f"graph {name}", f"{graph['file']}: {_pairs(pinned) if pinned else 'symbolic B, n, S, h'}"
     for name, size in description["files"].items():
-        table.add_row(f"file {name}", bytes_text(size))
+        yield f"file {name}", bytes_text(size)
     for name, size in description["memory"].items():
-        table.add_row(f"memory {name.replace('_', ' ')}", bytes_text(size))
-    table.add_row("fingerprint", description["fingerprint"])
-    table.add_row("parity", description["parity"])
-    OUT.print(f"[bold]{description['path']}[/bold]")
-    OUT.print(table)
+        yield f"memory {name.replace('_', ' ')}", bytes_text(size)
+    yield "fingerprint", description["fingerprint"]
+    yield "parity", description["parity"]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def show_parity(parity: Parity) -> None:

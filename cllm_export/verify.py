@@ -97,6 +97,7 @@ def verify(
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
     """
     options = options or VerifyOptions()
+    check_writable(bundle)
     bundle.check_files(progress)
     session = _Session(bundle, prompts, checkpoint, options, progress or (lambda *_: None))
     checks = [Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files match the manifest")]
@@ -110,6 +111,20 @@ def verify(
     parity = Parity(bundle_fingerprint=bundle.fingerprint, checks=tuple(checks))
     write_parity(bundle, parity)
     return parity
+
+
+def check_writable(bundle: Bundle) -> None:
+    """Find out before any work that the report could not be written.
+
+    Raises:
+        OutputError: the bundle's directory takes no file.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=bundle.path) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        raise OutputError(f"cannot write {PARITY_NAME} into {bundle.path}: {error.strerror}") from None
 
 
 def write_parity(bundle: Bundle, parity: Parity) -> None:
@@ -147,7 +162,9 @@ class _Session:
         self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
         own = bundle.manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
-        self._block_sizes = (own,) if pinned or not options.block_sizes else options.block_sizes
+        self._block_sizes = options.block_sizes or (own,)
+        if pinned and set(self._block_sizes) != {own}:
+            raise OptionError(f"this bundle is pinned to blocks of {own}: leave --block-size out")
 
     def token_checks(self) -> list[Check]:
         checks = []
@@ -327,7 +344,12 @@ def check_corruption_is_caught(bundle: Bundle) -> Check:
     for name, entry in bundle.manifest.files.items():
         if entry.size > CORRUPTION_LIMIT or not entry.size:
             skipped.append(name)
-        elif not _corruption_is_named(bundle, name):
+            continue
+        try:
+            named = _corruption_is_named(bundle, name)
+        except OSError as error:
+            raise OutputError(f"cannot copy {name} to corrupt it: {error.strerror} ({error.filename})") from None
+        if not named:
             missed.append(name)
     detail = f"one flipped byte in each of {len(bundle.manifest.files) - len(skipped)} files was named"
     if skipped:
@@ -395,11 +417,11 @@ def _open_reference(bundle: Bundle, checkpoint: Path) -> Reference:
 
 
 def _corruption_is_named(bundle: Bundle, name: str) -> bool:
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=bundle.path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="cllm-export-verify-") as scratch:
         copy = Path(scratch)
         for other in (MANIFEST_NAME, *bundle.manifest.files):
-            place: Callable[..., object] = shutil.copyfile if other == name else _link
-            place(bundle.path / other, copy / other)
+            place: Callable[..., object] = shutil.copyfile if other == name else os.symlink
+            place(bundle.path.resolve() / other, copy / other)
         with (copy / name).open("r+b") as file:
             file.seek(bundle.manifest.files[name].size // 2)
             byte = file.read(1)[0]
@@ -410,13 +432,6 @@ def _corruption_is_named(bundle: Bundle, name: str) -> bool:
         except ChecksumError as error:
             return name in str(error)
         return False
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @contextmanager

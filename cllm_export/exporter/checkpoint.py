@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from cllm_export.bundle import (
     GENERATION_CONFIG_NAME,
     TOKENIZER_NAME,
@@ -37,6 +39,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 DEFAULT_MAX_LENGTH_CAP = 2048
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
@@ -90,7 +93,7 @@ class Checkpoint:
         for source in (self.generation_config, self.raw_config):
             value = source.get("eos_token_id")
             if value is not None:
-                return tuple(value) if isinstance(value, list) else (int(value),)
+                return tuple(value) if isinstance(value, list) else (value,)
         return ()
 
     @property
@@ -228,11 +231,28 @@ def _check_sections(checkpoint: Checkpoint) -> None:
     """Touch what is read late, so that a bad value is found before any work."""
     config = checkpoint.config
     ids = checkpoint.eos_token_ids
-    if any(not 0 <= token < config.vocab_size for token in ids):
+    if any(type(token) is not int or not 0 <= token < config.vocab_size for token in ids):
         raise CheckpointError(
             f"{checkpoint.path} has eos_token_id {ids}, outside its vocabulary of {config.vocab_size}"
         )
     _ = checkpoint.trained_with, checkpoint.special_tokens, checkpoint.chat_template
+    try:
+        Tokenizer.from_file(str(checkpoint.path / TOKENIZER_NAME))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{checkpoint.path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
+    _check_tied_head(checkpoint)
+
+
+def _check_tied_head(checkpoint: Checkpoint) -> None:
+    """Refuse a stored head that differs from the table its config ties it to: transformers would then untie them."""
+    if not checkpoint.config.tie_word_embeddings or not {HEAD, EMBEDDING} <= set(checkpoint.tensors):
+        return
+    head, table = checkpoint.read(HEAD), checkpoint.read(EMBEDDING)
+    if head.shape != table.shape or head.dtype != table.dtype or not (head == table).all():
+        raise CheckpointError(
+            f"{HEAD} of {checkpoint.path} differs from {EMBEDDING}, though its config ties them "
+            "(tie_word_embeddings): set that to false if the stored head is meant, else remove the tensor"
+        )
 
 
 def _trained_with(section: Any, path: Path) -> TrainedWith:
@@ -311,7 +331,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")

@@ -213,19 +213,26 @@ def _op(
 
 
 def _empty_decoder(config: PretrainedConfig, precision: Precision) -> PreTrainedModel:
-    decoder = AutoModelForCausalLM.from_config(
-        config, dtype=TORCH_DTYPE[precision], attn_implementation=ATTENTION_NAME, trust_remote_code=False
-    )
+    decoder = _from_config(config, dtype=TORCH_DTYPE[precision], attn_implementation=ATTENTION_NAME)
     if not (hasattr(decoder, "model") and hasattr(decoder.model, "rotary_emb") and hasattr(decoder, "lm_head")):
         raise UnsupportedError(f"{type(decoder).__name__} is not laid out as model.rotary_emb and lm_head")
     decoder.requires_grad_(False)
     return decoder.eval()
 
 
+def _from_config(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many unrelated types for a bad config
+        raise CheckpointError(
+            f"transformers makes no model of this config: {type(error).__name__}: {error}; check config.json"
+        ) from None
+
+
 def _rotary_tables(config: PretrainedConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin [C, D/2] in fp32, computed by the decoder's own rotary embedding, whatever its rope type."""
     with torch.device("meta"):
-        rotary_type = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+        rotary_type = type(_from_config(config).model.rotary_emb)
     with torch.no_grad():
         cos, sin = rotary_type(config)(torch.zeros(1), torch.arange(length)[None])
     half = cos.shape[-1] // 2

@@ -131,8 +131,15 @@ class OrtEngine:
         block_size: int,
         head_size: int,
     ) -> _Buffers:
+        if not len(input_ids) == len(num_committed) == len(write_index) == self._num_slots:
+            raise EngineError(
+                f"a forward needs a block, num_committed and write_index for each of {self._num_slots} slots"
+            )
         binding = self._binding(block_size, head_size, max(write_index))
-        binding.buffers.input_ids[:] = input_ids
+        try:
+            binding.buffers.input_ids[:] = input_ids
+        except ValueError as error:
+            raise EngineError(f"the blocks of one forward must all have {block_size} tokens: {error}") from None
         self._num_committed[:] = num_committed
         self._write_index[:] = write_index
         self._run_binding(binding)

@@ -49,13 +49,12 @@ class TextCodec:
 
     def render_chat(self, messages: Messages) -> str:
         """Chat messages as the text the model was trained on."""
-        import jinja2
-
+        template = self._template
         try:
-            rendered: str = self._template.render(
+            rendered: str = template.render(
                 messages=list(messages), add_generation_prompt=True, **self._bundle.manifest.special_tokens
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is code of the checkpoint's, and may fail in any way
             raise PromptError(f"the chat template refuses these messages: {error}") from None
         return rendered
 

@@ -1,0 +1,180 @@
+"""Tiny random checkpoints of every supported family, made in about a tenth of a second each.
+
+Weights are large enough that the best two logits lie well apart and outputs vary, and norms and biases are random
+too: a graph that forgot one of them gives other tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+MAX_POSITIONS = 256
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What one tiny checkpoint is made of. ``config`` holds any further key of the family's config."""
+
+    family: str = "llama"
+    num_layers: int = 2
+    tied: bool = True
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    rope: Mapping[str, Any] | None = None
+    dtype: str = "float32"
+    sharded: bool = False
+    chat_template: str | None = None
+    eos: int | Sequence[int] = EOS
+    cllm: Mapping[str, Any] | None = None
+    max_positions: int = MAX_POSITIONS
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS: dict[str, Variant] = {
+    "llama": Variant(chat_template=CHAT_TEMPLATE, cllm={"n": 8, "fill": "repeat", "loop": "sliding"}),
+    "llama-llama3-bf16-sharded": Variant(tied=False, rope=LLAMA3_ROPE, dtype="bfloat16", sharded=True, head_dim=24),
+    "llama-linear-bias-mqa": Variant(rope=LINEAR_ROPE, num_kv_heads=1, config={"attention_bias": True}),
+    "llama-yarn-fp16-mha": Variant(
+        tied=False,
+        rope=YARN_ROPE,
+        num_kv_heads=4,
+        dtype="float16",
+        eos=(EOS, *range(40, 60)),
+        config={"mlp_bias": True},
+    ),
+    "mistral": Variant(family="mistral", tied=False, config={"sliding_window": None}),
+    "mistral-window": Variant(family="mistral", head_dim=8, num_kv_heads=1, config={"sliding_window": MAX_POSITIONS}),
+    "qwen2": Variant(family="qwen2", eos=(EOS, *range(60, 80)), cllm={"n": 4, "fill": "prompt", "loop": "block"}),
+    "qwen2-window": Variant(
+        family="qwen2",
+        tied=False,
+        num_kv_heads=1,
+        config={"use_sliding_window": True, "sliding_window": MAX_POSITIONS, "max_window_layers": 1},
+    ),
+    "qwen3": Variant(family="qwen3", head_dim=32, sharded=True),
+    "qwen3-untied-bias": Variant(family="qwen3", tied=False, num_kv_heads=4, config={"attention_bias": True}),
+}
+"""The checkpoints that the parity tests export: every family, and every option at least once."""
+
+
+def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
+    """Write a checkpoint with random weights, a tokenizer and a generation config; equal variants give equal bytes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    variant = variant or Variant()
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model(
+        variant.family,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_hidden_layers=variant.num_layers,
+        num_key_value_heads=variant.num_kv_heads,
+        head_dim=variant.head_dim or 16,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=variant.max_positions,
+        rope_parameters=dict(variant.rope or {"rope_type": "default", "rope_theta": 10000.0}),
+        tie_word_embeddings=variant.tied,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **variant.config,
+    )
+    torch.manual_seed(variant.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_random_like(name, parameter))
+    model = model.to(getattr(torch, variant.dtype))
+    model.generation_config.eos_token_id = variant.eos if isinstance(variant.eos, int) else list(variant.eos)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, max_shard_size="60KB" if variant.sharded else "1GB")
+    _write_tokenizer(tokenizer, directory)
+    if variant.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(variant.chat_template, encoding="utf-8")
+    if variant.cllm is not None:
+        edit_json(directory / "config.json", cllm=dict(variant.cllm))
+    return directory
+
+
+def _random_like(name: str, parameter: Tensor) -> Tensor:
+    import torch
+
+    noise = torch.randn(parameter.shape)
+    if "norm" in name:
+        return 1 + 0.3 * noise
+    return 0.3 * noise
+
+
+@functools.cache
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE of 300 tokens that puts ``<s>`` before a text; any text encodes, any ids decode."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat", "select the name where the city"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {**SPECIAL_TOKENS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def edit_json(path: Path, *, drop: Sequence[str] = (), **changes: Any) -> None:
+    """Change keys of a JSON file in place."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in raw.items() if key not in drop}
+    path.write_text(json.dumps({**kept, **changes}), encoding="utf-8")
+
+
+def edit_weights(directory: Path, *, drop: Sequence[str] = (), **changes: Tensor) -> None:
+    """Change tensors of an unsharded checkpoint in place; ``changes`` may add some."""
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if name not in drop}
+    save_file({**kept, **changes}, path, metadata={"format": "pt"})

@@ -1,0 +1,107 @@
+"""Fixtures that every test may use: checkpoints and bundles, made on demand and once a session.
+
+Nothing here imports torch before a test asks for a checkpoint: the unit tests run without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cllm_export.bundle import Bundle, open_bundle
+from cllm_export.runtime.generate import Model, load
+from tests.checkpoints import MAX_POSITIONS, VARIANTS, Variant, make_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cllm_export.exporter.reference import Reference
+
+PINNED: dict[str, Any] = {"fixed_shapes": True, "block_size": 8, "batch_size": 1}
+"""Options of a build with fixed shapes, of which ``bench`` times no latencies either, which takes seconds."""
+DEMO = Path(__file__).parent.parent / "examples" / "text_to_sql"
+THREADS = 1
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would break tests that fork
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class Workshop:
+    """Makes each checkpoint, bundle, model and reference once. What it hands out is shared: copy before a change."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._num_built = 0
+
+    def checkpoint(self, name: str) -> Path:
+        """A checkpoint by its name in ``VARIANTS``; ``small``, of one layer, which traces faster; or ``demo``, the
+        trained one of the repository."""
+        if name == "demo":
+            return DEMO / "checkpoint"
+        variant = Variant(num_layers=1) if name == "small" else VARIANTS[name]
+        return self._once(("checkpoint", name), lambda: self.new_checkpoint(f"checkpoint-{name}", variant))
+
+    def new_checkpoint(self, name: str, variant: Variant) -> Path:
+        """A checkpoint of any variant, in a directory of that name."""
+        import torch
+        from transformers.utils import logging
+
+        torch.set_num_threads(THREADS)
+        logging.disable_progress_bar()
+        return make_checkpoint(self._root / name, variant)
+
+    def bundle(self, name: str, **options: Any) -> Bundle:
+        """The bundle of a checkpoint; ``options`` are those of ``BuildOptions``."""
+        return self._once(
+            ("bundle", name, *sorted(options.items())), lambda: self.build(self.checkpoint(name), **options)
+        )
+
+    def model(self, name: str, **options: Any) -> Model:
+        """The bundle, loaded."""
+        key = ("model", name, *sorted(options.items()))
+        return self._once(key, lambda: load(self.bundle(name, **options).path, threads=THREADS))
+
+    def reference(self, name: str) -> Reference:
+        """The checkpoint in PyTorch, which tells the margin of every token."""
+        from cllm_export.exporter.reference import Reference
+
+        return self._once(("reference", name), lambda: Reference(self.checkpoint(name), max_length=MAX_POSITIONS))
+
+    def stock(self, name: str) -> PreTrainedModel:
+        """The checkpoint as transformers alone loads it, in fp32: nothing of this project takes part."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        def load_stock() -> PreTrainedModel:
+            return AutoModelForCausalLM.from_pretrained(self.checkpoint(name), dtype=torch.float32).eval()
+
+        return self._once(("stock", name), load_stock)
+
+    def copy(self, bundle: Bundle, target: Path) -> Bundle:
+        """A bundle that a test may change."""
+        shutil.copytree(bundle.path, target)
+        return open_bundle(target)
+
+    def build(self, checkpoint: Path, **options: Any) -> Bundle:
+        """The bundle of any checkpoint, built anew."""
+        from cllm_export.exporter.pipeline import BuildOptions, build
+
+        self._num_built += 1
+        target = self._root / f"bundle-{self._num_built}-{checkpoint.name}"
+        return build(checkpoint, target, BuildOptions(**options))
+
+    def _once(self, key: tuple[Any, ...], make: Any) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Checkpoints and bundles, each made once a session."""
+    return Workshop(tmp_path_factory.mktemp("workshop"))

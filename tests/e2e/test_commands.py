@@ -1,0 +1,285 @@
+"""Every command on sound input, each in a process of its own with pipes for its streams, as a script would run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm_export import __version__
+from cllm_export.bundle import open_bundle
+from tests.conftest import DEMO, PINNED, Workshop
+from tests.e2e.conftest import Cli, Outcome, environment, run_process
+
+LOOPS = ("autoregressive", "jacobi", "jacobi-block")
+LOOP_KEYS = {"tokens_per_second", "tokens_per_forward", "forwards", "new_tokens", "speedup", "overhead"}
+STATS_KEYS = {
+    "prompt_tokens",
+    "new_tokens",
+    "forwards",
+    "tokens_per_forward",
+    "acceptance_histogram",
+    "fast_forwarded",
+    "stationary",
+    "prefill_seconds",
+    "decode_seconds",
+    "engine_seconds",
+}
+PROMPTS = [
+    {"id": "first", "prompt": "the cat sat", "answer": "on the mat"},
+    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]},
+    {"prompt": "sélect 🙂 the name"},
+]
+ESCAPE = "\x1b"
+FEW = ("--max-new-tokens", 6, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Workshop) -> Path:
+    """A bundle with a chat template, trained with n = 8, fill repeat and the sliding loop."""
+    return workshop.bundle("llama").path
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(prompt, ensure_ascii=False) for prompt in PROMPTS), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object, stdin: bytes = b"") -> Outcome:
+    """A run that must succeed and be plain: no escape sequence, and nothing on standard error."""
+    outcome = run_process(*arguments, stdin=stdin, check=True)
+    assert ESCAPE not in outcome.out + outcome.err
+    assert outcome.err == ""
+    return outcome
+
+
+def lines_of(outcome: Outcome) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in outcome.out.splitlines()]
+
+
+def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
+    workshop: Workshop, prompt_file: Path, tmp_path: Path
+):
+    path, checkpoint = tmp_path / "bundle", tmp_path / "snapshot"
+    checkpoint.mkdir()
+    for file in workshop.checkpoint("llama").iterdir():
+        (checkpoint / file.name).symlink_to(file)  # as the cache of the Hugging Face hub lays it out
+    built = run("build", checkpoint, "--output", path)
+    bundle = open_bundle(path)
+    assert str(path) in built.out
+    assert bundle.fingerprint[:12] in built.out
+    assert bundle.fingerprint == workshop.bundle("llama").fingerprint, "another process builds other bytes"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "prompts.jsonl", "snapshot"]
+
+    described = json.loads(run("inspect", path, "--json").out)
+    assert described["fingerprint"] == bundle.fingerprint
+    assert "not verified" in described["parity"]
+    assert described["trained_with"] == {"block_size": 8, "fill": "repeat", "loop": "sliding"}
+    memory = described["memory"]
+    assert memory["kv_per_token"] == 2 * 2 * 2 * 16 * 4, "2 layers of keys and values, 2 heads of 16, 4 bytes"
+    assert memory["kv_cache"] == memory["kv_per_token"] * bundle.manifest.geometry.cache_length
+    assert memory["total"] == memory["weights"] + memory["kv_cache"]
+
+    verified = run("verify", path, "--checkpoint", checkpoint, "--prompts", prompt_file, *FEW)
+    assert "FAIL" not in verified.out
+    assert "skip" not in verified.out
+    parity = json.loads((path / "parity.json").read_text())
+    assert parity["passed"] is True
+    assert parity["bundle_fingerprint"] == bundle.fingerprint
+    assert "parity.json" not in bundle.manifest.files
+    assert all(check["passed"] for check in parity["checks"])
+    assert json.loads(run("inspect", path, "--json").out)["parity"] == "verified"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "prompts.jsonl", "snapshot"]
+
+
+def test_a_bundle_is_as_readable_as_any_directory_its_maker_creates(cli: Cli, bundle: Path, tmp_path: Path):
+    (tmp_path / "ordinary").mkdir()
+    assert oct(bundle.stat().st_mode) == oct((tmp_path / "ordinary").stat().st_mode)
+
+
+def test_a_prompt_streams_its_text(bundle: Path):
+    text = run("generate", bundle, "the cat", *FEW).out
+    [line] = lines_of(run("generate", bundle, "the cat", "--json", *FEW))
+    assert text == line["text"] + "\n"
+
+
+def test_generate_json_gives_a_line_for_each_prompt(bundle: Path, prompt_file: Path):
+    lines = lines_of(run("generate", bundle, "--prompts", prompt_file, "--json", *FEW))
+    assert [line["id"] for line in lines] == ["first", "2", "3"]
+    for line in lines:
+        assert line.keys() == {"id", "text", "token_ids", "finish_reason", "stats"}
+        assert line["finish_reason"] == ("eos" if line["token_ids"][-1] == 2 else "length")
+        assert line["stats"].keys() >= STATS_KEYS
+        assert line["stats"]["new_tokens"] == len(line["token_ids"]) <= 6
+        histogram = line["stats"]["acceptance_histogram"]
+        assert sum(histogram.values()) == line["stats"]["forwards"]
+
+
+@pytest.mark.parametrize("method", LOOPS)
+def test_every_source_of_prompts_and_every_method_give_the_same_tokens(
+    cli: Cli, bundle: Path, prompt_file: Path, method: str
+):
+    common = ("--json", "--method", method, "--block-size", 4, *FEW)
+    from_file = lines_of(cli("generate", bundle, "--prompts", prompt_file, *common))
+    from_stdin = lines_of(cli("generate", bundle, *common, stdin=prompt_file.read_bytes()))
+    [from_argument] = lines_of(cli("generate", bundle, "the cat sat", *common))
+    [from_text] = lines_of(cli("generate", bundle, *common, stdin=b"the cat sat"))
+    [limited] = lines_of(cli("generate", bundle, "--prompts", prompt_file, "--limit", 1, *common))
+    tokens = [line["token_ids"] for line in from_file]
+    assert [line["token_ids"] for line in from_stdin] == tokens
+    assert from_argument["token_ids"] == from_text["token_ids"] == limited["token_ids"] == tokens[0]
+    baseline = lines_of(cli("generate", bundle, "--prompts", prompt_file, "--json", *FEW))
+    assert [line["token_ids"] for line in baseline] == tokens
+
+
+def test_a_prompt_on_standard_input_does_not_end_in_the_newline_that_echo_adds(cli: Cli, bundle: Path):
+    with_newline = lines_of(cli("generate", bundle, "--json", *FEW, stdin=b"the cat sat\n"))
+    without = lines_of(cli("generate", bundle, "--json", *FEW, stdin=b"the cat sat"))
+    assert with_newline[0]["token_ids"] == without[0]["token_ids"]
+
+
+def test_messages_are_rendered_with_the_chat_template_and_one_bos(cli: Cli, workshop: Workshop, bundle: Path):
+    messages = [{"role": "user", "content": "hi"}]
+    stdin = json.dumps({"messages": messages}).encode()
+    [line] = lines_of(cli("generate", bundle, "--json", *FEW, stdin=stdin))
+    codec = workshop.model("llama").codec
+    rendered = codec.tokenizer.encode("<s>[user] hi\n[assistant] ", add_special_tokens=False).ids
+    assert line["stats"]["prompt_tokens"] == len(rendered)
+    assert line["token_ids"] == list(workshop.model("llama").generate(rendered, max_new_tokens=6).token_ids)
+
+
+def test_plain_prompt_files_hold_a_prompt_a_line(cli: Cli, bundle: Path, tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("the cat\n\nthe mat\r\n", encoding="utf-8")
+    lines = lines_of(cli("generate", bundle, "--prompts", path, "--json", *FEW))
+    assert [line["id"] for line in lines] == ["1", "3"]
+    for line, prompt in zip(lines, ("the cat", "the mat"), strict=True):
+        assert lines_of(cli("generate", bundle, prompt, "--json", *FEW))[0]["token_ids"] == line["token_ids"]
+
+
+def test_a_stop_string_cuts_text_and_reports_it(cli: Cli, bundle: Path):
+    [whole] = lines_of(cli("generate", bundle, "the cat", "--json", *FEW))
+    stop = whole["text"][2:4]
+    [cut] = lines_of(cli("generate", bundle, "the cat", "--json", "--stop", stop, *FEW))
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == whole["text"][: whole["text"].find(stop)]
+    assert cli("generate", bundle, "the cat", "--stop", stop, *FEW).out == cut["text"] + "\n"
+
+
+def test_statistics_go_to_standard_error_and_the_text_stays_clean(bundle: Path):
+    outcome = run_process("generate", bundle, "the cat", "--stats", *FEW, check=True)
+    assert outcome.out == run("generate", bundle, "the cat", *FEW).out
+    assert ESCAPE not in outcome.err
+    for word in ("tokens in", "forwards", "per forward", "fast-forwarded", "stationary", "prefill"):
+        assert word in outcome.err
+
+
+def test_show_blocks_gives_a_line_for_each_forward_without_colour_in_a_pipe(bundle: Path):
+    [line] = lines_of(run("generate", bundle, "the cat", "--json", *FEW))
+    legend, *blocks = run("generate", bundle, "the cat", "--show-blocks", *FEW).out.splitlines()
+    for word in ("accepted", "stationary", "rejected"):
+        assert word in legend
+    assert len(blocks) == line["stats"]["forwards"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_colours_and_a_progress_bar_and_a_pipe_neither(
+    workshop: Workshop, bundle: Path, tmp_path: Path
+):
+    copy = workshop.copy(workshop.bundle("llama"), tmp_path / "bundle")
+    shown = on_a_terminal("generate", bundle, "the cat", "--show-blocks", *FEW)
+    assert ESCAPE in shown
+    assert "accepted" in shown
+    assert "\u2501" in on_a_terminal("verify", copy.path, *FEW), "no bar was drawn"
+
+
+def on_a_terminal(*arguments: object) -> str:
+    """What a run that must succeed shows where all its streams are one pseudo-terminal."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", "from cllm_export.cli import main; main()", *map(str, arguments)]
+    terminal = environment() | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    shown = b""
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as process:
+        os.close(theirs)
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # how Linux says that the other side was closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+def test_bench_reports_every_loop_as_a_table_and_as_json(
+    workshop: Workshop, bundle: Path, prompt_file: Path, tmp_path: Path
+):
+    report_file = tmp_path / "report.json"
+    options = ("--repeats", 1, "--sweep", "4", "--json", report_file, "--checkpoint", workshop.checkpoint("llama"))
+    table = run("bench", bundle, "--prompts", prompt_file, *options, *FEW).out
+    report = json.loads(report_file.read_text())
+    assert set(report["loops"]) == set(LOOPS)
+    for name, entry in report["loops"].items():
+        assert entry.keys() >= LOOP_KEYS
+        assert name in table
+    assert len({entry["new_tokens"] for entry in report["loops"].values()}) == 1
+    assert report["loops"]["autoregressive"]["tokens_per_forward"] == 1
+    assert report["loops"]["autoregressive"]["speedup"] == 1
+    assert report["sweep"].keys() == {"4"}
+    sizes = [entry["block_size"] for entry in report["latency"]]
+    assert sizes[0] == 1
+    assert sizes[-1] == 64
+    assert report["latency"][0]["ratio"] == 1
+    assert report["transformers"]["new_tokens"] == report["loops"]["autoregressive"]["new_tokens"]
+
+
+def test_bench_of_one_loop_keeps_the_baseline_beside_it(cli: Cli, workshop: Workshop, tmp_path: Path):
+    options = ("--method", "jacobi", "--repeats", 1, "--json", tmp_path / "r.json")
+    assert cli("bench", workshop.bundle("llama", **PINNED).path, *options, *FEW).code == 0
+    assert json.loads((tmp_path / "r.json").read_text())["loops"].keys() == {"autoregressive", "jacobi"}
+
+
+def test_inspect_shows_what_is_in_a_bundle_as_a_table(cli: Cli, workshop: Workshop, bundle: Path):
+    shown = cli("inspect", bundle).out
+    for text in ("llama", "fp32", "weights.bin", "kv per token", workshop.bundle("llama").fingerprint):
+        assert text in shown
+    assert "eos token ids" in shown
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(cli: Cli, workshop: Workshop, tmp_path: Path):
+    copy = workshop.copy(workshop.bundle("llama"), tmp_path / "bundle[v2]")
+    shown = cli("inspect", copy.path).out
+    assert "bundle[v2]" in shown
+
+
+def test_version_is_printed_and_help_needs_no_bundle(cli: Cli):
+    assert cli("--version") == Outcome(0, f"{__version__}\n", "")
+    helped = cli("--help")
+    assert helped.code == 0
+    for command in ("build", "verify", "generate", "inspect", "bench", "demo"):
+        assert command in helped.out
+
+
+def test_debug_shows_the_traceback_of_a_refusal(tmp_path: Path):
+    outcome = run_process("inspect", tmp_path, "--debug")
+    assert outcome.code != 0
+    assert "Traceback" in outcome.err
+    assert "BundleError" in outcome.err
+
+
+def test_the_demo_prompts_come_with_their_answers_through_json(cli: Cli, workshop: Workshop):
+    path = workshop.bundle("demo").path
+    options = ("--prompts", DEMO / "prompts.jsonl", "--limit", 2, "--json", "--threads", 1)
+    lines = lines_of(cli("generate", path, *options))
+    assert all("select" in line["text"].lower() for line in lines)
+    assert all(line["finish_reason"] == "eos" for line in lines)
