@@ -164,7 +164,8 @@ class _Session:
         pinned = self._model.engine.fixed_shapes is not None
         self._block_sizes = options.block_sizes or (own,)
         if pinned and set(self._block_sizes) != {own}:
-            raise OptionError(f"this bundle is pinned to blocks of {own}: leave --block-size out")
+            given = ", ".join(map(str, self._block_sizes))
+            raise OptionError(f"this bundle is pinned to blocks of {own}, got {given}: leave --block-size out")
 
     def token_checks(self) -> list[Check]:
         checks = []

@@ -316,6 +316,11 @@ class _Run:
                 forward = engine.forward((tokens,), (num_committed,), (write_index,))
             next_ids = forward.next_ids[0]
             known, num_accepted = decoder.commit(next_ids, forward.num_accepted[0])
+            if not known:  # a sound graph accepts one row at least; a broken one must not loop for ever
+                raise EngineError(
+                    f"the engine accepted {forward.num_accepted[0]} rows at write index {write_index}, which makes no "
+                    "token known: its graph is broken, rebuild the bundle"
+                )
             new = self._cut(known, left)
             left -= len(new)
             if not left and self._finish == "closed":

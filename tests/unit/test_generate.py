@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cllm_export.bundle import TrainedWith
 from cllm_export.contract import FixedShapes
 from cllm_export.errors import EngineError, OptionError, PromptError
-from cllm_export.runtime.generate import METHODS, prefill
+from cllm_export.runtime.generate import METHODS, Model, prefill
+from cllm_export.runtime.text import TextCodec
 from tests.fakes import (
     EOS,
     PAD,
@@ -517,3 +518,15 @@ def test_a_failing_engine_frees_the_model(bundle):
     with pytest.raises(EngineError, match="out of memory"):
         model.generate([5])
     assert list(model.generate([5], max_new_tokens=3).token_ids) == greedy(language_model, [5], 3)
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_an_engine_that_accepts_nothing_ends_in_an_error_and_not_in_a_loop(bundle, method):
+    class Stuck(FakeEngine):
+        def forward(self, input_ids, num_committed, write_index):
+            forward = super().forward(input_ids, num_committed, write_index)
+            return forward._replace(num_accepted=[0] * len(forward.num_accepted))
+
+    engine = Stuck(HashModel(vocab_size=200), bundle.manifest.geometry)
+    with pytest.raises(EngineError, match="makes no token known"):
+        Model(bundle, engine, TextCodec(bundle)).generate([5, 6, 7], method=method)
