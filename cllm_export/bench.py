@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cllm_export.bundle import Bundle, Progress
 from cllm_export.errors import OptionError
@@ -19,6 +19,9 @@ from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads
 from cllm_export.verify import random_prompts
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.reference import Reference
 
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
@@ -65,6 +68,7 @@ def run_bench(
     milliseconds T(n) of one forward and its ratio to T(1).
     """
     options = options or BenchOptions()
+    reference = _open_reference(bundle, checkpoint, options) if checkpoint else None
     model = load(bundle.path, threads=options.threads)
     encoded = [model.encode(prompt.content) for prompt in prompts] or list(random_prompts(bundle, 16).values())
     settings = _settings(options)
@@ -82,8 +86,8 @@ def run_bench(
     report["sweep"] = {str(size): _summary(runs["jacobi", size], baseline) for size in options.sweep}
     if not model.engine.fixed_shapes:
         report["latency"] = measure_latency(bundle, encoded, options.threads)
-    if checkpoint:
-        report["transformers"] = _bench_transformers(bundle, checkpoint, encoded, options)
+    if reference:
+        report["transformers"] = _bench_transformers(bundle, reference, encoded, options)
     return report
 
 
@@ -200,15 +204,18 @@ def _summary(runs: list[_Run], baseline: list[_Run] | None) -> dict[str, float |
     return summary
 
 
-def _bench_transformers(
-    bundle: Bundle, checkpoint: Path, prompts: list[list[int]], options: BenchOptions
-) -> dict[str, float | int]:
+def _open_reference(bundle: Bundle, checkpoint: Path, options: BenchOptions) -> Reference:
     import torch
 
     from cllm_export.exporter.reference import Reference
 
     torch.set_num_threads(options.threads or available_threads())
-    reference = Reference(checkpoint, max_length=bundle.manifest.max_length)
+    return Reference(checkpoint, max_length=bundle.manifest.max_length)
+
+
+def _bench_transformers(
+    bundle: Bundle, reference: Reference, prompts: list[list[int]], options: BenchOptions
+) -> dict[str, float | int]:
     reference.generate(prompts[0], 4, ())
     tokens, seconds = 0, 0.0
     for prompt in prompts:

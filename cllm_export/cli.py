@@ -153,8 +153,8 @@ def generate(
     blocks: Annotated[bool, typer.Option("--show-blocks", help="Every block, coloured by what became of it.")] = False,
 ) -> None:
     """Decode prompts: from the command line, a file, or standard input."""
-    if blocks and as_json:
-        raise OptionError("--show-blocks and --json exclude each other: the JSON has the statistics")
+    if as_json and (blocks or stats):
+        raise OptionError("--json excludes --show-blocks and --stats: its lines have the statistics")
     given = _gather_prompts(prompt, prompts, limit)
     model = load(bundle, threads=threads)
     options: dict[str, Any] = {
@@ -213,6 +213,8 @@ def bench(
         sweep=_parse_sizes(sweep),
     )
     opened = open_bundle(bundle)
+    if as_json and (as_json.is_dir() or not as_json.absolute().parent.is_dir()):
+        raise OutputError(f"cannot write the report to {as_json}: give a file in a directory that exists")
     given = read_prompts(prompts, limit=limit) if prompts else ()
     with display.progress_bar() as progress, _needs_export_extra():
         report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)

@@ -145,8 +145,8 @@ def _settle(options: BuildOptions, checkpoint: Checkpoint) -> _Settings:
 
 
 def _make_graph(checkpoint: Checkpoint, settings: _Settings) -> DecoderGraph:
+    check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     trace = trace_greedy(checkpoint.config, settings.geometry, settings.precision)
-    check_tensors(trace, {name: info.shape for name, info in checkpoint.tensors.items()})
     graph = DecoderGraph(
         model=trace.model,
         precision=settings.precision,

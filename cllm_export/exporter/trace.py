@@ -40,8 +40,6 @@ class Trace:
     """Graph input -> checkpoint tensor."""
     constants: dict[str, Tensor]
     """Graph input -> value computed here (RoPE tables, row numbers)."""
-    expected_shapes: dict[str, tuple[int, ...]]
-    """Checkpoint tensor -> shape that the config asks for."""
 
 
 def geometry_of(config: PretrainedConfig, *, max_length: int, max_block_size: int) -> Geometry:
@@ -71,7 +69,6 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
     with fake:
         decoder = _empty_decoder(config, precision)
         names = _checkpoint_names(decoder)
-        shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
         graph = GreedyGraph(decoder, geometry, TORCH_DTYPE[precision])
         inputs = _example_inputs(geometry, precision)
     program = _export(graph, inputs)
@@ -88,7 +85,6 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
         model=model,
         checkpoint_names={name: name for name in names.values() if name in used},
         constants={name: value for name, value in constants.items() if name in used},
-        expected_shapes={name: shapes[name] for name in set(names.values())},
     )
 
 
@@ -306,18 +302,21 @@ def _detach_weights(model: ir.Model, names: dict[str, str]) -> None:
         graph.inputs.append(value)
 
 
-def check_tensors(trace: Trace, found: dict[str, tuple[int, ...]]) -> None:
-    """Compare the checkpoint's tensors with what its config asks for.
+def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
+    """Compare the checkpoint's tensors, before any work, with what its config asks for.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape; names it.
     """
-    for name, shape in sorted(trace.expected_shapes.items()):
+    with torch.device("meta"):
+        decoder = _from_config(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}  # tied ones once
+    for name, shape in sorted(expected.items()):
         if name not in found:
             raise CheckpointError(f"the checkpoint has no tensor {name}, which its config asks for; it is incomplete")
         if found[name] != shape:
             raise CheckpointError(f"tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}")
-    known = set(trace.expected_shapes) | {"lm_head.weight"}
+    known = set(expected) | ({"lm_head.weight"} if config.tie_word_embeddings else set())
     extra = sorted(name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if extra:
         raise CheckpointError(f"the checkpoint has a tensor {extra[0]} that its config has no place for")
