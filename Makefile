@@ -5,14 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test setup lint types tests slow bench clean
+.PHONY: help demo test setup lint types tests slow clean
 
 help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
-	@echo "make bench   the README's figures (see benchmarks/README.md)"
 
 demo: setup
 	$(BIN)/cllm-export demo
@@ -39,9 +38,6 @@ tests: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
-
-bench: setup
-	$(BIN)/python benchmarks/run_all.py
 
 clean:
 	rm -rf $(VENV) demo-bundle build *.egg-info

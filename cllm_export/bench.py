@@ -5,23 +5,20 @@ Everything is compared in one run, pass after pass in turn, by medians: machines
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm_export.bundle import Bundle, Progress
+from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
-from cllm_export.runtime.ort_engine import OrtEngine, available_threads
+from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
 from cllm_export.verify import random_prompts
-
-if TYPE_CHECKING:
-    from cllm_export.exporter.reference import Reference
 
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
@@ -37,8 +34,20 @@ class BenchOptions:
     max_new_tokens: int = 128
     threads: int | None = None
     repeats: int = 3
+    ignore_eos: bool = False
+    """Decode every prompt to the limit; the only way to time random tokens, which end at once."""
     sweep: tuple[int, ...] = ()
     """Further block sizes for the sliding loop."""
+
+    def __post_init__(self) -> None:
+        for size in self.sweep:
+            require_at_least("--sweep", size, 1)
+        if len(set(self.sweep)) < len(self.sweep):
+            raise OptionError(f"--sweep names a block size twice: {','.join(map(str, self.sweep))}")
+        if "jacobi" not in self.methods and (self.sweep or self.block_size):
+            given = "--sweep" if self.sweep else "--block-size"
+            if self.methods == ("autoregressive",) or self.sweep:
+                raise OptionError(f"{given} is for the Jacobi loops; leave it out with --method {self.methods[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +77,15 @@ def run_bench(
     milliseconds T(n) of one forward and its ratio to T(1).
     """
     options = options or BenchOptions()
-    reference = _open_reference(bundle, checkpoint, options) if checkpoint else None
+    if checkpoint:
+        _check_checkpoint(bundle, checkpoint)
     model = load(bundle.path, threads=options.threads)
-    encoded = [model.encode(prompt.content) for prompt in prompts] or list(random_prompts(bundle, 16).values())
+    if too_large := [size for size in options.sweep if size > model.engine.geometry.max_block_size]:
+        largest = model.engine.geometry.max_block_size
+        raise OptionError(f"--sweep {too_large[0]}: block_size must be at most {largest} for this bundle")
+    encoded = [model.encode(prompt.content) for prompt in prompts]
+    if not encoded:
+        encoded, options = list(random_prompts(bundle, 16).values()), replace(options, ignore_eos=True)
     settings = _settings(options)
     runs = _interleaved(model, encoded, settings, options, progress or (lambda *_: None))
     report: dict[str, Any] = {
@@ -80,14 +95,15 @@ def run_bench(
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
         "block_size": options.block_size or bundle.manifest.block_size,
+        "autoregressive_block_size": pinned.block_size if (pinned := model.engine.fixed_shapes) else 1,
     }
     baseline = runs.get(("autoregressive", None))
     report["loops"] = {method: _summary(runs[method, None], baseline) for method in options.methods}
     report["sweep"] = {str(size): _summary(runs["jacobi", size], baseline) for size in options.sweep}
     if not model.engine.fixed_shapes:
         report["latency"] = measure_latency(bundle, encoded, options.threads)
-    if reference:
-        report["transformers"] = _bench_transformers(bundle, reference, encoded, options)
+    if checkpoint:
+        report["transformers"] = _bench_transformers(bundle, checkpoint, encoded, options)
     return report
 
 
@@ -124,18 +140,6 @@ def _time_forward(engine: OrtEngine, block_size: int, past: int) -> float:
     return (engine.run_seconds - started) / 5
 
 
-def describe_machine(threads: int | None) -> dict[str, Any]:
-    """What a figure depends on besides the bundle."""
-    import onnxruntime
-
-    return {
-        "processor": _processor(),
-        "threads": threads or available_threads(),
-        "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def _settings(options: BenchOptions) -> list[tuple[Method, int | None]]:
     settings: list[tuple[Method, int | None]] = [(method, None) for method in options.methods]
     return settings + [("jacobi", size) for size in options.sweep]
@@ -167,9 +171,10 @@ def _generate(model: Model, prompt: list[int], method: Method, size: int | None,
     limit = min(options.max_new_tokens, model.bundle.manifest.max_length - len(prompt))
     if limit < 1:
         raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
-    if method == "autoregressive":
-        return model.generate(prompt, max_new_tokens=limit, method=method)
-    return model.generate(prompt, max_new_tokens=limit, method=method, block_size=size or options.block_size)
+    block_size = None if method == "autoregressive" else size or options.block_size
+    return model.generate(
+        prompt, max_new_tokens=limit, method=method, block_size=block_size, ignore_eos=options.ignore_eos
+    )
 
 
 def _collect(generations: list[Generation]) -> _Run:
@@ -204,18 +209,23 @@ def _summary(runs: list[_Run], baseline: list[_Run] | None) -> dict[str, float |
     return summary
 
 
-def _open_reference(bundle: Bundle, checkpoint: Path, options: BenchOptions) -> Reference:
+def _check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
+    from cllm_export.exporter.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint, max_length=bundle.manifest.max_length)
+    if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
+        raise OptionError(f"{bundle.path} was not built from {checkpoint}: give the checkpoint it was built from")
+
+
+def _bench_transformers(
+    bundle: Bundle, checkpoint: Path, prompts: list[list[int]], options: BenchOptions
+) -> dict[str, float | int]:
     import torch
 
     from cllm_export.exporter.reference import Reference
 
     torch.set_num_threads(options.threads or available_threads())
-    return Reference(checkpoint, max_length=bundle.manifest.max_length)
-
-
-def _bench_transformers(
-    bundle: Bundle, reference: Reference, prompts: list[list[int]], options: BenchOptions
-) -> dict[str, float | int]:
+    reference = Reference(checkpoint, max_length=bundle.manifest.max_length)
     reference.generate(prompts[0], 4, ())
     tokens, seconds = 0, 0.0
     for prompt in prompts:
@@ -223,11 +233,3 @@ def _bench_transformers(
         new, taken = reference.generate(prompt, limit, bundle.manifest.eos_token_ids)
         tokens, seconds = tokens + new, seconds + taken
     return {"new_tokens": tokens, "tokens_per_second_with_prefill": tokens / seconds}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -254,9 +254,9 @@ def check_output(target: Path, *, force: bool) -> None:
     Raises:
         OutputError: it exists and ``force`` is not set, or it exists and is not a bundle.
     """
-    parent = next(path for path in Path(os.path.abspath(target)).parents if path.exists())
+    parent = next((path for path in Path(os.path.abspath(target)).parents if path.exists()), Path(os.sep))
     if not parent.is_dir():
-        raise OutputError(f"{target} cannot be made: {parent} is not a directory")
+        raise OutputError(f"cannot write beside {target}: {parent} is not a directory")
     if not target.exists() and not target.is_symlink():
         return
     is_empty_dir = target.is_dir() and not any(target.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,9 +95,7 @@ def build(
     with display.progress_bar() as progress:
         bundle = build(checkpoint, output, options, force=force, progress=progress)
     size = sum(entry.size for entry in bundle.manifest.files.values())
-    display.OUT.print(
-        f"[green]wrote[/green] {output} ({display.bytes_text(size)}, fingerprint {bundle.fingerprint[:12]})"
-    )
+    typer.echo(f"wrote {output} ({display.bytes_text(size)}, fingerprint {bundle.fingerprint[:12]})")
 
 
 @app.command()
@@ -115,6 +114,8 @@ def verify(
     from cllm_export.verify import VerifyOptions
     from cllm_export.verify import verify as run
 
+    if limit is not None and prompts is None:
+        raise OptionError("--limit needs --prompts")
     options = VerifyOptions(max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads)
     with display.progress_bar() as progress, _needs_export_extra():
         parity = run(
@@ -204,6 +205,8 @@ def bench(
     """Time every loop on real prompts, interleaved, and the forward at every block size."""
     from cllm_export.bench import BenchOptions, run_bench
 
+    if limit is not None and prompts is None:
+        raise OptionError("--limit needs --prompts")
     options = BenchOptions(
         methods=_with_baseline(method),
         block_size=block_size,
@@ -235,7 +238,8 @@ def demo(
     from cllm_export.demo import run_demo
 
     with _needs_export_extra():
-        run_demo(example, output, threads=threads)
+        if not run_demo(example, output, threads=threads):
+            raise typer.Exit(EXIT_FAILED)
 
 
 def main() -> None:
@@ -247,7 +251,7 @@ def main() -> None:
         _fail(str(error), EXIT_ERROR, error if debug else None)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"the system refused: {error.strerror}{where}", EXIT_ERROR, error if debug else None)
+        _fail(f"the system refused: {error.strerror or error}{where}", EXIT_ERROR, error if debug else None)
     except Exception as error:
         message = (
             f"{type(error).__name__}: {error}; this is a defect of cllm-export: run again with --debug and report it"
@@ -265,7 +269,7 @@ def _take_debug_flag(argv: list[str]) -> bool:
 
 def _fail(message: str, code: int, cause: BaseException | None = None) -> None:
     if cause is not None:
-        raise cause
+        traceback.print_exception(cause)
     display.ERR.print("[bold red]error:[/bold red]", end=" ")
     display.ERR.print(message, markup=False)
     sys.exit(code)
@@ -306,6 +310,8 @@ def _with_baseline(method: Method | None) -> tuple[Method, ...]:
 def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:
     if prompt is not None and path is not None:
         raise OptionError("give a prompt or --prompts, not both")
+    if prompt is not None and limit is not None:
+        raise OptionError("--limit is for several prompts; leave it out")
     if prompt is not None:
         return [Prompt(id="1", content=prompt)]
     if path is not None:

@@ -16,8 +16,11 @@ VERIFIED, SHOWN, TIMED = 100, 3, 40
 SWEEP = (4, 8, 12)
 
 
-def run_demo(example: Path, output: Path, *, threads: int | None = None) -> None:
+def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool:
     """Build the example's checkpoint into ``output``, verify it, decode a few prompts, print the speed table.
+
+    Returns:
+        Whether the bundle passed verification; the demo ends there if not.
 
     Raises:
         CheckpointError: the example is not there.
@@ -28,28 +31,31 @@ def run_demo(example: Path, output: Path, *, threads: int | None = None) -> None
         )
     prompts = read_prompts(example / "prompts.jsonl")
     bundle = _build(example / "checkpoint", output)
-    _verify(bundle, prompts, example / "checkpoint", threads)
+    if not _verify(bundle, prompts, example / "checkpoint", threads):
+        return False
     _decode(load(bundle.path, threads=threads), prompts[:SHOWN])
     _time(bundle, prompts[:TIMED], threads)
+    return True
 
 
 def _build(checkpoint: Path, output: Path) -> Bundle:
     from cllm_export.exporter.pipeline import build
 
-    display.OUT.rule(f"build {checkpoint}")
+    display.OUT.rule("build")
     with display.progress_bar() as progress:
         bundle = build(checkpoint, output, force=True, progress=progress)
     size = sum(entry.size for entry in bundle.manifest.files.values())
-    display.OUT.print(f"wrote {output} ({display.bytes_text(size)})")
+    display.OUT.print(f"wrote {output} ({display.bytes_text(size)})", markup=False)
     return bundle
 
 
-def _verify(bundle: Bundle, prompts: list[Prompt], checkpoint: Path, threads: int | None) -> None:
+def _verify(bundle: Bundle, prompts: list[Prompt], checkpoint: Path, threads: int | None) -> bool:
     display.OUT.rule("verify")
     with display.progress_bar() as progress:
         options = VerifyOptions(threads=threads)
         parity = verify(bundle, prompts=prompts[:VERIFIED], checkpoint=checkpoint, options=options, progress=progress)
     display.show_parity(parity)
+    return parity.passed
 
 
 def _decode(model: Model, prompts: list[Prompt]) -> None:

@@ -20,7 +20,7 @@ from cllm_export.verify import Parity
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 
-ACCEPTED, BONUS, STATIONARY, REJECTED = "green", "bold white on green", "yellow", "dim"
+FAST_FORWARDED, ACCEPTED, STATIONARY, REJECTED = "green", "bold white on green", "yellow", "dim"
 MARKS = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("skip", "yellow")}
 
 
@@ -111,8 +111,17 @@ def show_statistics(generation: Generation) -> None:
 
 
 def show_blocks(model: Model, generation: Generation) -> None:
-    """A line for each forward: the block it verified, coloured by what became of each token, then the bonus."""
-    legend = (("accepted", ACCEPTED), ("bonus", BONUS), ("stationary", STATIONARY), ("rejected", REJECTED))
+    """A line for each forward: the block it verified, coloured by what became of each token.
+
+    Fast-forwarded are the draft tokens found right; accepted is the one token that every forward gives, the model's own
+    after them; stationary are right already and wait for one before them; the rest was wrong.
+    """
+    legend = (
+        ("fast-forwarded", FAST_FORWARDED),
+        ("accepted", ACCEPTED),
+        ("stationary", STATIONARY),
+        ("rejected", REJECTED),
+    )
     OUT.print(Text.assemble("block: ", *((f" {name} ", style) for name, style in legend)))
     records = generation.forwards
     end = records[0].write_index + len(generation.token_ids) if records else 0
@@ -124,17 +133,16 @@ def show_blocks(model: Model, generation: Generation) -> None:
 def _block_line(model: Model, number: int, record: ForwardRecord, following: ForwardRecord | None, end: int) -> Text:
     still_right = set(stationary_positions(record, following)) if following else set()
     line = Text.assemble((f"{number:>3} ", "dim"))
+    if record.num_accepted == 1:
+        line.append(_token_text(model, record.next_ids[0]), ACCEPTED)
     for row in range(1, len(record.block)):
         position = record.write_index + row
         if position > end:
             break
         rejected = STATIONARY if position in still_right else REJECTED
-        line.append(_token_text(model, record.block[row]), ACCEPTED if row < record.num_accepted else rejected)
+        line.append(_token_text(model, record.block[row]), FAST_FORWARDED if row < record.num_accepted else rejected)
         if row + 1 == record.num_accepted and position < end:
-            line.append(_token_text(model, record.next_ids[row]), BONUS)
-    if record.num_accepted == 1:
-        bonus = Text(_token_text(model, record.next_ids[0]), BONUS)
-        line = Text.assemble(line[:4], bonus, line[4:])
+            line.append(_token_text(model, record.next_ids[row]), ACCEPTED)
     return line
 
 
@@ -148,7 +156,11 @@ def _loops_table(report: Mapping[str, Any]) -> Table:
     for name in ("loop", "n", "tokens/s", "tokens/forward", "speedup", "with prefill", "overhead"):
         table.add_column(name, justify="left" if name == "loop" else "right")
     for name, entry in report["loops"].items():
-        table.add_row(*_loop_cells(name, "1" if name == "autoregressive" else str(report["block_size"]), entry))
+        table.add_row(
+            *_loop_cells(
+                name, str(report["autoregressive_block_size" if name == "autoregressive" else "block_size"]), entry
+            )
+        )
     for size, entry in report["sweep"].items():
         table.add_row(*_loop_cells("jacobi", size, entry))
     return table

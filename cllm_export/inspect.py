@@ -52,10 +52,12 @@ def _parity(bundle: Bundle) -> str:
     try:
         report = json.loads((bundle.path / PARITY_NAME).read_text(encoding="utf-8"))
         fingerprint, passed = report["bundle_fingerprint"], report["passed"]
+        compared = report["conditions"]["compared_with_checkpoint"]
     except FileNotFoundError:
         return "not verified: run cllm-export verify"
     except (OSError, ValueError, KeyError, TypeError):
         return "parity.json is damaged: run cllm-export verify again"
     if fingerprint != bundle.fingerprint:
         return "verified before it was rebuilt: run cllm-export verify again"
-    return "verified" if passed else "verification failed, see parity.json"
+    proved = "verified" if compared else "verified, though not against its checkpoint"
+    return proved if passed else "verification failed, see parity.json"

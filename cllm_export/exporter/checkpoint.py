@@ -107,7 +107,9 @@ class Checkpoint:
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like by name: what chat templates refer to."""
         tokens = {}
-        for name, value in self.tokenizer_config.items():
+        path = self.path / "special_tokens_map.json"
+        older = _read_json(path) if path.exists() else {}
+        for name, value in (*older.items(), *self.tokenizer_config.items()):
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
                 tokens[name] = text
@@ -195,6 +197,7 @@ _REFUSALS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "attention softcapping": lambda raw: bool(raw.get("attn_logit_softcapping")),
     "logit softcapping": lambda raw: bool(raw.get("final_logit_softcapping")),
     "quantised weights (quantization_config)": lambda raw: bool(raw.get("quantization_config")),
+    "weights of another name (transformers_weights)": lambda raw: bool(raw.get("transformers_weights")),
     "an encoder (is_encoder_decoder)": lambda raw: bool(raw.get("is_encoder_decoder")),
 }
 
@@ -235,7 +238,13 @@ def _check_sections(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path} has eos_token_id {ids}, outside its vocabulary of {config.vocab_size}"
         )
-    _ = checkpoint.trained_with, checkpoint.special_tokens, checkpoint.chat_template
+    _ = checkpoint.trained_with, checkpoint.special_tokens
+    try:
+        _ = checkpoint.chat_template
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
+        ) from None
     try:
         Tokenizer.from_file(str(checkpoint.path / TOKENIZER_NAME))
     except Exception as error:  # tokenizers raises bare Exception
@@ -282,7 +291,7 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS_INDEX).is_file():
         return _shards(path)
     if (path / SINGLE_WEIGHTS).is_file():
-        return [_inside(path, SINGLE_WEIGHTS)]
+        return [path / SINGLE_WEIGHTS]
     if pickled := [name for name in PICKLED_WEIGHTS if (path / name).exists()]:
         raise CheckpointError(
             f"{path} has only pickled weights ({pickled[0]}), which are never loaded because a pickle can run code; "
@@ -301,7 +310,12 @@ def _shards(path: Path) -> list[Path]:
     for name in names:
         if not (path / name).is_file():
             raise CheckpointError(f"shard {name} of {path} is missing; download it again")
-    return [_inside(path, name) for name in names]
+    shards = [_inside(path, name) for name in names]
+    if (path / SINGLE_WEIGHTS).is_file() and SINGLE_WEIGHTS not in names:
+        raise CheckpointError(
+            f"{path} has both {SINGLE_WEIGHTS} and {WEIGHTS_INDEX}, which may hold different weights: remove one"
+        )
+    return shards
 
 
 def _inside(path: Path, name: str) -> Path:

@@ -114,6 +114,10 @@ def transpose_weights(graph: DecoderGraph) -> None:
         shape = tuple(int(dim) for dim in reversed(weight.shape.dims))  # type: ignore[arg-type]
         transposed = graph.add_weight(f"{weight.name}.T", source, shape=shape, like=weight)
         ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
+    optimizer.remove_unused_nodes(graph.model)
+    sources = [node.inputs[0] for node in graph.graph if node.op_type == "Transpose"]
+    left = [value.name for value in sources if value is not None and value.name in stored]
+    _require(not left, f"transpose_weights left {left} to be transposed at run time")
 
 
 def pack_qkv(graph: DecoderGraph) -> None:

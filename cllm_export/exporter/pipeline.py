@@ -43,6 +43,8 @@ DEFAULT_BLOCK_SIZE = 16
 MIN_MAX_BLOCK_SIZE = 64
 """Decode forwards of up to this many tokens fit the cache of every bundle with symbolic shapes."""
 
+MIN_MAX_LENGTH = 2
+
 GRAPH_FILE = "model.onnx"
 TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
@@ -122,10 +124,13 @@ def _settle(options: BuildOptions, checkpoint: Checkpoint) -> _Settings:
     block_size = options.block_size or trained_block
     limit = int(checkpoint.config.max_position_embeddings)
     max_length = options.max_length or checkpoint.default_max_length()
+    if max_length < MIN_MAX_LENGTH:
+        raise OptionError(f"--max-length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
     if max_length > limit:
         raise OptionError(f"--max-length {max_length} is beyond the model's own {limit} positions")
     if block_size > max_length:
-        raise OptionError(f"--block-size {block_size} is above the max length {max_length}; choose a smaller block")
+        origin = "--block-size" if options.block_size else "the block size it was trained with,"
+        raise OptionError(f"{origin} {block_size} is above the max length {max_length}; choose a smaller --block-size")
     max_block_size = block_size if options.fixed_shapes else max(block_size, MIN_MAX_BLOCK_SIZE)
     geometry = geometry_of(checkpoint.config, max_length=max_length, max_block_size=max_block_size)
     fixed = (
@@ -157,6 +162,7 @@ def _make_graph(checkpoint: Checkpoint, settings: _Settings) -> DecoderGraph:
     if settings.fixed:
         pin_shapes(graph, settings.geometry, settings.fixed)
     state_contract(graph, settings.geometry, settings.fixed)
+    require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
     return graph
 
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from cllm_export.errors import CheckpointError
 from cllm_export.exporter.checkpoint import open_checkpoint
 
 
-class ReferenceStep(NamedTuple):
-    """What the reference predicts at one position."""
+class Prediction(NamedTuple):
+    """What the reference predicts at one position, given what stands before it."""
 
     token: int
     margin: float
-    """Top logit minus the second: how near the prediction is to a tie."""
+    """Top logit minus that of the token that stands there: 0 where the two agree, tiny where they tie."""
+    scale: float
+    """Standard deviation of the logits there: what a margin is small or large against."""
 
 
 class Reference:
@@ -32,31 +35,39 @@ class Reference:
     def __init__(self, checkpoint_path: str | Path, *, max_length: int | None = None) -> None:
         self.checkpoint = open_checkpoint(checkpoint_path, max_length=max_length)
         transformers_logging.disable_progress_bar()
-        self._model = AutoModelForCausalLM.from_pretrained(
-            self.checkpoint.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        ).eval()
+        options = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                self.checkpoint.path, dtype=torch.float32, attn_implementation="eager", **options
+            ).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, **options)
+        except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
+            raise CheckpointError(f"transformers does not load {checkpoint_path}: {error}") from None
+
+    def encode(self, content: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a prompt, text or messages, as transformers' own tokenizer of the checkpoint gives them."""
+        if isinstance(content, str):
+            return list(self._tokenizer(content)["input_ids"])
+        text = self._tokenizer.apply_chat_template(list(content), add_generation_prompt=True, tokenize=False)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
-    def predict(self, prompt: Sequence[int], new: Sequence[int]) -> list[ReferenceStep]:
+    def predict(self, prompt: Sequence[int], new: Sequence[int]) -> list[Prediction]:
         """The greedy prediction at each of the new positions, given everything before it, in one forward."""
         ids = torch.tensor([[*prompt, *new][:-1]])
         logits = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
-        top = logits.topk(2, dim=-1)
-        margins = top.values[:, 0] - top.values[:, 1]
-        return [
-            ReferenceStep(int(token), float(margin)) for token, margin in zip(top.indices[:, 0], margins, strict=True)
-        ]
+        best, tokens = logits.max(dim=-1)
+        margins = best - logits.gather(1, torch.tensor(list(new))[:, None])[:, 0]
+        rows = zip(tokens.tolist(), margins.tolist(), logits.std(dim=-1).tolist(), strict=True)
+        return [Prediction(*row) for row in rows]
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, float]:
         """Greedy ``generate`` of transformers: number of new tokens, and seconds with prefill."""
         ids = torch.tensor([list(prompt)])
-        started = perf_counter()
-        output = self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(eos_token_ids) or None,
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_token_ids) or None, pad_token_id=0
         )
+        started = perf_counter()
+        output = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return int(output.shape[1]) - len(prompt), perf_counter() - started

@@ -65,6 +65,11 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
     """
     AttentionInterface.register(ATTENTION_NAME, _attention)
     tables = _rotary_tables(config, geometry.cache_length)
+    if 2 * tables[0].shape[1] != geometry.head_dim:
+        raise UnsupportedError(
+            f"the rotary embedding turns {2 * tables[0].shape[1]} of {geometry.head_dim} columns; "
+            "partial rotation is not supported yet"
+        )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         decoder = _empty_decoder(config, precision)
@@ -216,9 +221,13 @@ def _empty_decoder(config: PretrainedConfig, precision: Precision) -> PreTrained
     return decoder.eval()
 
 
-def _from_config(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+def _from_config(
+    config: PretrainedConfig, attn_implementation: str = "eager", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=attn_implementation, dtype=dtype
+        )
     except Exception as error:  # transformers raises many unrelated types for a bad config
         raise CheckpointError(
             f"transformers makes no model of this config: {type(error).__name__}: {error}; check config.json"
@@ -263,16 +272,20 @@ def _export(graph: GreedyGraph, inputs: tuple[Any, ...]) -> torch.onnx.ONNXProgr
     auto = torch.export.Dim.DYNAMIC
     batch = {0: auto}
     shapes = ({0: auto, 1: auto}, batch, batch, {0: auto}, {0: auto}, [batch] * len(inputs[-1]))
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            graph.eval(),
-            inputs,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            optimize=False,
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph.eval(),
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise GraphError(f"torch could not trace this model: {reason}") from error
     if program is None:
         raise GraphError("torch.onnx.export returned no program")
     return program
@@ -287,6 +300,10 @@ def _rename(values: list[ir.Value], specs: list[TensorSpec]) -> None:
     if len(values) != len(specs):
         raise GraphError(f"the trace has {len(values)} values where the contract has {len(specs)}")
     for value, spec in zip(values, specs, strict=True):
+        dims = value.shape.dims if value.shape is not None else ()
+        for dim, stated in zip(dims, spec.shape, strict=True):
+            if isinstance(stated, str) and isinstance(dim, int):
+                raise GraphError(f"the trace fixed axis {stated} of {spec.name} to {dim}; it must stay open")
         value.name = spec.name
 
 

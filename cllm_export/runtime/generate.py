@@ -60,6 +60,7 @@ class _Request:
     seed: int
     max_new_tokens: int
     stop: tuple[str, ...]
+    ignore_eos: bool
 
 
 class Model:
@@ -90,6 +91,7 @@ class Model:
         fill: FillName | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
     ) -> Generation:
         """Decode one prompt greedily. Every method and block size gives the model's own greedy tokens.
 
@@ -102,13 +104,14 @@ class Model:
             fill: ``pad``, ``repeat`` or ``prompt``; by default what the model was trained with, else ``pad``.
             seed: of the ``prompt`` fill's generator.
             stop: strings to stop at; the text is cut before the first one.
+            ignore_eos: decode on past an end-of-sequence token, up to the limit: for measuring.
 
         Raises:
             PromptError: the prompt is empty, or does not fit together with its new tokens.
             OptionError: an option is out of range.
             EngineError: the engine failed, or another request is running.
         """
-        request = self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop)
+        request = self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop, ignore_eos)
         with self._exclusive():
             run = _Run(self, request)
             for _ in run.tokens():
@@ -125,9 +128,10 @@ class Model:
         fill: FillName | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
+        ignore_eos: bool = False,
     ) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
-        return Stream(self, self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop))
+        return Stream(self, self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop, ignore_eos))
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -145,6 +149,10 @@ class Model:
             ids = [self._check_token(token) for token in prompt]
         if not ids:
             raise PromptError("the prompt is empty: it must hold at least one token")
+        if max(ids) >= (vocabulary := self.bundle.manifest.geometry.vocab_size):
+            raise PromptError(
+                f"the tokenizer gives token {max(ids)}, but the model has {vocabulary}: they do not match"
+            )
         return ids
 
     def _check_token(self, token: object) -> int:
@@ -163,6 +171,7 @@ class Model:
         fill: FillName | None,
         seed: int,
         stop: Sequence[str],
+        ignore_eos: bool,
     ) -> _Request:
         manifest = self.bundle.manifest
         trained = manifest.trained_with
@@ -183,6 +192,7 @@ class Model:
             seed=seed,
             max_new_tokens=_fit(len(ids), max_new_tokens, manifest),
             stop=tuple(stop),
+            ignore_eos=ignore_eos,
         )
 
     def _block_size(self, block_size: int | None, method: Method) -> int:
@@ -255,7 +265,7 @@ class _Run:
     def __init__(self, model: Model, request: _Request) -> None:
         self._engine = model.engine
         self._request = request
-        self._eos = frozenset(model.bundle.manifest.eos_token_ids)
+        self._eos = frozenset(() if request.ignore_eos else model.bundle.manifest.eos_token_ids)
         self._pad = _pad_token(model.bundle.manifest)
         self._stream = TextStream(model.codec, request.stop)
         self._num_read = 0

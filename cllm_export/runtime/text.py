@@ -30,6 +30,8 @@ class TextCodec:
             self.tokenizer = Tokenizer.from_file(str(bundle.file(TOKENIZER_NAME)))
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(f"{bundle.file(TOKENIZER_NAME)} is not a tokenizer: {error}") from None
+        self.tokenizer.no_truncation()  # trainers save these settings; a prompt is never cut or padded in silence
+        self.tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens its tokenizer adds.

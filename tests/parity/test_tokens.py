@@ -88,7 +88,7 @@ def test_autoregressive_decoding_gives_the_tokens_of_transformers_generate(works
         assert_own_greedy_tokens(reference, prompt, actual, epsilon=MARGIN_EPSILON, what=what)
         at = first_difference(actual, expected)
         if at is not None:
-            margin = reference.predict(prompt, expected[: at + 1])[at].margin
+            margin = reference.predict(prompt, actual[: at + 1])[at].margin
             assert margin < MARGIN_EPSILON, f"{what}: first difference at token {at}, margin {margin:.2g}"
 
 
@@ -185,7 +185,7 @@ def test_fixed_shapes_give_the_tokens_of_symbolic_shapes(workshop: Workshop, nam
         actual = pinned.generate(prompt, max_new_tokens=NUM_NEW_TOKENS, method="jacobi").token_ids
         assert_own_greedy_tokens(reference, prompt, actual, epsilon=MARGIN_EPSILON, what=what)
         at = first_difference(actual, expected)
-        margin = 0.0 if at is None else reference.predict(prompt, expected[: at + 1])[at].margin
+        margin = 0.0 if at is None else reference.predict(prompt, actual[: at + 1])[at].margin
         assert margin < MARGIN_EPSILON, f"{what}: first difference at token {at}, margin {margin:.2g}"
 
 

@@ -190,3 +190,13 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", files={"tokenizer.json": "{}"})
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
         TextCodec(bundle)
+
+
+def test_truncation_and_padding_that_a_trainer_saved_never_touch_a_prompt(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=64)
+    codec = TextCodec(write_bundle(tmp_path / "bundle", tokenizer=tokenizer))
+    ids = codec.encode("the cat sat on the mat")
+    assert 2 < len(ids) < 64
+    assert codec.decode(ids) == "the cat sat on the mat"
