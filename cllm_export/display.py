@@ -55,7 +55,7 @@ def show_description(description: Mapping[str, Any]) -> None:
     """What ``inspect`` found, a line for each thing."""
     OUT.print(Text(description["path"], "bold"))
     for name, value in _description_lines(description):
-        OUT.print(Text.assemble((f"{name:<26}", "dim"), value))
+        OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
 
 
 def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
