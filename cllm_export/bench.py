@@ -18,7 +18,7 @@ from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
-from cllm_export.verify import random_prompts
+from cllm_export.verify import random_prompts, require_source
 
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
@@ -44,10 +44,10 @@ class BenchOptions:
             require_at_least("--sweep", size, 1)
         if len(set(self.sweep)) < len(self.sweep):
             raise OptionError(f"--sweep names a block size twice: {','.join(map(str, self.sweep))}")
-        if "jacobi" not in self.methods and (self.sweep or self.block_size):
-            given = "--sweep" if self.sweep else "--block-size"
-            if self.methods == ("autoregressive",) or self.sweep:
-                raise OptionError(f"{given} is for the Jacobi loops; leave it out with --method {self.methods[0]}")
+        if self.sweep and "jacobi" not in self.methods:
+            raise OptionError(f"--sweep is for the sliding loop; leave it out with --method {self.methods[0]}")
+        if self.block_size and self.methods == ("autoregressive",):
+            raise OptionError("--block-size is for the Jacobi loops; leave it out with --method autoregressive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def run_bench(
     """
     options = options or BenchOptions()
     if checkpoint:
-        _check_checkpoint(bundle, checkpoint)
+        require_source(bundle, checkpoint)
     model = load(bundle.path, threads=options.threads)
     if too_large := [size for size in options.sweep if size > model.engine.geometry.max_block_size]:
         largest = model.engine.geometry.max_block_size
@@ -207,14 +207,6 @@ def _summary(runs: list[_Run], baseline: list[_Run] | None) -> dict[str, float |
             for base, run in pairs
         )
     return summary
-
-
-def _check_checkpoint(bundle: Bundle, checkpoint: Path) -> None:
-    from cllm_export.exporter.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(checkpoint, max_length=bundle.manifest.max_length)
-    if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
-        raise OptionError(f"{bundle.path} was not built from {checkpoint}: give the checkpoint it was built from")
 
 
 def _bench_transformers(

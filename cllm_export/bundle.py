@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from cllm_export.contract import CONTRACT_VERSION, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import BundleError, BundleVersionError, ChecksumError, OptionError, OutputError
@@ -40,6 +40,8 @@ GREEDY_GRAPH = "greedy"
 
 Loop = Literal["sliding", "block"]
 FillName = Literal["pad", "repeat", "prompt"]
+LOOPS: tuple[Loop, ...] = get_args(Loop)
+FILLS: tuple[FillName, ...] = get_args(FillName)
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``; ``total`` is in bytes or items, whatever the stage counts."""
 
@@ -64,8 +66,8 @@ class TrainedWith:
 
     def __post_init__(self) -> None:
         require_at_least("trained_with.block_size", self.block_size, 1)
-        require_one_of("trained_with.fill", self.fill, ("pad", "repeat", "prompt"))
-        require_one_of("trained_with.loop", self.loop, ("sliding", "block"))
+        require_one_of("trained_with.fill", self.fill, FILLS)
+        require_one_of("trained_with.loop", self.loop, LOOPS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,17 +232,17 @@ class _Session:
         )
 
     def _across_shapes(self, block_size: int) -> Check:
+        name = f"across shapes, n = 1 against {block_size}"
+        if block_size == 1:
+            return Check(name=name, passed=None, detail="only one shape was asked for")
         one, many = self._decode("autoregressive", 1), self._decode("autoregressive", block_size)
         ties = _Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         for (prompt_id, prompt), a, b in zip(self._prompts.items(), one, many, strict=True):
             position = first_difference(a.token_ids, b.token_ids)
-            ties.count(len(a.token_ids), prompts=1)
+            ties.count_prompt(len(a.token_ids))
             if position is not None:
                 margins = [self._margin(prompt, tokens.token_ids, position) for tokens in (a, b)]
                 ties.add(prompt_id, position, None if None in margins else max(m for m in margins if m is not None))
-        name = f"across shapes, n = 1 against {block_size}"
-        if block_size == 1:
-            return Check(name=name, passed=None, detail="only one shape was asked for")
         return ties.check(name)
 
     def _against_checkpoint(self, block_size: int) -> Check:
@@ -252,7 +252,7 @@ class _Session:
         ties = _Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         generations = self._decode("autoregressive", block_size)
         for (prompt_id, prompt), generation in zip(self._prompts.items(), generations, strict=True):
-            ties.count(len(generation.token_ids), prompts=1)
+            ties.count_prompt(len(generation.token_ids))
             predictions = self._reference.predict(prompt, generation.token_ids)
             for position, prediction in enumerate(predictions):
                 if prediction.token != generation.token_ids[position]:
@@ -320,9 +320,9 @@ class _Ties:
         self._num_prompts = self._num_positions = 0
         self._differences: list[dict[str, Any]] = []
 
-    def count(self, positions: int, *, prompts: int) -> None:
-        self._num_positions += positions
-        self._num_prompts += prompts
+    def count_prompt(self, num_positions: int) -> None:
+        self._num_positions += num_positions
+        self._num_prompts += 1
 
     def add(self, prompt: str, position: int, margin: float | None) -> None:
         self._differences.append({"prompt": prompt, "position": position, "margin": margin})
@@ -510,16 +510,28 @@ class _Probe:
         return [self._random.randrange(self._vocabulary) for _ in range(count)]
 
 
-def _open_reference(bundle: Bundle, checkpoint: Path) -> Reference:
-    from cllm_export.exporter.reference import Reference
+def require_source(bundle: Bundle, checkpoint: Path) -> None:
+    """Check that a bundle was built from this checkpoint.
 
-    reference = Reference(checkpoint, max_length=bundle.manifest.max_length)
-    if reference.checkpoint.fingerprint() != bundle.manifest.checkpoint_fingerprint:
+    Raises:
+        CheckpointError: it cannot be opened.
+        BundleError: the bundle was built from another one.
+    """
+    from cllm_export.exporter.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint, max_length=bundle.manifest.max_length)
+    if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
         raise BundleError(
             f"{bundle.path} was not built from {checkpoint}: their fingerprints differ; "
             "give the checkpoint it was built from, or rebuild it"
         )
-    return reference
+
+
+def _open_reference(bundle: Bundle, checkpoint: Path) -> Reference:
+    from cllm_export.exporter.reference import Reference
+
+    require_source(bundle, checkpoint)
+    return Reference(checkpoint, max_length=bundle.manifest.max_length)
 
 
 def _corruption_is_named(bundle: Bundle, name: str) -> bool:

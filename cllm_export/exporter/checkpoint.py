@@ -126,10 +126,6 @@ class Checkpoint:
             template = named.get("default", next(iter(named.values()), None))
         return template if isinstance(template, str) else None
 
-    def default_max_length(self) -> int:
-        """The model's own length, capped at 2048."""
-        return min(int(self.config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
-
     def read(self, name: str) -> torch.Tensor:
         """One tensor, read through a memory map; only this tensor enters memory.
 
@@ -152,6 +148,11 @@ class Checkpoint:
         for path in sorted(files):
             digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
         return digest.hexdigest()
+
+
+def default_max_length(config: PretrainedConfig) -> int:
+    """The model's own length, capped at 2048."""
+    return min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
 
 
 def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Checkpoint:
@@ -206,7 +207,7 @@ def _refuse_window(config: PretrainedConfig, path: Path, max_length: int | None)
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     slides = "sliding_attention" in layer_types if layer_types else config.model_type == "mistral"
-    length = max_length or min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
+    length = max_length or default_max_length(config)
     if window is not None and slides and length > window:
         raise UnsupportedError(
             f"{path} uses a sliding window of {window} tokens, which is not supported beyond that length yet; "

@@ -30,7 +30,7 @@ from cllm_export.bundle import (
 )
 from cllm_export.contract import FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
+from cllm_export.exporter.checkpoint import Checkpoint, default_max_length, open_checkpoint
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.lint import require_clean
 from cllm_export.exporter.passes import pin_shapes, run_passes, state_contract
@@ -123,7 +123,7 @@ def _settle(options: BuildOptions, checkpoint: Checkpoint) -> _Settings:
     trained_block = trained_with.block_size if trained_with else DEFAULT_BLOCK_SIZE
     block_size = options.block_size or trained_block
     limit = int(checkpoint.config.max_position_embeddings)
-    max_length = options.max_length or checkpoint.default_max_length()
+    max_length = options.max_length or default_max_length(checkpoint.config)
     if max_length < MIN_MAX_LENGTH:
         raise OptionError(f"--max-length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
     if max_length > limit:
@@ -155,7 +155,7 @@ def _make_graph(checkpoint: Checkpoint, settings: _Settings) -> DecoderGraph:
     graph = DecoderGraph(
         model=trace.model,
         precision=settings.precision,
-        weights={name: WeightSource(tensors=(tensor,)) for name, tensor in trace.checkpoint_names.items()},
+        weights={name: WeightSource(tensors=(name,)) for name in trace.checkpoint_tensors},
         constants=dict(trace.constants),
     )
     run_passes(graph)

@@ -36,8 +36,8 @@ class Trace:
     """A traced decoder: its graph, and what each graph input that is no contract input stands for."""
 
     model: ir.Model
-    checkpoint_names: dict[str, str]
-    """Graph input -> checkpoint tensor."""
+    checkpoint_tensors: tuple[str, ...]
+    """Graph inputs that stand for the checkpoint tensor of their name."""
     constants: dict[str, Tensor]
     """Graph input -> value computed here (RoPE tables, row numbers)."""
 
@@ -88,7 +88,7 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
     used = {value.name for value in model.graph.inputs if value.name}
     return Trace(
         model=model,
-        checkpoint_names={name: name for name in names.values() if name in used},
+        checkpoint_tensors=tuple(sorted(used & set(names.values()))),
         constants={name: value for name, value in constants.items() if name in used},
     )
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Protocol
 
-from cllm_export.bundle import FillName, require_one_of
+from cllm_export.bundle import FILLS, FillName, require_one_of
 
 
 class Fill(Protocol):
@@ -50,7 +50,7 @@ def make_fill(name: FillName, *, prompt: Sequence[int], pad_token_id: int, seed:
     Raises:
         OptionError: no such fill.
     """
-    require_one_of("fill", name, ("pad", "repeat", "prompt"))
+    require_one_of("fill", name, FILLS)
     if name == "prompt":
         return PromptFill(prompt, seed)
     return RepeatFill() if name == "repeat" else PadFill(pad_token_id)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from cllm_export.bundle import Bundle, FillName, Manifest, open_bundle, require_one_of
+from cllm_export.bundle import FILLS, Bundle, FillName, Manifest, open_bundle, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
@@ -33,7 +33,6 @@ DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregres
     "autoregressive": Autoregressive,
 }
 METHODS: tuple[Method, ...] = tuple(DECODERS)
-FILLS: tuple[FillName, ...] = ("pad", "repeat", "prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
