@@ -168,7 +168,7 @@ def _interleaved(
 
 
 def _generate(model: Model, prompt: list[int], method: Method, size: int | None, options: BenchOptions) -> Generation:
-    limit = min(options.max_new_tokens, model.bundle.manifest.max_length - len(prompt))
+    limit = min(options.max_new_tokens, model.facts.max_length - len(prompt))
     if limit < 1:
         raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
     block_size = None if method == "autoregressive" else size or options.block_size

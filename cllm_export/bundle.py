@@ -223,8 +223,10 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 @contextlib.contextmanager
-def staged_output(target: Path, *, force: bool) -> Iterator[Path]:
+def staged_output(target: Path, *, force: bool, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """A scratch directory beside ``target`` that takes its place when the block ends, and vanishes if it raises.
+
+    Only a directory that holds a file named ``marker`` is ever replaced.
 
     Raises:
         OutputError: the target exists and ``force`` is not set, is no bundle, or the disk is full.
@@ -232,7 +234,7 @@ def staged_output(target: Path, *, force: bool) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     try:
         _recover(target)
-        check_output(target, force=force)
+        check_output(target, force=force, marker=marker)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         staging, lock = _make_staging(target)
@@ -240,21 +242,21 @@ def staged_output(target: Path, *, force: bool) -> Iterator[Path]:
         raise OutputError(f"cannot write beside {target}: {error.strerror}") from None
     try:
         yield staging
-        check_output(target, force=force)  # something may have appeared there meanwhile
+        check_output(target, force=force, marker=marker)  # something may have appeared there meanwhile
         _sync(staging)
         _take_place(staging, target)
     except OSError as error:
-        raise _output_error(error, target) from error
+        raise output_error(error, target) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
 
 
-def check_output(target: Path, *, force: bool) -> None:
+def check_output(target: Path, *, force: bool, marker: str = MANIFEST_NAME) -> None:
     """Refuse, before any work, a target that must not be replaced.
 
     Raises:
-        OutputError: it exists and ``force`` is not set, or it exists and is not a bundle.
+        OutputError: it exists and ``force`` is not set, or it exists and holds no file named ``marker``.
     """
     parent = next((path for path in Path(os.path.abspath(target)).parents if path.exists()), Path(os.sep))
     if not parent.is_dir():
@@ -262,9 +264,9 @@ def check_output(target: Path, *, force: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
     is_empty_dir = target.is_dir() and not any(target.iterdir())
-    is_bundle = (target / MANIFEST_NAME).is_file()
-    if not is_bundle and not is_empty_dir:
-        raise OutputError(f"{target} exists and is not a bundle; it will not be replaced: choose another --output")
+    if not (target / marker).is_file() and not is_empty_dir:
+        what = "a bundle" if marker == MANIFEST_NAME else f"ours (it holds no {marker})"
+        raise OutputError(f"{target} exists and is not {what}; it will not be replaced: choose another --output")
     if not force and not is_empty_dir:
         raise OutputError(f"{target} exists; replace it with --force or choose another --output")
 
@@ -314,19 +316,22 @@ def _check_versions(raw: dict[str, Any], source: Path) -> None:
 def _manifest_from(raw: dict[str, Any]) -> Manifest:
     raw = dict(raw)
     raw["graphs"] = {name: _graph_entry_from(entry) for name, entry in raw["graphs"].items()}
-    raw["geometry"] = _build(Geometry, raw["geometry"])
-    raw["trained_with"] = _build(TrainedWith, raw["trained_with"]) if raw["trained_with"] is not None else None
-    raw["files"] = {name: _build(FileEntry, entry) for name, entry in raw["files"].items()}
+    raw["geometry"] = from_fields(Geometry, raw["geometry"])
+    raw["trained_with"] = from_fields(TrainedWith, raw["trained_with"]) if raw["trained_with"] is not None else None
+    raw["files"] = {name: from_fields(FileEntry, entry) for name, entry in raw["files"].items()}
     raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
-    return _build(Manifest, raw)
+    return from_fields(Manifest, raw)
 
 
 def _graph_entry_from(raw: dict[str, Any]) -> GraphEntry:
     fixed = raw.get("fixed_shapes")
-    return _build(GraphEntry, {**raw, "fixed_shapes": _build(FixedShapes, fixed) if fixed is not None else None})
+    return from_fields(
+        GraphEntry, {**raw, "fixed_shapes": from_fields(FixedShapes, fixed) if fixed is not None else None}
+    )
 
 
-def _build(cls: type[T], raw: dict[str, Any]) -> T:
+def from_fields(cls: type[T], raw: dict[str, Any]) -> T:
+    """A dataclass from parsed JSON; a missing key is a TypeError, an unknown one a ValueError."""
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(raw) - known):
         raise ValueError(f"unknown key {unknown[0]!r} in {cls.__name__}")
@@ -370,7 +375,7 @@ def _take_place(staging: Path, target: Path) -> None:
         target.rename(previous)
         staging.rename(target)
         shutil.rmtree(previous, ignore_errors=True)
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -434,10 +439,11 @@ def _sync(directory: Path) -> None:
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory outlast a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -445,7 +451,8 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _output_error(error: OSError, target: Path) -> OutputError:
+def output_error(error: OSError, target: Path) -> OutputError:
+    """What a failed write comes to: a full disk is named."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full while writing {target}; free space and run the command again")
     return OutputError(f"cannot write {target}: {error}")

@@ -10,6 +10,9 @@
     │   ├── BundleVersionError    written by another schema or contract version
     │   └── ChecksumError         a file that differs from its manifest
     ├── PromptError               a prompt that is empty, too long or malformed
+    ├── DataError                 a data file of a task that is missing, damaged or of another task
+    ├── TuningError               a tuning run that cannot start, go on or be resumed
+    ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
     └── MissingExtraError         a command that needs an extra that is not installed
 
@@ -58,6 +61,18 @@ class ChecksumError(BundleError):
 
 class PromptError(CllmExportError, ValueError):
     """A prompt is empty, too long or malformed."""
+
+
+class DataError(CllmExportError):
+    """A data file of a task is missing, damaged or of another task."""
+
+
+class TuningError(CllmExportError):
+    """A tuning run cannot start, go on or be resumed."""
+
+
+class TrajectoryError(CllmExportError):
+    """A collection of trajectories is missing, incomplete, damaged, or of another model or tokenizer."""
 
 
 class EngineError(CllmExportError, RuntimeError):

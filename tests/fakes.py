@@ -352,7 +352,7 @@ def make_model(bundle: Bundle, language_model: LanguageModel, *, num_slots: int 
         num_slots=num_slots,
         fixed_shapes=manifest.graphs[GREEDY_GRAPH].fixed_shapes,
     )
-    return Model(bundle, engine, TextCodec(bundle))
+    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
 
 
 def calls_of(model: Model) -> list[Call]:

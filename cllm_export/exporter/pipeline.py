@@ -92,7 +92,7 @@ def build(
     report = progress or (lambda *_: None)
     report("checkpoint", 0, 1)
     checkpoint = open_checkpoint(checkpoint_path, max_length=options.max_length)
-    settings = _settle(options, checkpoint)
+    settings = settle(options, checkpoint)
     report("graph", 0, 1)
     graph = _make_graph(checkpoint, settings)
     with staged_output(output, force=force) as staging:
@@ -106,7 +106,7 @@ def build(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class Settings:
     """Options with every default settled for one checkpoint."""
 
     block_size: int
@@ -118,7 +118,7 @@ class _Settings:
     fixed: FixedShapes | None
 
 
-def _settle(options: BuildOptions, checkpoint: Checkpoint) -> _Settings:
+def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     trained_with = options.trained_with or checkpoint.trained_with
     trained_block = trained_with.block_size if trained_with else DEFAULT_BLOCK_SIZE
     block_size = options.block_size or trained_block
@@ -138,7 +138,7 @@ def _settle(options: BuildOptions, checkpoint: Checkpoint) -> _Settings:
         if options.fixed_shapes
         else None
     )
-    return _Settings(
+    return Settings(
         block_size=block_size,
         max_length=max_length,
         batch_size=options.batch_size,
@@ -149,7 +149,7 @@ def _settle(options: BuildOptions, checkpoint: Checkpoint) -> _Settings:
     )
 
 
-def _make_graph(checkpoint: Checkpoint, settings: _Settings) -> DecoderGraph:
+def _make_graph(checkpoint: Checkpoint, settings: Settings) -> DecoderGraph:
     check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     trace = trace_greedy(checkpoint.config, settings.geometry, settings.precision)
     graph = DecoderGraph(
@@ -182,7 +182,7 @@ def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
         (directory / CHAT_TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
 
 
-def _manifest(checkpoint: Checkpoint, settings: _Settings, directory: Path) -> Manifest:
+def _manifest(checkpoint: Checkpoint, settings: Settings, directory: Path) -> Manifest:
     return Manifest(
         family=checkpoint.family,
         graphs={GREEDY_GRAPH: GraphEntry(file=GRAPH_FILE, fixed_shapes=settings.fixed)},

@@ -8,31 +8,58 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 
-from cllm_export.bundle import FILLS, Bundle, FillName, Manifest, open_bundle, require_one_of
+from cllm_export.bundle import FILLS, FillName, TrainedWith, open_bundle, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
-from cllm_export.runtime.autoregressive import Autoregressive
-from cllm_export.runtime.draft import make_fill
 from cllm_export.runtime.engine import Engine
-from cllm_export.runtime.jacobi import BlockJacobi, Decoder, SlidingJacobi
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.request import (
+    METHOD_OF_LOOP,
+    METHODS,
+    Decode,
+    FinishReason,
+    Method,
+    make_decoder,
+)
 from cllm_export.runtime.statistics import ForwardRecord, Statistics, summarize
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 
-Method = Literal["jacobi", "jacobi-block", "autoregressive"]
-FinishReason = Literal["eos", "length", "stop", "closed"]
+__all__ = [
+    "METHODS",
+    "FinishReason",
+    "Generation",
+    "Method",
+    "Model",
+    "ModelFacts",
+    "Stream",
+    "load",
+    "pad_token",
+    "prefill",
+]
 
-DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
-    "jacobi": SlidingJacobi,
-    "jacobi-block": BlockJacobi,
-    "autoregressive": Autoregressive,
-}
-METHODS: tuple[Method, ...] = tuple(DECODERS)
+
+class ModelFacts(Protocol):
+    """What a model must be known by besides its engine and codec. A bundle's manifest has it all."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def trained_with(self) -> TrainedWith | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +90,19 @@ class _Request:
 
 
 class Model:
-    """A loaded bundle: one engine, one request at a time.
+    """A loaded model, of a bundle or of a checkpoint: one engine, one request at a time.
 
     A second request while one runs (another thread, or a stream that is not exhausted) is refused with EngineError
     rather than queued: queueing is a scheduler's work.
 
     Attributes:
-        bundle: the opened bundle.
+        facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, codec: TextCodec) -> None:
-        self.bundle = bundle
+    def __init__(self, facts: ModelFacts, engine: Engine, codec: TextCodec) -> None:
+        self.facts = facts
         self.engine = engine
         self.codec = codec
         self._lock = threading.Lock()
@@ -95,11 +122,11 @@ class Model:
         """Decode one prompt greedily. Every method and block size gives the model's own greedy tokens.
 
         Args:
-            prompt: text, token ids, or chat messages (``{"role", "content"}``) for the bundle's chat template.
-            max_new_tokens: the length limit, exact; by default whatever still fits into the bundle's max length.
+            prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.
+            max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
             method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop
                 the model was trained with, else ``jacobi``.
-            block_size: n, 1 to the bundle's largest; by default the bundle's, and 1 for ``autoregressive``.
+            block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
             fill: ``pad``, ``repeat`` or ``prompt``; by default what the model was trained with, else ``pad``.
             seed: of the ``prompt`` fill's generator.
             stop: strings to stop at; the text is cut before the first one.
@@ -148,14 +175,14 @@ class Model:
             ids = [self._check_token(token) for token in prompt]
         if not ids:
             raise PromptError("the prompt is empty: it must hold at least one token")
-        if max(ids) >= (vocabulary := self.bundle.manifest.geometry.vocab_size):
+        if max(ids) >= (vocabulary := self.engine.geometry.vocab_size):
             raise PromptError(
                 f"the tokenizer gives token {max(ids)}, but the model has {vocabulary}: they do not match"
             )
         return ids
 
     def _check_token(self, token: object) -> int:
-        vocabulary = self.bundle.manifest.geometry.vocab_size
+        vocabulary = self.engine.geometry.vocab_size
         is_integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
         if not is_integer or not 0 <= (index := int(token)) < vocabulary:  # type: ignore[call-overload]
             raise PromptError(f"a prompt of token ids must hold integers from 0 to {vocabulary - 1}, got {token!r}")
@@ -172,10 +199,9 @@ class Model:
         stop: Sequence[str],
         ignore_eos: bool,
     ) -> _Request:
-        manifest = self.bundle.manifest
-        trained = manifest.trained_with
-        default: Method = "jacobi-block" if trained and trained.loop == "block" else "jacobi"
-        method = default if method is None else method
+        trained = self.facts.trained_with
+        if method is None:
+            method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
         require_one_of("method", method, METHODS)
         if fill is None:
             fill = trained.fill if trained else "pad"
@@ -189,7 +215,7 @@ class Model:
             block_size=self._block_size(block_size, method),
             fill=fill,
             seed=seed,
-            max_new_tokens=_fit(len(ids), max_new_tokens, manifest),
+            max_new_tokens=_fit(len(ids), max_new_tokens, self.facts.max_length),
             stop=tuple(stop),
             ignore_eos=ignore_eos,
         )
@@ -198,14 +224,14 @@ class Model:
         fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
         if block_size is None:
             pinned = fixed.block_size if fixed else None
-            return pinned or (1 if method == "autoregressive" else self.bundle.manifest.block_size)
+            return pinned or (1 if method == "autoregressive" else self.facts.block_size)
         require_at_least("block_size", block_size, 1)
         if fixed and block_size != fixed.block_size:
             raise OptionError(
-                f"block_size must be {fixed.block_size}, which this bundle is pinned to, got {block_size}"
+                f"block_size must be {fixed.block_size}, which this engine is pinned to, got {block_size}"
             )
         if block_size > largest:
-            raise OptionError(f"block_size must be at most {largest} for this bundle, got {block_size}")
+            raise OptionError(f"block_size must be at most {largest} for this model, got {block_size}")
         return block_size
 
     @contextmanager
@@ -264,13 +290,12 @@ class _Run:
     def __init__(self, model: Model, request: _Request) -> None:
         self._engine = model.engine
         self._request = request
-        self._eos = frozenset(() if request.ignore_eos else model.bundle.manifest.eos_token_ids)
-        self._pad = _pad_token(model.bundle.manifest)
+        self._eos = frozenset(() if request.ignore_eos else model.facts.eos_token_ids)
+        self._pad = pad_token(model.facts)
         self._stream = TextStream(model.codec, request.stop)
         self._num_read = 0
         self._delta = ""
-        self._records: list[ForwardRecord] = []
-        self._finish: FinishReason | None = None
+        self._decode: Decode | None = None
         self._prefill_seconds = self._decode_seconds = self._engine_seconds = 0.0
 
     def text(self) -> Iterator[str]:
@@ -287,22 +312,22 @@ class _Run:
         started = perf_counter()
         prefill(self._engine, self._request.prompt[:-1], self._pad)
         self._prefill_seconds = perf_counter() - started
-        self._finish = "closed"
-        yield from self._decode()
+        self._decode = self._make_decode()
+        yield from self._forwards(self._decode)
 
     def result(self) -> Generation:
-        if self._finish is None:
+        if self._decode is None:
             raise EngineError("this request never ran: its model was busy, or it was closed before its first forward")
-        token_ids = [token for record in self._records for token in record.new]
+        token_ids = [token for record in self._decode.records for token in record.new]
         self._read(token_ids[self._num_read :])
         self._stream.flush()
         return Generation(
             text=self._stream.text,
             token_ids=tuple(token_ids),
-            finish_reason=self._finish,
-            forwards=tuple(self._records),
+            finish_reason=self._decode.finish,
+            forwards=tuple(self._decode.records),
             statistics=summarize(
-                self._records,
+                self._decode.records,
                 prompt_tokens=len(self._request.prompt),
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._decode_seconds,
@@ -310,66 +335,50 @@ class _Run:
             ),
         )
 
-    def _decode(self) -> Iterator[list[int]]:
+    def _forwards(self, decode: Decode) -> Iterator[list[int]]:
         """The loop: next block, one forward, commit, cut."""
-        engine, decoder, records = self._engine, self._make_decoder(), self._records
-        left, idle = self._request.max_new_tokens, engine.num_slots - 1
-        while self._finish == "closed":
+        engine, idle = self._engine, self._engine.num_slots - 1
+        while decode.finish == "closed":
             started, engine_started = perf_counter(), engine.run_seconds
-            write_index = decoder.write_index
-            tokens, num_committed = decoder.next_block()
+            write_index = decode.write_index
+            tokens, num_committed = decode.next_block()
             if idle:
                 blocks = [tokens] * (1 + idle)
                 forward = engine.forward(blocks, [num_committed] + [0] * idle, [write_index] + [0] * idle)
             else:
                 forward = engine.forward((tokens,), (num_committed,), (write_index,))
-            next_ids = forward.next_ids[0]
-            known, num_accepted = decoder.commit(next_ids, forward.num_accepted[0])
-            if not known:  # a sound graph accepts one row at least; a broken one must not loop for ever
-                raise EngineError(
-                    f"the engine accepted {forward.num_accepted[0]} rows at write index {write_index}, which makes no "
-                    "token known: its graph is broken, rebuild the bundle"
-                )
-            new = self._cut(known, left)
-            left -= len(new)
-            if not left and self._finish == "closed":
-                self._finish = "length"
-            if lost := len(known) - len(new):
-                num_accepted -= lost - 1  # the bonus is lost first, and is no row of the block
-            records.append(ForwardRecord(write_index, tokens, next_ids, num_accepted, new))
+            new = decode.take(forward.next_ids[0], forward.num_accepted[0])
             self._engine_seconds += engine.run_seconds - engine_started
             self._decode_seconds += perf_counter() - started
             yield new
 
-    def _cut(self, known: list[int], left: int) -> list[int]:
-        """What is left of newly known tokens at the end of the request: limit, end-of-sequence token, stop string."""
-        new = known if len(known) <= left else known[:left]
-        if not self._eos.isdisjoint(new):
-            first = next(index for index, token in enumerate(new) if token in self._eos)
-            new, self._finish = new[: first + 1], "eos"
-        return self._cut_at_stop(new) if self._request.stop else new
-
-    def _cut_at_stop(self, new: list[int]) -> list[int]:
+    def _cut_at_stop(self, new: list[int]) -> int | None:
         for index in range(len(new)):
             self._read(new[index : index + 1])
             if self._stream.stopped:
-                self._finish = "stop"
-                return new[: index + 1]
-        return new
+                return index + 1
+        return None
 
     def _read(self, tokens: list[int]) -> None:
         """Turn tokens into text; an end-of-sequence token is no text."""
         self._num_read += len(tokens)
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
-    def _make_decoder(self) -> Decoder:
+    def _make_decode(self) -> Decode:
         request = self._request
-        fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=self._pad, seed=request.seed)
-        return DECODERS[request.method](
-            last_token=request.prompt[-1],
-            write_index=len(request.prompt) - 1,
+        decoder = make_decoder(
+            request.method,
+            request.prompt,
             block_size=request.block_size,
-            fill=fill,
+            fill=request.fill,
+            seed=request.seed,
+            pad_token_id=self._pad,
+        )
+        return Decode(
+            decoder,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_ids=self._eos,
+            stop_cut=self._cut_at_stop if request.stop else None,
         )
 
 
@@ -390,7 +399,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
     bundle = open_bundle(path)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=None if pinned else 1, threads=threads)
-    return Model(bundle, engine, TextCodec(bundle))
+    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
 
 
 def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
@@ -408,18 +417,18 @@ def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
         engine.prefill([padded] * engine.num_slots, num_committed, write_index)
 
 
-def _pad_token(manifest: Manifest) -> int:
+def pad_token(facts: ModelFacts) -> int:
     """Any token fills a block safely: the pad token, else an end-of-sequence token, else token 0."""
-    if manifest.pad_token_id is not None:
-        return manifest.pad_token_id
-    return manifest.eos_token_ids[0] if manifest.eos_token_ids else 0
+    if facts.pad_token_id is not None:
+        return facts.pad_token_id
+    return facts.eos_token_ids[0] if facts.eos_token_ids else 0
 
 
-def _fit(prompt_length: int, max_new_tokens: int | None, manifest: Manifest) -> int:
-    room = manifest.max_length - prompt_length
+def _fit(prompt_length: int, max_new_tokens: int | None, max_length: int) -> int:
+    room = max_length - prompt_length
     if room < 1:
         raise PromptError(
-            f"the prompt has {prompt_length} tokens and this bundle holds {manifest.max_length} in all, "
+            f"the prompt has {prompt_length} tokens and this model holds {max_length} in all, "
             "at least one of them new: shorten the prompt or build with a larger --max-length"
         )
     if max_new_tokens is None:
@@ -428,6 +437,6 @@ def _fit(prompt_length: int, max_new_tokens: int | None, manifest: Manifest) -> 
     if max_new_tokens > room:
         raise PromptError(
             f"{prompt_length} prompt tokens and {max_new_tokens} new ones need {prompt_length + max_new_tokens}, this "
-            f"bundle holds {manifest.max_length}: ask for at most {room}, or build with a larger --max-length"
+            f"model holds {max_length}: ask for at most {room}, or build with a larger --max-length"
         )
     return max_new_tokens

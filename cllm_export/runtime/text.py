@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
@@ -20,18 +21,40 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class TextCodec:
-    """A bundle's tokenizer and chat template."""
+    """A model's tokenizer and chat template.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        if not bundle.has(TOKENIZER_NAME):
-            raise BundleError(f"{bundle.path} has no {TOKENIZER_NAME}; rebuild it from a checkpoint that has one")
+    Args:
+        directory: holds ``tokenizer.json``: a bundle's or a checkpoint's.
+        chat_template: the template's text, None where the model has none.
+        special_tokens: bos_token, eos_token and the like by name, as chat templates refer to them.
+
+    Raises:
+        BundleError: there is no tokenizer, or it is damaged.
+    """
+
+    def __init__(self, directory: Path, *, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.directory = directory
+        self._chat_template = chat_template
+        self._special_tokens = special_tokens
         try:
-            self.tokenizer = Tokenizer.from_file(str(bundle.file(TOKENIZER_NAME)))
+            self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
         except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"{bundle.file(TOKENIZER_NAME)} is not a tokenizer: {error}") from None
+            raise BundleError(f"{directory / TOKENIZER_NAME} is not a tokenizer: {error}") from None
         self.tokenizer.no_truncation()  # trainers save these settings; a prompt is never cut or padded in silence
         self.tokenizer.no_padding()
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> TextCodec:
+        """The codec of an opened bundle."""
+        if not bundle.has(TOKENIZER_NAME):
+            raise BundleError(f"{bundle.path} has no {TOKENIZER_NAME}; rebuild it from a checkpoint that has one")
+        template = None
+        if bundle.has(CHAT_TEMPLATE_NAME):
+            try:
+                template = bundle.file(CHAT_TEMPLATE_NAME).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise BundleError(f"{bundle.path / CHAT_TEMPLATE_NAME} cannot be read: {error}") from None
+        return cls(bundle.path, chat_template=template, special_tokens=bundle.manifest.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens its tokenizer adds.
@@ -41,11 +64,19 @@ class TextCodec:
         """
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Token ids of chat messages rendered with the bundle's template, ready for the assistant's turn.
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows a prompt: no special tokens are added.
 
         Raises:
-            PromptError: the bundle has no chat template, or the template refuses the messages.
+            PromptError: the text holds half a surrogate pair, which no UTF-8 text can.
+        """
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of chat messages rendered with the model's template, ready for the assistant's turn.
+
+        Raises:
+            PromptError: the model has no chat template, or the template refuses the messages.
         """
         return self._encode(self.render_chat(messages), add_special_tokens=False)
 
@@ -53,9 +84,7 @@ class TextCodec:
         """Chat messages as the text the model was trained on."""
         template = self._template
         try:
-            rendered: str = template.render(
-                messages=list(messages), add_generation_prompt=True, **self._bundle.manifest.special_tokens
-            )
+            rendered: str = template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
         except Exception as error:  # a template is code of the checkpoint's, and may fail in any way
             raise PromptError(f"the chat template refuses these messages: {error}") from None
         return rendered
@@ -76,8 +105,8 @@ class TextCodec:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        if not self._bundle.has(CHAT_TEMPLATE_NAME):
-            raise PromptError(f"{self._bundle.path} has no chat template: give the prompt as text, not as messages")
+        if self._chat_template is None:
+            raise PromptError(f"{self.directory} has no chat template: give the prompt as text, not as messages")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
         def refuse(message: str) -> NoReturn:
@@ -87,9 +116,9 @@ class TextCodec:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
-            return environment.from_string(self._bundle.file(CHAT_TEMPLATE_NAME).read_text(encoding="utf-8"))
+            return environment.from_string(self._chat_template)
         except TemplateError as error:
-            raise BundleError(f"{self._bundle.path / CHAT_TEMPLATE_NAME} is not a valid template: {error}") from None
+            raise BundleError(f"{self.directory / CHAT_TEMPLATE_NAME} is not a valid template: {error}") from None
 
 
 class TextStream:

@@ -115,7 +115,7 @@ def test_fp16_gives_the_checkpoints_tokens_but_for_small_margins_and_stays_lossl
     Jacobi against autoregressive at one shape is required to be equal in any precision.
     """
     model, reference = workshop.model(name, precision="fp16"), workshop.reference(name)
-    for prompt in random_prompts(model.bundle.manifest.geometry.vocab_size):
+    for prompt in random_prompts(model.engine.geometry.vocab_size):
         what = f"{name}, prompt of {len(prompt)}"
         options = {"max_new_tokens": NUM_NEW_TOKENS, "block_size": 8}
         expected = model.generate(prompt, method="autoregressive", **options).token_ids

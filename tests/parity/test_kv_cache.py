@@ -34,7 +34,7 @@ def endless_prompts(model: Model, lengths: list[int]) -> tuple[list[list[int]], 
     prompts, greedy = [], []
     for length in lengths:
         for seed in range(20):
-            [prompt] = random_prompts(model.bundle.manifest.geometry.vocab_size, [length], seed=seed)
+            [prompt] = random_prompts(model.engine.geometry.vocab_size, [length], seed=seed)
             tokens = model.generate(prompt, max_new_tokens=8, block_size=8).token_ids
             if len(tokens) == 8:
                 break
@@ -125,7 +125,7 @@ def test_a_slot_that_waits_keeps_the_rows_below_its_write_index(workshop: Worksh
 def test_committed_tokens_at_the_head_count_as_right_and_an_idle_slot_accepts_nothing(workshop: Workshop):
     """The counts of the contract, with drafts of which it is known how many tokens are right."""
     model = workshop.model("llama-llama3-bf16-sharded")
-    engine = OrtEngine(model.bundle, num_slots=2, threads=THREADS)
+    engine = OrtEngine(workshop.bundle("llama-llama3-bf16-sharded"), num_slots=2, threads=THREADS)
     prompts, greedy = endless_prompts(model, [20, 33])
     wrong = [[(token + 1) % engine.geometry.vocab_size for token in tokens] for tokens in greedy]
     write_index = fill_slots(engine, [prompts[0][:-2], prompts[1]], chunk=8)
@@ -149,7 +149,7 @@ def test_committed_tokens_at_the_head_count_as_right_and_an_idle_slot_accepts_no
 
 def test_an_idle_slot_accepts_nothing_even_where_its_draft_is_right(workshop: Workshop):
     model = workshop.model("mistral")
-    engine = OrtEngine(model.bundle, num_slots=2, threads=THREADS)
+    engine = OrtEngine(workshop.bundle("mistral"), num_slots=2, threads=THREADS)
     [prompt], [greedy] = endless_prompts(model, [12])
     write_index = fill_slots(engine, [prompt, prompt], chunk=4)
     block = [prompt[-1], *greedy[:3]]

@@ -44,7 +44,7 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 def prompts_for(model: Model) -> list[list[int]]:
-    return random_prompts(model.bundle.manifest.geometry.vocab_size)
+    return random_prompts(model.engine.geometry.vocab_size)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -145,8 +145,8 @@ def test_no_fill_changes_a_token(workshop: Workshop, method: Method, fill: FillN
 def test_decoding_to_the_last_row_of_the_bundle_stays_lossless(workshop: Workshop, name: str, options: dict[str, Any]):
     """The last blocks reach beyond max_length into the rows the cache has for them: equality is required."""
     model = workshop.model(name, **options)
-    max_length = model.bundle.manifest.max_length
-    [prompt] = random_prompts(model.bundle.manifest.geometry.vocab_size, [200])
+    max_length = model.facts.max_length
+    [prompt] = random_prompts(model.engine.geometry.vocab_size, [200])
     for block_size in (8,) if options else BLOCK_SIZES:
         expected = model.generate(prompt, method="autoregressive", block_size=block_size)
         assert len(expected.token_ids) == max_length - len(prompt)

@@ -190,7 +190,7 @@ def test_text_that_no_file_could_hold_is_refused(model):
 
 @pytest.mark.parametrize("act", ["generate", "stream"])
 def test_a_prompt_that_leaves_no_room_is_refused_with_its_numbers(model, act):
-    with pytest.raises(PromptError, match=r"prompt has 64 tokens and this bundle holds 64 in all"):
+    with pytest.raises(PromptError, match=r"prompt has 64 tokens and this model holds 64 in all"):
         getattr(model, act)([5] * 64)
     assert calls_of(model) == []
 
@@ -222,7 +222,7 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
         ("max_new_tokens", 2.5, "must be an integer"),
         ("method", "lookahead", "must be one of jacobi, jacobi-block, autoregressive, got 'lookahead'"),
         ("fill", "random", "must be one of pad, repeat, prompt, got 'random'"),
-        ("block_size", 17, "must be at most 16 for this bundle, got 17"),
+        ("block_size", 17, "must be at most 16 for this model, got 17"),
         ("block_size", 0, "must be an integer of at least 1, got 0"),
         ("stop", ";", "must be a list of non-empty strings, got ';'"),
         ("stop", [";", ""], "must be a list of non-empty strings"),
@@ -244,7 +244,7 @@ def test_an_empty_name_is_refused_like_any_unknown_one(model, option):
 
 def test_a_pinned_bundle_takes_no_other_block_size(fixed_bundle):
     model = make_model(fixed_bundle, HashModel(vocab_size=200))
-    with pytest.raises(OptionError, match="block_size must be 4, which this bundle is pinned to, got 5"):
+    with pytest.raises(OptionError, match="block_size must be 4, which this engine is pinned to, got 5"):
         model.generate([5, 6], block_size=5)
     assert calls_of(model) == []
 
@@ -529,4 +529,4 @@ def test_an_engine_that_accepts_nothing_ends_in_an_error_and_not_in_a_loop(bundl
 
     engine = Stuck(HashModel(vocab_size=200), bundle.manifest.geometry)
     with pytest.raises(EngineError, match="makes no token known"):
-        Model(bundle, engine, TextCodec(bundle)).generate([5, 6, 7], method=method)
+        Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)).generate([5, 6, 7], method=method)

@@ -26,13 +26,13 @@ REPLACEMENT = "\ufffd"
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
-    return TextCodec(write_bundle(tmp_path_factory.mktemp("byte_level") / "bundle"))
+    return TextCodec.of_bundle(write_bundle(tmp_path_factory.mktemp("byte_level") / "bundle"))
 
 
 @pytest.fixture(scope="module")
 def byte_fallback_codec(tmp_path_factory):
     directory = tmp_path_factory.mktemp("byte_fallback") / "bundle"
-    return TextCodec(write_bundle(directory, tokenizer=byte_fallback_tokenizer()))
+    return TextCodec.of_bundle(write_bundle(directory, tokenizer=byte_fallback_tokenizer()))
 
 
 def deltas_of(codec, tokens, *, stop=(), group=1):
@@ -148,7 +148,7 @@ def test_messages_are_rendered_with_the_template_and_the_special_tokens(tmp_path
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}{{ add_generation_prompt }}"
     )
-    codec = TextCodec(write_chat_bundle(tmp_path / "bundle", template))
+    codec = TextCodec.of_bundle(write_chat_bundle(tmp_path / "bundle", template))
     assert codec.render_chat(MESSAGES) == "user: the cat</s>True"
     assert EOS in codec.encode_chat(MESSAGES)
 
@@ -156,7 +156,9 @@ def test_messages_are_rendered_with_the_template_and_the_special_tokens(tmp_path
 def test_text_gets_the_special_tokens_of_its_tokenizer_and_messages_those_of_their_template(tmp_path):
     tokenizer = Tokenizer.from_str(byte_level_tokenizer().to_str())
     tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", PAD)])
-    codec = TextCodec(write_chat_bundle(tmp_path / "bundle", "</s>{{ messages[0].content }}", tokenizer=tokenizer))
+    codec = TextCodec.of_bundle(
+        write_chat_bundle(tmp_path / "bundle", "</s>{{ messages[0].content }}", tokenizer=tokenizer)
+    )
     words = byte_level_tokenizer().encode("the cat").ids
     assert codec.encode("the cat") == [PAD, *words]
     assert codec.encode_chat(MESSAGES) == [EOS, *words]
@@ -169,19 +171,19 @@ def test_messages_without_a_template_are_refused_with_what_to_do(codec):
 
 def test_what_a_template_refuses_is_told(tmp_path):
     template = "{{ raise_exception('roles must alternate') }}"
-    codec = TextCodec(write_chat_bundle(tmp_path / "bundle", template))
+    codec = TextCodec.of_bundle(write_chat_bundle(tmp_path / "bundle", template))
     with pytest.raises(PromptError, match="refuses these messages: roles must alternate"):
         codec.encode_chat(MESSAGES)
 
 
 def test_a_broken_template_is_a_broken_bundle(tmp_path):
-    codec = TextCodec(write_chat_bundle(tmp_path / "bundle", "{% for"))
+    codec = TextCodec.of_bundle(write_chat_bundle(tmp_path / "bundle", "{% for"))
     with pytest.raises(BundleError, match="not a valid template"):
         codec.encode_chat(MESSAGES)
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
-    codec = TextCodec(write_chat_bundle(tmp_path / "bundle", "{{ messages.__class__.__mro__ }}"))
+    codec = TextCodec.of_bundle(write_chat_bundle(tmp_path / "bundle", "{{ messages.__class__.__mro__ }}"))
     with pytest.raises(PromptError):
         codec.encode_chat(MESSAGES)
 
@@ -189,14 +191,14 @@ def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path):
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", files={"tokenizer.json": "{}"})
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
-        TextCodec(bundle)
+        TextCodec.of_bundle(bundle)
 
 
 def test_truncation_and_padding_that_a_trainer_saved_never_touch_a_prompt(tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=64)
-    codec = TextCodec(write_bundle(tmp_path / "bundle", tokenizer=tokenizer))
+    codec = TextCodec.of_bundle(write_bundle(tmp_path / "bundle", tokenizer=tokenizer))
     ids = codec.encode("the cat sat on the mat")
     assert 2 < len(ids) < 64
     assert codec.decode(ids) == "the cat sat on the mat"

@@ -1,0 +1,113 @@
+"""One request's decode, forward by forward: what it runs next, what a forward's outputs come to, and where it ends.
+
+Shared by whatever decodes: one request in one slot (``generate.py``) or many in many (``batch.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+from cllm_export.bundle import FillName, Loop
+from cllm_export.errors import EngineError
+from cllm_export.runtime.autoregressive import Autoregressive
+from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.jacobi import Block, BlockJacobi, Decoder, SlidingJacobi
+from cllm_export.runtime.statistics import ForwardRecord
+
+Method = Literal["jacobi", "jacobi-block", "autoregressive"]
+JacobiMethod = Literal["jacobi", "jacobi-block"]
+FinishReason = Literal["eos", "length", "stop", "closed"]
+
+DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
+    "jacobi": SlidingJacobi,
+    "jacobi-block": BlockJacobi,
+    "autoregressive": Autoregressive,
+}
+METHODS: tuple[Method, ...] = tuple(DECODERS)
+METHOD_OF_LOOP: dict[Loop, JacobiMethod] = {"sliding": "jacobi", "block": "jacobi-block"}
+"""The method that decodes in the form a model was trained for."""
+
+StopCut = Callable[[list[int]], int | None]
+"""How many of these new tokens are left where a stop string ends the request among them; None where none does."""
+
+
+class Decode:
+    """The decode of one request: a policy, its limits, and the record of its forwards.
+
+    ``finish`` is ``closed`` as long as it has not ended, which is what it then stays if nobody goes on.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+        stop_cut: StopCut | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._left = max_new_tokens
+        self._eos = frozenset(eos_token_ids)
+        self._stop_cut = stop_cut
+        self._block = Block([], 0)
+        self.records: list[ForwardRecord] = []
+        self.finish: FinishReason = "closed"
+
+    @property
+    def write_index(self) -> int:
+        """Valid KV rows of the request's slot; where the next block's KV is written."""
+        return self._decoder.write_index
+
+    def next_block(self) -> Block:
+        """The block the next forward runs at ``write_index``."""
+        self._block = self._decoder.next_block()
+        return self._block
+
+    def take(self, next_ids: list[int], num_accepted: int) -> list[int]:
+        """Take the outputs of that forward for this slot; the new tokens, cut at the end of the request.
+
+        Raises:
+            EngineError: the engine accepted nothing.
+        """
+        write_index = self._decoder.write_index
+        known, num_right = self._decoder.commit(next_ids, num_accepted)
+        if not known:  # a sound graph accepts one row at least; a broken one must not loop for ever
+            raise EngineError(
+                f"the engine accepted {num_accepted} rows at write index {write_index}, which makes no token known: "
+                "its graph is broken, rebuild the bundle"
+            )
+        new = self._cut(known)
+        self._left -= len(new)
+        if not self._left and self.finish == "closed":
+            self.finish = "length"
+        if lost := len(known) - len(new):
+            num_right -= lost - 1  # the bonus is lost first, and is no row of the block
+        self.records.append(ForwardRecord(write_index, self._block.tokens, next_ids, num_right, new))
+        return new
+
+    def _cut(self, known: list[int]) -> list[int]:
+        """What is left of newly known tokens at the end of the request: limit, end-of-sequence token, stop string."""
+        new = known if len(known) <= self._left else known[: self._left]
+        if not self._eos.isdisjoint(new):
+            first = next(index for index, token in enumerate(new) if token in self._eos)
+            new, self.finish = new[: first + 1], "eos"
+        if self._stop_cut and (end := self._stop_cut(new)) is not None:
+            new, self.finish = new[:end], "stop"
+        return new
+
+
+def make_decoder(
+    method: Method, prompt: Sequence[int], *, block_size: int, fill: FillName, seed: int, pad_token_id: int
+) -> Decoder:
+    """The policy that decodes a prompt whose KV, less that of its last token, is written.
+
+    Raises:
+        OptionError: no such fill.
+    """
+    return DECODERS[method](
+        last_token=prompt[-1],
+        write_index=len(prompt) - 1,
+        block_size=block_size,
+        fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed),
+    )
