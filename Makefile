@@ -23,7 +23,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		"setuptools" --editable ".[cpu,train,dev]"
+		"setuptools" --editable ".[cpu,train,evaluate,dev]"
 	touch $(READY)
 
 lint: setup

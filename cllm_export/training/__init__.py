@@ -1,1 +1,16 @@
-"""Makes Consistency LLMs: trajectories, losses, the tuning loop. Needs the extra ``train``; nothing else may import it."""
+"""Makes Consistency LLMs: trajectories, losses, the tuning loop. Its modules need the extra ``train``.
+
+Nothing is imported here: the command line names these choices before the extra's packages are there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Objective = Literal["packed", "global", "local", "autoregressive"]
+OptimizerName = Literal["adamw", "muon"]
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+MIXED_PRECISIONS: tuple[MixedPrecision, ...] = get_args(MixedPrecision)

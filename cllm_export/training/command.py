@@ -1,0 +1,74 @@
+"""What ``cllm-export tune`` does: data, run, report. One call in each process of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from cllm_export.bundle import Progress
+from cllm_export.contract import require_at_least
+from cllm_export.training.prepare import prepare
+from cllm_export.training.tune import TuneOptions, tune
+from cllm_export.training.work import WorkDirectory
+
+
+def run_tune(
+    checkpoint: Path,
+    prompts: Path,
+    output: Path,
+    options: TuneOptions,
+    *,
+    trajectories: Path | None,
+    held_out: Path | None,
+    num_held_out: int,
+    threads: int | None,
+    resume: bool,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """Tune, and describe what came of it; None in every process but the first.
+
+    Raises:
+        CllmExportError: see ``prepare`` and ``tune``.
+    """
+    if threads is not None:
+        require_at_least("threads", threads, 1)
+        torch.set_num_threads(threads)
+    state = PartialState()
+    work = WorkDirectory(output, force=force)
+    with state.main_process_first():  # the first answers prompts that have no answer; the others find them answered
+        data = prepare(
+            checkpoint,
+            prompts,
+            options,
+            trajectories=trajectories,
+            held_out=held_out,
+            num_held_out=num_held_out,
+            collected=work.collected_path,
+            progress=progress if state.is_main_process else (lambda *_: None),
+        )
+    report = tune(
+        checkpoint,
+        output,
+        data.samples,
+        data.held_out,
+        options,
+        resume=resume,
+        force=force,
+        progress=progress if state.is_main_process else (lambda *_: None),
+    )
+    if not state.is_main_process:
+        return None
+    return {
+        "samples": len(data.samples),
+        "held_out": len(data.held_out),
+        "dropped": data.dropped,
+        "steps": report.steps,
+        "minutes": report.minutes,
+        "samples_seen": report.samples_seen,
+        "stopped": report.stopped,
+        "curve": report.curve,
+    }
