@@ -1,0 +1,80 @@
+"""What ``cllm-export evaluate`` does between its options and what it shows."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cllm_export.bundle import Progress
+from cllm_export.errors import OptionError
+from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
+from cllm_export.evaluation.probe import MAX_NEW_TOKENS, PROMPTS, ProbeOptions, probe
+from cllm_export.evaluation.report_file import check_report_path, write_report
+from cllm_export.evaluation.task import TASKS, TaskName
+from cllm_export.prompts import read_prompts
+
+__all__ = ["EvaluateOptions", "run_evaluation", "run_probe"]
+
+OF_PROBE = ("max_new_tokens", "limit", "threads")
+
+
+def run_evaluation(
+    source: Path,
+    data: Path,
+    task: TaskName | None,
+    parent: Path | None,
+    options: EvaluateOptions,
+    *,
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate, and write the report if asked. Everything that can be refused at once is refused before any work.
+
+    Raises:
+        CllmExportError: see ``evaluate``.
+    """
+    if task is None:
+        raise OptionError(f"say what the data is with --task ({', '.join(TASKS)}), or ask for --probe")
+    if options.method == "autoregressive":
+        raise OptionError("--method is jacobi or jacobi-block: both are compared with autoregressive decoding anyway")
+    if output:
+        check_report_path(output)
+    report = evaluate(
+        source, read_task(task, data, options), data=data, parent=parent, options=options, progress=progress
+    )
+    if output:
+        write_report(output, report)
+    return report
+
+
+def run_probe(
+    source: Path,
+    data: Path,
+    task: TaskName | None,
+    parent: Path | None,
+    options: EvaluateOptions,
+    *,
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Probe, and write the report if asked.
+
+    Raises:
+        OptionError: an option that a probe has no use for was given.
+        CllmExportError: see ``probe``.
+    """
+    given = {field.name: getattr(options, field.name) for field in fields(options)} | {"task": task, "parent": parent}
+    if unused := [name for name, value in given.items() if value and name not in OF_PROBE]:
+        raise OptionError(f"--{unused[0].replace('_', '-')} is not for --probe, which tries every form: leave it out")
+    if output:
+        check_report_path(output)
+    probe_options = ProbeOptions(
+        limit=options.limit or PROMPTS,
+        max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
+        threads=options.threads,
+    )
+    report = probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)
+    if output:
+        write_report(output, report)
+    return report

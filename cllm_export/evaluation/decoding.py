@@ -1,0 +1,143 @@
+"""Decodes the prompts of a task, each by the chosen Jacobi loop and again autoregressively at the same n."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cllm_export.bundle import FILLS, FillName, Progress, require_one_of
+from cllm_export.contract import require_at_least
+from cllm_export.errors import OptionError, PromptError
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.generate import Generation, Method, Model
+
+JACOBI_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How prompts are decoded."""
+
+    method: Method
+    block_size: int
+    fill: FillName
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_one_of("method", self.method, JACOBI_METHODS)
+        require_one_of("fill", self.fill, FILLS)
+        require_at_least("block_size", self.block_size, 1)
+        require_at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one prompt gave."""
+
+    index: int
+    """The number of its example, from 0."""
+    generation: Generation
+    exact: bool | None
+    """Whether autoregressive decoding at the same n gave the same tokens; None where it was not asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What a set of prompts gave."""
+
+    answers: tuple[Answer, ...]
+    skipped: dict[str, int]
+    """Reason (``empty``, ``too_long``, ``not_tokenised``) -> number of prompts."""
+
+
+def default_settings(model: Model, *, max_new_tokens: int) -> Settings:
+    """The loop, n and fill that a model was trained with, else sliding, its own n and pad."""
+    trained = model.facts.trained_with
+    fixed = model.engine.fixed_shapes
+    return Settings(
+        method="jacobi-block" if trained and trained.loop == "block" else "jacobi",
+        block_size=fixed.block_size if fixed else model.facts.block_size,
+        fill=trained.fill if trained else "pad",
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def check_settings(model: Model, settings: Settings) -> None:
+    """Whether a model can decode so.
+
+    Raises:
+        OptionError: n is above what it takes, or other than what it is pinned to.
+    """
+    fixed, largest = model.engine.fixed_shapes, model.engine.geometry.max_block_size
+    if fixed and settings.block_size != fixed.block_size:
+        raise OptionError(f"--block-size must be {fixed.block_size}, which this bundle is pinned to")
+    if settings.block_size > largest:
+        raise OptionError(f"--block-size must be at most {largest} for this model, got {settings.block_size}")
+
+
+def decode_prompts(
+    model: Model,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    *,
+    compare: bool = True,
+    progress: Progress | None = None,
+    stage: str = "prompts",
+) -> Decoded:
+    """Decode every prompt that can be; those that cannot are counted.
+
+    Args:
+        compare: decode autoregressively as well, to see that the tokens are equal.
+
+    Raises:
+        OptionError: the settings do not suit the model.
+        PromptError: not one prompt can be decoded.
+    """
+    check_settings(model, settings)
+    answers: list[Answer] = []
+    skipped: Counter[str] = Counter()
+    first_error = ""
+    for index, prompt in enumerate(prompts):
+        try:
+            answers.append(_decode(model, index, _encode(model, prompt), settings, compare))
+        except _SkippedError as skip:
+            skipped[skip.reason] += 1
+            first_error = first_error or str(skip)
+        if progress:
+            progress(stage, index + 1, len(prompts))
+    if not answers:
+        raise PromptError(f"none of {len(prompts)} prompts can be decoded; the first: {first_error}")
+    return Decoded(answers=tuple(answers), skipped=dict(skipped))
+
+
+class _SkippedError(Exception):
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _encode(model: Model, prompt: Prompt) -> list[int]:
+    if isinstance(prompt.content, str) and not prompt.content.strip():
+        raise _SkippedError("empty", "the prompt is empty")
+    try:
+        ids = model.encode(prompt.content)
+    except PromptError as error:
+        raise _SkippedError("not_tokenised", str(error)) from None
+    if len(ids) >= model.facts.max_length:
+        raise _SkippedError(
+            "too_long", f"{len(ids)} tokens, and the model holds {model.facts.max_length} with the new ones"
+        )
+    return ids
+
+
+def _decode(model: Model, index: int, ids: list[int], settings: Settings, compare: bool) -> Answer:
+    limit = min(settings.max_new_tokens, model.facts.max_length - len(ids))
+    common = {"max_new_tokens": limit, "block_size": settings.block_size, "stop": settings.stop}
+    generation = model.generate(ids, method=settings.method, fill=settings.fill, **common)  # type: ignore[arg-type]
+    exact = None
+    if compare:
+        baseline = model.generate(ids, method="autoregressive", **common)  # type: ignore[arg-type]
+        exact = baseline.token_ids == generation.token_ids
+    return Answer(index=index, generation=generation, exact=exact)

@@ -1,0 +1,151 @@
+"""``cllm-export evaluate``: a model on a task, and its parent beside it, decoded alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cllm_export.bundle import FillName, Progress
+from cllm_export.errors import OptionError, PromptError
+from cllm_export.evaluation.decoding import Decoded, Settings, decode_prompts, default_settings
+from cllm_export.evaluation.gsm8k_task import Gsm8kTask
+from cllm_export.evaluation.humaneval_task import HumanevalTask
+from cllm_export.evaluation.measures import measure
+from cllm_export.evaluation.prompt_task import PromptTask
+from cllm_export.evaluation.scores import Scores
+from cllm_export.evaluation.sources import kind_of, open_source
+from cllm_export.evaluation.task import Task, TaskName, user_message
+from cllm_export.runtime.generate import Method, Model
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What ``cllm-export evaluate`` lets the user choose; None is the model's own, or the task's."""
+
+    method: Method | None = None
+    block_size: int | None = None
+    fill: FillName | None = None
+    max_new_tokens: int | None = None
+    limit: int | None = None
+    threads: int | None = None
+    allow_code_execution: bool = False
+
+
+def read_task(name: TaskName, data: Path, options: EvaluateOptions) -> Task:
+    """Read a task's data file.
+
+    Raises:
+        DataError, PromptError: the file is missing, damaged or of another task.
+        OptionError: an option does not suit the task.
+        MissingExtraError: the task needs a package that is not installed.
+    """
+    if options.allow_code_execution and name != "humaneval":
+        raise OptionError(f"--allow-code-execution is for --task humaneval; leave it out with --task {name}")
+    if name == "humaneval":
+        return HumanevalTask.read(data, limit=options.limit, allow_code_execution=options.allow_code_execution)
+    if name == "gsm8k":
+        return Gsm8kTask.read(data, limit=options.limit)
+    if name == "prompts":
+        return PromptTask.read(data, limit=options.limit)
+    from cllm_export.evaluation.spider_task import SpiderTask  # needs the extra `evaluate`
+
+    return SpiderTask.read(data, limit=options.limit)
+
+
+def evaluate(
+    source: Path,
+    task: Task,
+    *,
+    data: Path,
+    parent: Path | None = None,
+    options: EvaluateOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Decode and score a task; the report, JSON-ready (``--output`` writes it as it is).
+
+    ``models`` holds ``model`` and, if given, ``parent``, which is decoded with the settings of the former. Of each:
+    ``scores`` (shares by measure, overall and by group), ``decoding`` (see ``Measures``), ``skipped`` (prompts by
+    reason) and ``answers`` (the text and the judgement of each prompt).
+
+    Raises:
+        CllmExportError: a model cannot be opened or cannot decode so, or not one prompt can be decoded.
+    """
+    options = options or EvaluateOptions()
+    for path in (source, parent):
+        if path is not None:
+            kind_of(path)
+    model = open_source(source, threads=options.threads)
+    settings = settle(default_settings(model, max_new_tokens=options.max_new_tokens or task.max_new_tokens), options)
+    models = {"model": _evaluate_one(source, model, task, settings, progress, "model")}
+    if parent:
+        del model
+        models["parent"] = _evaluate_one(
+            parent, open_source(parent, threads=options.threads), task, settings, progress, "parent"
+        )
+    return {
+        "report_version": REPORT_VERSION,
+        "task": task.name,
+        "data": data.name,
+        "limit": options.limit,
+        "settings": {
+            "method": settings.method,
+            "block_size": settings.block_size,
+            "fill": settings.fill,
+            "max_new_tokens": settings.max_new_tokens,
+        },
+        "models": models,
+    }
+
+
+def settle(defaults: Settings, options: EvaluateOptions) -> Settings:
+    """A model's defaults with what the user chose in their place."""
+    chosen = {name: getattr(options, name) for name in ("method", "block_size", "fill", "max_new_tokens")}
+    return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def speaks_chat(model: Model) -> bool:
+    """Whether a model has a chat template that takes a user's message."""
+    try:
+        return bool(model.encode(user_message("hello")))
+    except PromptError:
+        return False
+
+
+def _evaluate_one(
+    path: Path, model: Model, task: Task, settings: Settings, progress: Progress | None, stage: str
+) -> dict[str, Any]:
+    chat = speaks_chat(model)
+    prompts = task.prompts(chat=chat)
+    decoded = decode_prompts(
+        model, prompts, replace(settings, stop=tuple(task.stop(chat=chat))), progress=progress, stage=stage
+    )
+    scores = _score(task, decoded, progress)
+    return {
+        "path": path.name,
+        "kind": kind_of(path),
+        "chat": chat,
+        "prompts": len(prompts),
+        "decoded": len(decoded.answers),
+        "skipped": decoded.skipped,
+        "scores": scores.to_dict(),
+        "decoding": measure(decoded.answers, settings).to_dict(),
+        "answers": _answers(decoded, scores, lambda index: prompts[index].id),
+    }
+
+
+def _score(task: Task, decoded: Decoded, progress: Progress | None) -> Scores:
+    if progress:
+        progress("scores", 0, len(decoded.answers))
+    indices = [answer.index for answer in decoded.answers]
+    return task.score(indices, [answer.generation.text for answer in decoded.answers])
+
+
+def _answers(decoded: Decoded, scores: Scores, name: Callable[[int], str]) -> list[dict[str, Any]]:
+    return [
+        {"id": name(answer.index), "text": answer.generation.text, "exact": answer.exact, **judgement}
+        for answer, judgement in zip(decoded.answers, scores.judgements, strict=True)
+    ]

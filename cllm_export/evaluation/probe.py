@@ -1,0 +1,159 @@
+"""The readiness probe: what decoding in parallel would bring a model on this machine, before it is deployed or tuned.
+
+It multiplies two measurements: tokens per forward of this model on these prompts, at each n, and T(n), the time of one
+bare forward of n tokens of its bundle on this machine. The product leaves out prefill, text and the loop's own cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cllm_export.bench import measure_latency
+from cllm_export.bundle import FILLS, Bundle, Progress, open_bundle
+from cllm_export.errors import OptionError
+from cllm_export.evaluation.decoding import JACOBI_METHODS, Settings, decode_prompts, default_settings
+from cllm_export.evaluation.measures import measure
+from cllm_export.evaluation.sources import kind_of, needs_train_extra
+from cllm_export.evaluation.verdict import Expectation, judge
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.generate import Model, load
+from cllm_export.runtime.ort_engine import describe_machine
+
+BLOCK_SIZES = (1, 4, 8, 16, 32)
+FORM_PROMPTS = 8
+"""Prompts on which loops and fills are compared, before the best of them is measured at every n."""
+PROMPTS = 32
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What ``cllm-export evaluate --probe`` lets the user choose."""
+
+    limit: int = PROMPTS
+    max_new_tokens: int = MAX_NEW_TOKENS
+    threads: int | None = None
+
+
+def probe(
+    source: Path,
+    prompts: Sequence[Prompt],
+    *,
+    options: ProbeOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Probe a bundle, or a checkpoint through a bundle made of it for the time; the report, JSON-ready.
+
+    ``forms`` holds tokens per forward of each loop and fill at the model's own n, ``sizes`` an ``Expectation`` for each
+    n with the best of them, ``verdict`` the advice.
+
+    Raises:
+        CllmExportError: the model cannot be opened or built, or not one prompt can be decoded.
+        OptionError: a bundle with fixed shapes, which has one n.
+    """
+    options = options or ProbeOptions()
+    with _as_bundle(source, progress) as bundle:
+        model = load(bundle.path, threads=options.threads)
+        if model.engine.fixed_shapes:
+            raise OptionError(f"{source} is pinned to one block size: probe a bundle built without --fixed-shapes")
+        sample = list(prompts)[: options.limit]
+        defaults = default_settings(model, max_new_tokens=options.max_new_tokens)
+        forms = _measure_forms(model, sample[:FORM_PROMPTS], defaults, progress)
+        best = max(forms, key=lambda form: form[1])[0]
+        rates, skipped = _measure_sizes(model, sample, best, progress)
+        times = _measure_times(bundle, model, sample, options.threads, progress)
+    sizes = [
+        Expectation(block_size=size, tokens_per_forward=rate, milliseconds=times[size], relative=times[size] / times[1])
+        for size, rate in rates.items()
+    ]
+    return {
+        "source": source.name,
+        "kind": kind_of(source),
+        "machine": describe_machine(options.threads),
+        "prompts": len(sample),
+        "skipped": skipped,
+        "forms": [_named(form) | {"tokens_per_forward": round(rate, 4)} for form, rate in forms],
+        "form_block_size": defaults.block_size,
+        "best_form": _named(best),
+        "sizes": [_expectation(size) for size in sizes],
+        "verdict": asdict(judge(sizes)),
+    }
+
+
+@contextmanager
+def _as_bundle(source: Path, progress: Progress | None) -> Iterator[Bundle]:
+    """The bundle itself, or one built of the checkpoint, which is gone afterwards."""
+    if kind_of(source) == "bundle":
+        yield open_bundle(source)
+        return
+    with needs_train_extra():
+        from cllm_export.exporter.pipeline import build
+    with tempfile.TemporaryDirectory(prefix="cllm-export-probe-") as directory, needs_train_extra():
+        yield build(source, Path(directory) / "bundle", progress=progress)
+
+
+def _measure_forms(
+    model: Model, prompts: Sequence[Prompt], defaults: Settings, progress: Progress | None
+) -> list[tuple[Settings, float]]:
+    """Every loop with every fill, on few prompts; equal ones stay in the order of what the model was trained with."""
+    forms = [replace(defaults, method=method, fill=fill) for method, fill in itertools.product(JACOBI_METHODS, FILLS)]
+    forms.sort(key=lambda form: (form.method != defaults.method, form.fill != defaults.fill))
+    return [(form, _rate(model, prompts, form, progress, f"{form.method}, {form.fill}")[0]) for form in forms]
+
+
+def _measure_sizes(
+    model: Model, prompts: Sequence[Prompt], best: Settings, progress: Progress | None
+) -> tuple[dict[int, float], dict[str, int]]:
+    rates = {1: 1.0}
+    skipped: dict[str, int] = {}
+    for size in _block_sizes(model):
+        rates[size], skipped = _rate(model, prompts, replace(best, block_size=size), progress, f"n = {size}")
+    return rates, skipped
+
+
+def _block_sizes(model: Model) -> list[int]:
+    return [size for size in BLOCK_SIZES if 1 < size <= model.engine.geometry.max_block_size]
+
+
+def _rate(
+    model: Model, prompts: Sequence[Prompt], settings: Settings, progress: Progress | None, stage: str
+) -> tuple[float, dict[str, int]]:
+    decoded = decode_prompts(model, prompts, settings, compare=False, progress=progress, stage=stage)
+    return measure(decoded.answers, settings).tokens_per_forward, decoded.skipped
+
+
+def _measure_times(
+    bundle: Bundle, model: Model, prompts: Sequence[Prompt], threads: int | None, progress: Progress | None
+) -> dict[int, float]:
+    """T(n) in milliseconds, by n."""
+    if progress:
+        progress("latency", 0, 1)
+    decodable = decode_prompts(
+        model, prompts, Settings(method="jacobi", block_size=1, fill="pad", max_new_tokens=1), compare=False
+    )
+    lengths = [answer.generation.statistics.prompt_tokens for answer in decodable.answers]
+    latency = measure_latency(bundle, [range(length) for length in lengths], threads)
+    return {int(entry["block_size"]): entry["milliseconds"] for entry in latency}
+
+
+def _named(form: Settings) -> dict[str, Any]:
+    return {"method": form.method, "fill": form.fill}
+
+
+def _expectation(size: Expectation) -> dict[str, float | int]:
+    return {
+        "block_size": size.block_size,
+        "tokens_per_forward": round(size.tokens_per_forward, 4),
+        "milliseconds": round(size.milliseconds, 4),
+        "relative_time": round(size.relative, 4),
+        "expected_speedup": round(size.speedup, 4),
+        "break_even_tokens_per_forward": round(size.needed(1.0), 4),
+        "twice_tokens_per_forward": round(size.needed(2.0), 4),
+        "highest_speedup": round(size.highest, 4),
+    }
