@@ -243,7 +243,7 @@ def evaluate(
         Path | None, typer.Option("--parent", help="A bundle or checkpoint to set beside it, decoded alike.")
     ] = None,
     method: Annotated[
-        Method | None, typer.Option("--method", help="jacobi or jacobi-block; by default its own.")
+        JacobiMethod | None, typer.Option("--method", help="By default the loop the model was trained with.")
     ] = None,
     block_size: BlockSizeOption = None,
     fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,

@@ -36,8 +36,6 @@ def run_evaluation(
     """
     if task is None:
         raise OptionError(f"say what the data is with --task ({', '.join(TASKS)}), or ask for --probe")
-    if options.method == "autoregressive":
-        raise OptionError("--method is jacobi or jacobi-block: both are compared with autoregressive decoding anyway")
     if output:
         check_report_path(output)
     report = evaluate(

@@ -10,16 +10,17 @@ from cllm_export.bundle import FILLS, FillName, Progress, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import Generation, Method, Model
+from cllm_export.runtime.generate import Generation, Model
+from cllm_export.runtime.request import METHOD_OF_LOOP, JacobiMethod
 
-JACOBI_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block")
+JACOBI_METHODS: tuple[JacobiMethod, ...] = tuple(METHOD_OF_LOOP.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How prompts are decoded."""
 
-    method: Method
+    method: JacobiMethod
     block_size: int
     fill: FillName
     max_new_tokens: int
@@ -57,7 +58,7 @@ def default_settings(model: Model, *, max_new_tokens: int) -> Settings:
     trained = model.facts.trained_with
     fixed = model.engine.fixed_shapes
     return Settings(
-        method="jacobi-block" if trained and trained.loop == "block" else "jacobi",
+        method=METHOD_OF_LOOP[trained.loop if trained else "sliding"],
         block_size=fixed.block_size if fixed else model.facts.block_size,
         fill=trained.fill if trained else "pad",
         max_new_tokens=max_new_tokens,

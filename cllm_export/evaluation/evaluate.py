@@ -17,7 +17,8 @@ from cllm_export.evaluation.prompt_task import PromptTask
 from cllm_export.evaluation.scores import Scores
 from cllm_export.evaluation.sources import kind_of, open_source
 from cllm_export.evaluation.task import Task, TaskName, user_message
-from cllm_export.runtime.generate import Method, Model
+from cllm_export.runtime.generate import Model
+from cllm_export.runtime.request import JacobiMethod
 
 REPORT_VERSION = 1
 
@@ -26,7 +27,7 @@ REPORT_VERSION = 1
 class EvaluateOptions:
     """What ``cllm-export evaluate`` lets the user choose; None is the model's own, or the task's."""
 
-    method: Method | None = None
+    method: JacobiMethod | None = None
     block_size: int | None = None
     fill: FillName | None = None
     max_new_tokens: int | None = None

@@ -248,7 +248,7 @@ def test_a_sliding_window_is_accepted_where_it_has_no_effect(
     checkpoint = make_checkpoint(tmp_path / "mistral", Variant(family="mistral", num_layers=1, config=window))
     outcome = cli("build", checkpoint, "--output", output, "--max-length", 64)
     assert outcome.code == 0, outcome
-    assert load(output, threads=THREADS).bundle.manifest.max_length == 64
+    assert load(output, threads=THREADS).facts.max_length == 64
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "another"])

@@ -197,9 +197,9 @@ def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(workshop: Workshop,
             wait_for_staging(build, old.path.parent)
             time.sleep(generator.uniform(delay, 2 * delay))
         build.send_signal(signal.SIGKILL)
-    found = load(old.path, threads=THREADS)
-    found.bundle.check_files()
-    assert found.bundle.fingerprint in (old.fingerprint, workshop.bundle("small").fingerprint)
+    found, bundle = load(old.path, threads=THREADS), open_bundle(old.path)
+    bundle.check_files()
+    assert bundle.fingerprint in (old.fingerprint, workshop.bundle("small").fingerprint)
     assert found.generate([5, 9], max_new_tokens=4, block_size=4).token_ids
 
 

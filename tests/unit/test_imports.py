@@ -22,6 +22,17 @@ ALLOWED = {
     "bundle": {"contract", "errors"},
     "prompts": {"errors"},
     "runtime": {"bundle", "contract", "errors", "prompts", "runtime"},
+    "evaluation": {
+        "bench",
+        "bundle",
+        "contract",
+        "errors",
+        "evaluation",
+        "exporter",
+        "prompts",
+        "runtime",
+        "training",
+    },
 }
 """Module or folder of the package -> what of the package it may import."""
 
@@ -87,11 +98,20 @@ def test_the_exporter_never_imports_the_command_line():
             assert "cli" not in places_imported(path), path
 
 
-def test_only_the_exporter_loads_torch_transformers_or_onnx():
+def test_only_the_exporter_and_the_training_load_torch_transformers_or_onnx():
     for path in modules():
-        if place_of(path) != "exporter":
+        if place_of(path) not in ("exporter", "training"):
             loaded = {name.split(".")[0] for name in imports_at_load(path)}
             assert not loaded & EXPORT_ONLY, path
+
+
+def test_only_the_command_line_and_the_evaluation_import_the_training_and_only_when_they_need_it():
+    for path in modules():
+        place = place_of(path)
+        if place not in ("training", "cli", "evaluation"):
+            assert "training" not in places_imported(path), path
+        if place != "training":
+            assert not any(name.startswith("cllm_export.training") for name in imports_at_load(path)), path
 
 
 def test_the_package_loads_neither_exporter_nor_command_line():

@@ -1,0 +1,168 @@
+"""What each part of consistency tuning is worth: rows of equal minutes from the same parent, some seeds each.
+
+python benchmarks/ablation.py PARENT --prompts TRAIN --held-out HELD_OUT --output DIR [--minutes 10] [--seeds 0 1]
+                              [--rows packed global ...] [--jobs 1]
+
+Each row is one `cllm-export tune` command, which is printed, and one `cllm-export evaluate`. A row that is done is not
+run again, so that an interrupted table goes on; `--jobs 2` runs two rows at once, each on one thread. The report
+(DIR/ablation.json) and the table give each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COMMON = [
+    "--optimizer",
+    "muon",
+    "--learning-rate",
+    "0.0015",
+    "--matrix-learning-rate",
+    "0.01",
+    "--decay",
+    "0.8",
+    "--mixed-precision",
+    "bf16",
+    "--evaluate-every",
+    "0.5",
+]
+COLLECTED_PROMPTS = 6000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a row changes against the first."""
+
+    label: str
+    flags: tuple[str, ...] = ()
+    self_generated: bool = False
+    """Train on fixed points that the parent gave instead of the answers."""
+    method: str = "jacobi"
+    fill: str = "pad"
+
+
+ROWS: dict[str, Row] = {
+    "packed": Row(label="packed, pad, sliding, answers, weight 1"),
+    "global": Row(label="global", flags=("--objective", "global")),
+    "local": Row(label="local", flags=("--objective", "local")),
+    "prompt-fill": Row(label="prompt fill", flags=("--fill", "prompt"), fill="prompt"),
+    "repeat-fill": Row(label="repeat fill", flags=("--fill", "repeat"), fill="repeat"),
+    "weight-0.1": Row(label="autoregressive weight 0.1", flags=("--autoregressive-weight", "0.1")),
+    "weight-10": Row(label="autoregressive weight 10", flags=("--autoregressive-weight", "10")),
+    "self-generated": Row(label="self-generated fixed points", self_generated=True),
+    "block": Row(label="block loop", flags=("--loop", "block"), method="jacobi-block"),
+    "control": Row(label="autoregressive only", flags=("--objective", "autoregressive")),
+}
+
+
+def command(name: str) -> list[str]:
+    """The command line of the tool, in this interpreter."""
+    return [sys.executable, "-m", "cllm_export", name]
+
+
+def collect(args: argparse.Namespace) -> Path:
+    """The parent's own fixed points, collected once through its engine."""
+    bundle, output = args.output / "parent-bundle", args.output / "trajectories"
+    if not bundle.exists():
+        subprocess.run([*command("build"), str(args.parent), "--output", str(bundle)], check=True)
+    flags = ["--prompts", str(args.prompts), "--output", str(output), "--limit", str(COLLECTED_PROMPTS)]
+    subprocess.run([*command("collect"), str(bundle), *flags, "--max-new-tokens", "96"], check=True)
+    return output
+
+
+def tune(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train one row, unless it is there already."""
+    row, output = ROWS[name], args.output / f"{name}-{seed}"
+    if output.exists():
+        return output
+    flags = ["--prompts", str(args.prompts), "--held-out", str(args.held_out), "--minutes", str(args.minutes)]
+    flags += ["--seed", str(seed), "--threads", "1", *COMMON, *row.flags, "--output", str(output), "--force"]
+    if row.self_generated:
+        flags += ["--trajectories", str(args.output / "trajectories")]
+    line = [*command("tune"), str(args.parent), *flags]
+    print(" ".join(line), flush=True)
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    return output
+
+
+def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """Score a checkpoint by the loop and the fill it was trained for."""
+    report = checkpoint.with_name(f"{checkpoint.name}.evaluation.json")
+    if not report.exists():
+        flags = ["--task", "prompts", "--data", str(args.held_out), "--limit", str(args.limit), "--threads", "1"]
+        flags += ["--block-size", "16", "--method", row.method, "--fill", row.fill, "--output", str(report)]
+        subprocess.run([*command("evaluate"), str(checkpoint), *flags], check=True, stdout=subprocess.DEVNULL)
+    entry: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["models"]["child"]
+    return entry
+
+
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One cell: a row and a seed."""
+    entry = evaluate(tune(name, seed, args), ROWS[name], args)
+    return {"row": name, "label": ROWS[name].label, "seed": seed, **measures(entry)}
+
+
+def measures(entry: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the table."""
+    scores = {name: share["share"] for name, share in entry["scores"]["all"].items()}
+    return {"tokens_per_forward": entry["decoding"]["tokens_per_forward"], **scores}
+
+
+def show(parent: dict[str, Any], cells: list[dict[str, Any]], minutes: float) -> None:
+    """The table, a line for each row, seeds side by side."""
+    names = [name for name in parent if name != "row"]
+    table = Table(box=None, title=f"{minutes:g} minutes a row")
+    table.add_column("row")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row("parent", *(f"{parent[name]:.3f}" for name in names))
+    for row in dict.fromkeys(cell["row"] for cell in cells):
+        own = [cell for cell in cells if cell["row"] == row]
+        table.add_row(own[0]["label"], *(" / ".join(f"{cell[name]:.3f}" for cell in own) for name in names))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--limit", type=int, default=200, help="held-out questions to score")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if any(ROWS[name].self_generated for name in args.rows):
+        collect(args)
+    with ThreadPoolExecutor(args.jobs) as executor:
+        waiting = [executor.submit(run, name, seed, args) for seed in args.seeds for name in args.rows]
+        cells = [future.result() for future in waiting]
+    parent = measures(evaluate_parent(args))
+    report = {"parent": parent, "cells": cells, "minutes": args.minutes}
+    (args.output / "ablation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show(parent, cells, args.minutes)
+
+
+def evaluate_parent(args: argparse.Namespace) -> dict[str, Any]:
+    """The parent, by the first row's loop and fill; its report lies beside the rows' reports."""
+    copy = args.output / "parent"
+    if not copy.exists():
+        copy.symlink_to(args.parent.resolve())
+    return evaluate(copy, ROWS["packed"], args)
+
+
+if __name__ == "__main__":
+    main()
