@@ -1,6 +1,7 @@
-"""Write the data of the example: training questions, and held-out ones over schemas that training never saw.
+"""Write the data of the example: training questions, and questions over schemas that training never saw: some to watch
+the training by (validation), others to judge its end by (held-out).
 
-    python examples/text_to_sql/generate.py --output DIR [--train 120000] [--held-out 500] [--seed 0]
+    python examples/text_to_sql/generate.py --output DIR [--train 150000] [--held-out 500] [--seed 0]
 
 Deterministic by seed. Every answer is executed in SQLite on its schema: one that does not run stops the program.
 """
@@ -72,14 +73,15 @@ def write(path: Path, lines: Iterator[dict[str, object]], count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=120_000)
+    parser.add_argument("--train", type=int, default=150_000)
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     write(options.output / "train.jsonl", questions(random.Random(options.seed), held_out=False), options.train)
-    rng = random.Random(options.seed + 1)
-    write(options.output / "held-out.jsonl", questions(rng, held_out=True), options.held_out)
+    for offset, name in ((1, "held-out"), (2, "validation")):
+        rng = random.Random(options.seed + offset)
+        write(options.output / f"{name}.jsonl", questions(rng, held_out=True), options.held_out)
 
 
 if __name__ == "__main__":
