@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cllm_export.contract import require_at_least
+from cllm_export.errors import OptionError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER = "default"
@@ -27,6 +29,8 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         require_at_least("lora rank", self.rank, 1)
+        if not 0 < self.alpha < math.inf:
+            raise OptionError(f"lora alpha must be a number above 0, got {self.alpha}")
 
 
 def add_lora(decoder: PreTrainedModel, options: LoraOptions) -> None:

@@ -71,7 +71,7 @@ def _advance_sliding(window: Window, predictions: Sequence[int], sample: Sample,
         return None
     kept = list(predictions[right:])
     last = kept[-1] if kept else sample.tokens[start]
-    guesses = (kept + fill(window.block_size - 1, last))[:count]
+    guesses = [*kept, *fill(window.block_size - 1 - len(kept), last)][:count]
     return Window(block_size=window.block_size, start=start, guesses=tuple(guesses), previous=_orphan(window))
 
 
