@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from cllm_export.bundle import Progress
 from cllm_export.contract import require_at_least
 from cllm_export.training.prepare import prepare
-from cllm_export.training.tune import TuneOptions, tune
+from cllm_export.training.processes import first_then_others, join_processes
+from cllm_export.training.tune import tune
+from cllm_export.training.tune_options import TuneOptions
 from cllm_export.training.work import WorkDirectory
 
 
@@ -24,6 +25,7 @@ def run_tune(
     trajectories: Path | None,
     held_out: Path | None,
     num_held_out: int,
+    limit: int | None,
     threads: int | None,
     resume: bool,
     force: bool,
@@ -37,29 +39,27 @@ def run_tune(
     if threads is not None:
         require_at_least("threads", threads, 1)
         torch.set_num_threads(threads)
-    state = PartialState()
-    work = WorkDirectory(output, force=force)
-    with state.main_process_first():  # the first answers prompts that have no answer; the others find them answered
-        data = prepare(
+    state = join_processes()
+    if not state.is_main_process:
+        progress = _silent
+    work = first_then_others(lambda: WorkDirectory(output, force=force, resume=resume))
+    data = first_then_others(  # the first answers prompts that have no answer; the others find them answered
+        lambda: prepare(
             checkpoint,
             prompts,
             options,
             trajectories=trajectories,
             held_out=held_out,
             num_held_out=num_held_out,
+            limit=limit,
             collected=work.collected_path,
-            progress=progress if state.is_main_process else (lambda *_: None),
+            progress=progress,
         )
-    report = tune(
-        checkpoint,
-        output,
-        data.samples,
-        data.held_out,
-        options,
-        resume=resume,
-        force=force,
-        progress=progress if state.is_main_process else (lambda *_: None),
     )
+    report = tune(
+        checkpoint, output, data.samples, data.held_out, options, resume=resume, force=force, progress=progress
+    )
+    state.destroy_process_group()
     if not state.is_main_process:
         return None
     return {
@@ -72,3 +72,7 @@ def run_tune(
         "stopped": report.stopped,
         "curve": report.curve,
     }
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Only the first process shows progress."""

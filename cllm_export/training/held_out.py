@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
-from cllm_export.bundle import Loop
-from cllm_export.runtime.batch import decode_batch
-from cllm_export.runtime.generate import Model
-from cllm_export.runtime.request import JacobiMethod
+from cllm_export.runtime.batch import BatchRequest, decode_requests
+from cllm_export.runtime.generate import Model, pad_token
+from cllm_export.runtime.request import METHOD_OF_LOOP
+from cllm_export.training.cleaning import is_repetitive
 from cllm_export.training.samples import Sample
 
-REPEATED = 10
-"""Equal tokens in a row that make an output repetitive, as in the CLLM paper's cleaning."""
-
-METHOD_OF_LOOP: dict[Loop, JacobiMethod] = {"sliding": "jacobi", "block": "jacobi-block"}
+ROOM = 16
+"""Tokens that an output may be longer than the longest target: the rest of one that never ends says nothing new."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,49 +23,49 @@ class HeldOutScore:
     exact_match: float
     """Share of outputs that are the target, token for token."""
     repetitive: float
-    """Share of outputs that repeat a token ten times in a row, or never end."""
+    """Share of outputs that repeat a token ten times in a row."""
 
     def to_dict(self) -> dict[str, float]:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def measure(model: Model, samples: Sequence[Sample], *, block_size: int, max_new_tokens: int) -> HeldOutScore:
-    """Decode every sample's prompt and compare with its target.
+def held_out_length(samples: Sequence[Sample], longest: int) -> int:
+    """Tokens, prompt included, that a model must hold to decode them: at most ``longest``."""
+    return min(longest, max(len(sample.tokens) for sample in samples) + ROOM)
+
+
+def measure(model: Model, samples: Sequence[Sample]) -> HeldOutScore:
+    """Decode every sample's prompt in the form the model is trained for, and compare with its target.
 
     Args:
         model: around the live weights; its engine's slots decode side by side.
-        max_new_tokens: an output this long counts as never ending.
     """
     facts = model.facts
     trained = facts.trained_with
     assert trained is not None, "tuning always says what it trains with"
-    decoded = decode_batch(
+    longest = max(len(sample.tokens) - sample.num_prompt for sample in samples) + ROOM
+    decodes = decode_requests(
         model.engine,
-        [sample.tokens[: sample.num_prompt] for sample in samples],
+        [_request(sample, min(longest, facts.max_length - sample.num_prompt)) for sample in samples],
         method=METHOD_OF_LOOP[trained.loop],
-        block_size=block_size,
+        block_size=trained.block_size,
         fill=trained.fill,
-        seed=0,
-        max_new_tokens=max_new_tokens,
         eos_token_ids=facts.eos_token_ids,
-        pad_token_id=facts.pad_token_id or 0,
+        pad_token_id=pad_token(facts),
     )
-    outputs = [[token for record in records for token in record.new] for records in decoded]
-    new, forwards = sum(map(len, outputs)), sum(map(len, decoded))
-    right = sum(
-        tuple(output) == sample.tokens[sample.num_prompt :] for output, sample in zip(outputs, samples, strict=True)
-    )
+    outputs = [[token for record in decode.records for token in record.new] for decode in decodes]
+    right = (_is_target(*pair, facts.eos_token_ids) for pair in zip(outputs, samples, strict=True))
     return HeldOutScore(
-        tokens_per_forward=new / forwards,
-        exact_match=right / len(samples),
-        repetitive=sum(map(_is_repetitive, outputs)) / len(samples),
+        tokens_per_forward=sum(map(len, outputs)) / sum(len(decode.records) for decode in decodes),
+        exact_match=sum(right) / len(samples),
+        repetitive=sum(map(is_repetitive, outputs)) / len(samples),
     )
 
 
-def _is_repetitive(output: Sequence[int]) -> bool:
-    run = 1
-    for before, token in itertools.pairwise(output):
-        run = run + 1 if token == before else 1
-        if run >= REPEATED:
-            return True
-    return False
+def _request(sample: Sample, max_new_tokens: int) -> BatchRequest:
+    return BatchRequest(prompt=sample.prompt, max_new_tokens=max_new_tokens)
+
+
+def _is_target(output: Sequence[int], sample: Sample, eos_token_ids: Collection[int]) -> bool:
+    """Whether an output is the target; a model with several end-of-sequence tokens may end it with any."""
+    return output[-1] in eos_token_ids and tuple(output[:-1]) == sample.tokens[sample.num_prompt : -1]

@@ -37,8 +37,8 @@ class Packed:
     """int64 [C + G]: the rows whose logits are wanted, flat over [B, T]: the clean ones, then the guesses."""
     targets: Tensor
     """int64 [C]: the token after each clean row."""
-    clean_sample: Tensor
-    """int64 [C]: sample of each clean row."""
+    owners: Tensor
+    """int64 [C + G]: the sample of each of ``rows``."""
     teacher: Tensor
     """int64 [G]: index into ``rows`` of the row that a guess should agree with."""
     weight: Tensor
@@ -87,33 +87,36 @@ class _Guesses:
     teacher: list[tuple[int, bool]]
     """For each guess: a position of the clean sequence (False), or an offset in the row (True)."""
     weight: list[float]
+    is_previous: bool = False
+    """Whether it stands for the state before a window: the pool does not ask for its predictions."""
 
 
-def pack(samples: Sequence[Sample], windows: Sequence[Sequence[Window]]) -> Packed:
+def pack(samples: Sequence[Sample], windows: Sequence[Sequence[Window]], *, local: bool = False) -> Packed:
     """Pack samples and their windows.
 
-    A window with a ``previous`` state carries that state's guesses as well, which are what is trained: towards the
-    logits of the window itself where it covers them, towards the clean ones before it (the local consistency loss).
-    Otherwise the window's own guesses are trained towards the clean logits (the global one).
+    Args:
+        local: for the local consistency loss. What is trained is then the state before each window, towards the
+            logits of the window itself where it covers it, towards the clean ones before that; a window that comes
+            from no other trains nothing. Otherwise windows are trained towards the clean logits (the global loss).
     """
     rows: list[_Row] = []
     placed: list[list[_Guesses]] = []
     for sample, own in zip(samples, windows, strict=True):
         row = _Row(sample)
-        placed.append([guesses for window in own for guesses in _place(row, sample, window)])
+        placed.append([guesses for window in own for guesses in _place(row, sample, window, local)])
         rows.append(row)
     return _to_tensors(samples, rows, placed)
 
 
-def _place(row: _Row, sample: Sample, window: Window) -> list[_Guesses]:
+def _place(row: _Row, sample: Sample, window: Window, local: bool) -> list[_Guesses]:
     offset = row.add(window)
     count = len(window.guesses)
     clean = [(window.start + 1 + index, False) for index in range(count)]
-    if window.previous is None:
-        return [_Guesses(offset=offset, window=window, teacher=clean, weight=_weights(window, sample))]
-    before = window.previous
-    own = _Guesses(offset=offset, window=window, teacher=clean, weight=[0.0] * count)
-    return [own, _previous_guesses(row, sample, before, window, offset)]
+    weight = [0.0] * count if local else _weights(window, sample)
+    own = _Guesses(offset=offset, window=window, teacher=clean, weight=weight)
+    if not local or window.previous is None:
+        return [own]
+    return [own, _previous_guesses(row, sample, window.previous, window, offset)]
 
 
 def _previous_guesses(row: _Row, sample: Sample, before: Window, window: Window, offset: int) -> _Guesses:
@@ -122,7 +125,7 @@ def _previous_guesses(row: _Row, sample: Sample, before: Window, window: Window,
     teacher = [(offset + at - covered.start, True) if at in covered else (at, False) for at in positions]
     weights = zip(_weights(before, sample), positions, strict=True)
     weight = [value if at < covered.stop else 0.0 for value, at in weights]
-    return _Guesses(offset=row.add(before), window=before, teacher=teacher, weight=weight)
+    return _Guesses(offset=row.add(before), window=before, teacher=teacher, weight=weight, is_previous=True)
 
 
 def _weights(window: Window, sample: Sample) -> list[float]:
@@ -131,66 +134,70 @@ def _weights(window: Window, sample: Sample) -> list[float]:
     return [0.0 if index < right else 1.0 for index in range(len(window.guesses))]
 
 
+class _Batch:
+    """What the rows add up to: rows whose logits are wanted, what they belong to and what they should agree with."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self.clean_rows: list[int] = []
+        self.targets: list[int] = []
+        self.clean_owners: list[int] = []
+        self._clean_index: list[int] = []
+        """For each sample, index minus position of its clean rows."""
+        self.guess_rows: list[int] = []
+        self.guess_owners: list[int] = []
+        self._teachers: list[tuple[int, bool]] = []
+        """For each guess: an index among the clean rows (False), or a flat row of another guess (True)."""
+        self.weight: list[float] = []
+        self.windows: list[tuple[range, ...]] = []
+
+    def add(self, sample: Sample, placed: Sequence[_Guesses]) -> None:
+        """The next sample, with all its guesses."""
+        index = len(self.windows)
+        self._clean_index.append(len(self.clean_rows) - sample.first_start)
+        base = index * self._width
+        self.clean_rows += range(base + sample.first_start, base + sample.num_rows)
+        self.targets += sample.tokens[sample.num_prompt :]
+        self.clean_owners += [index] * (sample.num_rows - sample.first_start)
+        added = [self._add_guesses(index, guesses) for guesses in placed]
+        own = zip(added, placed, strict=True)
+        self.windows.append(tuple(where for where, guesses in own if not guesses.is_previous))
+
+    def _add_guesses(self, index: int, guesses: _Guesses) -> range:
+        """Where they lie among the G."""
+        first, count = len(self.guess_rows), len(guesses.weight)
+        start, clean = index * self._width, self._clean_index[index]
+        self.guess_rows += range(start + guesses.offset, start + guesses.offset + count)
+        self.guess_owners += [index] * count
+        self._teachers += [(start + at, True) if in_row else (clean + at, False) for at, in_row in guesses.teacher]
+        self.weight += guesses.weight
+        return range(first, first + count)
+
+    def teacher(self) -> list[int]:
+        """For each guess the index of its teacher in all rows, clean ones first."""
+        index = {row: len(self.clean_rows) + number for number, row in enumerate(self.guess_rows)}
+        return [index[at] if in_row else at for at, in_row in self._teachers]
+
+
 def _to_tensors(samples: Sequence[Sample], rows: Sequence[_Row], placed: Sequence[Sequence[_Guesses]]) -> Packed:
     width = max(len(row.tokens) for row in rows)
     segments = _padded([row.segments for row in rows], width, PADDING)
     positions = _padded([row.positions for row in rows], width, 0)
     limits = _padded([row.limits for row in rows], width, -1)
-    clean_rows, targets, clean_sample, where = _clean_rows(samples, width)
-    guess_rows: list[int] = []
-    teacher: list[tuple[int, bool]] = []
-    weight: list[float] = []
-    ranges: list[tuple[range, ...]] = []
-    for index, guesses in enumerate(placed):
-        ranges.append(_append_guesses(index * width, guesses, guess_rows, teacher, weight, where[index]))
-    row_index = {row: len(clean_rows) + number for number, row in enumerate(guess_rows)}
+    batch = _Batch(width)
+    for sample, guesses in zip(samples, placed, strict=True):
+        batch.add(sample, guesses)
     return Packed(
         input_ids=_padded([row.tokens for row in rows], width, 0),
         positions=positions,
         mask=_mask(segments, positions, limits),
-        rows=torch.tensor(clean_rows + guess_rows),
-        targets=torch.tensor(targets),
-        clean_sample=torch.tensor(clean_sample),
-        teacher=torch.tensor([row_index[at] if in_row else at for at, in_row in teacher], dtype=torch.int64),
-        weight=torch.tensor(weight),
-        windows=tuple(ranges),
+        rows=torch.tensor(batch.clean_rows + batch.guess_rows),
+        targets=torch.tensor(batch.targets),
+        owners=torch.tensor(batch.clean_owners + batch.guess_owners),
+        teacher=torch.tensor(batch.teacher(), dtype=torch.int64),
+        weight=torch.tensor(batch.weight, dtype=torch.float32),
+        windows=tuple(batch.windows),
     )
-
-
-def _clean_rows(samples: Sequence[Sample], width: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Flat rows that predict the answer, their targets and samples; per sample, index minus position of its rows."""
-    rows: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    where: list[int] = []
-    for index, sample in enumerate(samples):
-        where.append(len(rows) - sample.first_start)
-        rows += range(index * width + sample.first_start, index * width + sample.num_rows)
-        targets += sample.tokens[sample.num_prompt :]
-        owners += [index] * (sample.num_rows - sample.first_start)
-    return rows, targets, owners, where
-
-
-def _append_guesses(
-    base: int,
-    guesses: Sequence[_Guesses],
-    rows: list[int],
-    teacher: list[tuple[int, bool]],
-    weight: list[float],
-    where: int,
-) -> tuple[range, ...]:
-    """Append one sample's guesses. Ranges are those of windows proper, not of the states before them."""
-    own: list[range] = []
-    is_previous = False
-    for entry in guesses:
-        first = len(rows)
-        rows += range(base + entry.offset, base + entry.offset + len(entry.window.guesses))
-        teacher += [(base + at, True) if in_row else (where + at, False) for at, in_row in entry.teacher]
-        weight += entry.weight
-        if not is_previous:
-            own.append(range(first, len(rows)))
-        is_previous = not is_previous and entry.window.previous is not None
-    return tuple(own)
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cllm_export.bundle import FillName, Loop
@@ -69,17 +69,23 @@ class Pool:
         self._options = options
         self._pad = pad_token_id
         self._random = random.Random(f"{seed}:{rank}")  # noqa: S311 - an order, not a secret
-        self._mine = list(range(rank, len(samples), num_ranks))
+        self._mine = range(rank, len(samples), num_ranks)
+        assert self._mine, "every process has a sample"
         self._order: list[int] = []
         self._entries: list[Entry] = []
         self.epoch = -1
 
     def draw(self, batch_size: int) -> list[Entry]:
-        """Samples of similar length, removed from the pool until ``update`` or ``skip`` gives them back."""
+        """Samples of similar length, removed from the pool until ``update`` gives them back.
+
+        The shortest and the longest are drawn as often as the others: a batch that would begin or end beyond them is
+        moved to them. With few samples one may be in a batch twice, in different states.
+        """
         while len(self._entries) < max(self._options.size, batch_size):
             self._entries.append(self._new_entry())
         self._entries.sort(key=self._num_rows)
-        first = self._random.randrange(len(self._entries) - batch_size + 1)
+        last = len(self._entries) - batch_size
+        first = min(max(0, self._random.randrange(1 - batch_size, len(self._entries))), last)
         drawn = self._entries[first : first + batch_size]
         del self._entries[first : first + batch_size]
         return drawn
@@ -142,7 +148,7 @@ class Pool:
         return max(1, round(options.num_windows * (options.block_sizes[0] - 1) / (block_size - 1)))
 
     def _anywhere(self, entry: Entry, sample: Sample) -> Window | None:
-        start = self._random.randrange(sample.first_start, sample.num_rows)
+        start = self._random.randrange(sample.first_start, max(sample.first_start + 1, sample.num_rows - 1))
         return fresh_window(sample, start, entry.block_size, self._fill(sample))
 
     def _recorded(self, sample: Sample) -> list[Window]:
@@ -153,7 +159,7 @@ class Pool:
             window = recorded_window(sample, start, block)
             if window:
                 previous = before if self._options.keep_previous else None
-                windows.append(Window(**{**vars(window), "previous": previous}))
+                windows.append(replace(window, previous=previous))
             before = window
         if self._options.keep_previous:
             windows = [window for window in windows if window.previous]
@@ -167,17 +173,14 @@ class Pool:
         moved: list[Window] = []
         for window, tokens in zip(entry.windows, predicted, strict=True):
             after = advance(window, tokens, sample, self._options.loop, self._fill(sample))
-            if after and not self._options.keep_previous:
-                after = Window(**{**vars(after), "previous": None})
             after = after or self._anywhere(entry, sample)
             if after:
-                moved.append(after)
+                moved.append(after if self._options.keep_previous else replace(after, previous=None))
         entry.windows = moved
 
     def _fill(self, sample: Sample) -> Fill:
-        prompt = sample.tokens[: sample.num_prompt]
         seed = self._random.getrandbits(32) if self._options.fill == "prompt" else 0
-        return make_fill(self._options.fill, prompt=prompt, pad_token_id=self._pad, seed=seed)
+        return make_fill(self._options.fill, prompt=sample.prompt, pad_token_id=self._pad, seed=seed)
 
 
 def _window_from(raw: dict[str, Any]) -> Window:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from cllm_export.bundle import TOKENIZER_NAME, Progress, sha256_of
 from cllm_export.contract import require_at_least
-from cllm_export.errors import OptionError, TuningError
+from cllm_export.errors import OptionError, PromptError, TrajectoryError, TuningError
 from cllm_export.exporter.checkpoint import Checkpoint, default_max_length, open_checkpoint
 from cllm_export.prompts import Prompt, read_prompts
+from cllm_export.runtime.request import METHOD_OF_LOOP
 from cllm_export.runtime.text import TextCodec
 from cllm_export.training.collect import CollectOptions, collect
-from cllm_export.training.held_out import METHOD_OF_LOOP
-from cllm_export.training.samples import Sample, Samples, encode_samples
+from cllm_export.training.samples import TOO_LONG, Sample, Samples, encode_samples, with_shared_ids
 from cllm_export.training.source import open_source
 from cllm_export.training.trajectories import read_trajectories
-from cllm_export.training.tune import TuneOptions
+from cllm_export.training.tune_options import TuneOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,39 +39,45 @@ def prepare(
     trajectories: Path | None = None,
     held_out: Path | None = None,
     num_held_out: int = 64,
+    limit: int | None = None,
     collected: Path,
     progress: Progress = lambda *_: None,
 ) -> TrainingData:
     """Read the training data of a checkpoint.
 
     A prompt file with answers is trained on as it is. One without is first answered by the model itself: its
-    trajectories are collected into ``collected``, where an interrupted run finds them again. ``trajectories`` are used
-    instead of either; the prompts then only say what the run is about and may be those of the collection.
+    trajectories are collected into ``collected``, where an interrupted run finds them again. Where ``trajectories``
+    of these prompts are given, they are used instead of answers.
 
     Args:
         held_out: prompts to measure on; by default the last ``num_held_out`` of what there is, not trained on then.
+        limit: use the first so many prompts; those of ``held_out`` are not counted.
 
     Raises:
         PromptError: a prompt file is missing or malformed.
-        TrajectoryError: the trajectories are another model's, or damaged.
+        TrajectoryError: the trajectories are another model's, of other prompts, or damaged.
         TuningError: nothing is left to train or to measure on; says what was dropped.
     """
     require_at_least("num_held_out", num_held_out, 1)
+    if limit is not None:
+        require_at_least("limit", limit, 1)
     checkpoint = open_checkpoint(checkpoint_path, max_length=options.max_length)
     reader = _Reader(checkpoint, options, collected, progress)
-    found = reader.trajectories(trajectories) if trajectories else reader.prompts(prompts)
+    found = reader.trajectories(trajectories, prompts, limit) if trajectories else reader.prompts(prompts, limit)
+    kept, dropped = found.samples, dict(found.dropped)
     if held_out:
-        measured = reader.prompts(held_out).samples[:num_held_out]
-        kept = found.samples
+        own = reader.prompts(held_out, num_held_out)
+        measured = own.samples
+        dropped |= {f"{reason} (held out)": count for reason, count in own.dropped.items()}
     else:
-        measured, kept = found.samples[-num_held_out:], found.samples[:-num_held_out]
+        measured, kept = kept[-num_held_out:], kept[:-num_held_out]
     if not kept or not measured:
-        left_out = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items()) or "none dropped"
+        left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         raise TuningError(
-            f"{len(kept)} samples are left to train on and {len(measured)} to measure on ({left_out}): "
-            "tuning needs both; give more prompts, or --held-out"
+            f"{len(kept)} samples are left to train on and {len(measured)} to measure on (dropped: {left_out}): "
+            "tuning needs both; give more prompts, a smaller --num-held-out, or --held-out"
         )
-    return TrainingData(samples=kept, held_out=measured, dropped=found.dropped)
+    return TrainingData(samples=kept, held_out=measured, dropped=dropped)
 
 
 class _Reader:
@@ -86,37 +93,59 @@ class _Reader:
             checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens
         )
 
-    def prompts(self, path: Path) -> Samples:
-        prompts = read_prompts(path)
+    def prompts(self, path: Path, limit: int | None) -> Samples:
+        prompts = read_prompts(path, limit=limit)
         if not any(prompt.answer for prompt in prompts):
-            return self._answered_by_model(path)
+            return self._answered_by_model(path, limit)
         return self._encode(prompts)
 
-    def trajectories(self, path: Path) -> Samples:
+    def trajectories(self, path: Path, prompts: Path, limit: int | None) -> Samples:
+        """Samples of a collection, which must be one of these prompts."""
         found = read_trajectories(path)
         found.require_same_model(self._checkpoint.fingerprint(), sha256_of(self._checkpoint.path / TOKENIZER_NAME))
+        if found.manifest.settings.prompts_sha256 != _sha256_of_prompts(prompts):
+            raise TrajectoryError(
+                f"{path} holds trajectories of other prompts than {prompts}: give the prompts that they were collected "
+                "from, or collect these with: cllm-export collect"
+            )
         with_states = self._options.objective in ("global", "local")
-        fitting = [sample for sample in found.samples(with_states=with_states) if self._fits(sample)]
+        rows = islice(found.samples(with_states=with_states), limit)
+        kept = list(with_shared_ids(sample for sample in rows if self._fits(sample)))
         dropped = {reason: entry.count for reason, entry in found.dropped.items()}
-        if too_long := len(found) - len(fitting):
-            dropped["too long"] = too_long
-        return Samples(samples=fitting, dropped=dropped)
+        if too_long := min(len(found), limit or len(found)) - len(kept):
+            dropped[TOO_LONG] = too_long
+        return Samples(samples=kept, dropped=dropped)
 
     def _fits(self, sample: Sample) -> bool:
         return len(sample.tokens) <= self._max_length
 
     def _encode(self, prompts: Sequence[Prompt]) -> Samples:
-        return encode_samples(
-            prompts, self._codec, eos_token_id=self._checkpoint.eos_token_ids[0], max_length=self._max_length
-        )
+        return encode_samples(prompts, self._codec, eos_token_id=self._end_token(), max_length=self._max_length)
 
-    def _answered_by_model(self, path: Path) -> Samples:
+    def _end_token(self) -> int:
+        """The token that ends an answer: the tokenizer's own end-of-sequence token, where the model stops at it.
+
+        A chat model stops at several, of which the first may be one that its template never ends a turn with.
+        """
+        ends = self._checkpoint.eos_token_ids
+        own = self._codec.tokenizer.token_to_id(self._checkpoint.special_tokens.get("eos_token", ""))
+        return own if own in ends else ends[0]
+
+    def _answered_by_model(self, path: Path, limit: int | None) -> Samples:
         options = CollectOptions(
             method=METHOD_OF_LOOP[self._options.loop],
             block_size=self._options.block_sizes[0],
             fill=self._options.fill,
             seed=self._options.seed,
+            limit=limit,
         )
-        output = self._collected / path.stem
+        output = self._collected / f"{path.stem}-{_sha256_of_prompts(path)[:8]}"
         collect(open_source(self._checkpoint.path), path, output, options, progress=self._progress)
-        return self.trajectories(output)
+        return self.trajectories(output, path, limit)
+
+
+def _sha256_of_prompts(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise PromptError(f"cannot read prompts from {path}: {error.strerror}") from None
