@@ -102,7 +102,7 @@ def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, 
         flags = ["--task", "prompts", "--data", str(args.held_out), "--limit", str(args.limit), "--threads", "1"]
         flags += ["--block-size", "16", "--method", row.method, "--fill", row.fill, "--output", str(report)]
         subprocess.run([*command("evaluate"), str(checkpoint), *flags], check=True, stdout=subprocess.DEVNULL)
-    entry: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["models"]["child"]
+    entry: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["models"]["model"]
     return entry
 
 

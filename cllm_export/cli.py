@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
+
+if TYPE_CHECKING:
+    from cllm_export.training.lora import LoraOptions
 
 EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 TRAIN_PACKAGES = (*EXPORT_PACKAGES, "pyarrow", "accelerate", "peft", "tensorboard")
@@ -342,6 +345,7 @@ def tune(
         Path | None, typer.Option("--held-out", help="Prompts with answers to measure on; by default the last ones.")
     ] = None,
     num_held_out: Annotated[int, typer.Option("--num-held-out", help="How many to measure on.")] = 64,
+    limit: LimitOption = None,
     objective: Annotated[
         Objective, typer.Option("--objective", help="autoregressive is ordinary fine-tuning, as a control.")
     ] = "packed",
@@ -385,11 +389,8 @@ def tune(
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
     with _needs_extra("train"):
         from cllm_export.training.command import run_tune
-        from cllm_export.training.lora import LoraOptions
-        from cllm_export.training.tune import TuneOptions
+        from cllm_export.training.tune_options import TuneOptions
 
-    if lora_alpha is not None and lora_rank is None:
-        raise OptionError("--lora-alpha needs --lora-rank")
     options = TuneOptions(
         objective=objective,
         block_sizes=tuple(block_sizes or (16,)),
@@ -408,7 +409,7 @@ def tune(
         decay=decay,
         max_length=max_length,
         mixed_precision=mixed_precision,
-        lora=LoraOptions(rank=lora_rank, alpha=lora_alpha or 2 * lora_rank) if lora_rank is not None else None,
+        lora=_lora_options(lora_rank, lora_alpha),
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
         evaluate_every=evaluate_every,
@@ -423,6 +424,7 @@ def tune(
             trajectories=trajectories,
             held_out=held_out,
             num_held_out=num_held_out,
+            limit=limit,
             threads=threads,
             resume=resume,
             force=force,
@@ -510,6 +512,16 @@ def _trained_with(block_size: int | None, fill: FillName | None, loop: Loop | No
             raise OptionError("--trained-fill and --trained-loop need --trained-block-size")
         return None
     return TrainedWith(block_size=block_size, fill=fill or "pad", loop=loop or "sliding")
+
+
+def _lora_options(rank: int | None, alpha: float | None) -> LoraOptions | None:
+    from cllm_export.training.lora import LoraOptions
+
+    if rank is None:
+        if alpha is not None:
+            raise OptionError("--lora-alpha needs --lora-rank")
+        return None
+    return LoraOptions(rank=rank, alpha=2 * rank if alpha is None else alpha)
 
 
 def _with_baseline(method: Method | None) -> tuple[Method, ...]:

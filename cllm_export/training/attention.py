@@ -25,9 +25,11 @@ def _attention(
     _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention of the registry: query [B, H, n, D], key and value [B, K, S, D], bool mask [B, 1, n, S]."""
+    assert mask is not None, "packed batches and held-out decoding say what each row sees"
+    dtype = query.dtype
     groups = query.shape[1] // key.shape[1]
     with torch.autocast("cpu", enabled=False):
         query, key, value = query.float(), key.float(), value.float()
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return attended.transpose(1, 2).contiguous(), None
+    return attended.transpose(1, 2).contiguous().to(dtype), None

@@ -10,7 +10,7 @@ import torch
 from cllm_export.bundle import Progress
 from cllm_export.contract import require_at_least
 from cllm_export.training.prepare import prepare
-from cllm_export.training.processes import first_then_others, join_processes
+from cllm_export.training.processes import first_then_others, join_processes, noticing_a_loss
 from cllm_export.training.tune import tune
 from cllm_export.training.tune_options import TuneOptions
 from cllm_export.training.work import WorkDirectory
@@ -56,9 +56,10 @@ def run_tune(
             progress=progress,
         )
     )
-    report = tune(
-        checkpoint, output, data.samples, data.held_out, options, resume=resume, force=force, progress=progress
-    )
+    with noticing_a_loss():
+        report = tune(
+            checkpoint, output, data.samples, data.held_out, options, resume=resume, force=force, progress=progress
+        )
     state.destroy_process_group()
     if not state.is_main_process:
         return None

@@ -1,4 +1,4 @@
-"""A TensorBoard log, written as it comes: TensorBoard's own writer does so in a thread, whose failures nobody catches."""
+"""A TensorBoard log, written as it comes. TensorBoard's own writer uses a thread, whose failures nobody catches."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ class HeldOutScore:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def held_out_length(samples: Sequence[Sample], longest: int) -> int:
-    """Tokens, prompt included, that a model must hold to decode them: at most ``longest``."""
-    return min(longest, max(len(sample.tokens) for sample in samples) + ROOM)
+def held_out_length(samples: Sequence[Sample], longest: int, block_size: int) -> int:
+    """Tokens, prompt included, that a model must hold to decode them in blocks: at most ``longest``."""
+    return min(longest, max(block_size, *(len(sample.tokens) + ROOM for sample in samples)))
 
 
 def measure(model: Model, samples: Sequence[Sample]) -> HeldOutScore:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cllm_export.bundle import TOKENIZER_NAME, Progress, sha256_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, PromptError, TrajectoryError, TuningError
-from cllm_export.exporter.checkpoint import Checkpoint, default_max_length, open_checkpoint
+from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.request import METHOD_OF_LOOP
 from cllm_export.runtime.text import TextCodec
@@ -88,7 +88,7 @@ class _Reader:
             raise OptionError(f"{checkpoint.path} names no eos_token_id, so that no answer would ever end: set it")
         self._checkpoint, self._options = checkpoint, options
         self._collected, self._progress = collected, progress
-        self._max_length = options.max_length or default_max_length(checkpoint.config)
+        self._max_length = options.settle(checkpoint).max_length
         self._codec = TextCodec(
             checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens
         )

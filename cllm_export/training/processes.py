@@ -48,6 +48,19 @@ def of_first(value: T) -> T:
 
 
 @contextmanager
+def noticing_a_loss() -> Iterator[None]:
+    """Say so where another process is gone, which each back end of torch.distributed reports in its own way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise TuningError(
+            "another process of the run is gone, and says why if it could; what was saved is whole: go on with --resume"
+        ) from error
+
+
+@contextmanager
 def failing_together() -> Iterator[None]:
     """What one process raises in the block, all raise at its end, which none passes before the others.
 

@@ -12,7 +12,6 @@ from cllm_export.errors import PromptError
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.text import TextCodec
 
-
 EMPTY_PROMPT, NO_ANSWER, UNTOKENISABLE, TOO_LONG = "empty prompt", "no answer", "does not tokenise", "too long"
 """Why a prompt gives no sample."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -16,109 +17,38 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from cllm_export.bundle import FILLS, LOOPS, FillName, Loop, Progress, TrainedWith, require_one_of
-from cllm_export.contract import require_at_least
+from cllm_export.bundle import Progress
 from cllm_export.errors import OptionError, TuningError
 from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
-from cllm_export.runtime.generate import Model
-from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
+from cllm_export.runtime.generate import pad_token
 from cllm_export.training.attention import CPU_ATTENTION, register_cpu_attention
-from cllm_export.training.held_out import HeldOutScore, measure
-from cllm_export.training.lora import LoraOptions, add_lora, merge_lora
+from cllm_export.training.held_out import HeldOutScore, held_out_length, measure
+from cllm_export.training.lora import add_lora, merge_lora
 from cllm_export.training.losses import autoregressive_loss, consistency_loss
 from cllm_export.training.optimizers import make_optimizers, set_learning_rate
 from cllm_export.training.packed_model import PackedModel
 from cllm_export.training.packing import Packed, pack
 from cllm_export.training.pool import Pool, PoolOptions
-from cllm_export.training.samples import Sample
+from cllm_export.training.processes import (
+    failing_together,
+    first_then_others,
+    join_processes,
+    largest,
+    of_first,
+)
+from cllm_export.training.samples import Sample, digest_samples
 from cllm_export.training.torch_engine import load_weights, model_around
+from cllm_export.training.tune_options import TuneOptions
 from cllm_export.training.work import WorkDirectory
 
 HELD_OUT_SLOTS = 16
 COLLAPSE = 0.2
 """Share of repetitive held-out outputs, beyond the parent's, at which tuning is taken to have collapsed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneOptions:
-    """What ``cllm-export tune`` lets the user choose."""
-
-    objective: Objective = "packed"
-    """``packed``: many states of each sample in one forward; ``global``: one; ``local``: one, against the state after
-    it; ``autoregressive``: none, which is ordinary fine-tuning."""
-    block_sizes: tuple[int, ...] = (16,)
-    """n of the training states. The first is what the checkpoint says it was trained with."""
-    loop: Loop = "sliding"
-    fill: FillName = "pad"
-    num_windows: int = 6
-    """States of a sample in a forward of the packed objective."""
-    steps: int | None = None
-    """Optimiser steps; resumed runs repeat exactly."""
-    minutes: float | None = None
-    """Minutes of training, held-out decoding excluded; instead of steps."""
-    batch_size: int = 32
-    """Samples of a forward, in each process."""
-    gradient_accumulation: int = 1
-    """Forwards of an optimiser step."""
-    autoregressive_weight: float = 1.0
-    """Weight of the autoregressive loss beside the consistency loss: too little of it, and models collapse."""
-    label_smoothing: float = 0.0
-    optimizer: OptimizerName = "adamw"
-    learning_rate: float = 2e-5
-    matrix_learning_rate: float = 0.02
-    """Of muon."""
-    weight_decay: float = 0.01
-    decay: float = 0.6
-    """Share of the run over which the learning rate falls to zero."""
-    max_gradient_norm: float = 1.0
-    max_length: int | None = None
-    """Tokens of prompt and answer; longer samples are left out."""
-    mixed_precision: MixedPrecision = "no"
-    lora: LoraOptions | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    evaluate_every: float = 0.1
-    """Share of the run after which the held-out set is decoded again and the state is saved."""
-    patience: int | None = None
-    """Stop after so many held-out decodes in a row without one per cent more tokens per forward."""
-
-    def __post_init__(self) -> None:
-        require_one_of("objective", self.objective, OBJECTIVES)
-        require_one_of("loop", self.loop, LOOPS)
-        require_one_of("fill", self.fill, FILLS)
-        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        require_one_of("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
-        for name in ("num_windows", "batch_size", "gradient_accumulation"):
-            require_at_least(name, getattr(self, name), 1)
-        if not self.block_sizes or min(self.block_sizes) < 2:
-            raise OptionError(f"block_sizes must be 2 or more each, got {self.block_sizes}")
-        if (self.steps is None) == (self.minutes is None):
-            raise OptionError(f"give either steps or minutes, got {self.steps} and {self.minutes}")
-        if (limit := self.steps if self.minutes is None else self.minutes) is not None and not limit > 0:
-            raise OptionError(f"steps or minutes must be more than 0, got {limit}")
-        for name in (
-            "autoregressive_weight",
-            "label_smoothing",
-            "weight_decay",
-            "learning_rate",
-            "matrix_learning_rate",
-        ):
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.decay <= 1 or not 0 < self.evaluate_every <= 1:
-            raise OptionError(
-                f"decay and evaluate_every are shares of the run, got {self.decay}, {self.evaluate_every}"
-            )
-
-    @property
-    def trained_with(self) -> TrainedWith:
-        return TrainedWith(block_size=self.block_sizes[0], fill=self.fill, loop=self.loop)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +62,8 @@ class TuneReport:
     stopped: str
     """``done``, ``patience`` or ``collapse``."""
     curve: list[dict[str, float]]
-    """Step, minutes, losses and held-out scores at each held-out decode."""
+    """Step, minutes, losses and held-out scores at each held-out decode. After a collapse the checkpoint is that of
+    the last but one."""
 
 
 def tune(
@@ -156,12 +87,19 @@ def tune(
         OptionError: the options do not fit the model, or differ from those of the run to be resumed.
         TuningError: there is nothing to train on, or the loss is no longer finite.
     """
+    num_processes = join_processes().num_processes
     checkpoint = open_checkpoint(checkpoint_path, max_length=options.max_length)
-    work = WorkDirectory(Path(output), force=force)
-    if not samples or not held_out:
-        raise TuningError(f"tuning needs samples and a held-out set, got {len(samples)} and {len(held_out)}")
-    run = _Run(checkpoint, work, samples, held_out, options, progress)
-    return run.run(resume=resume)
+    work = first_then_others(lambda: WorkDirectory(Path(output), force=force, resume=resume))
+    if len(samples) < num_processes or not held_out:
+        raise TuningError(
+            f"tuning needs a held-out set and samples for each of {num_processes} processes, got {len(held_out)} and "
+            f"{len(samples)}"
+        )
+    try:
+        return _Run(checkpoint, work, samples, held_out, options, progress).run()
+    finally:
+        work.close()
+        AcceleratorState._reset_state()  # else a later run in this process could not choose its own precision
 
 
 class _Run:
@@ -178,17 +116,17 @@ class _Run:
     ) -> None:
         self._checkpoint, self._work, self._options = checkpoint, work, options
         self._held_out, self._progress = held_out, progress
-        self._accelerator = Accelerator(mixed_precision=options.mixed_precision)
-        set_seed(options.seed)
-        self._decoder = load_weights(checkpoint)
-        if options.gradient_checkpointing:
-            self._decoder.gradient_checkpointing_enable()
-        if self._accelerator.device.type == "cpu":
-            register_cpu_attention()
-            self._decoder.set_attn_implementation(CPU_ATTENTION)
-        if options.lora:
-            add_lora(self._decoder, options.lora)
-        module = PackedModel(self._decoder).train()
+        settings = options.settle(checkpoint)
+        self._accelerator = _make_accelerator(options)
+        self._is_main = self._accelerator.is_main_process
+        self._settings = {
+            "options": options.to_dict(),
+            "checkpoint": checkpoint.fingerprint(),
+            "set of samples": digest_samples(samples),
+            "held-out set": digest_samples(held_out),
+            "number of processes": self._accelerator.num_processes,
+        }
+        module = self._make_module()
         optimizers = make_optimizers(
             module,
             options.optimizer,
@@ -197,10 +135,17 @@ class _Run:
             weight_decay=options.weight_decay,
         )
         self._module, *self._optimizers = self._accelerator.prepare(module, *optimizers)
+        self._decodes = model_around(
+            module,
+            checkpoint,
+            max_length=held_out_length(held_out, settings.max_length, options.block_sizes[0]),
+            trained_with=options.trained_with,
+            num_slots=min(HELD_OUT_SLOTS, len(held_out)),
+        )
         self._pool = Pool(
             samples,
             _pool_options(options),
-            pad_token_id=checkpoint.pad_token_id or 0,
+            pad_token_id=pad_token(self._decodes.facts),
             seed=options.seed,
             rank=self._accelerator.process_index,
             num_ranks=self._accelerator.num_processes,
@@ -209,37 +154,42 @@ class _Run:
         self._seconds = 0.0
         self._curve: list[dict[str, float]] = []
         self._losses: list[dict[str, float]] = []
+        self._last_sample = ""
         self._next_evaluation = 0.0
-        self._decodes: Model | None = None
+        self._stopped = ""
 
-    def run(self, *, resume: bool) -> TuneReport:
-        fingerprint = {"options": self._options.to_dict(), "checkpoint": self._checkpoint.fingerprint()}
-        if resume:
-            self._restore(self._work.require_same(fingerprint))
-        else:
-            self._work.start(fingerprint, is_main=self._accelerator.is_main_process)
-        stopped = ""
-        while not stopped:
-            if self._share >= self._next_evaluation or self._share >= 1.0:
-                stopped = self._evaluate()
+    def run(self) -> TuneReport:
+        with failing_together():
+            counters = self._work.open(self._settings) if self._is_main else {}
+        if counters := of_first(counters):
+            self._restore(counters)
+        while not self._stopped:
+            if self._share >= self._next_evaluation:
+                self._evaluate()
             else:
                 self._train_step()
-        return self._finish(stopped)
+        return self._finish()
+
+    def _make_module(self) -> PackedModel:
+        options = self._options
+        set_seed(options.seed)
+        decoder = load_weights(self._checkpoint)
+        if options.gradient_checkpointing:
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if self._accelerator.device.type == "cpu":
+            register_cpu_attention()
+            decoder.set_attn_implementation(CPU_ATTENTION)
+        if options.lora:
+            add_lora(decoder, options.lora)
+        return PackedModel(decoder).train()
 
     @property
     def _share(self) -> float:
-        """How much of the run is done."""
+        """How much of the run is done, the same in every process."""
         if self._options.steps is not None:
             return self._step / self._options.steps
         assert self._options.minutes is not None
-        return min(1.0, self._agreed(self._seconds) / (60 * self._options.minutes))
-
-    def _agreed(self, value: float) -> float:
-        """The largest of all processes' values: every process must come to the same decisions."""
-        if self._accelerator.num_processes == 1:
-            return value
-        gathered: Tensor = self._accelerator.gather(torch.tensor([value], device=self._accelerator.device))
-        return float(gathered.max())
+        return min(1.0, largest(self._seconds) / (60 * self._options.minutes))
 
     def _train_step(self) -> None:
         started = perf_counter()
@@ -247,55 +197,77 @@ class _Run:
         raw = [optimizer.optimizer for optimizer in self._optimizers]
         set_learning_rate(raw, step=self._step, progress=self._share, decay=options.decay)
         losses: list[dict[str, float]] = []
-        for micro in range(options.gradient_accumulation):
-            last = micro + 1 == options.gradient_accumulation
-            if last:
+        for left in reversed(range(options.gradient_accumulation)):
+            with self._accelerator.no_sync(self._module) if left else nullcontext():
                 losses.append(self._backward())
-            else:
-                with self._accelerator.no_sync(self._module):
-                    losses.append(self._backward())
-        if self._accelerator.sync_gradients:
-            self._accelerator.clip_grad_norm_(self._module.parameters(), options.max_gradient_norm)
+        self._clip_gradients()
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self._step += 1
         self._seconds += perf_counter() - started
-        self._losses.append({name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]})
+        self._losses.append(_means(losses))
         self._report_step()
 
     def _backward(self) -> dict[str, float]:
-        entries = self._pool.draw(self._options.batch_size)
+        options = self._options
+        entries = self._pool.draw(options.batch_size)
         samples = [self._pool.sample(entry) for entry in entries]
-        packed = pack(samples, [entry.windows for entry in entries]).to(self._accelerator.device)
-        logits = self._module(packed)
-        clean = logits[: packed.num_clean]
-        autoregressive = autoregressive_loss(clean, packed.targets, label_smoothing=self._options.label_smoothing)
-        guesses = logits[packed.num_clean :]
+        self._last_sample = samples[-1].id
+        packed = pack(samples, [entry.windows for entry in entries], local=options.objective == "local")
+        packed = packed.to(self._accelerator.device)
+        logits: Tensor = self._module(packed)
+        clean, guesses = logits[: packed.num_clean], logits[packed.num_clean :]
+        autoregressive = autoregressive_loss(clean, packed.targets, label_smoothing=options.label_smoothing)
         consistency = consistency_loss(guesses, logits.detach()[packed.teacher], packed.weight)
-        weight = 1.0 if self._options.objective == "autoregressive" else self._options.autoregressive_weight
+        weight = 1.0 if options.objective == "autoregressive" else options.autoregressive_weight
         loss = weight * autoregressive + consistency
         self._require_finite(loss, packed, logits, samples)
-        self._accelerator.backward(loss / self._options.gradient_accumulation)
+        self._accelerator.backward(loss / options.gradient_accumulation)
         self._pool.update(entries, _predictions(packed, guesses))
         return {"loss": loss.item(), "autoregressive": autoregressive.item(), "consistency": consistency.item()}
 
     def _require_finite(self, loss: Tensor, packed: Packed, logits: Tensor, samples: Sequence[Sample]) -> None:
-        is_bad = not math.isfinite(loss.item())
-        if not self._agreed(float(is_bad)):
+        is_finite = math.isfinite(loss.item())
+        if not largest(float(not is_finite)):
             return
-        bad_rows = ~torch.isfinite(logits[: packed.num_clean]).all(-1)
-        owners = packed.clean_sample[bad_rows]
-        name = samples[int(owners[0])].id if len(owners) else samples[0].id
-        self._work.close()
+        with failing_together():
+            if not is_finite:
+                self._fail(f"the loss is {loss.item()}", _name_bad(packed, logits, samples))
+
+    def _clip_gradients(self) -> None:
+        """Gradients that are not finite must not reach the weights; fp16 meets them in passing, and skips the step."""
+        parameters = self._module.parameters()
+        total = self._accelerator.clip_grad_norm_(parameters, self._options.max_gradient_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        with failing_together():  # the norm is that of all processes' gradients together
+            if not math.isfinite(norm) and self._options.mixed_precision != "fp16":
+                where = f"in a batch with sample {self._last_sample!r}, though the loss is finite"
+                self._fail(f"the gradient's norm is {norm}", where)
+
+    def _require_sound(self) -> None:
+        """Held-out decoding sees tokens only: were the weights broken, it would not notice, and they would be saved."""
+        samples = self._held_out[:HELD_OUT_SLOTS]
+        packed = pack(samples, [() for _ in samples]).to(self._accelerator.device)
+        with torch.no_grad():
+            logits: Tensor = self._module(packed)
+        is_sound = bool(torch.isfinite(logits).all())
+        with failing_together():
+            if not is_sound:
+                self._fail("the model's output is not finite", f"{_name_bad(packed, logits, samples)} (held out)")
+
+    def _fail(self, what: str, where: str) -> None:
+        if not self._curve:
+            raise TuningError(f"{what} before any training, {where}: the checkpoint or that sample is broken")
         raise TuningError(
-            f"the loss is {loss.item()} at step {self._step + 1}, first at sample {name!r} of the prompts; the last "
-            f"good checkpoint is {self._work.checkpoint_path}: lower the learning rate, or look at that sample"
+            f"{what} at step {self._step + 1}, {where}; the last good checkpoint, of step {self._curve[-1]['step']}, "
+            f"is {self._work.checkpoint_path}: lower the learning rate, or look at that sample"
         )
 
     def _report_step(self) -> None:
         entry = self._losses[-1]
-        self._work.log_scalars("train", entry, self._step, is_main=self._accelerator.is_main_process)
+        if self._is_main:
+            self._work.log_scalars("train", entry, self._step)
         total = self._options.steps or round(60 * (self._options.minutes or 0))
         done = self._step if self._options.steps else min(total, round(self._seconds))
         last = self._curve[-1]
@@ -306,36 +278,24 @@ class _Run:
             total,
         )
 
-    def _evaluate(self) -> str:
-        """Decode the held-out set, log it, save; why the run ends here, if it does."""
-        score = self._score()
-        recent = self._losses
-        means = {name: sum(entry[name] for entry in recent) / len(recent) for name in recent[0]} if recent else {}
+    def _evaluate(self) -> None:
+        """Decode the held-out set, log it, save, and see whether the run ends here."""
+        self._require_sound()
+        score = of_first(measure(self._decodes, self._held_out))
+        means = _means(self._losses) if self._losses else {}
         self._losses = []
-        entry = {"step": self._step, "minutes": round(self._seconds / 60, 3), **means, **score.to_dict()}
-        self._curve.append(entry)
-        is_main = self._accelerator.is_main_process
-        self._work.log_scalars("held-out", score.to_dict(), self._step, is_main=is_main)
-        self._work.log_curve(entry, is_main=is_main)
-        stopped = self._why_stop()
+        self._curve.append({"step": self._step, "minutes": round(self._seconds / 60, 3), **means, **score.to_dict()})
+        self._log_evaluation(score)
+        self._stopped = of_first(self._why_stop())
         self._next_evaluation = min(1.0, self._share + self._options.evaluate_every)
-        if stopped != "collapse":
+        if self._stopped != "collapse":
             self._save()
-        return stopped
 
-    def _score(self) -> HeldOutScore:
-        longest = max(len(sample.tokens) - sample.num_prompt for sample in self._held_out)
-        if self._decodes is None:
-            self._decodes = model_around(
-                self._decoder,
-                self._checkpoint,
-                max_length=self._options.max_length,
-                trained_with=self._options.trained_with,
-                num_slots=HELD_OUT_SLOTS,
-            )
-        return measure(
-            self._decodes, self._held_out, block_size=self._options.block_sizes[0], max_new_tokens=longest + 16
-        )
+    def _log_evaluation(self, score: HeldOutScore) -> None:
+        with failing_together():
+            if self._is_main:
+                self._work.log_scalars("held-out", score.to_dict(), self._step)
+                self._work.write_curve(self._curve)
 
     def _why_stop(self) -> str:
         if self._curve[-1]["repetitive"] > self._curve[0]["repetitive"] + COLLAPSE:
@@ -349,45 +309,62 @@ class _Run:
         return "patience" if max(rates[-patience:]) < 1.01 * max(rates[:-patience]) else ""
 
     def _save(self) -> None:
-        """State and checkpoint of this moment; what they replace goes only once they are whole."""
+        """State and checkpoint of this moment; what they replace goes only once they are whole.
+
+        Before the first step there is no state to lose, and to ask sharded optimisers for it would make them count one
+        step too many ever after.
+        """
         counters = {
             "step": self._step,
             "seconds": self._seconds,
             "next_evaluation": self._next_evaluation,
+            "stopped": self._stopped,
             "curve": self._curve,
         }
-        self._work.save_state(self._accelerator, self._pool.state(), counters)
+        if self._step:
+            self._work.save_state(self._accelerator, self._pool.state(), counters)
         self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
         state = self._accelerator.get_state_dict(self._module)
-        if self._accelerator.is_main_process:
-            weights = {name.removeprefix("decoder."): tensor for name, tensor in state.items()}
-            if self._options.lora:
-                weights = merge_lora(weights, self._options.lora)
-            self._work.save_checkpoint(self._checkpoint, weights, self._options.trained_with)
-        self._accelerator.wait_for_everyone()
+        with failing_together():
+            if self._is_main:
+                weights = {name.removeprefix("decoder."): tensor for name, tensor in state.items()}
+                if self._options.lora:
+                    weights = merge_lora(weights, self._options.lora)
+                self._work.save_checkpoint(self._checkpoint, weights, self._options.trained_with)
 
     def _restore(self, counters: dict[str, Any]) -> None:
-        self._pool.restore(self._work.load_state(self._accelerator))
+        with failing_together():
+            self._pool.restore(self._work.load_state(self._accelerator))
         self._step, self._seconds = counters["step"], counters["seconds"]
         self._next_evaluation, self._curve = counters["next_evaluation"], counters["curve"]
+        self._stopped = counters["stopped"]
+        self._save_checkpoint()  # a kill may have come between state and checkpoint
 
-    def _finish(self, stopped: str) -> TuneReport:
+    def _finish(self) -> TuneReport:
+        processes = self._accelerator.num_processes
         report = TuneReport(
             steps=self._step,
             minutes=self._seconds / 60,
-            samples_seen=self._step
-            * self._options.batch_size
-            * self._options.gradient_accumulation
-            * self._accelerator.num_processes,
-            stopped=stopped,
+            samples_seen=self._step * self._options.batch_size * self._options.gradient_accumulation * processes,
+            stopped=self._stopped,
             curve=self._curve,
         )
-        if self._accelerator.is_main_process:
-            self._work.publish(asdict(report) | {"options": self._options.to_dict()})
-        self._accelerator.wait_for_everyone()
+        with failing_together():
+            if self._is_main:
+                self._work.publish(asdict(report) | {"options": self._options.to_dict()})
         return report
+
+
+def _make_accelerator(options: TuneOptions) -> Accelerator:
+    device = join_processes().device.type
+    if options.mixed_precision == "fp16" and device == "cpu":
+        raise OptionError("mixed_precision fp16 needs a GPU: use bf16, or none")
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=options.mixed_precision)
+    if options.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
+        raise OptionError("muon needs whole matrices, which sharding takes apart: use --optimizer adamw")
+    return accelerator
 
 
 def _pool_options(options: TuneOptions) -> PoolOptions:
@@ -406,3 +383,15 @@ def _predictions(packed: Packed, guesses: Tensor) -> list[list[list[int]]]:
     """The model's token after each guess, per sample and window."""
     tokens: list[int] = guesses.argmax(-1).tolist()
     return [[tokens[window.start : window.stop] for window in windows] for windows in packed.windows]
+
+
+def _means(losses: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(entry[name] for entry in losses) / len(losses) for name in losses[0]}
+
+
+def _name_bad(packed: Packed, logits: Tensor, samples: Sequence[Sample]) -> str:
+    """Which samples of a batch have an output that is not finite."""
+    owners = sorted(set(packed.owners[~torch.isfinite(logits).all(-1)].tolist()))
+    if len(owners) == len(samples) > 1:
+        return f"at every sample of the batch, such as {samples[owners[0]].id!r}: the weights are broken"
+    return f"first at sample {samples[owners[0] if owners else 0].id!r}"

@@ -9,6 +9,8 @@ from typing import Any
 from cllm_export.bundle import FILLS, LOOPS, FillName, Loop, TrainedWith, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
+from cllm_export.exporter.checkpoint import Checkpoint
+from cllm_export.exporter.pipeline import BuildOptions, Settings, settle
 from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
 from cllm_export.training.lora import LoraOptions
 
@@ -106,6 +108,14 @@ class TuneOptions:
     @property
     def trained_with(self) -> TrainedWith:
         return TrainedWith(block_size=self.block_sizes[0], fill=self.fill, loop=self.loop)
+
+    def settle(self, checkpoint: Checkpoint) -> Settings:
+        """What the checkpoint makes of lengths and block size.
+
+        Raises:
+            OptionError: they do not fit it.
+        """
+        return settle(BuildOptions(max_length=self.max_length, trained_with=self.trained_with), checkpoint)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -61,7 +61,9 @@ class WorkDirectory:
         self._lock: int | None = None
         has_state = any((self.path / name / COUNTERS).is_file() for name in (STATE, f"{STATE}.old"))
         if resume and not has_state:
-            raise TuningError(f"there is no run to resume in {self.path}: it has saved no state; start without --resume")
+            raise TuningError(
+                f"there is no run to resume in {self.path}: it has saved no state; start without --resume"
+            )
         if has_state and not (resume or force):
             raise OutputError(f"{self.path} holds an interrupted run: go on with --resume, or forget it with --force")
         self._require_own()
@@ -89,6 +91,7 @@ class WorkDirectory:
             self._lock_directory()
             for name in (STATE, CHECKPOINT):
                 self._recover(name)
+                shutil.rmtree(self.path / f"{name}.new", ignore_errors=True)
             if self._resume:
                 return self._require_same(settings)
             self._discard(STATE)  # first: it belongs to the settings that go now
@@ -184,7 +187,7 @@ class WorkDirectory:
         """Refuse a directory of the user's that happens to have the name."""
         if not self.path.exists() and not self.path.is_symlink():
             return
-        is_own = any((self.path / name).is_file() for name in (SETTINGS, REPORT_NAME))
+        is_own = any((self.path / name).is_file() for name in (SETTINGS, f"{SETTINGS}.new", REPORT_NAME))
         if not self.path.is_dir() or (not is_own and any(self.path.iterdir())):
             raise OutputError(f"{self.path} is needed to work in, and is no run's: move it, or choose another --output")
 
@@ -254,11 +257,17 @@ class WorkDirectory:
         except (OSError, SafetensorError, RuntimeError) as error:
             if staging:
                 shutil.rmtree(staging, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             raise OutputError(
-                f"cannot write to {self.path}: {reason}; what was saved before is whole: make room, and go on with "
-                "--resume"
+                f"cannot write to {self.path}: {_reason(error)}; what was saved before is whole: make room, and go on "
+                "with --resume"
             ) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).splitlines()[0]
+    return f"a file came out too short, as on a full disk ({text})" if "inline_container" in text else text
 
 
 def _pool_name(accelerator: Accelerator) -> str:
