@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from cllm_export.bundle import Progress
 from cllm_export.errors import OptionError, TuningError
@@ -175,7 +176,7 @@ class _Run:
         set_seed(options.seed)
         decoder = load_weights(self._checkpoint)
         if options.gradient_checkpointing:
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            _enable_checkpointing(decoder)
         if self._accelerator.device.type == "cpu":
             register_cpu_attention()
             decoder.set_attn_implementation(CPU_ATTENTION)
@@ -365,6 +366,13 @@ def _make_accelerator(options: TuneOptions) -> Accelerator:
     if options.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
         raise OptionError("muon needs whole matrices, which sharding takes apart: use --optimizer adamw")
     return accelerator
+
+
+def _enable_checkpointing(decoder: PreTrainedModel) -> None:
+    """Under the name that this version of transformers gives it; adapters behind frozen inputs need ``use_reentrant``
+    off."""
+    enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _pool_options(options: TuneOptions) -> PoolOptions:

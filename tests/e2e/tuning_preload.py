@@ -1,4 +1,4 @@
-"""All that ``tune`` imports, loaded once: what is forked from here starts at once. It runs nothing, so starts no thread."""
+"""All that ``tune`` imports, loaded once: what is forked from here starts at once. It runs nothing, so no thread."""
 
 import os
 
