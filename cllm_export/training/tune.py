@@ -333,7 +333,7 @@ class _Run:
                 weights = {name.removeprefix("decoder."): tensor for name, tensor in state.items()}
                 if self._options.lora:
                     weights = merge_lora(weights, self._options.lora)
-                self._work.save_checkpoint(self._checkpoint, weights, self._options.trained_with)
+                self._work.save_checkpoint(self._checkpoint, weights, self._options.claim)
 
     def _restore(self, counters: dict[str, Any]) -> None:
         with failing_together():

@@ -106,6 +106,11 @@ class TuneOptions:
             raise OptionError("muon does not go with fp16, whose loss scaling serves one optimiser: use bf16, or adamw")
 
     @property
+    def claim(self) -> TrainedWith | None:
+        """What the tuned checkpoint says it was trained with: ordinary fine-tuning trains no block."""
+        return None if self.objective == "autoregressive" else self.trained_with
+
+    @property
     def trained_with(self) -> TrainedWith:
         return TrainedWith(block_size=self.block_sizes[0], fill=self.fill, loop=self.loop)
 

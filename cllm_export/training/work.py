@@ -130,8 +130,13 @@ class WorkDirectory:
             ) from None
         return pool
 
-    def save_checkpoint(self, source: Checkpoint, weights: Mapping[str, Tensor], trained_with: TrainedWith) -> None:
-        """Write a complete checkpoint: the source's files, these weights in the source's dtypes, a ``cllm`` section."""
+    def save_checkpoint(
+        self, source: Checkpoint, weights: Mapping[str, Tensor], trained_with: TrainedWith | None
+    ) -> None:
+        """Write a complete checkpoint: the source's files, these weights in the source's dtypes, a ``cllm`` section.
+
+        ``trained_with`` None, of a run that trained no block, leaves the config as it is.
+        """
         staging = self.path / f"{CHECKPOINT}.new"
         with self._writing(staging):
             shutil.rmtree(staging, ignore_errors=True)
@@ -139,9 +144,8 @@ class WorkDirectory:
             for path in sorted(source.path.iterdir()):
                 if path.name.endswith(COPIED_SUFFIXES) and not path.name.endswith(NOT_COPIED):
                     shutil.copyfile(path, staging / path.name)
-            cllm = {"n": trained_with.block_size, "fill": trained_with.fill, "loop": trained_with.loop}
-            config = json.dumps({**source.raw_config, "cllm": cllm}, indent=2, sort_keys=True) + "\n"
-            (staging / "config.json").write_text(config, encoding="utf-8")
+            config = json.dumps({**source.raw_config, **_cllm_section(trained_with)}, indent=2, sort_keys=True)
+            (staging / "config.json").write_text(config + "\n", encoding="utf-8")
             tensors = {name: _like(source, name, weights) for name in source.tensors}
             save_file(tensors, staging / SINGLE_WEIGHTS, metadata={"format": "pt"})
             self._replace(CHECKPOINT)
@@ -272,6 +276,12 @@ def _reason(error: Exception) -> str:
 
 def _pool_name(accelerator: Accelerator) -> str:
     return f"pool_{accelerator.process_index}.json"
+
+
+def _cllm_section(trained_with: TrainedWith | None) -> dict[str, dict[str, object]]:
+    if trained_with is None:
+        return {}
+    return {"cllm": {"n": trained_with.block_size, "fill": trained_with.fill, "loop": trained_with.loop}}
 
 
 def _like(source: Checkpoint, name: str, weights: Mapping[str, Tensor]) -> Tensor:
