@@ -54,8 +54,8 @@ train-demo: $(DATA)/train.jsonl
 	$(BIN)/cllm-export tune $(DATA)/start --prompts $(DATA)/train.jsonl --output $(DATA)/parent --force $(RECIPE) \
 		--objective autoregressive --minutes 35 --batch-size 48 --learning-rate 0.003 --matrix-learning-rate 0.02
 	$(BIN)/cllm-export tune $(DATA)/parent --prompts $(DATA)/train.jsonl --output $(DATA)/checkpoint --force $(RECIPE) \
-		--block-size 16 --block-size 8 --block-size 32 --minutes 60 --learning-rate 0.0015 --matrix-learning-rate 0.01 \
-		--decay 0.8
+		--block-size 16 --block-size 8 --block-size 32 --minutes 60 --learning-rate 0.0018 --matrix-learning-rate 0.013 \
+		--decay 0.85 --autoregressive-weight 2
 	$(BIN)/cllm-export evaluate $(DATA)/checkpoint --parent $(DATA)/parent --task prompts --data $(DATA)/held-out.jsonl
 
 # Ten minutes: the committed parent becomes a CLLM, its quality and tokens per forward beside the parent's.
