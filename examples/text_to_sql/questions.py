@@ -21,7 +21,11 @@ class Question(NamedTuple):
     kind: str
 
 
-Maker = Callable[[random.Random, list[Table]], tuple[str, str] | None]
+Made = tuple[str, str] | None
+"""A question's text and its answer; None where the tables cannot be asked it."""
+TableMaker = Callable[[random.Random, Table], Made]
+PairMaker = Callable[[random.Random, Table, Table], Made]
+"""Of a table and the one it refers to."""
 
 AGGREGATES = {
     "avg": ("average", "mean"),
@@ -43,13 +47,19 @@ COUNT = ("How many {} are there{}", "Count the {}{}", "What is the number of {}{
 def random_question(rng: random.Random, tables: list[Table]) -> Question:
     """A question of a random kind that this schema can be asked."""
     while True:
-        kind = rng.choices(list(MAKERS), weights=[WEIGHTS.get(kind, 1.0) for kind in MAKERS])[0]
-        made = MAKERS[kind](rng, tables)
+        kind = rng.choices(KINDS, weights=[WEIGHTS.get(kind, 1.0) for kind in KINDS])[0]
+        made = _make(rng, kind, tables)
         if made:
             text, sql = made
-            return Question(
-                text[0].upper() + text[1:] + ("?" if text.lower().startswith(INTERROGATIVE) else "."), sql, kind
-            )
+            mark = "?" if text.lower().startswith(INTERROGATIVE) else "."
+            return Question(text[0].upper() + text[1:] + mark, sql, kind)
+
+
+def _make(rng: random.Random, kind: str, tables: list[Table]) -> Made:
+    if kind in TABLE_MAKERS:
+        return TABLE_MAKERS[kind](rng, rng.choice(tables))
+    pair = _pair(rng, tables)
+    return PAIR_MAKERS[kind](rng, *pair) if pair else None
 
 
 INTERROGATIVE = ("what", "how", "which", "who")
@@ -111,7 +121,7 @@ def _condition_on(rng: random.Random, column: Column, prefix: str = "") -> Condi
     )
 
 
-def _pair(tables: list[Table], rng: random.Random) -> tuple[Table, Table] | None:
+def _pair(rng: random.Random, tables: list[Table]) -> tuple[Table, Table] | None:
     """A table and the one it refers to."""
     by_name = {table.name: table for table in tables}
     children = [table for table in tables if table.parent]
@@ -132,8 +142,7 @@ def _whose(rng: random.Random) -> str:
 # --- one table ------------------------------------------------------------------------------------------------------
 
 
-def _all(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _all(rng: random.Random, table: Table) -> Made:
     columns = _columns(rng, table, rng.randint(1, 2))
     if not columns:
         return None
@@ -142,13 +151,11 @@ def _all(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     return _ask(rng, f"{said} {tail}"), f"SELECT {', '.join(c.name for c in columns)} FROM {table.name}"
 
 
-def _count_all(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _count_all(rng: random.Random, table: Table) -> Made:
     return _count(rng, table.plural), f"SELECT count(*) FROM {table.name}"
 
 
-def _where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _where(rng: random.Random, table: Table) -> Made:
     columns = _columns(rng, table, rng.randint(1, 2))
     condition = _condition(rng, table)
     if not columns or not condition:
@@ -161,9 +168,8 @@ def _where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-def _where_two(word: str) -> Maker:
-    def make(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-        table = rng.choice(tables)
+def _where_two(word: str) -> TableMaker:
+    def make(rng: random.Random, table: Table) -> Made:
         pair = _columns(rng, table, 2)
         selected = _columns(rng, table)
         if not pair or not selected:
@@ -177,8 +183,7 @@ def _where_two(word: str) -> Maker:
     return make
 
 
-def _between(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _between(rng: random.Random, table: Table) -> Made:
     column, selected = _numeric(rng, table), _columns(rng, table)
     if not column or not selected:
         return None
@@ -189,8 +194,7 @@ def _between(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-def _like(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _like(rng: random.Random, table: Table) -> Made:
     columns, selected = _columns(rng, table, kind="text"), _columns(rng, table)
     if not columns or not selected:
         return None
@@ -202,8 +206,7 @@ def _like(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-def _not_equal(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _not_equal(rng: random.Random, table: Table) -> Made:
     columns, selected = _columns(rng, table, kind="text"), _columns(rng, table)
     if not columns or not selected:
         return None
@@ -214,8 +217,7 @@ def _not_equal(rng: random.Random, tables: list[Table]) -> tuple[str, str] | Non
     )
 
 
-def _aggregate(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _aggregate(rng: random.Random, table: Table) -> Made:
     column = _amount(rng, table)
     if not column:
         return None
@@ -224,8 +226,7 @@ def _aggregate(rng: random.Random, tables: list[Table]) -> tuple[str, str] | Non
     return _ask(rng, said), f"SELECT {function}({column.name}) FROM {table.name}"
 
 
-def _two_aggregates(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _two_aggregates(rng: random.Random, table: Table) -> Made:
     column = _amount(rng, table)
     if not column:
         return None
@@ -234,8 +235,7 @@ def _two_aggregates(rng: random.Random, tables: list[Table]) -> tuple[str, str] 
     return _ask(rng, said), f"SELECT {one}({column.name}), {two}({column.name}) FROM {table.name}"
 
 
-def _aggregate_where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _aggregate_where(rng: random.Random, table: Table) -> Made:
     column = _amount(rng, table)
     condition = _condition(rng, table, avoid=column)
     if not column or not condition:
@@ -245,8 +245,7 @@ def _aggregate_where(rng: random.Random, tables: list[Table]) -> tuple[str, str]
     return _ask(rng, said), f"SELECT {function}({column.name}) FROM {table.name} WHERE {condition.sql}"
 
 
-def _count_where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _count_where(rng: random.Random, table: Table) -> Made:
     condition = _condition(rng, table)
     if not condition:
         return None
@@ -256,8 +255,7 @@ def _count_where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | N
     )
 
 
-def _count_distinct(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _count_distinct(rng: random.Random, table: Table) -> Made:
     columns = _columns(rng, table)
     if not columns:
         return None
@@ -266,8 +264,7 @@ def _count_distinct(rng: random.Random, tables: list[Table]) -> tuple[str, str] 
     return said, f"SELECT count(DISTINCT {column.name}) FROM {table.name}"
 
 
-def _distinct(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _distinct(rng: random.Random, table: Table) -> Made:
     columns = _columns(rng, table)
     if not columns:
         return None
@@ -275,8 +272,7 @@ def _distinct(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None
     return _ask(rng, said), f"SELECT DISTINCT {columns[0].name} FROM {table.name}"
 
 
-def _order(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _order(rng: random.Random, table: Table) -> Made:
     pair = _columns(rng, table, 2)
     if not pair:
         return None
@@ -288,8 +284,7 @@ def _order(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-def _superlative(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _superlative(rng: random.Random, table: Table) -> Made:
     by, selected = _amount(rng, table), _columns(rng, table)
     if not by or not selected:
         return None
@@ -300,8 +295,7 @@ def _superlative(rng: random.Random, tables: list[Table]) -> tuple[str, str] | N
     )
 
 
-def _top(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _top(rng: random.Random, table: Table) -> Made:
     by, selected = _amount(rng, table), _columns(rng, table)
     if not by or not selected:
         return None
@@ -313,8 +307,7 @@ def _top(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-def _above_average(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _above_average(rng: random.Random, table: Table) -> Made:
     column, selected = _amount(rng, table), _columns(rng, table)
     if not column or not selected:
         return None
@@ -326,8 +319,7 @@ def _above_average(rng: random.Random, tables: list[Table]) -> tuple[str, str] |
     )
 
 
-def _group_count(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _group_count(rng: random.Random, table: Table) -> Made:
     columns = _columns(rng, table, kind="text")
     if not columns:
         return None
@@ -338,8 +330,7 @@ def _group_count(rng: random.Random, tables: list[Table]) -> tuple[str, str] | N
     return f"show the {phrase} and {said}", f"SELECT {name}, count(*) FROM {table.name} GROUP BY {name}"
 
 
-def _group_aggregate(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _group_aggregate(rng: random.Random, table: Table) -> Made:
     by, column = _columns(rng, table, kind="text"), _amount(rng, table)
     if not by or not column:
         return None
@@ -351,8 +342,7 @@ def _group_aggregate(rng: random.Random, tables: list[Table]) -> tuple[str, str]
     )
 
 
-def _having(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _having(rng: random.Random, table: Table) -> Made:
     by = _columns(rng, table, kind="text")
     if not by:
         return None
@@ -364,8 +354,7 @@ def _having(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-def _most_common(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    table = rng.choice(tables)
+def _most_common(rng: random.Random, table: Table) -> Made:
     by = _columns(rng, table, kind="text")
     if not by:
         return None
@@ -376,9 +365,8 @@ def _most_common(rng: random.Random, tables: list[Table]) -> tuple[str, str] | N
     )
 
 
-def _both(operation: str) -> Maker:
-    def make(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-        table = rng.choice(tables)
+def _both(operation: str) -> TableMaker:
+    def make(rng: random.Random, table: Table) -> Made:
         selected, column = _columns(rng, table, kind="text"), _amount(rng, table)
         if not selected or not column:
             return None
@@ -401,11 +389,7 @@ def _both(operation: str) -> Maker:
 # --- two tables -----------------------------------------------------------------------------------------------------
 
 
-def _join_all(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_all(rng: random.Random, child: Table, parent: Table) -> Made:
     mine, its = rng.choice(child.columns), rng.choice(parent.columns)
     return (
         _ask(rng, f"{mine.phrase} of each {child.phrase} and the {its.phrase} of its {parent.phrase}"),
@@ -413,11 +397,7 @@ def _join_all(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None
     )
 
 
-def _join_where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_where(rng: random.Random, child: Table, parent: Table) -> Made:
     mine, condition = rng.choice(child.columns), _condition(rng, parent, "T2.")
     if not condition:
         return None
@@ -427,11 +407,7 @@ def _join_where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | No
     )
 
 
-def _join_up(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_up(rng: random.Random, child: Table, parent: Table) -> Made:
     its, condition = rng.choice(parent.columns), _condition(rng, child, "T1.")
     if not condition:
         return None
@@ -449,11 +425,7 @@ def _has(phrase: str) -> str:
     return phrase
 
 
-def _join_count_where(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_count_where(rng: random.Random, child: Table, parent: Table) -> Made:
     condition = _condition(rng, parent, "T2.")
     if not condition:
         return None
@@ -463,11 +435,7 @@ def _join_count_where(rng: random.Random, tables: list[Table]) -> tuple[str, str
     )
 
 
-def _join_group_count(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_group_count(rng: random.Random, child: Table, parent: Table) -> Made:
     its = rng.choice(parent.columns)
     return (
         _ask(rng, f"{its.phrase} of each {parent.phrase} and the number of its {child.plural}"),
@@ -475,11 +443,7 @@ def _join_group_count(rng: random.Random, tables: list[Table]) -> tuple[str, str
     )
 
 
-def _join_group_aggregate(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_group_aggregate(rng: random.Random, child: Table, parent: Table) -> Made:
     its, mine = rng.choice(parent.columns), _amount(rng, child)
     if not mine:
         return None
@@ -491,11 +455,7 @@ def _join_group_aggregate(rng: random.Random, tables: list[Table]) -> tuple[str,
     )
 
 
-def _join_most(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_most(rng: random.Random, child: Table, parent: Table) -> Made:
     its = rng.choice(parent.columns)
     direction, word = rng.choice((("DESC", "most"), ("ASC", "fewest")))
     return (
@@ -504,11 +464,7 @@ def _join_most(rng: random.Random, tables: list[Table]) -> tuple[str, str] | Non
     )
 
 
-def _join_having(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_having(rng: random.Random, child: Table, parent: Table) -> Made:
     its, count = rng.choice(parent.columns), rng.randint(1, 9)
     sign, word = rng.choice(((">", "more than"), (">=", "at least")))
     return (
@@ -517,11 +473,7 @@ def _join_having(rng: random.Random, tables: list[Table]) -> tuple[str, str] | N
     )
 
 
-def _join_superlative(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _join_superlative(rng: random.Random, child: Table, parent: Table) -> Made:
     its, by = rng.choice(parent.columns), _amount(rng, child)
     if not by:
         return None
@@ -532,11 +484,7 @@ def _join_superlative(rng: random.Random, tables: list[Table]) -> tuple[str, str
     )
 
 
-def _without(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
-    pair = _pair(tables, rng)
-    if not pair:
-        return None
-    child, parent = pair
+def _without(rng: random.Random, child: Table, parent: Table) -> Made:
     its = rng.choice(parent.columns)
     said = rng.choice(("without any", "that have no"))
     return (
@@ -545,7 +493,7 @@ def _without(rng: random.Random, tables: list[Table]) -> tuple[str, str] | None:
     )
 
 
-MAKERS: dict[str, Maker] = {
+TABLE_MAKERS: dict[str, TableMaker] = {
     "all": _all,
     "count": _count_all,
     "where": _where,
@@ -570,6 +518,8 @@ MAKERS: dict[str, Maker] = {
     "most common": _most_common,
     "intersect": _both("INTERSECT"),
     "except": _both("EXCEPT"),
+}
+PAIR_MAKERS: dict[str, PairMaker] = {
     "join": _join_all,
     "join where": _join_where,
     "join up where": _join_up,
@@ -581,5 +531,6 @@ MAKERS: dict[str, Maker] = {
     "join superlative": _join_superlative,
     "without": _without,
 }
+KINDS = (*TABLE_MAKERS, *PAIR_MAKERS)
 WEIGHTS = {"all": 0.6, "count": 0.3, "where": 2.0, "where and": 1.5, "join where": 1.5, "join up where": 1.5}
 """How often a kind is drawn, 1 where nothing is said: those with literals more often, the shortest less."""
