@@ -15,8 +15,9 @@ import typer
 from cllm_export import __version__, display
 from cllm_export.bundle import FillName, Loop, TrainedWith, open_bundle
 from cllm_export.contract import Precision
-from cllm_export.errors import CllmExportError, MissingExtraError, OptionError, OutputError, PromptError
+from cllm_export.errors import CllmExportError, OptionError, OutputError, PromptError
 from cllm_export.evaluation.task import TaskName
+from cllm_export.extras import needs_extra
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.request import JacobiMethod
@@ -25,9 +26,6 @@ from cllm_export.training import MixedPrecision, Objective, OptimizerName
 if TYPE_CHECKING:
     from cllm_export.training.lora import LoraOptions
 
-EXPORT_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
-TRAIN_PACKAGES = (*EXPORT_PACKAGES, "pyarrow", "accelerate", "peft", "tensorboard")
-EXTRA_PACKAGES = {"export": EXPORT_PACKAGES, "train": TRAIN_PACKAGES}
 EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT = 1, 2, 3
 
 app = typer.Typer(
@@ -90,7 +88,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Export a checkpoint into a bundle."""
-    with _needs_extra("export"):
+    with needs_extra("export"):
         from cllm_export.exporter.pipeline import BuildOptions, build
     options = BuildOptions(
         block_size=block_size,
@@ -125,7 +123,7 @@ def verify(
     if limit is not None and prompts is None:
         raise OptionError("--limit needs --prompts")
     options = VerifyOptions(max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads)
-    with display.progress_bar() as progress, _needs_extra("export"):
+    with display.progress_bar() as progress, needs_extra("export"):
         parity = run(
             open_bundle(bundle),
             prompts=read_prompts(prompts, limit=limit) if prompts else (),
@@ -227,7 +225,7 @@ def bench(
     if as_json and (as_json.is_dir() or not as_json.absolute().parent.is_dir()):
         raise OutputError(f"cannot write the report to {as_json}: give a file in a directory that exists")
     given = read_prompts(prompts, limit=limit) if prompts else ()
-    with display.progress_bar() as progress, _needs_extra("export"):
+    with display.progress_bar() as progress, needs_extra("export"):
         report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)
     if as_json:
         _write_text(as_json, json.dumps(report, indent=2) + "\n")
@@ -302,7 +300,7 @@ def collect(
     as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON.")] = False,
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
-    with _needs_extra("train"):
+    with needs_extra("train"):
         from cllm_export.training.collect import CollectOptions, check_collection_output
         from cllm_export.training.collect import collect as run
         from cllm_export.training.source import open_source
@@ -387,7 +385,7 @@ def tune(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run's output.")] = False,
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
-    with _needs_extra("train"):
+    with needs_extra("train"):
         from cllm_export.training.command import run_tune
         from cllm_export.training.tune_options import TuneOptions
 
@@ -448,7 +446,7 @@ def demo(
     """Build the example's bundle, verify it, decode a few prompts and print the speed table."""
     from cllm_export.demo import run_demo
 
-    with _needs_extra("export"):
+    with needs_extra("export"):
         if not run_demo(example, output, threads=threads):
             raise typer.Exit(EXIT_FAILED)
 
@@ -484,17 +482,6 @@ def _fail(message: str, code: int, cause: BaseException | None = None) -> None:
     display.ERR.print("[bold red]error:[/bold red]", end=" ")
     display.ERR.print(message, markup=False)
     sys.exit(code)
-
-
-@contextmanager
-def _needs_extra(extra: str) -> Iterator[None]:
-    """Turn a missing package of an extra into its install line."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] in EXTRA_PACKAGES[extra]:
-            raise MissingExtraError(error.name, extra=extra) from None
-        raise
 
 
 @contextmanager

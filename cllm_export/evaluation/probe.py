@@ -19,8 +19,9 @@ from cllm_export.bundle import FILLS, Bundle, Progress, open_bundle
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.decoding import JACOBI_METHODS, Settings, decode_prompts, default_settings
 from cllm_export.evaluation.measures import measure
-from cllm_export.evaluation.sources import kind_of, needs_train_extra
+from cllm_export.evaluation.sources import kind_of
 from cllm_export.evaluation.verdict import Expectation, judge
+from cllm_export.extras import needs_extra
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import Model, load
 from cllm_export.runtime.ort_engine import describe_machine
@@ -92,9 +93,9 @@ def _as_bundle(source: Path, progress: Progress | None) -> Iterator[Bundle]:
     if kind_of(source) == "bundle":
         yield open_bundle(source)
         return
-    with needs_train_extra():
+    with needs_extra("train"):
         from cllm_export.exporter.pipeline import build
-    with tempfile.TemporaryDirectory(prefix="cllm-export-probe-") as directory, needs_train_extra():
+    with tempfile.TemporaryDirectory(prefix="cllm-export-probe-") as directory, needs_extra("train"):
         yield build(source, Path(directory) / "bundle", progress=progress)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from cllm_export.bundle import MANIFEST_NAME
 from cllm_export.contract import require_at_least
-from cllm_export.errors import BundleError, MissingExtraError
+from cllm_export.errors import BundleError
+from cllm_export.extras import needs_extra
 from cllm_export.runtime.generate import Model, load
 from cllm_export.runtime.ort_engine import available_threads
 
 SourceKind = Literal["bundle", "checkpoint"]
 CONFIG_NAME = "config.json"
-TRAIN_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript")
 
 
 def kind_of(path: Path) -> SourceKind:
@@ -45,20 +43,9 @@ def open_source(path: Path, *, threads: int | None = None) -> Model:
         return load(path, threads=threads)
     if threads is not None:
         require_at_least("threads", threads, 1)
-    with needs_train_extra():
+    with needs_extra("train"):
         import torch
 
         from cllm_export.training.torch_engine import load_checkpoint
     torch.set_num_threads(threads or available_threads())
     return load_checkpoint(path)
-
-
-@contextmanager
-def needs_train_extra() -> Iterator[None]:
-    """Turn a missing package of the extra ``train`` into its install line."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] in TRAIN_PACKAGES:
-            raise MissingExtraError(error.name, extra="train") from None
-        raise

@@ -20,6 +20,7 @@ ALLOWED = {
     "errors": set(),
     "contract": {"errors"},
     "bundle": {"contract", "errors"},
+    "extras": {"errors"},
     "prompts": {"errors"},
     "runtime": {"bundle", "contract", "errors", "prompts", "runtime"},
     "evaluation": {
@@ -29,6 +30,7 @@ ALLOWED = {
         "errors",
         "evaluation",
         "exporter",
+        "extras",
         "prompts",
         "runtime",
         "training",
