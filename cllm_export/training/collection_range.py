@@ -14,11 +14,10 @@ from cllm_export.runtime.generate import Model, pad_token
 from cllm_export.runtime.request import METHOD_OF_LOOP, Decode, JacobiMethod
 from cllm_export.training.cleaning import why_dropped
 from cllm_export.training.collection import CollectionSettings, Dropped, Trajectory, merge_dropped
+from cllm_export.training.samples import EMPTY_PROMPT, UNTOKENISABLE
 
 LOOP_OF_METHOD: dict[JacobiMethod, Loop] = {method: loop for loop, method in METHOD_OF_LOOP.items()}
 
-EMPTY_PROMPT = "empty prompt"
-UNTOKENISABLE = "does not tokenise"
 TOO_LONG = "prompt too long"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,7 @@ def run_tune(
         "samples": len(data.samples),
         "held_out": len(data.held_out),
         "dropped": data.dropped,
-        "steps": report.steps,
-        "minutes": report.minutes,
-        "samples_seen": report.samples_seen,
-        "stopped": report.stopped,
-        "curve": report.curve,
+        **asdict(report),
     }
 
 
