@@ -1,10 +1,12 @@
-"""What each part of consistency tuning is worth: rows of equal minutes from the same parent, some seeds each.
+"""What each part of consistency tuning is worth: rows of equal work from the same parent, some seeds each.
 
 python benchmarks/ablation.py PARENT --prompts TRAIN --held-out HELD_OUT --output DIR [--minutes 10] [--seeds 0 1]
                               [--rows packed global ...] [--jobs 1]
 
-Each row is one `cllm-export tune` command, which is printed, and one `cllm-export evaluate`. A row that is done is not
-run again, so that an interrupted table goes on; `--jobs 2` runs two rows at once, each on one thread. The report
+Each row is one `cllm-export tune` command, which is printed, and one `cllm-export evaluate`. Rows get equal processor
+time, not equal steps: a short run of each, one after the other, finds what its step costs, and from that come the steps
+that fit into the minutes, so that neighbours on the machine slow the table down without changing it. A row that is done
+is not run again, so that an interrupted table goes on; `--jobs 2` runs two rows at once, each on one thread. The report
 (DIR/ablation.json) and the table give each seed.
 """
 
@@ -37,6 +39,7 @@ COMMON = [
     "0.5",
 ]
 COLLECTED_PROMPTS = 6000
+PROBE_STEPS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ ROWS: dict[str, Row] = {
     "global": Row(label="global", flags=("--objective", "global")),
     "local": Row(label="local", flags=("--objective", "local")),
     "prompt-fill": Row(label="prompt fill", flags=("--fill", "prompt"), fill="prompt"),
-    "repeat-fill": Row(label="repeat fill", flags=("--fill", "repeat"), fill="repeat"),
+    "lookup-fill": Row(label="prompt lookup fill", flags=("--fill", "lookup"), fill="lookup"),
     "weight-0.1": Row(label="autoregressive weight 0.1", flags=("--autoregressive-weight", "0.1")),
     "weight-10": Row(label="autoregressive weight 10", flags=("--autoregressive-weight", "10")),
     "self-generated": Row(label="self-generated fixed points", self_generated=True),
@@ -80,12 +83,12 @@ def collect(args: argparse.Namespace) -> Path:
     return output
 
 
-def tune(name: str, seed: int, args: argparse.Namespace) -> Path:
+def tune(name: str, seed: int, steps: int, output: Path, args: argparse.Namespace) -> Path:
     """Train one row, unless it is there already."""
-    row, output = ROWS[name], args.output / f"{name}-{seed}"
     if output.exists():
         return output
-    flags = ["--prompts", str(args.prompts), "--held-out", str(args.held_out), "--minutes", str(args.minutes)]
+    row = ROWS[name]
+    flags = ["--prompts", str(args.prompts), "--held-out", str(args.held_out), "--steps", str(steps)]
     flags += ["--seed", str(seed), "--threads", "1", *COMMON, *row.flags, "--output", str(output), "--force"]
     if row.self_generated:
         flags += ["--trajectories", str(args.output / "trajectories")]
@@ -93,6 +96,13 @@ def tune(name: str, seed: int, args: argparse.Namespace) -> Path:
     print(" ".join(line), flush=True)
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
     return output
+
+
+def affordable_steps(name: str, args: argparse.Namespace) -> int:
+    """The steps of a row that fit into the minutes, by the processor time that a short run of it takes."""
+    short = tune(name, 0, PROBE_STEPS, args.output / f"{name}-probe", args)
+    report = json.loads((short.with_name(f"{short.name}.tuning") / "tuning.json").read_text(encoding="utf-8"))
+    return max(1, round(args.minutes * PROBE_STEPS / report["processor_minutes"]))
 
 
 def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, Any]:
@@ -106,10 +116,10 @@ def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, 
     return entry
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run(name: str, seed: int, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """One cell: a row and a seed."""
-    entry = evaluate(tune(name, seed, args), ROWS[name], args)
-    return {"row": name, "label": ROWS[name].label, "seed": seed, **measures(entry)}
+    entry = evaluate(tune(name, seed, steps, args.output / f"{name}-{seed}", args), ROWS[name], args)
+    return {"row": name, "label": ROWS[name].label, "seed": seed, "steps": steps, **measures(entry)}
 
 
 def measures(entry: dict[str, Any]) -> dict[str, Any]:
@@ -147,8 +157,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if any(ROWS[name].self_generated for name in args.rows):
         collect(args)
+    steps = {name: affordable_steps(name, args) for name in args.rows}
     with ThreadPoolExecutor(args.jobs) as executor:
-        waiting = [executor.submit(run, name, seed, args) for seed in args.seeds for name in args.rows]
+        waiting = [executor.submit(run, name, seed, steps[name], args) for seed in args.seeds for name in args.rows]
         cells = [future.result() for future in waiting]
     parent = measures(evaluate_parent(args))
     report = {"parent": parent, "cells": cells, "minutes": args.minutes}

@@ -39,7 +39,7 @@ PARITY_NAME = "parity.json"
 GREEDY_GRAPH = "greedy"
 
 Loop = Literal["sliding", "block"]
-FillName = Literal["pad", "repeat", "prompt"]
+FillName = Literal["pad", "repeat", "prompt", "lookup"]
 LOOPS: tuple[Loop, ...] = get_args(Loop)
 FILLS: tuple[FillName, ...] = get_args(FillName)
 Progress = Callable[[str, int, int], None]

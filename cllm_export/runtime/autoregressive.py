@@ -20,10 +20,12 @@ class Autoregressive:
         self._num_filled = block_size - 1
 
     def next_block(self) -> Block:
-        filled = self._fill(self._num_filled, self._last) if self._num_filled else []
+        filled = self._fill.guess(self._num_filled, ()) if self._num_filled else []
         return Block([self._last, *filled], 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += 1
         self._last = next_ids[0]
+        if self._num_filled:
+            self._fill.accept((self._last,))
         return Commit([self._last], 1)

@@ -127,7 +127,7 @@ class Model:
             method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop
                 the model was trained with, else ``jacobi``.
             block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
-            fill: ``pad``, ``repeat`` or ``prompt``; by default what the model was trained with, else ``pad``.
+            fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``.
             seed: of the ``prompt`` fill's generator.
             stop: strings to stop at; the text is cut before the first one.
             ignore_eos: decode on past an end-of-sequence token, up to the limit: for measuring.

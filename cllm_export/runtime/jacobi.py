@@ -53,16 +53,17 @@ class SlidingJacobi:
     def __init__(self, *, last_token: int, write_index: int, block_size: int, fill: Fill) -> None:
         self.write_index = write_index
         self._fill = fill
-        self._block = [last_token, *fill(block_size - 1, last_token)]
+        self._block = [last_token, *fill.guess(block_size - 1, ())]
 
     def next_block(self) -> Block:
         return Block(self._block, 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += num_accepted
-        kept = next_ids[num_accepted - 1 :]
-        self._block = kept + self._fill(num_accepted - 1, kept[-1])
-        return Commit(next_ids[:num_accepted], num_accepted)
+        new, kept = next_ids[:num_accepted], next_ids[num_accepted - 1 :]
+        self._fill.accept(new)
+        self._block = kept + self._fill.guess(num_accepted - 1, kept[1:])
+        return Commit(new, num_accepted)
 
 
 class BlockJacobi:
@@ -84,6 +85,7 @@ class BlockJacobi:
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         new = next_ids[self._num_known : num_accepted]
+        self._fill.accept(new)
         self._num_known = num_accepted
         if num_accepted == self._size:
             self.write_index += self._size
@@ -94,4 +96,4 @@ class BlockJacobi:
         return Commit(new, num_accepted)
 
     def _first_guess(self, last_token: int) -> list[int]:
-        return [last_token, *self._fill(self._size - 1, last_token)]
+        return [last_token, *self._fill.guess(self._size - 1, ())]

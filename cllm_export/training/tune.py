@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class TuneReport:
     steps: int
     minutes: float
     """Of training, held-out decoding excluded."""
+    processor_minutes: float
+    """The same by the first process's processor time: what to compare where neighbours share the machine."""
     samples_seen: int
     stopped: str
     """``done``, ``patience`` or ``collapse``."""
@@ -152,7 +154,7 @@ class _Run:
             num_ranks=self._accelerator.num_processes,
         )
         self._step = 0
-        self._seconds = 0.0
+        self._seconds = self._processor_seconds = 0.0
         self._curve: list[dict[str, float]] = []
         self._losses: list[dict[str, float]] = []
         self._last_sample = ""
@@ -193,7 +195,7 @@ class _Run:
         return min(1.0, largest(self._seconds) / (60 * self._options.minutes))
 
     def _train_step(self) -> None:
-        started = perf_counter()
+        started, processor_started = perf_counter(), process_time()
         options = self._options
         raw = [optimizer.optimizer for optimizer in self._optimizers]
         set_learning_rate(raw, step=self._step, progress=self._share, decay=options.decay)
@@ -207,6 +209,7 @@ class _Run:
             optimizer.zero_grad()
         self._step += 1
         self._seconds += perf_counter() - started
+        self._processor_seconds += process_time() - processor_started
         self._losses.append(_means(losses))
         self._report_step()
 
@@ -318,6 +321,7 @@ class _Run:
         counters = {
             "step": self._step,
             "seconds": self._seconds,
+            "processor_seconds": self._processor_seconds,
             "next_evaluation": self._next_evaluation,
             "stopped": self._stopped,
             "curve": self._curve,
@@ -339,6 +343,7 @@ class _Run:
         with failing_together():
             self._pool.restore(self._work.load_state(self._accelerator))
         self._step, self._seconds = counters["step"], counters["seconds"]
+        self._processor_seconds = counters["processor_seconds"]
         self._next_evaluation, self._curve = counters["next_evaluation"], counters["curve"]
         self._stopped = counters["stopped"]
         self._save_checkpoint()  # a kill may have come between state and checkpoint
@@ -348,6 +353,7 @@ class _Run:
         report = TuneReport(
             steps=self._step,
             minutes=self._seconds / 60,
+            processor_minutes=self._processor_seconds / 60,
             samples_seen=self._step * self._options.batch_size * self._options.gradient_accumulation * processes,
             stopped=self._stopped,
             curve=self._curve,

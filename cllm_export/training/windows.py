@@ -38,11 +38,12 @@ class Window:
 
 
 def fresh_window(sample: Sample, start: int, block_size: int, fill: Fill) -> Window | None:
-    """A window of fill; None where the sample has no row to guess there."""
+    """A window of a new fill for the sample's prompt; None where the sample has no row to guess there."""
     count = min(block_size - 1, sample.num_rows - 1 - start)
     if count < 1:
         return None
-    guesses = fill(block_size - 1, sample.tokens[start])[:count]
+    fill.accept(sample.tokens[sample.num_prompt : start + 1])
+    guesses = fill.guess(block_size - 1, ())[:count]
     return Window(block_size=block_size, start=start, guesses=tuple(guesses))
 
 
@@ -58,6 +59,7 @@ def advance(window: Window, predictions: Sequence[int], sample: Sample, loop: Lo
 
     Args:
         predictions: the model's token after each guess, as many as there are guesses.
+        fill: a new one for the sample's prompt.
     """
     move = _advance_block if loop == "block" else _advance_sliding
     return move(window, predictions, sample, fill)
@@ -70,8 +72,8 @@ def _advance_sliding(window: Window, predictions: Sequence[int], sample: Sample,
     if count < 1:
         return None
     kept = list(predictions[right:])
-    last = kept[-1] if kept else sample.tokens[start]
-    guesses = [*kept, *fill(window.block_size - 1 - len(kept), last)][:count]
+    fill.accept(sample.tokens[sample.num_prompt : start + 1])
+    guesses = [*kept, *fill.guess(window.block_size - 1 - len(kept), kept)][:count]
     return Window(block_size=window.block_size, start=start, guesses=tuple(guesses), previous=_orphan(window))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -54,8 +55,14 @@ def run(loop, *, block_size, count, window=None, fill=None, prompt=PROMPT, scrip
 class OracleFill:
     """Guesses what the script says next, so that every draft is right."""
 
-    def __call__(self, count: int, last: int) -> list[int]:
-        first = SCRIPT.index(last) + 1 if last in SCRIPT else 0
+    def __init__(self) -> None:
+        self._num_accepted = 0
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self._num_accepted += len(tokens)
+
+    def guess(self, count: int, draft: Sequence[int]) -> list[int]:
+        first = self._num_accepted + len(draft)
         return (SCRIPT[first:] + [PAD] * count)[:count]
 
 
@@ -139,7 +146,7 @@ def test_full_acceptance_keeps_the_bonus_and_gives_the_seed_token_once(loop):
 
 
 def test_after_full_acceptance_the_sliding_window_is_the_bonus_and_a_fill():
-    decoder = SlidingJacobi(last_token=1, write_index=0, block_size=3, fill=RepeatFill())
+    decoder = SlidingJacobi(last_token=1, write_index=0, block_size=3, fill=RepeatFill([1]))
     assert decoder.commit([7, 8, 9], 3).tokens == [7, 8, 9]
     assert decoder.next_block() == Block([9, 9, 9], 1)
     assert decoder.write_index == 3

@@ -42,14 +42,18 @@ def predict(model: LanguageModel, sample: Sample, window: Window) -> list[int]:
     return [model.predict(rows[: window.start + 2 + index]) for index in range(len(window.guesses))]
 
 
-def walk(model: LanguageModel, sample: Sample, block_size: int, loop: Loop, fill: Fill) -> list[Window]:
+def walk(model: LanguageModel, sample: Sample, block_size: int, loop: Loop, fill: FillName) -> list[Window]:
     """Every state from where decoding starts to the end of the sample."""
     states: list[Window] = []
-    window = fresh_window(sample, sample.first_start, block_size, fill)
+    seeded = fill_for("prompt", sample)  # goes on guessing, as in the runtime; the others start anew for each window
+    window = fresh_window(
+        sample, sample.first_start, block_size, seeded if fill == "prompt" else fill_for(fill, sample)
+    )
     while window:
         states.append(window)
         assert len(states) <= len(sample.tokens), "every forward makes a token known at least"
-        window = advance(window, predict(model, sample, window), sample, loop, fill)
+        filling = seeded if fill == "prompt" else fill_for(fill, sample)
+        window = advance(window, predict(model, sample, window), sample, loop, filling)
     return states
 
 
@@ -62,7 +66,7 @@ def test_along_its_own_answer_a_window_goes_through_the_states_of_the_runtime(
     sample = make_sample(prompt, greedy(model, prompt, count))
     engine = FakeEngine(model, make_geometry())
     records = decode(DECODERS[loop], engine, prompt, block_size=block_size, fill=fill_for(fill, sample), count=count)
-    states = walk(model, sample, block_size, loop, fill_for(fill, sample))
+    states = walk(model, sample, block_size, loop, fill)
     assert [state.start for state in states] == [record.write_index for record in records[: len(states)]]
     for state, record in zip(states, records, strict=False):
         assert state.guesses == tuple(record.block[1 : 1 + len(state.guesses)])
@@ -76,7 +80,7 @@ def test_along_its_own_answer_a_window_goes_through_the_states_of_the_runtime(
 def test_along_any_answer_a_window_is_led_to_its_end(model, prompt, answer, block_size, loop, fill):
     """The answer is another's: what the model would say never carries a window away from it."""
     sample = make_sample(prompt, answer)
-    states = walk(model, sample, block_size, loop, fill_for(fill, sample))
+    states = walk(model, sample, block_size, loop, fill)
     progress = [(state.start, state.num_right(sample)) for state in states]
     assert progress == sorted(set(progress)), "every forward gets further"
     if states:
@@ -142,6 +146,6 @@ def test_the_blocks_of_a_decode_are_its_recorded_windows():
         records = decode(SlidingJacobi, FakeEngine(model, make_geometry()), prompt, block_size=6, fill=fill, count=20)
         recorded = [recorded_window(sample, record.write_index, record.block) for record in records]
         wrong = [
-            state for state in walk(model, sample, 6, "sliding", fill) if state.num_right(sample) < len(state.guesses)
+            state for state in walk(model, sample, 6, "sliding", "pad") if state.num_right(sample) < len(state.guesses)
         ]
         assert [(w.start, w.guesses) for w in recorded if w] == [(w.start, w.guesses) for w in wrong]
