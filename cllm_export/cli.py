@@ -361,6 +361,9 @@ def tune(
     autoregressive_weight: Annotated[
         float, typer.Option("--autoregressive-weight", help="Of the ordinary loss: too little, and models collapse.")
     ] = 1.0,
+    distance_weight: Annotated[
+        float, typer.Option("--distance-weight", help="Below 1: guesses count less, the further they are ahead.")
+    ] = 1.0,
     label_smoothing: Annotated[float, typer.Option("--label-smoothing", help="Of the ordinary loss.")] = 0.0,
     optimizer: Annotated[OptimizerName, typer.Option("--optimizer", help="muon is for small models.")] = "adamw",
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak, of adamw.")] = 2e-5,
@@ -400,6 +403,7 @@ def tune(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         autoregressive_weight=autoregressive_weight,
+        distance_weight=distance_weight,
         label_smoothing=label_smoothing,
         optimizer=optimizer,
         learning_rate=learning_rate,

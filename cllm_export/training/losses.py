@@ -10,6 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
+SMALLEST_WEIGHT = 1e-6
+"""What the sum of weights is taken for where no guess counts: the loss is 0 then, not 0 / 0."""
+
 
 def autoregressive_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross entropy of the next token, a scalar.
@@ -24,8 +27,7 @@ def autoregressive_loss(logits: Tensor, targets: Tensor, *, label_smoothing: flo
 def consistency_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Forward Kullback-Leibler divergence from the teacher's distribution to the student's, a scalar.
 
-    The mean over the rows of weight above zero; 0, with a gradient of 0, where there are none. The teacher gets no
-    gradient.
+    The mean over the rows, weighted; 0, with a gradient of 0, where all weights are 0. The teacher gets no gradient.
 
     Args:
         student: float32 [G, V], at noisy states.
@@ -34,4 +36,4 @@ def consistency_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor
     """
     target = F.log_softmax(teacher.detach(), dim=-1)
     divergence = F.kl_div(F.log_softmax(student, dim=-1), target, reduction="none", log_target=True).sum(-1)
-    return (divergence * weight).sum() / weight.sum().clamp(min=1.0)
+    return (divergence * weight).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)

@@ -42,7 +42,7 @@ class Packed:
     teacher: Tensor
     """int64 [G]: index into ``rows`` of the row that a guess should agree with."""
     weight: Tensor
-    """float32 [G]: 1 where a guess counts, 0 where it sees nothing wrong, or is a teacher only."""
+    """float32 [G]: how much a guess counts; 0 where it sees nothing wrong, or is a teacher only."""
     windows: tuple[tuple[range, ...], ...]
     """For each sample and window, where its guesses lie among the G."""
 
@@ -91,47 +91,55 @@ class _Guesses:
     """Whether it stands for the state before a window: the pool does not ask for its predictions."""
 
 
-def pack(samples: Sequence[Sample], windows: Sequence[Sequence[Window]], *, local: bool = False) -> Packed:
+def pack(
+    samples: Sequence[Sample],
+    windows: Sequence[Sequence[Window]],
+    *,
+    local: bool = False,
+    distance_weight: float = 1.0,
+) -> Packed:
     """Pack samples and their windows.
 
     Args:
         local: for the local consistency loss. What is trained is then the state before each window, towards the
             logits of the window itself where it covers it, towards the clean ones before that; a window that comes
             from no other trains nothing. Otherwise windows are trained towards the clean logits (the global loss).
+        distance_weight: a guess d places behind the first wrong one counts ``distance_weight ** d``. Decoding gets to
+            the far ones only after the near ones are right.
     """
     rows: list[_Row] = []
     placed: list[list[_Guesses]] = []
     for sample, own in zip(samples, windows, strict=True):
         row = _Row(sample)
-        placed.append([guesses for window in own for guesses in _place(row, sample, window, local)])
+        placed.append([guesses for window in own for guesses in _place(row, sample, window, local, distance_weight)])
         rows.append(row)
     return _to_tensors(samples, rows, placed)
 
 
-def _place(row: _Row, sample: Sample, window: Window, local: bool) -> list[_Guesses]:
+def _place(row: _Row, sample: Sample, window: Window, local: bool, distance_weight: float) -> list[_Guesses]:
     offset = row.add(window)
     count = len(window.guesses)
     clean = [(window.start + 1 + index, False) for index in range(count)]
-    weight = [0.0] * count if local else _weights(window, sample)
+    weight = [0.0] * count if local else _weights(window, sample, distance_weight)
     own = _Guesses(offset=offset, window=window, teacher=clean, weight=weight)
     if not local or window.previous is None:
         return [own]
-    return [own, _previous_guesses(row, sample, window.previous, window, offset)]
+    weights = _weights(window.previous, sample, distance_weight)
+    return [own, _previous_guesses(row, window.previous, weights, window, offset)]
 
 
-def _previous_guesses(row: _Row, sample: Sample, before: Window, window: Window, offset: int) -> _Guesses:
+def _previous_guesses(row: _Row, before: Window, weights: list[float], window: Window, offset: int) -> _Guesses:
     covered = range(window.start + 1, window.start + 1 + len(window.guesses))
     positions = range(before.start + 1, before.start + 1 + len(before.guesses))
     teacher = [(offset + at - covered.start, True) if at in covered else (at, False) for at in positions]
-    weights = zip(_weights(before, sample), positions, strict=True)
-    weight = [value if at < covered.stop else 0.0 for value, at in weights]
+    weight = [value if at < covered.stop else 0.0 for value, at in zip(weights, positions, strict=True)]
     return _Guesses(offset=row.add(before), window=before, teacher=teacher, weight=weight, is_previous=True)
 
 
-def _weights(window: Window, sample: Sample) -> list[float]:
+def _weights(window: Window, sample: Sample, distance_weight: float) -> list[float]:
     """Guesses before the first wrong one see what their teacher sees: nothing is to be learned from them."""
     right = window.num_right(sample)
-    return [0.0 if index < right else 1.0 for index in range(len(window.guesses))]
+    return [0.0 if index < right else distance_weight ** (index - right) for index in range(len(window.guesses))]
 
 
 class _Batch:

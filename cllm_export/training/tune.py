@@ -218,7 +218,8 @@ class _Run:
         entries = self._pool.draw(options.batch_size)
         samples = [self._pool.sample(entry) for entry in entries]
         self._last_sample = samples[-1].id
-        packed = pack(samples, [entry.windows for entry in entries], local=options.objective == "local")
+        windows, is_local = [entry.windows for entry in entries], options.objective == "local"
+        packed = pack(samples, windows, local=is_local, distance_weight=options.distance_weight)
         packed = packed.to(self._accelerator.device)
         logits: Tensor = self._module(packed)
         clean, guesses = logits[: packed.num_clean], logits[packed.num_clean :]

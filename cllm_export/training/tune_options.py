@@ -23,7 +23,7 @@ CHOICES = {
 }
 COUNTS = ("num_windows", "batch_size", "gradient_accumulation", "steps", "patience")
 RATES = ("autoregressive_weight", "weight_decay", "learning_rate", "matrix_learning_rate")
-SHARES = ("label_smoothing", "decay", "evaluate_every")
+SHARES = ("label_smoothing", "distance_weight", "decay", "evaluate_every")
 POSITIVE = ("minutes", "evaluate_every", "max_gradient_norm")
 MAX_SEED = 2**32 - 1
 
@@ -51,6 +51,8 @@ class TuneOptions:
     """Forwards of an optimiser step. Its gradient is the mean of theirs, each a mean over its own tokens."""
     autoregressive_weight: float = 1.0
     """Weight of the autoregressive loss beside the consistency loss: too little of it, and models collapse."""
+    distance_weight: float = 1.0
+    """What a guess counts for each place that it stands behind the first wrong one: below 1, near ones come first."""
     label_smoothing: float = 0.0
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 2e-5

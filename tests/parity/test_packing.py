@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -261,3 +262,18 @@ def test_autocast_and_a_call_as_the_decoder_give_the_decoders_own_logits(model: 
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         through = model(input_ids=torch.tensor([sample.tokens]), use_cache=False).logits
     assert torch.equal(through[0], plain(model, sample.tokens)), "held-out decoding runs what will be exported"
+
+
+def test_a_guess_counts_less_the_further_it_stands_behind_the_first_wrong_one():
+    (sample,) = make_samples((5, 20))
+    window = make_window(sample, 6, 5, right=2)
+    packed = pack([sample], [[window]], distance_weight=0.5)
+    assert packed.weight.tolist() == [0.0, 0.0, 1.0, 0.5, 0.25]
+
+
+def test_the_local_loss_weighs_the_state_before_by_its_own_first_wrong_guess():
+    (sample,) = make_samples((5, 20))
+    before = make_window(sample, 6, 5, right=1)
+    window = replace(make_window(sample, 8, 5, right=3), previous=before)
+    packed = pack([sample], [[window]], local=True, distance_weight=0.5)
+    assert packed.weight.tolist() == [0.0] * 5 + [0.0, 1.0, 0.5, 0.25, 0.125]
