@@ -12,10 +12,13 @@ from cllm_export.contract import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
-    """How one weight of the graph is made of checkpoint tensors: stacked along their first axis, then transposed."""
+    """How one weight of the graph is made of checkpoint tensors: stacked along their first axis, ``offset`` added in
+    fp32, then transposed."""
 
     tensors: tuple[str, ...]
     transposed: bool = False
+    offset: float = 0.0
+    """For norms whose scale is 1 + weight."""
 
 
 @dataclass(kw_only=True)

@@ -70,6 +70,8 @@ def attach_weights(graph: DecoderGraph, written: dict[str, ir.ExternalTensor]) -
 def _assemble(source: WeightSource, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
     parts = [_read_checked(name, checkpoint, dtype) for name in source.tensors]
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if source.offset:
+        tensor = tensor.float().add(source.offset).to(dtype)
     return tensor.t() if source.transposed else tensor
 
 
