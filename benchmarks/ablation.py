@@ -24,20 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COMMON = [
-    "--optimizer",
-    "muon",
-    "--learning-rate",
-    "0.0015",
-    "--matrix-learning-rate",
-    "0.01",
-    "--decay",
-    "0.8",
-    "--mixed-precision",
-    "bf16",
-    "--evaluate-every",
-    "0.5",
-]
+COMMON = (
+    "--optimizer muon --learning-rate 0.0015 --matrix-learning-rate 0.01 --decay 0.9 --mixed-precision bf16 "
+    "--batch-size 16 --autoregressive-weight 5 --distance-weight 0.7 --evaluate-every 0.5"
+).split()
 COLLECTED_PROMPTS = 6000
 PROBE_STEPS = 40
 
@@ -55,16 +45,17 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
-    "packed": Row(label="packed, pad, sliding, answers, weight 1"),
+    "packed": Row(label="packed, pad, sliding, answers, weight 5, near first"),
+    "control": Row(label="autoregressive only", flags=("--objective", "autoregressive")),
     "global": Row(label="global", flags=("--objective", "global")),
     "local": Row(label="local", flags=("--objective", "local")),
     "prompt-fill": Row(label="prompt fill", flags=("--fill", "prompt"), fill="prompt"),
     "lookup-fill": Row(label="prompt lookup fill", flags=("--fill", "lookup"), fill="lookup"),
-    "weight-0.1": Row(label="autoregressive weight 0.1", flags=("--autoregressive-weight", "0.1")),
-    "weight-10": Row(label="autoregressive weight 10", flags=("--autoregressive-weight", "10")),
+    "weight-1": Row(label="autoregressive weight 1", flags=("--autoregressive-weight", "1")),
+    "weight-20": Row(label="autoregressive weight 20", flags=("--autoregressive-weight", "20")),
     "self-generated": Row(label="self-generated fixed points", self_generated=True),
     "block": Row(label="block loop", flags=("--loop", "block"), method="jacobi-block"),
-    "control": Row(label="autoregressive only", flags=("--objective", "autoregressive")),
+    "even": Row(label="near and far guesses alike", flags=("--distance-weight", "1")),
 }
 
 
