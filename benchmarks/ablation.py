@@ -24,10 +24,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COMMON = (
-    "--optimizer muon --learning-rate 0.0015 --matrix-learning-rate 0.01 --decay 0.9 --mixed-precision bf16 "
-    "--batch-size 16 --autoregressive-weight 5 --distance-weight 0.7 --evaluate-every 0.5"
-).split()
+COMMON = [
+    "--optimizer",
+    "muon",
+    "--learning-rate",
+    "0.0015",
+    "--matrix-learning-rate",
+    "0.01",
+    "--decay",
+    "0.9",
+    "--mixed-precision",
+    "bf16",
+    "--batch-size",
+    "16",
+    "--autoregressive-weight",
+    "5",
+    "--distance-weight",
+    "0.7",
+    "--evaluate-every",
+    "0.5",
+]
 COLLECTED_PROMPTS = 6000
 PROBE_STEPS = 40
 
