@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 COMMON = [
+    "--limit",
+    "30000",
     "--optimizer",
     "muon",
     "--learning-rate",
