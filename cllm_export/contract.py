@@ -122,6 +122,11 @@ def cache_names(num_layers: int) -> Iterator[tuple[str, str]]:
             yield f"past_{kind}.{layer}", f"present_{kind}.{layer}"
 
 
+def hidden_name(layer: int) -> str:
+    """Name of the value [B, n, hidden size] that enters a layer; that of ``num_layers`` leaves the last one."""
+    return f"hidden.{layer}"
+
+
 def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry: Geometry) -> None:
     """Check, on the host and before a forward, that the block's rows lie inside the extent and the cache.
 

@@ -15,7 +15,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
-from cllm_export.contract import FixedShapes, Geometry, graph_inputs, graph_outputs
+from cllm_export.contract import FixedShapes, Geometry, graph_inputs, graph_outputs, hidden_name
 from cllm_export.errors import GraphError
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.trace import TRACE_DOMAIN
@@ -86,9 +86,8 @@ def fuse_rotary(graph: DecoderGraph) -> None:
     rewrite(graph.model, pattern_rewrite_rules=pattern.RewriteRuleSet([_RotaryRule.rule()]))
     optimizer.remove_unused_nodes(graph.model)
     found, expected = graph.count("RotaryEmbedding"), 2 * graph.count("Attention")
-    markers = sum(node.domain == TRACE_DOMAIN for node in graph.graph)
+    markers = sum(node.domain == TRACE_DOMAIN and node.op_type == "Rotary" for node in graph.graph)
     _require(found == expected and not markers, f"fuse_rotary made {found} RotaryEmbedding, not {expected}")
-    graph.model.opset_imports.pop(TRACE_DOMAIN, None)
 
 
 def make_reshapes_static(graph: DecoderGraph) -> None:
@@ -160,6 +159,23 @@ def fold_query_groups(graph: DecoderGraph) -> None:
         graph.graph.insert_after(attention, back)
 
 
+def name_hidden_states(graph: DecoderGraph) -> None:
+    """Markers between layers -> names: ``hidden.0`` enters the first layer, ``hidden.L`` leaves the last.
+
+    So that a tool can take the graph apart at its layers. Post: one for each layer and one, no marker left.
+    """
+    markers = [node for node in graph.graph if node.op_type == "Hidden" and node.domain == TRACE_DOMAIN]
+    for index, marker in enumerate(markers):
+        value = marker.inputs[0]
+        assert value is not None
+        ir.convenience.replace_all_uses_with(marker.outputs[0], value)
+        value.name = hidden_name(index)
+    optimizer.remove_unused_nodes(graph.model)
+    layers = graph.count("TensorScatter") // 2
+    _require(len(markers) == layers + 1, f"name_hidden_states found {len(markers)} markers for {layers} layers")
+    graph.model.opset_imports.pop(TRACE_DOMAIN, None)
+
+
 PASSES: tuple[Pass, ...] = (
     fold_constants,
     fuse_rms_norm,
@@ -168,6 +184,7 @@ PASSES: tuple[Pass, ...] = (
     transpose_weights,
     pack_qkv,
     fold_query_groups,
+    name_hidden_states,
 )
 
 
@@ -177,14 +194,17 @@ def state_contract(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes |
         spec.name: spec
         for spec in (*graph_inputs(geometry, graph.precision, fixed), *graph_outputs(geometry, graph.precision, fixed))
     }
+    hidden = {hidden_name(index) for index in range(geometry.num_layers + 1)}
     for index, node in enumerate(graph.graph):
         node.name, node.doc_string = f"{node.op_type}_{index}", None
         node.metadata_props.clear()
         for position, value in enumerate(node.outputs):
             value.metadata_props.clear()
-            if value.name not in specs:
+            if value.name in specs:
+                continue
+            if value.name not in hidden:
                 value.name = f"{node.name}_{position}"
-                value.shape, value.type = None, None
+            value.shape, value.type = None, None
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         if spec := specs.get(str(value.name)):
             value.shape = ir.Shape(spec.shape)

@@ -26,7 +26,8 @@ from cllm_export.errors import CheckpointError, GraphError, UnsupportedError
 
 ATTENTION_NAME = "cllm_export_onnx"
 TRACE_DOMAIN = "cllm_export.trace"
-"""Domain of the two marker operators that stand for cos and sin until the rotary pass removes them."""
+"""Domain of the marker operators: Rotary stands for cos and sin until the rotary pass removes it, Hidden for the value
+between two layers until the last pass names it."""
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -103,6 +104,7 @@ class GreedyGraph(nn.Module):
         self.decoder = decoder
         self.rotary = RotaryTable(geometry, dtype)
         decoder.model.rotary_emb = self.rotary
+        _mark_hidden_states(decoder.model.layers)
         self.register_buffer("row_numbers", torch.zeros(geometry.cache_length, dtype=torch.int64), persistent=False)
 
     def forward(
@@ -129,6 +131,27 @@ class GreedyGraph(nn.Module):
         next_ids = _op("Reshape", best, _op("Shape", drafted, shape=(2,)), shape=(b, h))
         accepted = _num_accepted(input_ids, num_committed, head_rows, drafted, next_ids)
         return (next_ids, accepted, *cache.present)
+
+
+def _mark_hidden_states(layers: nn.ModuleList) -> None:
+    """Mark what each layer takes, and what the last one gives."""
+
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_hidden(inputs[0]), *inputs[1:])
+
+    def after(_: nn.Module, __: Any, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        return _hidden(output) if isinstance(output, Tensor) else (_hidden(output[0]), *output[1:])
+
+    for layer in layers:
+        layer.register_forward_pre_hook(before)
+    layers[-1].register_forward_hook(after)
+
+
+def _hidden(value: Tensor) -> Tensor:
+    marked: Tensor = torch.onnx.ops.symbolic(
+        f"{TRACE_DOMAIN}::Hidden", (value,), dtype=value.dtype, shape=list(value.shape)
+    )
+    return marked
 
 
 class RotaryTable(nn.Module):
