@@ -115,6 +115,14 @@ def verify(
     max_new_tokens: MaxNewTokensOption = 128,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
+    by_layer: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-layer/--whole",
+            help="Compare with the checkpoint layer by layer, or decode; by default whichever fits in memory.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Prove a bundle lossless, write parity.json into it, and exit with 1 if it is not."""
     from cllm_export.verify import VerifyOptions
@@ -122,7 +130,9 @@ def verify(
 
     if limit is not None and prompts is None:
         raise OptionError("--limit needs --prompts")
-    options = VerifyOptions(max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads)
+    options = VerifyOptions(
+        max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads, by_layer=by_layer
+    )
     with display.progress_bar() as progress, needs_extra("export"):
         parity = run(
             open_bundle(bundle),

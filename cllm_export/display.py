@@ -83,7 +83,17 @@ def show_parity(parity: Parity) -> None:
     for check in parity.checks:
         mark, style = MARKS[check.passed]
         OUT.print(Text.assemble((mark, style), "  ", (check.name, "bold"), "  ", check.detail))
+        if parts := check.data.get("parts"):
+            OUT.print(_parts_table(parts))
     OUT.print(Text("verified", "bold green") if parity.passed else Text("not verified", "bold red"))
+
+
+def _parts_table(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """The error of each part of a graph."""
+    table = _table("part", "largest error")
+    for part in parts:
+        table.add_row(part["part"], f"{part['error']:.1e}")
+    return table
 
 
 def show_bench(report: Mapping[str, Any]) -> None:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, Bundle, Progress
-from cllm_export.contract import Precision
-from cllm_export.errors import BundleError, ChecksumError, EngineError, OptionError, OutputError
+from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, WEIGHTS_NAME, Bundle, Progress
+from cllm_export.contract import BYTES, KV_DTYPE, Precision
+from cllm_export.errors import BundleError, ChecksumError, EngineError, GraphError, OptionError, OutputError
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import METHODS, Generation, Method, load, prefill
 from cllm_export.runtime.kv_cache import kv_extent
@@ -47,6 +47,9 @@ POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0}
 no row that a decoder ever wrote is that large."""
 
 DEFAULT_NUM_PROMPTS = 16
+HELD_BYTES = 10
+"""Bytes a parameter takes in ``verify``: fp32 in the engine, fp32 in PyTorch, and what both work with."""
+
 CORRUPTION_LIMIT = 1 << 30
 """Bytes above which a file is not copied to be corrupted; its checksum is compared all the same."""
 
@@ -93,6 +96,8 @@ class VerifyOptions:
     block_sizes: tuple[int, ...] = ()
     """Block sizes the losslessness checks run at; by default the bundle's own."""
     threads: int | None = None
+    by_layer: bool | None = None
+    """Compare with the checkpoint layer by layer instead of decoding; by default where the two do not fit in memory."""
 
 
 def verify(
@@ -106,7 +111,8 @@ def verify(
     """Run every check and write ``parity.json`` into the bundle.
 
     Without prompts, sequences of random tokens (seeded) stand for them. Without a checkpoint, a token that differs
-    across shapes cannot be shown to be a tie, and fails.
+    across shapes cannot be shown to be a tie, and fails. Where bundle and checkpoint do not fit in memory whole, the
+    report compares them layer by layer and says that nothing was decoded.
 
     Raises:
         ChecksumError: a file of the bundle is corrupted.
@@ -114,7 +120,11 @@ def verify(
     """
     options = options or VerifyOptions()
     check_writable(bundle)
+    instead = _why_by_layer(bundle, options.by_layer)
+    if instead and checkpoint is None:
+        raise OptionError(f"nothing would be decoded ({instead}): give --checkpoint to compare with")
     conditions = {
+        "by_layer": instead,
         "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
         "max_new_tokens": options.max_new_tokens,
         "compared_with_checkpoint": checkpoint is not None,
@@ -126,18 +136,70 @@ def verify(
         corrupted = Check(name="checksums", passed=False, detail=str(error))
         write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
         raise
-    session = _Session(bundle, prompts, checkpoint, options, progress or (lambda *_: None))
+    progress = progress or (lambda *_: None)
     checks = [Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files match the manifest")]
-    checks += session.token_checks()
-    checks += [
-        check_rows_are_isolated(bundle, options.threads),
-        check_dead_rows_are_hidden(bundle, options.threads),
-        check_cache_is_in_place(bundle, options.threads),
-        check_corruption_is_caught(bundle),
-    ]
+    if instead and checkpoint:
+        checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
+        checks.append(check_layers(bundle, checkpoint, threads=options.threads, progress=progress))
+    else:
+        checks += _Session(bundle, prompts, checkpoint, options, progress).token_checks()
+        checks += [
+            check_rows_are_isolated(bundle, options.threads),
+            check_dead_rows_are_hidden(bundle, options.threads),
+            check_cache_is_in_place(bundle, options.threads),
+        ]
+    checks.append(check_corruption_is_caught(bundle))
     parity = Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks))
     write_parity(bundle, parity)
     return parity
+
+
+def check_layers(
+    bundle: Bundle, checkpoint: Path, *, threads: int | None = None, progress: Progress = lambda *_: None
+) -> Check:
+    """Compare every layer with the checkpoint's own, one in memory at a time; see ``verify_layers.py``.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+    """
+    from cllm_export.exporter.checkpoint import open_checkpoint
+    from cllm_export.exporter.layer_reference import LayerReference
+    from cllm_export.verify_layers import NUM_TOKENS, compare_layers, describe
+
+    name = "layer by layer against the PyTorch checkpoint"
+    require_source(bundle, checkpoint)
+    reference = LayerReference(
+        open_checkpoint(checkpoint, max_length=bundle.manifest.max_length), bundle.manifest.precision
+    )
+    generator = random.Random(0)  # noqa: S311 - test data, not a secret
+    tokens = [generator.randrange(bundle.manifest.geometry.vocab_size) for _ in range(NUM_TOKENS)]
+    try:
+        errors = compare_layers(bundle, reference, tokens, threads=threads, progress=progress)
+    except (EngineError, GraphError) as error:
+        return Check(name=name, passed=False, detail=str(error))
+    detail, parts = describe(errors)
+    return Check(name=name, passed=all(entry.passed for entry in errors), detail=detail, data={"parts": parts})
+
+
+def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
+    """Why the bundle is compared layer by layer, or None where it is decoded."""
+    if wanted is not None:
+        return "asked for layer by layer" if wanted else None
+    manifest = bundle.manifest
+    parameters = manifest.files[WEIGHTS_NAME].size // BYTES[KV_DTYPE[manifest.precision]]
+    needed, free = HELD_BYTES * parameters, available_memory()
+    if free is None or needed <= free:
+        return None
+    return f"bundle and checkpoint would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def check_writable(bundle: Bundle) -> None:

@@ -74,7 +74,7 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         decoder = _empty_decoder(config, precision)
-        names = _checkpoint_names(decoder)
+        names = checkpoint_names(decoder)
         graph = GreedyGraph(decoder, geometry, TORCH_DTYPE[precision])
         inputs = _example_inputs(geometry, precision)
     program = _export(graph, inputs)
@@ -237,14 +237,14 @@ def _op(
 
 
 def _empty_decoder(config: PretrainedConfig, precision: Precision) -> PreTrainedModel:
-    decoder = _from_config(config, dtype=TORCH_DTYPE[precision], attn_implementation=ATTENTION_NAME)
+    decoder = decoder_from(config, dtype=TORCH_DTYPE[precision], attn_implementation=ATTENTION_NAME)
     if not (hasattr(decoder, "model") and hasattr(decoder.model, "rotary_emb") and hasattr(decoder, "lm_head")):
         raise UnsupportedError(f"{type(decoder).__name__} is not laid out as model.rotary_emb and lm_head")
     decoder.requires_grad_(False)
     return decoder.eval()
 
 
-def _from_config(
+def decoder_from(
     config: PretrainedConfig, attn_implementation: str = "eager", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     try:
@@ -260,7 +260,7 @@ def _from_config(
 def _rotary_tables(config: PretrainedConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin [C, D/2] in fp32, computed by the decoder's own rotary embedding, whatever its rope type."""
     with torch.device("meta"):
-        rotary_type = type(_from_config(config).model.rotary_emb)
+        rotary_type = type(decoder_from(config).model.rotary_emb)
     with torch.no_grad():
         cos, sin = rotary_type(config)(torch.zeros(1), torch.arange(length)[None])
     half = cos.shape[-1] // 2
@@ -272,7 +272,7 @@ def _rotary_tables(config: PretrainedConfig, length: int) -> tuple[Tensor, Tenso
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def _checkpoint_names(decoder: PreTrainedModel) -> dict[str, str]:
+def checkpoint_names(decoder: PreTrainedModel) -> dict[str, str]:
     """Parameter name in the trace -> tensor name in a checkpoint; tied parameters share the first one's."""
     first: dict[int, str] = {}
     names = {}
@@ -349,7 +349,7 @@ def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -
         CheckpointError: a tensor is missing, unexpected or of another shape; names it.
     """
     with torch.device("meta"):
-        decoder = _from_config(config)
+        decoder = decoder_from(config)
     expected = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}  # tied ones once
     for name, shape in sorted(expected.items()):
         if name not in found:
