@@ -14,6 +14,7 @@
     ├── TuningError               a tuning run that cannot start, go on or be resumed
     ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
+    ├── QueueFullError            a service that takes no more requests for now
     └── MissingExtraError         a command that needs an extra that is not installed
 
 The command line prints the message of any of these and exits with 2; a message says what was wrong, the value got,
@@ -77,6 +78,16 @@ class TrajectoryError(CllmExportError):
 
 class EngineError(CllmExportError, RuntimeError):
     """An engine failed, or was asked for a forward it cannot run."""
+
+
+class QueueFullError(CllmExportError):
+    """As many requests wait as may: nothing was queued. Try again later, or send the request elsewhere."""
+
+    def __init__(self, queue_size: int) -> None:
+        super().__init__(
+            f"the queue is full: {queue_size} requests wait already, which is its size; try again later, send the "
+            "request to another instance, or make the queue larger"
+        )
 
 
 class MissingExtraError(CllmExportError, ImportError):

@@ -26,7 +26,7 @@ from cllm_export.errors import BundleError, ChecksumError, EngineError, GraphErr
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import METHODS, Generation, Method, load, prefill
 from cllm_export.runtime.kv_cache import kv_extent
-from cllm_export.runtime.ort_engine import OrtEngine, describe_machine
+from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
 
 if TYPE_CHECKING:
     from cllm_export.exporter.reference import Reference
@@ -157,14 +157,14 @@ def verify(
 def check_layers(
     bundle: Bundle, checkpoint: Path, *, threads: int | None = None, progress: Progress = lambda *_: None
 ) -> Check:
-    """Compare every layer with the checkpoint's own, one in memory at a time; see ``verify_layers.py``.
+    """Compare every layer with the checkpoint's own, one in memory at a time; see ``exporter/layer_parity.py``.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
     """
     from cllm_export.exporter.checkpoint import open_checkpoint
+    from cllm_export.exporter.layer_parity import NUM_TOKENS, compare_layers, describe
     from cllm_export.exporter.layer_reference import LayerReference
-    from cllm_export.verify_layers import NUM_TOKENS, compare_layers, describe
 
     name = "layer by layer against the PyTorch checkpoint"
     require_source(bundle, checkpoint)
@@ -174,7 +174,7 @@ def check_layers(
     generator = random.Random(0)  # noqa: S311 - test data, not a secret
     tokens = [generator.randrange(bundle.manifest.geometry.vocab_size) for _ in range(NUM_TOKENS)]
     try:
-        errors = compare_layers(bundle, reference, tokens, threads=threads, progress=progress)
+        errors = compare_layers(bundle, reference, tokens, threads=threads or available_threads(), progress=progress)
     except (EngineError, GraphError) as error:
         return Check(name=name, passed=False, detail=str(error))
     detail, parts = describe(errors)

@@ -21,7 +21,6 @@ from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import cache_names, hidden_name
 from cllm_export.errors import EngineError, GraphError
 from cllm_export.exporter.layer_reference import Float32Array, LayerRecord, LayerReference
-from cllm_export.runtime.ort_engine import available_threads
 
 NUM_TOKENS = 24
 """Tokens compared, at most; two forwards take them, the second one over the cache that the first one wrote."""
@@ -60,7 +59,7 @@ class LayeredGraph:
         GraphError: the graph has no values between layers: an older tool made it.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int) -> None:
         self._manifest = bundle.manifest
         self._directory = bundle.path
         self._threads = threads
@@ -123,7 +122,7 @@ class LayeredGraph:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads or available_threads()
+        options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         try:
             return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -199,7 +198,7 @@ def compare_layers(
     reference: LayerReference,
     token_ids: Sequence[int],
     *,
-    threads: int | None = None,
+    threads: int,
     progress: Progress = lambda *_: None,
 ) -> list[LayerError]:
     """The error of every part of the bundle's graph, in order.

@@ -1,9 +1,4 @@
-"""Many prompts through the slots of one engine, each by its own policy; a slot that is done takes the next prompt.
-
-Prompts are read as they are decoded, by the same forwards: a slot that is still reading feeds prompt tokens as its
-block, all of them committed. So no slot waits for another's prompt, and what a slot does not use is dead rows, as a
-rejected draft's are.
-"""
+"""Many prompts through the slots of one engine, all known beforehand: evaluation, collection, held-out decoding."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.request import Decode, Method, make_decoder
+from cllm_export.runtime.scheduler import Scheduler, Task
 from cllm_export.runtime.statistics import ForwardRecord
 
 MIN_READING_WIDTH = 16
@@ -83,91 +79,25 @@ def decode_requests(
     finished: Callable[[int], None] | None = None,
 ) -> list[Decode]:
     """Like ``decode_batch``, with a limit and a seed for each prompt; ``finished`` is called with the number done."""
-    require_at_least("block_size", block_size, 1)
+    num_done = 0
 
-    def start(request: BatchRequest) -> Decode:
+    def ended(_: Task) -> None:
+        nonlocal num_done
+        num_done += 1
+        if finished:
+            finished(num_done)
+
+    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, reading_width=MIN_READING_WIDTH)
+    tasks = []
+    for request in requests:
         decoder = make_decoder(
             method, request.prompt, block_size=block_size, fill=fill, seed=request.seed, pad_token_id=pad_token_id
         )
-        return Decode(decoder, max_new_tokens=request.max_new_tokens, eos_token_ids=eos_token_ids)
-
-    slots = [_Slot(block_size, pad_token_id) for _ in range(engine.num_slots)]
-    decodes: list[Decode] = []
-    num_done = 0
-    while num_done < len(requests):
-        for slot in slots:
-            if slot.is_idle and len(decodes) < len(requests):
-                request = requests[len(decodes)]
-                decodes.append(start(request))
-                slot.admit(request.prompt, decodes[-1])
-        ended = _step(engine, slots, block_size)
-        num_done += ended
-        if ended and finished:
-            finished(num_done)
-    return decodes
-
-
-def _step(engine: Engine, slots: Sequence[_Slot], block_size: int) -> int:
-    """One forward for all slots; how many requests it ended."""
-    width = _width(engine, slots, block_size)
-    rows = [slot.next_rows(width) for slot in slots]
-    blocks, num_committed, write_index = zip(*rows, strict=True)
-    forward = engine.forward(blocks, num_committed, write_index)
-    outputs = zip(slots, forward.next_ids, forward.num_accepted, strict=True)
-    return sum(slot.take(next_ids, num_accepted) for slot, next_ids, num_accepted in outputs)
-
-
-def _width(engine: Engine, slots: Sequence[_Slot], block_size: int) -> int:
-    if engine.fixed_shapes or not any(slot.is_reading for slot in slots):
-        return block_size
-    return max(block_size, min(MIN_READING_WIDTH, engine.geometry.max_block_size))
-
-
-class _Slot:
-    """One slot: idle, reading its prompt, or decoding."""
-
-    def __init__(self, block_size: int, pad_token_id: int) -> None:
-        self._block_size = block_size
-        self._pad = pad_token_id
-        self._unread: Sequence[int] = ()
-        self._num_read = self._num_reading = 0
-        self._decode: Decode | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        return self._decode is None
-
-    @property
-    def is_reading(self) -> bool:
-        return self._num_read < len(self._unread)
-
-    def admit(self, prompt: Sequence[int], decode: Decode) -> None:
-        """Take the next request; what the slot held before is dead."""
-        self._unread, self._num_read, self._decode = prompt[:-1], 0, decode
-
-    def next_rows(self, width: int) -> tuple[list[int], int, int]:
-        """The slot's block [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0."""
-        if self._decode is None:
-            return [self._pad] * width, 0, 0
-        if self.is_reading:
-            chunk = list(self._unread[self._num_read : self._num_read + width])
-            self._num_reading = len(chunk)
-            return self._padded(chunk, width), len(chunk), self._num_read
-        tokens, num_committed = self._decode.next_block()
-        return self._padded(tokens, width), num_committed, self._decode.write_index
-
-    def take(self, next_ids: list[int], num_accepted: int) -> bool:
-        """Take the outputs for the slot; whether its request ended."""
-        if self._decode is None:
-            return False
-        if self.is_reading:
-            self._num_read += self._num_reading
-            return False
-        self._decode.take(next_ids[: self._block_size], min(num_accepted, self._block_size))
-        if self._decode.finish == "closed":
-            return False
-        self._decode = None
-        return True
-
-    def _padded(self, tokens: Sequence[int], width: int) -> list[int]:
-        return [*tokens, *[self._pad] * (width - len(tokens))]
+        decode = Decode(decoder, max_new_tokens=request.max_new_tokens, eos_token_ids=eos_token_ids)
+        tasks.append(Task(request.prompt, decode, ended=ended))
+        scheduler.submit(tasks[-1])
+    while not scheduler.is_idle:
+        scheduler.step()
+        if failed := next((task for task in tasks if task.error), None):
+            raise failed.error or AssertionError
+    return [task.decode for task in tasks]

@@ -12,9 +12,9 @@ from cllm_export import verify as verify_module
 from cllm_export.bundle import Bundle
 from cllm_export.errors import OptionError
 from cllm_export.exporter.checkpoint import SINGLE_WEIGHTS, open_checkpoint
+from cllm_export.exporter.layer_parity import LayerError, compare_layers
 from cllm_export.exporter.layer_reference import LayerReference
 from cllm_export.verify import VerifyOptions, verify
-from cllm_export.verify_layers import LayerError, compare_layers
 from tests.checkpoints import VARIANTS
 from tests.conftest import PINNED, THREADS, Workshop
 
