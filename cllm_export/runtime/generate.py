@@ -36,6 +36,7 @@ __all__ = [
     "Method",
     "Model",
     "ModelFacts",
+    "Prepared",
     "Stream",
     "load",
     "pad_token",
@@ -78,7 +79,9 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class Prepared:
+    """A request in order: every option settled and in range."""
+
     prompt: list[int]
     method: Method
     block_size: int
@@ -137,8 +140,17 @@ class Model:
             OptionError: an option is out of range.
             EngineError: the engine failed, or another request is running.
         """
-        request = self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop, ignore_eos)
-        with self._exclusive():
+        request = self.prepare(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            method=method,
+            block_size=block_size,
+            fill=fill,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        with self.in_use():
             run = _Run(self, request)
             for _ in run.tokens():
                 pass
@@ -157,7 +169,19 @@ class Model:
         ignore_eos: bool = False,
     ) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
-        return Stream(self, self._request(prompt, max_new_tokens, method, block_size, fill, seed, stop, ignore_eos))
+        return Stream(
+            self,
+            self.prepare(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                method=method,
+                block_size=block_size,
+                fill=fill,
+                seed=seed,
+                stop=stop,
+                ignore_eos=ignore_eos,
+            ),
+        )
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -188,17 +212,23 @@ class Model:
             raise PromptError(f"a prompt of token ids must hold integers from 0 to {vocabulary - 1}, got {token!r}")
         return int(index)
 
-    def _request(
+    def prepare(
         self,
         prompt: str | Sequence[int] | Messages,
-        max_new_tokens: int | None,
-        method: Method | None,
-        block_size: int | None,
-        fill: FillName | None,
-        seed: int,
-        stop: Sequence[str],
-        ignore_eos: bool,
-    ) -> _Request:
+        *,
+        max_new_tokens: int | None = None,
+        method: Method | None = None,
+        block_size: int | None = None,
+        fill: FillName | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Prepared:
+        """Settle a request's options and check them, without running anything; see ``generate`` for each.
+
+        Raises:
+            PromptError, OptionError: what is wrong with it.
+        """
         trained = self.facts.trained_with
         if method is None:
             method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
@@ -209,10 +239,10 @@ class Model:
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
         ids = self.encode(prompt)
-        return _Request(
+        return Prepared(
             prompt=ids,
             method=method,
-            block_size=self._block_size(block_size, method),
+            block_size=self.settle_block_size(block_size, method),
             fill=fill,
             seed=seed,
             max_new_tokens=_fit(len(ids), max_new_tokens, self.facts.max_length),
@@ -220,7 +250,12 @@ class Model:
             ignore_eos=ignore_eos,
         )
 
-    def _block_size(self, block_size: int | None, method: Method) -> int:
+    def settle_block_size(self, block_size: int | None, method: Method = "jacobi") -> int:
+        """n of a request's forwards.
+
+        Raises:
+            OptionError: out of range for the model.
+        """
         fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
         if block_size is None:
             pinned = fixed.block_size if fixed else None
@@ -235,7 +270,12 @@ class Model:
         return block_size
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
+        """Hold the model for one user.
+
+        Raises:
+            EngineError: it is held already.
+        """
         if not self._lock.acquire(blocking=False):
             raise EngineError("another request is running on this model: finish or close its stream first")
         try:
@@ -250,7 +290,7 @@ class Stream(Iterator[str]):
     Close it (or use it in a ``with``) to stop early; ``result`` reads what is left and gives the whole.
     """
 
-    def __init__(self, model: Model, request: _Request) -> None:
+    def __init__(self, model: Model, request: Prepared) -> None:
         self._run = _Run(model, request)
         self._deltas = self._iterate(model)
 
@@ -278,7 +318,7 @@ class Stream(Iterator[str]):
         return self._run.result()
 
     def _iterate(self, model: Model) -> Generator[str]:  # closing it unwinds the lock
-        with model._exclusive():
+        with model.in_use():
             for delta in self._run.text():
                 if delta:
                     yield delta
@@ -287,7 +327,7 @@ class Stream(Iterator[str]):
 class _Run:
     """One request on its way: prefill, then forwards until it ends."""
 
-    def __init__(self, model: Model, request: _Request) -> None:
+    def __init__(self, model: Model, request: Prepared) -> None:
         self._engine = model.engine
         self._request = request
         self._eos = frozenset(() if request.ignore_eos else model.facts.eos_token_ids)
@@ -382,10 +422,12 @@ class _Run:
         )
 
 
-def load(path: str | Path, *, threads: int | None = None) -> Model:
+def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:
     """Load a bundle for generation on the CPU.
 
     Args:
+        num_slots: B, the requests that a ``Service`` decodes at once; 1 by default. A bundle with fixed shapes has its
+            own.
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
 
@@ -398,7 +440,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
         require_at_least("threads", threads, 1)
     bundle = open_bundle(path)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
-    engine = OrtEngine(bundle, num_slots=None if pinned else 1, threads=threads)
+    engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
     return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
 
 

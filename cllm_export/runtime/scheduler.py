@@ -143,6 +143,11 @@ class Scheduler:
         task.end()
         return True
 
+    def cancel_all(self) -> None:
+        """End whatever runs and waits."""
+        for task in [slot.task for slot in self._slots if slot.task] + list(self._waiting):
+            self.cancel(task)
+
     def step(self) -> StepReport | None:
         """Admit what fits, run one forward, hand out its tokens; None where there was nothing to run.
 
@@ -159,7 +164,7 @@ class Scheduler:
         blocks, num_committed, write_index = zip(*(slot.next_rows(width) for slot in self._slots), strict=True)
         try:
             forward = self._engine.forward(blocks, num_committed, write_index)
-        except CllmExportError as error:
+        except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
         engine_seconds = self._engine.run_seconds - engine_started
@@ -189,12 +194,13 @@ class Scheduler:
             if slot.is_idle and self._waiting:
                 slot.admit(self._waiting.popleft())
 
-    def _fail(self, slots: Sequence[Slot], error: CllmExportError) -> None:
+    def _fail(self, slots: Sequence[Slot], error: Exception) -> None:
+        failure = error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")
         for slot in slots:
             task = slot.task
             slot.clear()
             if task:
-                task.end(error)
+                task.end(failure)
 
 
 class Slot:
@@ -265,11 +271,3 @@ class Slot:
 
     def _padded(self, tokens: Sequence[int], width: int) -> list[int]:
         return [*tokens, *[self._pad] * (width - len(tokens))]
-
-
-def require_sound(task: Task) -> None:
-    """Raise what ended a task that did not end by its own rules."""
-    if task.error is not None:
-        raise task.error
-    if task.is_cancelled:
-        raise EngineError("the request was cancelled")
