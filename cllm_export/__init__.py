@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from cllm_export.errors import CllmExportError
 from cllm_export.runtime.generate import Generation, Model, load
+from cllm_export.runtime.service import Handle, Service
 
-__all__ = ["CllmExportError", "Generation", "Model", "__version__", "load"]
+__all__ = ["CllmExportError", "Generation", "Handle", "Model", "Service", "__version__", "load"]
 
 __version__ = "0.1.0"
