@@ -77,6 +77,8 @@ class Variant:
     cllm: Mapping[str, Any] | None = None
     max_positions: int = MAX_POSITIONS
     seed: int = 0
+    embedding_scale: float = 0.3
+    """Standard deviation of the embeddings: small where a family multiplies them, or no layer would change a token."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,10 +116,12 @@ VARIANTS: dict[str, Variant] = {
     "qwen2-sliding": Variant(
         family="qwen2", config={"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
     ),
-    "gemma": Variant(family="gemma", num_kv_heads=1, head_dim=32),
+    "gemma": Variant(family="gemma", num_kv_heads=1, head_dim=32, embedding_scale=0.06),
     "gemma2": Variant(
         family="gemma2",
+        tied=False,
         dtype="bfloat16",
+        embedding_scale=0.06,
         config={
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 24,
@@ -127,6 +131,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "gemma3": Variant(
         family="gemma3_text",
+        embedding_scale=0.06,
         rope=LAYERED_ROPE,
         config={
             "sliding_window": WINDOW,
@@ -160,6 +165,14 @@ VARIANTS: dict[str, Variant] = {
 }
 """The checkpoints that the parity tests export: every family, and every option at least once."""
 
+UNTRAINABLE = {
+    name: variant
+    for name, variant in VARIANTS.items()
+    if variant.config.get("sliding_window") == WINDOW or "attn_logit_softcapping" in variant.config
+}
+"""Those that training and decoding in PyTorch refuse."""
+TRAINABLE = tuple(name for name in VARIANTS if name not in UNTRAINABLE)
+
 
 def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
     """Write a checkpoint with random weights, a tokenizer and a generation config; equal variants give equal bytes."""
@@ -189,7 +202,8 @@ def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_random_like(name, parameter))
+            scale = variant.embedding_scale if "embed" in name else 0.3
+            parameter.copy_(_random_like(name, parameter, scale))
     model = model.to(getattr(torch, variant.dtype))
     model.generation_config.eos_token_id = variant.eos if isinstance(variant.eos, int) else list(variant.eos)
     directory.mkdir(parents=True, exist_ok=True)
@@ -202,13 +216,13 @@ def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
     return directory
 
 
-def _random_like(name: str, parameter: Tensor) -> Tensor:
+def _random_like(name: str, parameter: Tensor, scale: float) -> Tensor:
     import torch
 
     noise = torch.randn(parameter.shape)
     if "norm" in name:
         return 1 + 0.3 * noise
-    return 0.3 * noise
+    return scale * noise
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from cllm_export.errors import CheckpointError
-from cllm_export.exporter.checkpoint import open_checkpoint
+from cllm_export.exporter.checkpoint import default_max_length, open_checkpoint
+from cllm_export.exporter.rotary import settle_rope
 
 
 class Prediction(NamedTuple):
@@ -27,6 +28,8 @@ class Prediction(NamedTuple):
 
 class Reference:
     """The stock transformers model of a checkpoint, in fp32 on the CPU.
+
+    Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or unsupported.
@@ -43,6 +46,7 @@ class Reference:
             self._tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, **options)
         except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
             raise CheckpointError(f"transformers does not load {checkpoint_path}: {error}") from None
+        settle_rope(self._model.model.rotary_emb, max_length or default_max_length(self.checkpoint.config))
 
     def encode(self, content: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a prompt, text or messages, as transformers' own tokenizer of the checkpoint gives them."""

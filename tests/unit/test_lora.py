@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 
 from cllm_export.errors import OptionError  # noqa: E402 - after the skips
 from cllm_export.training.lora import PROJECTIONS, LoraOptions, add_lora, merge_lora  # noqa: E402
-from tests.checkpoints import VARIANTS  # noqa: E402
+from tests.checkpoints import TRAINABLE  # noqa: E402
 from tests.conftest import Workshop  # noqa: E402
 
 OPTIONS = LoraOptions(rank=3, alpha=7.0)
@@ -52,7 +52,7 @@ def test_a_fresh_adapter_changes_nothing(workshop: Workshop):
         assert torch.equal(decoder(tokens, use_cache=False).logits, before)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_merged_weights_are_those_that_peft_merges(workshop: Workshop, name: str):
     """One product of rank 3 added to each weight, in another order of the same sums: 1e-6 of values about 1."""
     from peft import LoraConfig, get_peft_model
