@@ -220,7 +220,7 @@ def _random_like(name: str, parameter: Tensor, scale: float) -> Tensor:
     import torch
 
     noise = torch.randn(parameter.shape)
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         return 1 + 0.3 * noise
     return scale * noise
 

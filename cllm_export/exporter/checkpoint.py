@@ -25,7 +25,8 @@ from cllm_export.bundle import (
     require_plain_name,
     sha256_of,
 )
-from cllm_export.errors import BundleError, CheckpointError, OptionError, UnsupportedError
+from cllm_export.errors import BundleError, CheckpointError, CllmExportError, OptionError, UnsupportedError
+from cllm_export.exporter.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,18 @@ class Checkpoint:
     def tokenizer_config(self) -> Mapping[str, Any]:
         path = self.path / "tokenizer_config.json"
         return _read_json(path) if path.exists() else {}
+
+    @cached_property
+    def tokenizer_json(self) -> bytes:
+        """``tokenizer.json``, made of ``tokenizer.model`` where that is all there is.
+
+        Raises:
+            MissingExtraError: the packages for that are not installed.
+        """
+        if (self.path / TOKENIZER_NAME).is_file():
+            return (self.path / TOKENIZER_NAME).read_bytes()
+        text: str = convert_tokenizer(self.path, self.tokenizer_config).backend_tokenizer.to_str(pretty=True)
+        return text.encode()
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -188,9 +201,9 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Check
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     raw = _read_json(path / "config.json")
     _refuse_unsupported(raw, path)
-    if not (path / TOKENIZER_NAME).is_file():
+    if not (path / TOKENIZER_NAME).is_file() and not (path / SENTENCEPIECE_NAME).is_file():
         raise CheckpointError(
-            f"{path} has no {TOKENIZER_NAME}; save a fast tokenizer into it with "
+            f"{path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     config = _read_config(path)
@@ -215,8 +228,8 @@ def window_within(config: PretrainedConfig, max_length: int) -> int | None:
 
 
 def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
-    """Refuse what a bundle can express, but training and decoding in PyTorch cannot: their mask is causal alone, and
-    PyTorch's attention has no softcap.
+    """Refuse what a bundle can express, but training and decoding in PyTorch cannot: their mask is causal alone,
+    PyTorch's attention has no softcap, and they read ``tokenizer.json``.
 
     Raises:
         UnsupportedError: such a checkpoint would be trained, or decoded, as another model than it is.
@@ -230,6 +243,11 @@ def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
         raise UnsupportedError(
             f"{checkpoint.path} caps its attention scores (attn_logit_softcapping), which training and decoding in "
             "PyTorch cannot do yet: build a bundle, which can"
+        )
+    if not (checkpoint.path / TOKENIZER_NAME).is_file():
+        raise UnsupportedError(
+            f"{checkpoint.path} has no {TOKENIZER_NAME}, only {SENTENCEPIECE_NAME}: build a bundle, which converts it, "
+            f"and copy the bundle's {TOKENIZER_NAME} into the checkpoint"
         )
 
 
@@ -318,7 +336,9 @@ def _check_sections(checkpoint: Checkpoint) -> None:
             f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
         ) from None
     try:
-        Tokenizer.from_file(str(checkpoint.path / TOKENIZER_NAME))
+        Tokenizer.from_buffer(checkpoint.tokenizer_json)
+    except CllmExportError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{checkpoint.path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
     _check_tied_head(checkpoint)

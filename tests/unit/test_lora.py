@@ -66,7 +66,7 @@ def test_merged_weights_are_those_that_peft_merges(workshop: Workshop, name: str
     assert merged.keys() == expected.keys() == load(workshop, name).state_dict().keys()
     for key, tensor in merged.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5, msg=key)
-    key = "model.layers.0.self_attn.q_proj.weight"
+    key = "model.layers.0.self_attn.o_proj.weight"
     assert not torch.equal(merged[key], load(workshop, name).state_dict()[key]), "the adapters do something"
 
 
