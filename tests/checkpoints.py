@@ -140,7 +140,7 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
     "phi3": Variant(family="phi3", tied=False, num_kv_heads=4, config={"sliding_window": WINDOW}),
-    "phi4-longrope": Variant(family="phi3", rope=LONGROPE),
+    "phi4-longrope": Variant(family="phi3", rope=LONGROPE, config={"original_max_position_embeddings": 64}),
     "granite": Variant(
         family="granite",
         config={

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import io
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from cllm_export.exporter.checkpoint import open_checkpoint
 from cllm_export.runtime.text import TextCodec
 from tests.checkpoints import BOS, edit_json
 from tests.conftest import Workshop
-from tests.e2e.conftest import assert_refused, run_process
-from tests.e2e.test_missing_extras import without
 
 LLAMA_SETTINGS: dict[str, Any] = {
     "tokenizer_class": "LlamaTokenizer",
@@ -128,12 +128,13 @@ def test_a_damaged_sentencepiece_model_is_refused(checkpoint: Path, tmp_path: Pa
         open_checkpoint(copy)
 
 
-@pytest.mark.parametrize("package", ["sentencepiece", "google"])
-def test_without_the_packages_that_convert_it_a_build_prints_what_to_install(
-    workshop: Workshop, tmp_path: Path, package: str
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_without_a_package_that_converts_it_the_error_says_what_to_install(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ):
     path = shutil.copytree(workshop.checkpoint("small"), tmp_path / "checkpoint")
     (path / "tokenizer.json").rename(path / "tokenizer.model")
-    outcome = run_process("build", path, "--output", tmp_path / "bundle", prelude=without(package))
-    assert_refused(outcome, "pip install 'cllm-export[sentencepiece]'", "not installed")
-    assert not (tmp_path / "bundle").exists()
+    for name in ("sentencepiece", "google.protobuf"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else ModuleType(name))
+    with pytest.raises(MissingExtraError, match=rf"'{package}', which is not.*'cllm-export\[sentencepiece\]'"):
+        open_checkpoint(path)
