@@ -50,7 +50,7 @@ def fold_constants(graph: DecoderGraph) -> None:
 
 
 def store_offsets(graph: DecoderGraph) -> None:
-    """weight + number -> a weight stored with that number added, which is how Gemma's norms are scaled by 1 + weight."""
+    """weight + number -> a weight stored with that number added: Gemma's norms are scaled by 1 + weight."""
     for add in [node for node in graph.graph if node.op_type == "Add"]:
         for value, other in (add.inputs, reversed(add.inputs)):
             weight = _behind_cast(value)

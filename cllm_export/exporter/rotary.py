@@ -24,8 +24,9 @@ def settle_rope(rotary: nn.Module, max_length: int) -> None:
     positions = torch.arange(max_length)[None]
     for layer_type in _layer_types(rotary):
         _cos_sin(rotary, positions, layer_type)
-    settled: Any = "default"  # the one type whose frequencies no forward touches
-    rotary.rope_type = dict.fromkeys(rotary.rope_type, settled) if isinstance(rotary.rope_type, dict) else settled
+    rope_type: Any = rotary.rope_type
+    settled = "default"  # the one type whose frequencies no forward touches
+    rotary.rope_type = dict.fromkeys(rope_type, settled) if isinstance(rope_type, dict) else settled  # type: ignore[assignment]
 
 
 def rotary_tables(rotary_type: type[nn.Module], config: PretrainedConfig, *, max_length: int, length: int) -> Tables:
@@ -37,7 +38,9 @@ def rotary_tables(rotary_type: type[nn.Module], config: PretrainedConfig, *, max
     rotary = rotary_type(config)
     settle_rope(rotary, max_length)
     positions = torch.arange(length)[None]
-    return {layer_type: _halves(rotary, *_cos_sin(rotary, positions, layer_type)) for layer_type in _layer_types(rotary)}
+    return {
+        layer_type: _halves(rotary, *_cos_sin(rotary, positions, layer_type)) for layer_type in _layer_types(rotary)
+    }
 
 
 def _layer_types(rotary: nn.Module) -> tuple[str | None, ...]:

@@ -310,7 +310,7 @@ def _from_config(
 
 
 def _rotary_tables(config: PretrainedConfig, *, max_length: int, length: int) -> Tables:
-    """cos and sin of positions 0..length - 1, computed by the decoder's own rotary embedding, whatever its rope type."""
+    """cos and sin of positions 0..length - 1, by the decoder's own rotary embedding, whatever its rope type."""
     with torch.device("meta"):
         rotary_type = type(_from_config(config).model.rotary_emb)
     return rotary_tables(rotary_type, config, max_length=max_length, length=length)

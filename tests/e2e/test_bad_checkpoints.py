@@ -127,7 +127,9 @@ BEFORE_ANY_WORK: dict[str, Case] = {
     ),
     "a LoRA adapter": Case(renamed("model.safetensors", "adapter_config.json"), ("LoRA adapter", "merge_and_unload")),
     "family gpt2": Case(config(model_type="gpt2"), ("'gpt2'", "llama, mistral, ministral, qwen2, qwen3, gemma")),
-    "family made up": Case(config(model_type="frobnicate"), ("'frobnicate'", "llama, mistral, ministral, qwen2, qwen3, gemma")),
+    "family made up": Case(
+        config(model_type="frobnicate"), ("'frobnicate'", "llama, mistral, ministral, qwen2, qwen3, gemma")
+    ),
     "mixtral": Case(config(model_type="mixtral"), ("'mixtral'", "mixture of experts", "every expert", "dense model")),
     "qwen3_moe": Case(config(model_type="qwen3_moe"), ("'qwen3_moe'", "mixture of experts")),
     "experts by their key": Case(config(num_local_experts=8), ("'llama'", "mixture of experts")),
@@ -142,7 +144,8 @@ BEFORE_ANY_WORK: dict[str, Case] = {
     "quantised weights": Case(config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantised",)),
     "rope type of no table": Case(rope("proportional"), ("rope type 'proportional'", "default, linear, llama3, yarn")),
     "rope type dynamic beyond its length": Case(
-        rope("dynamic"), ("rope type 'dynamic'", "beyond 256 positions", "--max-length 256 or less", "it is 257"),
+        rope("dynamic"),
+        ("rope type 'dynamic'", "beyond 256 positions", "--max-length 256 or less", "it is 257"),
         ("--max-length", 257),
     ),
     "rope type dynamic, as older configs spell it": Case(

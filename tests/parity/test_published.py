@@ -1,4 +1,4 @@
-"""Published CLLM checkpoints: their configs are accepted as the hub spells them, and shrunk copies decode losslessly."""
+"""Published CLLM checkpoints: their configs are accepted as the hub spells them; shrunk copies decode losslessly."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def test_tables_are_those_that_transformers_has_for_a_text_of_the_max_length(
 
 
 def test_layers_of_two_types_have_a_table_each():
-    config = config_of("gemma3_text", LAYERED_ROPE, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    config = config_of(
+        "gemma3_text", LAYERED_ROPE, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]
+    )
     tables = rotary_tables(Gemma3RotaryEmbedding, config, max_length=100, length=120)
     assert set(tables) == {"sliding_attention", "full_attention"}
     for layer_type, (cos, _) in tables.items():

@@ -44,7 +44,7 @@ LED_BY_SPACE = (" one space", "   three spaces", "\n newline first", " ")
 
 @pytest.fixture(scope="module")
 def checkpoint(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with the kind of tokenizer that LLaMA-2 has: BPE, bytes for what it does not know, no normalising."""
+    """A tiny Llama with the kind of tokenizer that LLaMA-2 has: BPE, bytes for the unknown, no normalising."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra 'sentencepiece'")
     path = shutil.copytree(workshop.checkpoint("small"), tmp_path_factory.mktemp("slow") / "checkpoint")
     (path / "tokenizer.json").unlink()

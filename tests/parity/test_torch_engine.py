@@ -245,7 +245,7 @@ def test_what_a_causal_mask_alone_would_decode_wrongly_is_refused(workshop: Work
     with pytest.raises(UnsupportedError, match=words):
         load_checkpoint(workshop.checkpoint(name))
     if softcap:
-        with pytest.raises(UnsupportedError, match="attn_logit_softcapping.*build a bundle"):
+        with pytest.raises(UnsupportedError, match=r"attn_logit_softcapping.*build a bundle"):
             load_checkpoint(workshop.checkpoint(name), max_length=WINDOW)
     else:
         assert load_checkpoint(workshop.checkpoint(name), max_length=WINDOW).facts.max_length == WINDOW
