@@ -53,28 +53,31 @@ def store_offsets(graph: DecoderGraph) -> None:
     """weight + number -> a weight stored with that number added: Gemma's norms are scaled by 1 + weight."""
     for add in [node for node in graph.graph if node.op_type == "Add"]:
         for value, other in (add.inputs, reversed(add.inputs)):
-            weight = _behind_cast(value)
-            offset = ir.convenience.get_const_tensor(other) if other is not None else None
-            if weight is None or weight.name not in graph.weights or offset is None or offset.size != 1:
-                continue
-            source = graph.weights[weight.name]
-            number = float(offset.numpy().item())
-            assert weight.shape is not None and value is not None
-            shape = tuple(int(dim) for dim in weight.shape.dims)  # type: ignore[arg-type]
-            stored = graph.add_weight(
-                f"{weight.name}{number:+g}", replace(source, offset=source.offset + number), shape=shape, like=weight
-            )
-            add.outputs[0].shape, add.outputs[0].type = value.shape, value.type
-            if value is weight:
-                ir.convenience.replace_all_uses_with(add.outputs[0], stored)
-            else:
-                cast = value.producer()
-                assert cast is not None
-                again = ir.node("Cast", [stored], dict(cast.attributes))
-                again.outputs[0].shape, again.outputs[0].type = value.shape, value.type
-                graph.graph.insert_before(add, again)
-                ir.convenience.replace_all_uses_with(add.outputs[0], again.outputs[0])
-            break
+            weight, number = _behind_cast(value), _number(other)
+            if weight is not None and weight.name in graph.weights and number is not None:
+                _store_sum(graph, add, value, weight, number)
+                break
+
+
+def _store_sum(graph: DecoderGraph, add: ir.Node, value: ir.Value | None, weight: ir.Value, number: float) -> None:
+    """Let what reads ``add`` read a weight with the number in it, cast as ``value``, which may be ``weight`` itself."""
+    assert value is not None and weight.shape is not None
+    source = graph.weights[str(weight.name)]
+    shape = tuple(int(dim) for dim in weight.shape.dims)  # type: ignore[arg-type]
+    stored = graph.add_weight(
+        f"{weight.name}{number:+g}", replace(source, offset=source.offset + number), shape=shape, like=weight
+    )
+    if value is not weight:
+        cast = ir.node("Cast", [stored], {"to": add.outputs[0].dtype})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        graph.graph.insert_before(add, cast)
+        stored = cast.outputs[0]
+    ir.convenience.replace_all_uses_with(add.outputs[0], stored)
+
+
+def _number(value: ir.Value | None) -> float | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
 
 
 def _behind_cast(value: ir.Value | None) -> ir.Value | None:
