@@ -37,11 +37,13 @@ def adapted(workshop: Workshop, name: str) -> Any:
     return decoder
 
 
-def test_only_adapters_train_and_every_projection_has_one(workshop: Workshop):
-    decoder = adapted(workshop, "llama")
+@pytest.mark.parametrize("name", ["llama", "phi4-longrope", "stablelm"])
+def test_only_adapters_train_and_every_projection_has_one(workshop: Workshop, name: str):
+    decoder = adapted(workshop, name)
+    projections = [part for part in load(workshop, name).model.layers.modules() if isinstance(part, torch.nn.Linear)]
     trained = [name for name, parameter in decoder.named_parameters() if parameter.requires_grad]
     assert all(".lora_" in name for name in trained)
-    assert len(trained) == 2 * len(PROJECTIONS) * decoder.config.num_hidden_layers
+    assert len(trained) == 2 * len(projections)
 
 
 def test_a_fresh_adapter_changes_nothing(workshop: Workshop):
