@@ -8,12 +8,13 @@ from typing import Literal
 
 from cllm_export.errors import MissingExtraError
 
-Extra = Literal["export", "train"]
+Extra = Literal["export", "train", "sentencepiece"]
 
 _EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 _PACKAGES: dict[Extra, tuple[str, ...]] = {
     "export": _EXPORT,
     "train": (*_EXPORT, "pyarrow", "accelerate", "peft", "tensorboard"),
+    "sentencepiece": ("sentencepiece", "google"),
 }
 
 

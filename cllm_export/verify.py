@@ -169,7 +169,9 @@ def check_layers(
     name = "layer by layer against the PyTorch checkpoint"
     require_source(bundle, checkpoint)
     reference = LayerReference(
-        open_checkpoint(checkpoint, max_length=bundle.manifest.max_length), bundle.manifest.precision
+        open_checkpoint(checkpoint, max_length=bundle.manifest.max_length),
+        bundle.manifest.precision,
+        max_length=bundle.manifest.max_length,
     )
     generator = random.Random(0)  # noqa: S311 - test data, not a secret
     tokens = [generator.randrange(bundle.manifest.geometry.vocab_size) for _ in range(NUM_TOKENS)]

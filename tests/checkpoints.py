@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 MAX_POSITIONS = 256
+WINDOW = 24
+"""Of the layers that slide: far shorter than prompts and extents, and no multiple of a step of either."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
@@ -41,6 +43,20 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.5, 3.5, 4.5],
+    "original_max_position_embeddings": 64,
+}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+LAYERED_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 
@@ -61,6 +77,8 @@ class Variant:
     cllm: Mapping[str, Any] | None = None
     max_positions: int = MAX_POSITIONS
     seed: int = 0
+    embedding_scale: float = 0.3
+    """Standard deviation of the embeddings: small where a family multiplies them, or no layer would change a token."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -87,8 +105,73 @@ VARIANTS: dict[str, Variant] = {
     ),
     "qwen3": Variant(family="qwen3", head_dim=32, sharded=True),
     "qwen3-untied-bias": Variant(family="qwen3", tied=False, num_kv_heads=4, config={"attention_bias": True}),
+    "llama-dynamic": Variant(rope=DYNAMIC_ROPE, num_layers=1),
+    "mistral-sliding": Variant(family="mistral", tied=False, config={"sliding_window": WINDOW}),
+    "ministral": Variant(
+        family="ministral",
+        tied=False,
+        head_dim=32,
+        config={"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "qwen2-sliding": Variant(
+        family="qwen2", config={"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    ),
+    "gemma": Variant(family="gemma", num_kv_heads=1, head_dim=32, embedding_scale=0.06),
+    "gemma2": Variant(
+        family="gemma2",
+        tied=False,
+        dtype="bfloat16",
+        embedding_scale=0.06,
+        config={
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 15.0,
+        },
+    ),
+    "gemma3": Variant(
+        family="gemma3_text",
+        embedding_scale=0.06,
+        rope=LAYERED_ROPE,
+        config={
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    "phi3": Variant(family="phi3", tied=False, num_kv_heads=4, config={"sliding_window": WINDOW}),
+    "phi4-longrope": Variant(family="phi3", rope=LONGROPE, config={"original_max_position_embeddings": 64}),
+    "granite": Variant(
+        family="granite",
+        config={
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": Variant(family="olmo2", tied=False),
+    "smollm3": Variant(family="smollm3", config={"no_rope_layer_interval": 2}),
+    "starcoder2": Variant(family="starcoder2", config={"use_bias": True, "sliding_window": WINDOW}),
+    "stablelm": Variant(family="stablelm", tied=False, rope=PARTIAL_ROPE, config={"use_qkv_bias": True}),
+    "stablelm-parallel": Variant(
+        family="stablelm",
+        tied=False,
+        num_layers=1,
+        rope=PARTIAL_ROPE,
+        config={"use_parallel_residual": True, "qk_layernorm": True},
+    ),
 }
 """The checkpoints that the parity tests export: every family, and every option at least once."""
+
+UNTRAINABLE = {
+    name: variant
+    for name, variant in VARIANTS.items()
+    if variant.config.get("sliding_window") == WINDOW or "attn_logit_softcapping" in variant.config
+}
+"""Those that training and decoding in PyTorch refuse."""
+TRAINABLE = tuple(name for name in VARIANTS if name not in UNTRAINABLE)
 
 
 def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
@@ -119,7 +202,8 @@ def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_random_like(name, parameter))
+            scale = variant.embedding_scale if "embed" in name else 0.3
+            parameter.copy_(_random_like(name, parameter, scale))
     model = model.to(getattr(torch, variant.dtype))
     model.generation_config.eos_token_id = variant.eos if isinstance(variant.eos, int) else list(variant.eos)
     directory.mkdir(parents=True, exist_ok=True)
@@ -132,13 +216,13 @@ def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
     return directory
 
 
-def _random_like(name: str, parameter: Tensor) -> Tensor:
+def _random_like(name: str, parameter: Tensor, scale: float) -> Tensor:
     import torch
 
     noise = torch.randn(parameter.shape)
-    if "norm" in name:
+    if "norm" in name and not name.endswith("bias"):
         return 1 + 0.3 * noise
-    return 0.3 * noise
+    return scale * noise
 
 
 @functools.cache

@@ -25,17 +25,35 @@ from cllm_export.bundle import (
     require_plain_name,
     sha256_of,
 )
-from cllm_export.errors import BundleError, CheckpointError, OptionError, UnsupportedError
+from cllm_export.errors import BundleError, CheckpointError, CllmExportError, OptionError, UnsupportedError
+from cllm_export.exporter.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "granite",
+    "olmo2",
+    "smollm3",
+    "starcoder2",
+    "stablelm",
+)
 """Model types the exporter has a parity test for."""
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose table depends on the position alone."""
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+"""Rotary embeddings whose table depends on the position alone, or on the position and the length built for."""
 
 DEFAULT_MAX_LENGTH_CAP = 2048
 
@@ -86,6 +104,18 @@ class Checkpoint:
     def tokenizer_config(self) -> Mapping[str, Any]:
         path = self.path / "tokenizer_config.json"
         return _read_json(path) if path.exists() else {}
+
+    @cached_property
+    def tokenizer_json(self) -> bytes:
+        """``tokenizer.json``, made of ``tokenizer.model`` where that is all there is.
+
+        Raises:
+            MissingExtraError: the packages for that are not installed.
+        """
+        if (self.path / TOKENIZER_NAME).is_file():
+            return (self.path / TOKENIZER_NAME).read_bytes()
+        text: str = convert_tokenizer(self.path, self.tokenizer_config).backend_tokenizer.to_str(pretty=True)
+        return text.encode()
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -171,17 +201,54 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Check
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     raw = _read_json(path / "config.json")
     _refuse_unsupported(raw, path)
-    if not (path / TOKENIZER_NAME).is_file():
+    if not (path / TOKENIZER_NAME).is_file() and not (path / SENTENCEPIECE_NAME).is_file():
         raise CheckpointError(
-            f"{path} has no {TOKENIZER_NAME}; save a fast tokenizer into it with "
+            f"{path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     config = _read_config(path)
-    _refuse_window(config, path, max_length)
-    _refuse_rope(config, path)
+    _refuse_layers(config, path)
+    _refuse_rope(config, path, max_length)
     checkpoint = Checkpoint(path=path, raw_config=raw, config=config, tensors=_find_tensors(path))
     _check_sections(checkpoint)
     return checkpoint
+
+
+def layer_types_of(config: PretrainedConfig) -> list[str] | None:
+    """The type of each layer; None for a family that knows no types, whatever its ``config.json`` says."""
+    return list(config.layer_types) if hasattr(type(config), "layer_types") else None
+
+
+def window_within(config: PretrainedConfig, max_length: int) -> int | None:
+    """The sliding window, in tokens, of the layers that have one; None where no text of ``max_length`` is longer."""
+    layer_types = layer_types_of(config)
+    slides = hasattr(type(config), "sliding_window") if layer_types is None else "sliding_attention" in layer_types
+    window: int | None = config.sliding_window if slides else None
+    return window if window is not None and window < max_length else None
+
+
+def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
+    """Refuse what a bundle can express, but training and decoding in PyTorch cannot: their mask is causal alone,
+    PyTorch's attention has no softcap, and they read ``tokenizer.json``.
+
+    Raises:
+        UnsupportedError: such a checkpoint would be trained, or decoded, as another model than it is.
+    """
+    if (window := window_within(checkpoint.config, max_length)) is not None:
+        raise UnsupportedError(
+            f"{checkpoint.path} has layers with a sliding window of {window} tokens, and training and decoding in "
+            f"PyTorch know no window: choose --max-length {window} or less (it is {max_length}), or build a bundle"
+        )
+    if getattr(checkpoint.config, "attn_logit_softcapping", None):
+        raise UnsupportedError(
+            f"{checkpoint.path} caps its attention scores (attn_logit_softcapping), which training and decoding in "
+            "PyTorch cannot do yet: build a bundle, which can"
+        )
+    if not (checkpoint.path / TOKENIZER_NAME).is_file():
+        raise UnsupportedError(
+            f"{checkpoint.path} has no {TOKENIZER_NAME}, only {SENTENCEPIECE_NAME}: build a bundle, which converts it, "
+            f"and copy the bundle's {TOKENIZER_NAME} into the checkpoint"
+        )
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
@@ -189,37 +256,59 @@ def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
     for reason, applies in _REFUSALS.items():
         if applies(raw):
             raise UnsupportedError(f"{path} (model type {family!r}) uses {reason}, which is not supported yet")
+    if _has_experts(raw):
+        raise UnsupportedError(
+            f"{path} (model type {family!r}) is a mixture of experts, which is not supported: its graph would have to "
+            "compute and read every expert, masked, in every forward, and lose what the experts are for; "
+            "choose a dense model"
+        )
+    if family == "gemma3":
+        raise UnsupportedError(
+            f"{path} has model type 'gemma3', which holds a vision encoder too; supported is its text model alone "
+            "(model type 'gemma3_text'): save that with Gemma3ForCausalLM"
+        )
     if family not in FAMILIES:
         raise UnsupportedError(f"{path} has model type {family!r}; supported are {', '.join(FAMILIES)}")
 
 
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_FAMILIES = ("mixtral", "dbrx", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text", "jamba")
+"""Model types of mixtures of experts whose name does not say so."""
+
+
+def _has_experts(raw: Mapping[str, Any]) -> bool:
+    family = str(raw.get("model_type"))
+    return "moe" in family or family in EXPERT_FAMILIES or any(raw.get(key) for key in EXPERT_KEYS)
+
+
 _REFUSALS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "a mixture of experts": lambda raw: any(raw.get(key) for key in ("num_experts", "num_local_experts")),
-    "attention softcapping": lambda raw: bool(raw.get("attn_logit_softcapping")),
-    "logit softcapping": lambda raw: bool(raw.get("final_logit_softcapping")),
     "quantised weights (quantization_config)": lambda raw: bool(raw.get("quantization_config")),
     "weights of another name (transformers_weights)": lambda raw: bool(raw.get("transformers_weights")),
     "an encoder (is_encoder_decoder)": lambda raw: bool(raw.get("is_encoder_decoder")),
+    "bidirectional attention (use_bidirectional_attention)": lambda raw: bool(raw.get("use_bidirectional_attention")),
 }
 
 
-def _refuse_window(config: PretrainedConfig, path: Path, max_length: int | None) -> None:
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else config.model_type == "mistral"
-    length = max_length or default_max_length(config)
-    if window is not None and slides and length > window:
+def _refuse_layers(config: PretrainedConfig, path: Path) -> None:
+    if unknown := sorted(set(layer_types_of(config) or ()) - LAYER_TYPES):
         raise UnsupportedError(
-            f"{path} uses a sliding window of {window} tokens, which is not supported beyond that length yet; "
-            f"build with --max-length {window} or less, where it has no effect"
+            f"{path} has layers of type {unknown[0]!r}; supported are {', '.join(sorted(LAYER_TYPES))}"
         )
 
 
-def _refuse_rope(config: PretrainedConfig, path: Path) -> None:
+def _refuse_rope(config: PretrainedConfig, path: Path, max_length: int | None) -> None:
     parameters = getattr(config, "rope_parameters", None) or {}
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise UnsupportedError(f"{path} has rope type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
+    nested = [part for name, part in parameters.items() if name in LAYER_TYPES and part]
+    rope_types = {part.get("rope_type", "default") for part in nested or [parameters]}
+    if unknown := sorted(rope_types - set(ROPE_TYPES)):
+        raise UnsupportedError(f"{path} has rope type {unknown[0]!r}; supported are {', '.join(ROPE_TYPES)}")
+    limit = int(config.max_position_embeddings)
+    if "dynamic" in rope_types and (max_length or 0) > limit:
+        raise UnsupportedError(
+            f"{path} has rope type 'dynamic', which beyond {limit} positions has other frequencies for every length, "
+            f"and a graph has one table: choose --max-length {limit} or less, where it scales nothing (it is "
+            f"{max_length})"
+        )
 
 
 def _read_config(path: Path) -> PretrainedConfig:
@@ -247,7 +336,9 @@ def _check_sections(checkpoint: Checkpoint) -> None:
             f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
         ) from None
     try:
-        Tokenizer.from_file(str(checkpoint.path / TOKENIZER_NAME))
+        Tokenizer.from_buffer(checkpoint.tokenizer_json)
+    except CllmExportError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{checkpoint.path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
     _check_tied_head(checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalizatio
 
 from cllm_export.contract import FixedShapes, Geometry, graph_inputs, graph_outputs, hidden_name
 from cllm_export.errors import GraphError
-from cllm_export.exporter.graph import DecoderGraph, WeightSource
+from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.trace import TRACE_DOMAIN
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,63 @@ def fold_constants(graph: DecoderGraph) -> None:
         logging.getLogger("onnxscript").setLevel(level)
 
 
+def store_offsets(graph: DecoderGraph) -> None:
+    """weight + number -> a weight stored with that number added: Gemma's norms are scaled by 1 + weight."""
+    for add in [node for node in graph.graph if node.op_type == "Add"]:
+        for value, other in (add.inputs, reversed(add.inputs)):
+            weight, number = _behind_cast(value), _number(other)
+            if weight is not None and weight.name in graph.weights and number is not None:
+                _store_sum(graph, add, value, weight, number)
+                break
+
+
+def _store_sum(graph: DecoderGraph, add: ir.Node, value: ir.Value | None, weight: ir.Value, number: float) -> None:
+    """Let what reads ``add`` read a weight with the number in it, cast as ``value``, which may be ``weight`` itself."""
+    assert value is not None and weight.shape is not None
+    source = graph.weights[str(weight.name)]
+    shape = tuple(int(dim) for dim in weight.shape.dims)  # type: ignore[arg-type]
+    stored = graph.add_weight(
+        f"{weight.name}{number:+g}", replace(source, offset=source.offset + number), shape=shape, like=weight
+    )
+    if value is not weight:
+        cast = ir.node("Cast", [stored], {"to": add.outputs[0].dtype})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        graph.graph.insert_before(add, cast)
+        stored = cast.outputs[0]
+    ir.convenience.replace_all_uses_with(add.outputs[0], stored)
+
+
+def _number(value: ir.Value | None) -> float | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
+
+
+def _behind_cast(value: ir.Value | None) -> ir.Value | None:
+    producer = value.producer() if value is not None else None
+    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+
+
 def fuse_rms_norm(graph: DecoderGraph) -> None:
     """Pow, ReduceMean, Add, Sqrt, Reciprocal, Mul, Mul -> RMSNormalization. Post: no ReduceMean is left."""
     rewrite(graph.model, pattern_rewrite_rules=pattern.RewriteRuleSet(rms_normalization_rules))
+    for norm in [node for node in graph.graph if node.op_type == "RMSNormalization"]:
+        _drop_casts(norm)
     _require(graph.count("ReduceMean") == 0, "fuse_rms_norm left a ReduceMean: the model's norm is of an unknown form")
+
+
+def _drop_casts(norm: ir.Node) -> None:
+    """A norm of halves whose scale is widened before, and whose result is narrowed after: the operator does both."""
+    rows, scale, result = norm.inputs[0], norm.inputs[1], norm.outputs[0]
+    narrow = _behind_cast(scale)
+    assert rows is not None
+    if narrow is None or narrow is scale or narrow.dtype != rows.dtype:
+        return
+    uses = [use.node for use in result.uses()]
+    if all(node.op_type == "Cast" and node.outputs[0].dtype == rows.dtype for node in uses):
+        norm.replace_input_with(1, narrow)
+        result.type = rows.type
+        for node in uses:
+            ir.convenience.replace_all_uses_with(node.outputs[0], result)
 
 
 class _RotaryRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
@@ -82,12 +136,25 @@ class _RotaryRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def fuse_rotary(graph: DecoderGraph) -> None:
-    """Marker operators and the rotation around them -> RotaryEmbedding. Post: two for each Attention, no marker."""
+    """Marker operators and the rotation around them -> RotaryEmbedding. Post: one for each use of a marker's cos and
+    sin, at least one, and no marker. Layers may have none, or turn a part of the columns alone."""
+    expected = sum(_num_rotations(node) for node in graph.graph if _is_marker(node, "Rotary")) // 2
     rewrite(graph.model, pattern_rewrite_rules=pattern.RewriteRuleSet([_RotaryRule.rule()]))
     optimizer.remove_unused_nodes(graph.model)
-    found, expected = graph.count("RotaryEmbedding"), 2 * graph.count("Attention")
-    markers = sum(node.domain == TRACE_DOMAIN and node.op_type == "Rotary" for node in graph.graph)
-    _require(found == expected and not markers, f"fuse_rotary made {found} RotaryEmbedding, not {expected}")
+    found, markers = graph.count("RotaryEmbedding"), sum(_is_marker(node, "Rotary") for node in graph.graph)
+    _require(
+        found == expected > 0 and not markers,
+        f"fuse_rotary made {found} RotaryEmbedding of {expected} rotations and left {markers} markers",
+    )
+
+
+def _is_marker(node: ir.Node, kind: str) -> bool:
+    return node.domain == TRACE_DOMAIN and node.op_type == kind
+
+
+def _num_rotations(marker: ir.Node) -> int:
+    """Products that a marker's output goes into, each through an Unsqueeze."""
+    return sum(len(use.node.outputs[0].uses()) for use in marker.outputs[0].uses())
 
 
 def make_reshapes_static(graph: DecoderGraph) -> None:
@@ -109,7 +176,7 @@ def transpose_weights(graph: DecoderGraph) -> None:
         if len(weight.uses()) > 1:
             _use_gemm(graph, node, weight)
             continue
-        source = WeightSource(tensors=graph.weights[weight.name].tensors, transposed=True)
+        source = replace(graph.weights[weight.name], transposed=True)
         shape = tuple(int(dim) for dim in reversed(weight.shape.dims))  # type: ignore[arg-type]
         transposed = graph.add_weight(f"{weight.name}.T", source, shape=shape, like=weight)
         ir.convenience.replace_all_uses_with(node.outputs[0], transposed)
@@ -164,7 +231,7 @@ def name_hidden_states(graph: DecoderGraph) -> None:
 
     So that a tool can take the graph apart at its layers. Post: one for each layer and one, no marker left.
     """
-    markers = [node for node in graph.graph if node.op_type == "Hidden" and node.domain == TRACE_DOMAIN]
+    markers = [node for node in graph.graph if _is_marker(node, "Hidden")]
     for index, marker in enumerate(markers):
         value = marker.inputs[0]
         assert value is not None
@@ -178,6 +245,7 @@ def name_hidden_states(graph: DecoderGraph) -> None:
 
 PASSES: tuple[Pass, ...] = (
     fold_constants,
+    store_offsets,
     fuse_rms_norm,
     fuse_rotary,
     make_reshapes_static,
@@ -345,7 +413,8 @@ def _packed(graph: DecoderGraph, values: list[ir.Value | None], *, axis: int) ->
     shape = [*dims[0]]
     shape[axis] = sum(dim[axis] for dim in dims)
     layer, kind = tensors[0].rsplit(".", 2)[0], tensors[0].rsplit(".", 1)[1]
-    source = WeightSource(tensors=tensors, transposed=sources[0].transposed)
+    _require(len({source.offset for source in sources}) == 1, f"{layer}: weights of several offsets cannot be packed")
+    source = replace(sources[0], tensors=tensors)
     return graph.add_weight(f"{layer}.qkv_proj.{kind}", source, shape=tuple(shape), like=present[0])
 
 

@@ -175,9 +175,9 @@ def _write_graph(graph: DecoderGraph, path: Path) -> None:
 
 
 def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
-    for name in (TOKENIZER_NAME, GENERATION_CONFIG_NAME):
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, directory / name)
+    (directory / TOKENIZER_NAME).write_bytes(checkpoint.tokenizer_json)
+    if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(checkpoint.path / GENERATION_CONFIG_NAME, directory / GENERATION_CONFIG_NAME)
     if checkpoint.chat_template is not None:
         (directory / CHAT_TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
 

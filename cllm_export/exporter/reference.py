@@ -8,11 +8,14 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from cllm_export.bundle import TOKENIZER_NAME
 from cllm_export.errors import CheckpointError
-from cllm_export.exporter.checkpoint import open_checkpoint
+from cllm_export.exporter.checkpoint import default_max_length, open_checkpoint
+from cllm_export.exporter.rotary import settle_rope
+from cllm_export.exporter.tokenizer import convert_tokenizer
 
 
 class Prediction(NamedTuple):
@@ -28,6 +31,8 @@ class Prediction(NamedTuple):
 class Reference:
     """The stock transformers model of a checkpoint, in fp32 on the CPU.
 
+    Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
+
     Raises:
         CheckpointError: the checkpoint is missing, damaged or unsupported.
     """
@@ -40,9 +45,17 @@ class Reference:
             self._model = AutoModelForCausalLM.from_pretrained(
                 self.checkpoint.path, dtype=torch.float32, attn_implementation="eager", **options
             ).eval()
-            self._tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.path, **options)
+            self._tokenizer = self._load_tokenizer(options)
         except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
             raise CheckpointError(f"transformers does not load {checkpoint_path}: {error}") from None
+        settle_rope(self._model.model.rotary_emb, max_length or default_max_length(self.checkpoint.config))
+
+    def _load_tokenizer(self, options: Mapping[str, bool]) -> PreTrainedTokenizerBase:
+        path = self.checkpoint.path
+        if not (path / TOKENIZER_NAME).is_file():
+            return convert_tokenizer(path, self.checkpoint.tokenizer_config)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
+        return tokenizer
 
     def encode(self, content: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a prompt, text or messages, as transformers' own tokenizer of the checkpoint gives them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,21 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from cllm_export.contract import OPSET, Geometry, Precision, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.errors import CheckpointError, GraphError, UnsupportedError
+from cllm_export.exporter.checkpoint import layer_types_of, window_within
+from cllm_export.exporter.rotary import Tables, rotary_tables
 
 ATTENTION_NAME = "cllm_export_onnx"
 TRACE_DOMAIN = "cllm_export.trace"
 """Domain of the marker operators: Rotary stands for cos and sin until the rotary pass removes it, Hidden for the value
 between two layers until the last pass names it."""
+
+HARMLESS = frozenset({"dropout", "sliding_window", "position_ids", "use_cache"})
+"""What stock layers tell their attention and the graph says elsewhere, in its mask above all."""
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -65,27 +70,28 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
         UnsupportedError: the modelling code does not go through the attention registry or half-split rotation.
     """
     AttentionInterface.register(ATTENTION_NAME, _attention)
-    tables = _rotary_tables(config, geometry.cache_length)
-    if 2 * tables[0].shape[1] != geometry.head_dim:
-        raise UnsupportedError(
-            f"the rotary embedding turns {2 * tables[0].shape[1]} of {geometry.head_dim} columns; "
-            "partial rotation is not supported yet"
-        )
+    max_length = geometry.cache_length - geometry.max_block_size + 1
+    tables = _rotary_tables(config, max_length=max_length, length=geometry.cache_length)
+    dtype = TORCH_DTYPE[precision]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         decoder = _empty_decoder(config, precision)
         names = checkpoint_names(decoder)
-        graph = GreedyGraph(decoder, geometry, TORCH_DTYPE[precision])
+        rotary = RotaryTable({layer_type: table.shape for layer_type, (table, _) in tables.items()}, dtype)
+        graph = GreedyGraph(decoder, geometry, rotary, Masks.of(config, max_length))
         inputs = _example_inputs(geometry, precision)
+    _keep_scalars(decoder)
     program = _export(graph, inputs)
     model = program.model
     constants = {
-        "rotary.cos": tables[0].to(TORCH_DTYPE[precision]),
-        "rotary.sin": tables[1].to(TORCH_DTYPE[precision]),
-        "row_numbers": torch.arange(geometry.cache_length),
+        f"rotary.{_table_name(kind, layer_type)}": table.to(dtype)
+        for layer_type, pair in tables.items()
+        for kind, table in zip(("cos", "sin"), pair, strict=True)
     }
+    constants["row_numbers"] = torch.arange(geometry.cache_length)
     _rename_contract_values(model, geometry, precision)
     _detach_weights(model, names | {name: name for name in constants})
+    _require_data(model)
     used = {value.name for value in model.graph.inputs if value.name}
     return Trace(
         model=model,
@@ -94,15 +100,42 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Which mask the decoder wants: causal, or with a window, for all of its layers or for those of a type."""
+
+    window: int | None
+    """Tokens that a sliding layer sees; None if no layer slides within the length that the graph is for."""
+    by_layer_type: bool
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, max_length: int) -> Masks:
+        return cls(window=window_within(config, max_length), by_layer_type=layer_types_of(config) is not None)
+
+    def make(self, kv_positions: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """Bool masks [B, 1, n, S] in the form that the stock modelling code takes as ready-made."""
+        rows = positions[:, None, :, None]
+        causal = kv_positions <= rows
+        if self.window is None:
+            return causal
+        sliding = causal & (kv_positions > rows - self.window)
+        return {"full_attention": causal, "sliding_attention": sliding} if self.by_layer_type else sliding
+
+
 class GreedyGraph(nn.Module):
-    """The decoder wrapped in the greedy contract. Shapes are those of ``contract.py``."""
+    """The decoder wrapped in the greedy contract. Shapes are those of ``contract.py``.
+
+    The head is called directly: what some families do to logits after it (Granite divides them, Gemma squeezes them
+    through tanh) grows with the logit and so changes no argmax, and needs no node.
+    """
 
     row_numbers: Tensor
 
-    def __init__(self, decoder: PreTrainedModel, geometry: Geometry, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: PreTrainedModel, geometry: Geometry, rotary: RotaryTable, masks: Masks) -> None:
         super().__init__()
         self.decoder = decoder
-        self.rotary = RotaryTable(geometry, dtype)
+        self.rotary = rotary
+        self.masks = masks
         decoder.model.rotary_emb = self.rotary
         _mark_hidden_states(decoder.model.layers)
         self.register_buffer("row_numbers", torch.zeros(geometry.cache_length, dtype=torch.int64), persistent=False)
@@ -119,7 +152,7 @@ class GreedyGraph(nn.Module):
         b, n = input_ids.shape
         rows = self.row_numbers[:n]
         positions = write_index[:, None] + rows
-        mask = kv_positions <= positions[:, None, :, None]
+        mask = self.masks.make(kv_positions, positions)
         cache = ScatterCache(past, write_index, kv_positions.shape[0])
         hidden = self.decoder.model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -155,24 +188,31 @@ def _hidden(value: Tensor) -> Tensor:
 
 
 class RotaryTable(nn.Module):
-    """Stands for the decoder's rotary embedding: cos and sin [B, n, D] as marker operators over tables [C, D/2]."""
+    """Stands for the decoder's rotary embedding: cos and sin [B, n, R] as marker operators over tables [C, R/2].
 
-    cos: Tensor
-    sin: Tensor
+    Args:
+        shapes: of a table, for each layer type that has its own; under None where all layers share one.
+        dtype: of the tables.
+    """
 
-    def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Mapping[str | None, Sequence[int]], dtype: torch.dtype) -> None:
         super().__init__()
-        table = torch.zeros(geometry.cache_length, geometry.head_dim // 2, dtype=dtype)
-        self.register_buffer("cos", table, persistent=False)
-        self.register_buffer("sin", table.clone(), persistent=False)
+        for layer_type, shape in shapes.items():
+            for kind in ("cos", "sin"):
+                self.register_buffer(_table_name(kind, layer_type), torch.zeros(*shape, dtype=dtype), persistent=False)
 
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (*position_ids.shape, 2 * self.cos.shape[1])
+    def forward(self, hidden: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        tables = [self.get_buffer(_table_name(kind, layer_type)) for kind in ("cos", "sin")]
+        shape = (*position_ids.shape, 2 * tables[0].shape[1])
         cos, sin = (
             torch.onnx.ops.symbolic(f"{TRACE_DOMAIN}::Rotary", (table, position_ids), dtype=hidden.dtype, shape=shape)
-            for table in (self.cos, self.sin)
+            for table in tables
         )
         return cos, sin
+
+
+def _table_name(kind: str, layer_type: str | None) -> str:
+    return kind if layer_type is None else f"{layer_type}_{kind}"
 
 
 class ScatterCache:
@@ -196,6 +236,11 @@ class ScatterCache:
         return 0
 
     def _write(self, past: Tensor, block: Tensor) -> Tensor:
+        if (past.shape[1], past.shape[3]) != (block.shape[1], block.shape[3]):
+            raise UnsupportedError(
+                f"a layer has {block.shape[1]} key/value heads of {block.shape[3]} columns where the config says "
+                f"{past.shape[1]} of {past.shape[3]}; layers of different shapes are not supported"
+            )
         inputs = (past, block, self._write_index)
         present = _op("TensorScatter", *inputs, shape=past.shape, version=24, axis=-2, mode="linear")
         self.present.append(present)
@@ -217,14 +262,44 @@ def _num_accepted(
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the registry: query [B, H, n, D], key and value [B, K, S, D], bool mask [B, 1, n, S]."""
     if mask is None:
         raise UnsupportedError(f"{type(module).__name__} drops the attention mask it is given")
+    if unknown := sorted(name for name, given in others.items() if given is not None and name not in HARMLESS):
+        raise UnsupportedError(f"{type(module).__name__} asks its attention for {unknown[0]}, which no graph has yet")
+    if softcap is not None:
+        return _capped_attention(query, key, value, mask, float(scaling), float(softcap)).transpose(1, 2), None
     shape = (*query.shape[:3], value.shape[3])
     output = _op("Attention", query, key, value, mask, shape=shape, version=24, scale=float(scaling))
     return output.transpose(1, 2), None
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
+) -> Tensor:
+    """Attention whose scores pass through softcap * tanh(score / softcap), [B, H, n, D], in primitive operators.
+
+    TensorRT's Attention has no softcap. The g heads that share a key/value head become rows of one head, as in
+    ``fold_query_groups``, so that no key or value is repeated.
+    """
+    b, heads, n, width = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    rows = query.reshape(b, kv_heads, groups * n, width)
+    scores = torch.matmul(rows, key.transpose(2, 3)).float()
+    capped = torch.tanh(scores * (scaling / softcap)) * softcap
+    visible = torch.cat([mask] * groups, 2) if groups > 1 else mask
+    shares = torch.where(visible, capped, torch.finfo(torch.float32).min).softmax(-1)
+    return torch.matmul(shares.to(value.dtype), value).reshape(b, heads, n, value.shape[3])
 
 
 def _op(
@@ -257,19 +332,22 @@ def decoder_from(
         ) from None
 
 
-def _rotary_tables(config: PretrainedConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [C, D/2] in fp32, computed by the decoder's own rotary embedding, whatever its rope type."""
+def _rotary_tables(config: PretrainedConfig, *, max_length: int, length: int) -> Tables:
+    """cos and sin of positions 0..length - 1, by the decoder's own rotary embedding, whatever its rope type."""
     with torch.device("meta"):
         rotary_type = type(decoder_from(config).model.rotary_emb)
-    with torch.no_grad():
-        cos, sin = rotary_type(config)(torch.zeros(1), torch.arange(length)[None])
-    half = cos.shape[-1] // 2
-    for table in (cos, sin):
-        if not torch.equal(table[..., :half], table[..., half:]):
-            raise UnsupportedError(
-                f"{rotary_type.__name__} interleaves its rotation; only the half-split form is known"
-            )
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    return rotary_tables(rotary_type, config, max_length=max_length, length=length)
+
+
+def _keep_scalars(decoder: PreTrainedModel) -> None:
+    """Give buffers that are a computed number (Gemma's embedding scale) that number: no checkpoint holds them.
+
+    Fake tensors made of Python numbers remember what they were made of.
+    """
+    for module in decoder.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if isinstance(buffer, FakeTensor) and buffer.constant is not None:
+                setattr(module, name, buffer.constant.clone())
 
 
 def checkpoint_names(decoder: PreTrainedModel) -> dict[str, str]:
@@ -340,6 +418,13 @@ def _detach_weights(model: ir.Model, names: dict[str, str]) -> None:
         value.const_value = None
         value.name = names[name]
         graph.inputs.append(value)
+
+
+def _require_data(model: ir.Model) -> None:
+    """A fake tensor that is neither a checkpoint's nor computed here would be written as noise."""
+    for name, value in model.graph.initializers.items():
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            raise GraphError(f"the trace holds a buffer {name} of which no data is known; it is not supported yet")
 
 
 def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,11 @@ from transformers import PreTrainedModel
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "c_fc", "c_proj"),
+)
+"""By their names in any family: some pack the projections of queries, keys and values, or of gate and up."""
 ADAPTER = "default"
 
 

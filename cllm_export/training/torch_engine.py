@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 from cllm_export.bundle import TrainedWith
 from cllm_export.contract import FixedShapes, Geometry, check_forward, require_at_least
 from cllm_export.errors import CheckpointError, EngineError
-from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
+from cllm_export.exporter.checkpoint import Checkpoint, default_max_length, open_checkpoint, refuse_in_torch
 from cllm_export.exporter.pipeline import BuildOptions, Settings, settle
+from cllm_export.exporter.rotary import settle_rope
 from cllm_export.exporter.trace import check_tensors
 from cllm_export.runtime.engine import Forward
 from cllm_export.runtime.generate import Model
@@ -215,7 +216,8 @@ def load_checkpoint(
     """
     checkpoint = open_checkpoint(path, max_length=max_length)
     settings = settle(BuildOptions(max_length=max_length, block_size=block_size), checkpoint)
-    return _model(load_weights(checkpoint, device=device, dtype=dtype), checkpoint, settings, num_slots=1)
+    weights = load_weights(checkpoint, max_length=max_length, device=device, dtype=dtype)
+    return _model(weights, checkpoint, settings, num_slots=1)
 
 
 def model_around(
@@ -244,13 +246,22 @@ def model_around(
 
 
 def load_weights(
-    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    *,
+    max_length: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The stock transformers model of an opened checkpoint, in evaluation mode.
 
+    Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
+
     Raises:
         CheckpointError: a tensor is missing or of another shape, which transformers would fill with random numbers.
+        UnsupportedError: the model can be built, but not run in PyTorch under a causal mask alone.
     """
+    max_length = max_length or default_max_length(checkpoint.config)
+    refuse_in_torch(checkpoint, max_length)
     check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
     transformers_logging.disable_progress_bar()
     try:
@@ -264,6 +275,7 @@ def load_weights(
         )
     except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
         raise CheckpointError(f"transformers does not load {checkpoint.path}: {error}") from None
+    settle_rope(model.model.rotary_emb, max_length)
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # PyTorch's own: no such device, or too little memory on it

@@ -176,7 +176,7 @@ class _Run:
     def _make_module(self) -> PackedModel:
         options = self._options
         set_seed(options.seed)
-        decoder = load_weights(self._checkpoint)
+        decoder = load_weights(self._checkpoint, max_length=options.max_length)
         if options.gradient_checkpointing:
             _enable_checkpointing(decoder)
         if self._accelerator.device.type == "cpu":

@@ -9,7 +9,7 @@ from typing import Any
 from cllm_export.bundle import FILLS, LOOPS, FillName, Loop, TrainedWith, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint import Checkpoint
+from cllm_export.exporter.checkpoint import Checkpoint, refuse_in_torch
 from cllm_export.exporter.pipeline import BuildOptions, Settings, settle
 from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
 from cllm_export.training.lora import LoraOptions
@@ -121,8 +121,11 @@ class TuneOptions:
 
         Raises:
             OptionError: they do not fit it.
+            UnsupportedError: it cannot be trained at this length, see ``refuse_in_torch``.
         """
-        return settle(BuildOptions(max_length=self.max_length, trained_with=self.trained_with), checkpoint)
+        settings = settle(BuildOptions(max_length=self.max_length, trained_with=self.trained_with), checkpoint)
+        refuse_in_torch(checkpoint, settings.max_length)
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

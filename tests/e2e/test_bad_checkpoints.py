@@ -90,8 +90,6 @@ def shards_that_overlap(checkpoint: Path) -> None:
     index({EMBEDDING: "model.safetensors", UP_PROJECTION: "again.safetensors"})(checkpoint)
 
 
-LONG_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "original_max_position_embeddings": 64}
-
 BEFORE_ANY_WORK: dict[str, Case] = {
     "no config.json": Case(without("config.json"), ("not a checkpoint", "no config.json")),
     "config.json cut short": Case(text("config.json", '{"model_type": "lla'), ("config.json", "not valid JSON")),
@@ -128,31 +126,28 @@ BEFORE_ANY_WORK: dict[str, Case] = {
         renamed("model.safetensors", "pytorch_model.bin"), ("pickled weights (pytorch_model.bin)", "safe_serialization")
     ),
     "a LoRA adapter": Case(renamed("model.safetensors", "adapter_config.json"), ("LoRA adapter", "merge_and_unload")),
-    "family gpt2": Case(config(model_type="gpt2"), ("'gpt2'", "llama, mistral, qwen2, qwen3")),
-    "family made up": Case(config(model_type="frobnicate"), ("'frobnicate'", "llama, mistral, qwen2, qwen3")),
-    "mixtral": Case(config(model_type="mixtral", num_local_experts=8), ("'mixtral'", "mixture of experts")),
-    "qwen3_moe": Case(config(model_type="qwen3_moe", num_experts=4), ("'qwen3_moe'", "mixture of experts")),
-    "attention softcapping": Case(config(model_type="gemma2", attn_logit_softcapping=50.0), ("attention softcapping",)),
-    "logit softcapping": Case(config(final_logit_softcapping=30.0), ("logit softcapping",)),
+    "family gpt2": Case(config(model_type="gpt2"), ("'gpt2'", "llama, mistral, ministral, qwen2, qwen3, gemma")),
+    "family made up": Case(
+        config(model_type="frobnicate"), ("'frobnicate'", "llama, mistral, ministral, qwen2, qwen3, gemma")
+    ),
+    "mixtral": Case(config(model_type="mixtral"), ("'mixtral'", "mixture of experts", "every expert", "dense model")),
+    "qwen3_moe": Case(config(model_type="qwen3_moe"), ("'qwen3_moe'", "mixture of experts")),
+    "experts by their key": Case(config(num_local_experts=8), ("'llama'", "mixture of experts")),
+    "experts by another key": Case(config(n_routed_experts=4), ("'llama'", "mixture of experts")),
+    "gemma3 with its vision encoder": Case(config(model_type="gemma3"), ("vision encoder", "'gemma3_text'")),
+    "attention to both sides": Case(
+        config(model_type="gemma3_text", use_bidirectional_attention=True), ("bidirectional attention",)
+    ),
+    "layers of another type": Case(
+        config(model_type="qwen2", layer_types=["chunked_attention"]), ("'chunked_attention'", "sliding_attention")
+    ),
     "quantised weights": Case(config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantised",)),
-    "sliding window": Case(
-        config(model_type="mistral", sliding_window=64), ("sliding window of 64", "--max-length 64 or less")
+    "rope type of no table": Case(rope("proportional"), ("rope type 'proportional'", "default, linear, llama3, yarn")),
+    "rope type dynamic beyond its length": Case(
+        rope("dynamic"),
+        ("rope type 'dynamic'", "beyond 256 positions", "--max-length 256 or less", "it is 257"),
+        ("--max-length", 257),
     ),
-    "sliding window of some layers": Case(
-        config(
-            model_type="qwen2",
-            use_sliding_window=True,
-            sliding_window=64,
-            max_window_layers=0,
-            layer_types=["sliding_attention"],
-        ),
-        ("sliding window of 64",),
-    ),
-    "sliding window below --max-length": Case(
-        config(model_type="mistral", sliding_window=64), ("sliding window of 64",), ("--max-length", 65)
-    ),
-    "rope type dynamic": Case(rope("dynamic"), ("rope type 'dynamic'", "default, linear, llama3, yarn")),
-    "rope type longrope": Case(rope("longrope", **LONG_FACTORS), ("rope type 'longrope'",)),
     "rope type dynamic, as older configs spell it": Case(
         lambda checkpoint: edit_json(
             checkpoint / "config.json",
@@ -160,7 +155,8 @@ BEFORE_ANY_WORK: dict[str, Case] = {
             rope_theta=10000.0,
             rope_scaling={"type": "dynamic", "factor": 2.0},
         ),
-        ("rope type 'dynamic'",),
+        ("rope type 'dynamic'", "--max-length 256 or less"),
+        ("--max-length", 1000),
     ),
     "cllm section of unknown keys": Case(config(cllm={"block": 16}), ("cllm section", "config.json", '"n": 16')),
     "cllm section with block size 0": Case(config(cllm={"n": 0}), ("cllm section", "at least 1")),

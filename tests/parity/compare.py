@@ -77,11 +77,15 @@ def stock_tokens(stock: PreTrainedModel, prompt: Sequence[int], max_new_tokens: 
 
 
 def stock_cache(stock: PreTrainedModel, prompt: Sequence[int]) -> dict[str, np.ndarray]:
-    """Keys and values [1, K, len(prompt), D] of transformers' DynamicCache after the prompt, by past name."""
+    """Keys and values [1, K, len(prompt), D] of transformers' DynamicCache after the prompt, by past name.
+
+    A cache that is told nothing of the model keeps every row of a layer that slides.
+    """
     import torch
+    from transformers import DynamicCache
 
     with torch.inference_mode():
-        cache = stock(torch.tensor([list(prompt)]), use_cache=True).past_key_values
+        cache = stock(torch.tensor([list(prompt)]), past_key_values=DynamicCache(), use_cache=True).past_key_values
     return {
         f"past_{kind}.{index}": rows.numpy()
         for index, layer in enumerate(cache.layers)

@@ -25,8 +25,16 @@ from tests.parity.compare import (
 )
 from tests.parity.test_tokens import FIXED, JACOBI
 
-FP16 = ("llama-llama3-bf16-sharded", "qwen2")
-"""One untied (the head is a MatMul) and one tied (a Gemm); bf16 and fp32 on disk; without and with bias."""
+FP16 = ("llama-llama3-bf16-sharded", "qwen2", "gemma2")
+"""One untied (the head is a MatMul) and one tied (a Gemm); bf16 and fp32 on disk; without and with bias; norms of
+1 + weight, a scaled embedding and capped scores."""
+NORMS_A_LAYER = {"qwen3": 4, "qwen3-untied-bias": 4, "gemma2": 4, "gemma3": 6, "olmo2": 4, "stablelm-parallel": 7}
+"""Where they are not two: norms of queries and keys, of what a block gives back; one a head."""
+LAYER_NORM_FAMILIES = ("starcoder2", "stablelm")
+NUM_ROTATIONS = {"smollm3": 2}
+"""Where they are not two a layer."""
+CAPPED = ("gemma2",)
+"""Variants whose attention is spelled out, because TensorRT's has no softcap."""
 PRIMITIVES = ("ReduceMean", "Pow", "Cos", "Sin", "Sqrt", "Softmax", "ScatterElements", "ScatterND")
 """What attention, norms, rotations and cache updates decay into if a pass misses them."""
 ALIGNMENT = 4096
@@ -66,9 +74,13 @@ def test_every_exported_graph_has_single_operators_of_the_default_domain(
     assert not model.functions
     assert {node.domain for node in model.graph.node} == {""}
     counts = Counter(node.op_type for node in model.graph.node)
-    norms = 2 * layers + 1 + (2 * layers if bundle.manifest.family == "qwen3" else 0)
-    expected = {"Attention": layers, "TensorScatter": 2 * layers, "RotaryEmbedding": 2 * layers}
-    expected |= {"RMSNormalization": norms, "ArgMax": 1} | dict.fromkeys(PRIMITIVES, 0)
+    norms = NORMS_A_LAYER.get(name, 2) * layers + 1
+    expected = {"TensorScatter": 2 * layers, "RotaryEmbedding": NUM_ROTATIONS.get(name, 2 * layers), "ArgMax": 1}
+    kinds = ("RMSNormalization", "LayerNormalization")
+    norm, other = reversed(kinds) if bundle.manifest.family in LAYER_NORM_FAMILIES else kinds
+    expected |= {norm: norms, other: 0} | dict.fromkeys(PRIMITIVES, 0)
+    capped = layers if name in CAPPED else 0
+    expected |= {"Attention": layers - capped, "Softmax": capped, "Tanh": capped}
     assert {operator: counts[operator] for operator in expected} == expected
 
 
@@ -95,6 +107,15 @@ def test_all_weights_lie_once_and_aligned_in_the_one_weights_file(
         assert offset % ALIGNMENT == 0
         assert offset + length <= following < offset + length + ALIGNMENT, "weights overlap, or leave a hole"
     assert sum(places[-1]) == bundle.file(WEIGHTS_NAME).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "has_window"),
+    [("mistral-window", False), ("mistral-sliding", True), ("ministral", True), ("qwen2-window", False)],
+)
+def test_only_a_window_shorter_than_the_max_length_costs_a_mask(workshop: Workshop, name: str, has_window: bool):
+    counts = Counter(node.op_type for node in graph_of(workshop.bundle(name)).graph.node)
+    assert (counts["And"], counts["Greater"]) == ((1, 1) if has_window else (0, 0))
 
 
 @pytest.mark.parametrize("name", FP16)

@@ -76,14 +76,15 @@ def assert_same_rows(engine: OrtEngine, expected: dict[str, np.ndarray], what: s
         )
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, block_size: int):
-    """Equality is required, for losslessness rests on it.
+def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, name: str, block_size: int):
+    """Equality is required, for losslessness rests on it: of the operator, and of attention spelled out (gemma2).
 
     The same position is computed at one write index by one loop and at another by the other, so now with a longer
     extent, now with a shorter. An idle slot further on makes the extent of all slots longer.
     """
-    engine = new_engine(workshop, "llama", num_slots=2)
+    engine = new_engine(workshop, name, num_slots=2)
     prompt, block = random_prompts(engine.geometry.vocab_size, [42, block_size])
     before: list[bytes] = []
     for further in range(41, engine.geometry.cache_length - block_size, 13):

@@ -22,7 +22,9 @@ TOKENS = [3, 14, 15, 9, 26, 5, 35]
 
 
 def compare(bundle: Bundle, checkpoint: Path) -> list[LayerError]:
-    reference = LayerReference(open_checkpoint(checkpoint), bundle.manifest.precision)
+    length = bundle.manifest.max_length
+    opened = open_checkpoint(checkpoint, max_length=length)
+    reference = LayerReference(opened, bundle.manifest.precision, max_length=length)
     return compare_layers(bundle, reference, TOKENS, threads=THREADS)
 
 

@@ -22,7 +22,7 @@ from cllm_export.training.packing import Packed, pack
 from cllm_export.training.samples import Sample
 from cllm_export.training.torch_engine import load_weights
 from cllm_export.training.windows import Window
-from tests.checkpoints import VARIANTS
+from tests.checkpoints import TRAINABLE
 from tests.conftest import THREADS, Workshop
 from tests.parity.compare import LOGIT_TOLERANCE
 
@@ -99,7 +99,7 @@ def three_samples() -> tuple[list[Sample], list[list[Window]]]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", CPU_ATTENTION])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_a_guess_has_the_logits_of_a_forward_over_what_it_sees(workshop: Workshop, name: str, attention: str):
     model, reference = load(workshop, name, attention), load(workshop, name)
     samples, windows = three_samples()
@@ -111,7 +111,7 @@ def test_a_guess_has_the_logits_of_a_forward_over_what_it_sees(workshop: Worksho
             torch.testing.assert_close(guesses[place.start : place.stop], expected, rtol=0, atol=LOGIT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_clean_rows_have_the_logits_of_the_sample_alone_and_its_next_tokens_as_targets(workshop: Workshop, name: str):
     model = load(workshop, name)
     samples, windows = three_samples()

@@ -16,7 +16,7 @@ from cllm_export.runtime.batch import decode_batch
 from cllm_export.runtime.generate import METHODS, Method, Model, load
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.training.torch_engine import TorchEngine, load_checkpoint, load_weights, model_around
-from tests.checkpoints import EOS, MAX_POSITIONS, VARIANTS, edit_json, edit_weights
+from tests.checkpoints import EOS, MAX_POSITIONS, TRAINABLE, UNTRAINABLE, WINDOW, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.parity.compare import (
     MARGIN_EPSILON,
@@ -48,7 +48,7 @@ def live(workshop: Workshop, name: str, **options: object) -> tuple[torch.nn.Mod
     return module, model_around(module, checkpoint, **options)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_a_checkpoint_decodes_to_the_tokens_of_transformers_generate(workshop: Workshop, name: str):
     """Chunks differ, and so may rounding: equality is required except where the margin is under MARGIN_EPSILON."""
     model, stock, reference = load_checkpoint(workshop.checkpoint(name)), workshop.stock(name), workshop.reference(name)
@@ -236,6 +236,19 @@ def test_what_cannot_be_built_cannot_be_loaded_either(workshop: Workshop, tmp_pa
         load_checkpoint(checkpoint)
     with pytest.raises(OptionError, match="beyond the model's own"):
         load_checkpoint(workshop.checkpoint("small"), max_length=MAX_POSITIONS + 1)
+
+
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_what_a_causal_mask_alone_would_decode_wrongly_is_refused(workshop: Workshop, name: str):
+    softcap = "attn_logit_softcapping" in UNTRAINABLE[name].config
+    words = f"sliding window of {WINDOW} tokens.*--max-length {WINDOW} or less .it is {MAX_POSITIONS}.*build a bundle"
+    with pytest.raises(UnsupportedError, match=words):
+        load_checkpoint(workshop.checkpoint(name))
+    if softcap:
+        with pytest.raises(UnsupportedError, match=r"attn_logit_softcapping.*build a bundle"):
+            load_checkpoint(workshop.checkpoint(name), max_length=WINDOW)
+    else:
+        assert load_checkpoint(workshop.checkpoint(name), max_length=WINDOW).facts.max_length == WINDOW
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_rather_than_filled_with_random_numbers(

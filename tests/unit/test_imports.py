@@ -124,5 +124,6 @@ def test_the_package_loads_neither_exporter_nor_command_line():
 
 
 def test_the_public_names_are_the_ones_promised():
-    assert sorted(cllm_export.__all__) == ["CllmExportError", "Generation", "Model", "__version__", "load"]
+    promised = ["CllmExportError", "Generation", "Handle", "Model", "Service", "__version__", "load"]
+    assert sorted(cllm_export.__all__) == promised
     assert all(hasattr(cllm_export, name) for name in cllm_export.__all__)
