@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +31,18 @@ from cllm_export.runtime.ort_engine import OrtEngine, describe_machine
 if TYPE_CHECKING:
     from cllm_export.exporter.reference import Reference
 
-MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05}
+MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
 """Margin, in standard deviations of the logits, under which another token than the reference's counts as a tie.
 
 The margin is the reference's best logit minus that of the engine's token. Through a decoder's depth fp32 carries an
 error of about 1e-5 of the logits' spread, so 1e-3 is a hundred times the noise; fp16 weights and activations carry
-2**-11 an operation, 0.01 or so in all.
+2**-11 an operation, 0.01 or so in all; bf16 carries 2**-8, eight times as much.
 """
 
 MAX_TIE_SHARE = 0.02
 """Share of positions that may be ties: near ties are rare, and many of them are an error in disguise."""
 
-POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0}
+POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0, "bf16": 100.0}
 """What dead rows are set to. In fp16 a score over a larger one overflows to infinity before the mask is applied, and
 no row that a decoder ever wrote is that large."""
 
@@ -127,7 +127,7 @@ def verify(
         write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
         raise
     session = _Session(bundle, prompts, checkpoint, options, progress or (lambda *_: None))
-    checks = [Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files match the manifest")]
+    checks = [Check(name="checksums", passed=True, detail=_files_text(bundle))]
     checks += session.token_checks()
     checks += [
         check_rows_are_isolated(bundle, options.threads),
@@ -168,6 +168,11 @@ def write_parity(bundle: Bundle, parity: Parity) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise OutputError(f"cannot write {target}: {error.strerror}") from None
+
+
+def _files_text(bundle: Bundle) -> str:
+    linked = len(bundle.manifest.linked_files)
+    return f"{len(bundle.manifest.files)} files match the manifest" + (f", {linked} linked ones too" if linked else "")
 
 
 class _Session:
@@ -546,7 +551,8 @@ def _corruption_is_named(bundle: Bundle, name: str) -> bool:
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
         try:
-            Bundle(path=copy, manifest=bundle.manifest, fingerprint=bundle.fingerprint).check_files()
+            own = replace(bundle.manifest, linked_files={}, linked_weights={})  # linked files are not ours to corrupt
+            Bundle(path=copy, manifest=own, fingerprint=bundle.fingerprint).check_files()
         except ChecksumError as error:
             return name in str(error)
         return False

@@ -28,7 +28,7 @@ ATTENTION_NAME = "cllm_export_onnx"
 TRACE_DOMAIN = "cllm_export.trace"
 """Domain of the two marker operators that stand for cos and sin until the rotary pass removes them."""
 
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,8 +319,8 @@ def _detach_weights(model: ir.Model, names: dict[str, str]) -> None:
         graph.inputs.append(value)
 
 
-def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Compare the checkpoint's tensors, before any work, with what its config asks for.
+def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    """Compare the checkpoint's tensors, before any work, with what its config asks for; the names of those it asks for.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape; names it.
@@ -337,6 +337,7 @@ def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -
     extra = sorted(name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if extra:
         raise CheckpointError(f"the checkpoint has a tensor {extra[0]} that its config has no place for")
+    return frozenset(expected)
 
 
 @contextmanager
