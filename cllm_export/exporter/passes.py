@@ -26,7 +26,7 @@ Pass = Callable[[DecoderGraph], None]
 
 
 def run_passes(graph: DecoderGraph, passes: Sequence[Pass] | None = None) -> None:
-    """Run every pass in order (by default ``PASSES``), removing what each leaves unused.
+    """Run every pass in order (``PASSES`` if none are given), removing what each leaves unused.
 
     Raises:
         GraphError: a pass did not reach its post-condition; names it.

@@ -8,13 +8,13 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import onnx
 import onnx_ir as ir
@@ -43,10 +43,11 @@ from cllm_export.errors import OptionError
 from cllm_export.exporter.adapter import Adapter, is_adapter, open_adapter
 from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length, open_checkpoint
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
+from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period, truncated_config
 from cllm_export.exporter.linking import LINKED_PASSES
 from cllm_export.exporter.lint import require_clean
 from cllm_export.exporter.memory import settle_piece, watched_memory
-from cllm_export.exporter.passes import pin_shapes, run_passes, state_contract
+from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
 from cllm_export.exporter.stream import Use, stream_files, stream_tensors
 from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
 from cllm_export.exporter.weights import (
@@ -60,6 +61,9 @@ from cllm_export.exporter.weights import (
     require_space,
 )
 from cllm_export.linked import LinkedFile
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -396,8 +400,29 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
 
 
 def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, link: bool) -> DecoderGraph:
+    passes = LINKED_PASSES if link else PASSES
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    period, total = repeated_period(checkpoint.config, shapes), settings.geometry.num_layers
+    traced = total if period is None else TRACED_PERIODS * period
+    graph = _trace(checkpoint.config, settings, traced, passes, stages)
+    if period is not None and not repeat_layers(graph, period, total):
+        log.info("layers are not alike: tracing every one")
+        graph = _trace(checkpoint.config, settings, total, passes, stages)
+    with stages.stage("lint"):
+        if settings.fixed:
+            pin_shapes(graph, settings.geometry, settings.fixed)
+        state_contract(graph, settings.geometry, settings.fixed)
+        require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
+    return graph
+
+
+def _trace(
+    config: PretrainedConfig, settings: Settings, num_layers: int, passes: Sequence[Pass], stages: Stages
+) -> DecoderGraph:
+    """The graph of the first layers, after every pass."""
     with stages.stage("trace"):
-        trace = trace_greedy(checkpoint.config, settings.geometry, settings.precision)
+        short, geometry = truncated_config(config, num_layers), replace(settings.geometry, num_layers=num_layers)
+        trace = trace_greedy(short, geometry, settings.precision)
     graph = DecoderGraph(
         model=trace.model,
         precision=settings.precision,
@@ -405,11 +430,7 @@ def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, l
         constants=dict(trace.constants),
     )
     with stages.stage("passes"):
-        run_passes(graph, LINKED_PASSES if link else None)
-        if settings.fixed:
-            pin_shapes(graph, settings.geometry, settings.fixed)
-        state_contract(graph, settings.geometry, settings.fixed)
-        require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
+        run_passes(graph, passes)
     return graph
 
 
