@@ -2,7 +2,7 @@
 
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
     model.onnx             the greedy graph; further graphs of the same bundle stand beside it
-    weights.bin            the one weights file that all graphs share; with linked weights, what had to be made of others
+    weights.bin            the one weights file that all graphs share; what is linked lies in the checkpoint instead
     tokenizer.json         and, where the checkpoint has them, chat_template.jinja and generation_config.json
     parity.json            written by ``verify``; not part of the bundle, it carries the bundle's fingerprint
 
@@ -199,17 +199,18 @@ class Bundle:
         Raises:
             ChecksumError: a file differs; names it, and both sums.
         """
-        files = [(self.path / name, entry, "copy the bundle again") for name, entry in self.manifest.files.items()]
-        linked = [(Path(file.path), file, "put the checkpoint back") for file in self.manifest.linked_files.values()]
-        total, done = sum(entry.size for _, entry, _ in (*files, *linked)), 0
-        for path, entry, advice in sorted((*files, *linked), key=lambda each: each[0]):
+        own = {self.path / name: (entry.size, entry.sha256) for name, entry in self.manifest.files.items()}
+        linked = {Path(file.path): (file.size, file.sha256) for file in self.manifest.linked_files.values()}
+        total, done = sum(size for size, _ in (*own.values(), *linked.values())), 0
+        for path, (size, expected) in sorted({**own, **linked}.items()):
             actual = sha256_of(path)
-            if actual != entry.sha256:
+            if actual != expected:
+                advice = "copy the bundle again" if path in own else "put the checkpoint back"
                 raise ChecksumError(
-                    f"{path} is corrupted: its sha256 is {actual}, the manifest says {entry.sha256}; "
+                    f"{path} is corrupted: its sha256 is {actual}, the manifest says {expected}; "
                     f"{advice} or rebuild the bundle"
                 )
-            done += entry.size
+            done += size
             if progress:
                 progress("checksums", done, total)
 

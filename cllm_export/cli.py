@@ -44,6 +44,7 @@ PromptsOption = Annotated[
     typer.Option("--prompts", help="JSON Lines (`prompt` or `messages`, optional `id`, `answer`), or a prompt a line."),
 ]
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
+BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
@@ -83,12 +84,14 @@ def build(
     precision: Annotated[Precision, typer.Option("--precision", help="fp16 and bf16 are for GPU engines.")] = "fp32",
     weights: Annotated[
         WeightsMode | None,
-        typer.Option("--weights", help="Read them from the checkpoint, or copy them; by default link if none needs work."),
+        typer.Option(
+            "--weights", help="Read them from the checkpoint, or copy them; by default link if none needs work."
+        ),
     ] = None,
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", help="Bound of the build's own memory, such as 1GB.")
     ] = None,
-    base: Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter; by default it names its own.")] = None,
+    base: BaseOption = None,
     num_layers: Annotated[
         int | None, typer.Option("--num-layers", help="The first layers alone, for debugging.")
     ] = None,
@@ -132,6 +135,7 @@ def build(
 def verify(
     bundle: BundleArgument,
     checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
     prompts: PromptsOption = None,
     block_sizes: Annotated[
         list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
@@ -152,6 +156,7 @@ def verify(
             open_bundle(bundle),
             prompts=read_prompts(prompts, limit=limit) if prompts else (),
             checkpoint=checkpoint,
+            base=base,
             options=options,
             progress=progress,
         )

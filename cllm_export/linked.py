@@ -36,7 +36,7 @@ class LinkedFile:
 
     def __post_init__(self) -> None:
         path = self.path
-        if not os.path.isabs(path) or path != os.path.normpath(path) or not path.endswith(SUFFIX) or "\0" in path:
+        if not Path(path).is_absolute() or path != os.path.normpath(path) or not path.endswith(SUFFIX) or "\0" in path:
             raise ValueError(f"a linked file must be an absolute path to a {SUFFIX} file, got {path!r}")
 
 
@@ -107,7 +107,9 @@ def _check_file(file: LinkedFile) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise BundleError(f"{path}, which this bundle is linked to, cannot be read: {error.strerror}; {advice}") from None
+        raise BundleError(
+            f"{path}, which this bundle is linked to, cannot be read: {error.strerror}; {advice}"
+        ) from None
     if not path.is_file():
         raise BundleError(f"{path}, which this bundle is linked to, is no regular file; {advice}")
     if size != file.size:

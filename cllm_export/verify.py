@@ -100,13 +100,15 @@ def verify(
     *,
     prompts: Sequence[Prompt] = (),
     checkpoint: Path | None = None,
+    base: Path | None = None,
     options: VerifyOptions | None = None,
     progress: Progress | None = None,
 ) -> Parity:
     """Run every check and write ``parity.json`` into the bundle.
 
     Without prompts, sequences of random tokens (seeded) stand for them. Without a checkpoint, a token that differs
-    across shapes cannot be shown to be a tie, and fails.
+    across shapes cannot be shown to be a tie, and fails. ``checkpoint`` may be an adapter, with its ``base``; a bundle
+    of the first layers alone is compared with the first layers.
 
     Raises:
         ChecksumError: a file of the bundle is corrupted.
@@ -126,7 +128,8 @@ def verify(
         corrupted = Check(name="checksums", passed=False, detail=str(error))
         write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
         raise
-    session = _Session(bundle, prompts, checkpoint, options, progress or (lambda *_: None))
+    reference = _open_reference(bundle, checkpoint, base) if checkpoint else None
+    session = _Session(bundle, prompts, reference, options, progress or (lambda *_: None))
     checks = [Check(name="checksums", passed=True, detail=_files_text(bundle))]
     checks += session.token_checks()
     checks += [
@@ -182,13 +185,13 @@ class _Session:
         self,
         bundle: Bundle,
         prompts: Sequence[Prompt],
-        checkpoint: Path | None,
+        reference: Reference | None,
         options: VerifyOptions,
         progress: Progress,
     ) -> None:
         self._bundle = bundle
         self._model = load(bundle.path, threads=options.threads)
-        self._reference = _open_reference(bundle, checkpoint) if checkpoint else None
+        self._reference = reference
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens
         self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
@@ -515,16 +518,16 @@ class _Probe:
         return [self._random.randrange(self._vocabulary) for _ in range(count)]
 
 
-def require_source(bundle: Bundle, checkpoint: Path) -> None:
+def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -> None:
     """Check that a bundle was built from this checkpoint.
 
     Raises:
         CheckpointError: it cannot be opened.
         BundleError: the bundle was built from another one.
     """
-    from cllm_export.exporter.checkpoint import open_checkpoint
+    from cllm_export.exporter.adapter import open_source
 
-    opened = open_checkpoint(checkpoint, max_length=bundle.manifest.max_length)
+    opened, _ = open_source(checkpoint, base, max_length=bundle.manifest.max_length)
     if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
         raise BundleError(
             f"{bundle.path} was not built from {checkpoint}: their fingerprints differ; "
@@ -532,11 +535,12 @@ def require_source(bundle: Bundle, checkpoint: Path) -> None:
         )
 
 
-def _open_reference(bundle: Bundle, checkpoint: Path) -> Reference:
+def _open_reference(bundle: Bundle, checkpoint: Path, base: Path | None) -> Reference:
     from cllm_export.exporter.reference import Reference
 
-    require_source(bundle, checkpoint)
-    return Reference(checkpoint, max_length=bundle.manifest.max_length)
+    require_source(bundle, checkpoint, base)
+    manifest = bundle.manifest
+    return Reference(checkpoint, max_length=manifest.max_length, base=base, num_layers=manifest.geometry.num_layers)
 
 
 def _corruption_is_named(bundle: Bundle, name: str) -> bool:

@@ -64,12 +64,28 @@ class Adapter:
         if matrices is None:
             return rows
         down, up = _read(matrices.down), _read(matrices.up, piece.start, piece.stop)
-        return rows.float() + (up @ down) * matrices.scale
+        merged = rows.float() + (up @ down) * matrices.scale
+        if not torch.isfinite(merged).all():
+            raise CheckpointError(f"{self.path} merged into tensor {piece.name} gives NaN or infinity: it is damaged")
+        return merged
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a directory holds an adapter and no checkpoint of its own."""
     return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+
+
+def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter | None]:
+    """A checkpoint; or an adapter's base, and the adapter to merge into it.
+
+    Raises:
+        OptionError: a base was given for what is no adapter.
+    """
+    if is_adapter(path):
+        return open_adapter(path, base, max_length=max_length)
+    if base is not None:
+        raise OptionError(f"--base is for adapters; {path} has no adapter_config.json, or has a config.json as well")
+    return open_checkpoint(path, max_length=max_length), None
 
 
 def open_adapter(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter]:
@@ -119,7 +135,9 @@ def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> 
     for name in sorted(held):
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
         if match is None or not name.startswith(PREFIX):
-            raise UnsupportedError(f"{path / WEIGHTS_NAME} has a tensor {name}, which is no LoRA matrix of a linear layer")
+            raise UnsupportedError(
+                f"{path / WEIGHTS_NAME} has a tensor {name}, which is no LoRA matrix of a linear layer"
+            )
         module, target = match[1], f"{match[1]}.weight"
         pair = [held.get(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"]
         if target not in checkpoint.tensors:

@@ -189,9 +189,7 @@ def default_max_length(config: PretrainedConfig) -> int:
     return min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
 
 
-def open_checkpoint(
-    path: str | Path, *, max_length: int | None = None, text_path: Path | None = None
-) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_path: Path | None = None) -> Checkpoint:
     """Open a checkpoint and refuse, by name, what cannot be exported.
 
     ``max_length`` is the length the bundle is to be built for: a sliding window is accepted where it cannot matter.
@@ -356,7 +354,9 @@ def _weight_files(path: Path) -> list[Path]:
             "convert them with save_pretrained(..., safe_serialization=True) on a machine you trust"
         )
     if (path / "adapter_config.json").exists():
-        raise UnsupportedError(f"{path} is a LoRA adapter, where a whole checkpoint is needed; merge it first (merge_and_unload)")
+        raise UnsupportedError(
+            f"{path} is a LoRA adapter, where a whole checkpoint is needed; merge it first (merge_and_unload)"
+        )
     raise CheckpointError(f"{path} has no weights: neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}")
 
 

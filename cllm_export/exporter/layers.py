@@ -30,7 +30,10 @@ LAYER = re.compile(r"(?<=^model\.layers\.)(\d+)(?=\.)|(?<=^past_key\.)(\d+)$|(?<
 def repeated_period(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """How many layers repeat, as far as config and weights tell; None where too few do for it to be worth it."""
     total = int(config.num_hidden_layers)
-    kinds = [(tuple(values), by_layer) for values, by_layer in zip(_lists(config, total), _shapes(shapes, total), strict=True)]
+    kinds = [
+        (tuple(values), by_layer)
+        for values, by_layer in zip(_lists(config, total), _shapes(shapes, total), strict=True)
+    ]
     for period in range(1, MAX_PERIOD + 1):
         if all(kinds[layer] == kinds[layer - period] for layer in range(period, total)):
             return period if total > TRACED_PERIODS * period and total % period == 0 else None
@@ -129,8 +132,10 @@ class _Repeater:
             copied = self._copy(template, before, previous, (index + 1) * period)
             graph.graph.insert_after(anchor, copied)
             anchor, previous = copied[-1], copied
-        produced = {a: b for x, y in zip(middle, previous, strict=True) for a, b in zip(x.outputs, y.outputs, strict=True)}
-        copies = {node for node in previous}
+        produced = {
+            a: b for x, y in zip(middle, previous, strict=True) for a, b in zip(x.outputs, y.outputs, strict=True)
+        }
+        copies = set(previous)
         for node in [node for node in graph.graph if node in set(last) or self._is_behind(node, set(last))]:
             if node in copies:
                 continue
@@ -146,12 +151,20 @@ class _Repeater:
         self, template: list[ir.Node], before: list[ir.Node], previous: list[ir.Node], shift: int
     ) -> list[ir.Node]:
         """The template's nodes, some layers on: what it takes from the period before, they take from ``previous``."""
-        values = {a: b for x, y in zip(before, previous, strict=True) for a, b in zip(x.outputs, y.outputs, strict=True)}
+        values = {
+            a: b for x, y in zip(before, previous, strict=True) for a, b in zip(x.outputs, y.outputs, strict=True)
+        }
         copied = []
         for node in template:
-            inputs = [values.get(value) or self._input(value, shift) if value is not None else None for value in node.inputs]
+            inputs = [
+                values.get(value) or self._input(value, shift) if value is not None else None for value in node.inputs
+            ]
             twin = ir.Node(
-                node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs),
+                node.domain,
+                node.op_type,
+                inputs,
+                list(node.attributes.values()),
+                num_outputs=len(node.outputs),
                 version=node.version,
             )
             for old, new in zip(node.outputs, twin.outputs, strict=True):
@@ -202,7 +215,7 @@ def _reorder(values: Any, named: dict[str, ir.Value], caches: list[str]) -> None
     """Cache values in the order of the layers, where the first of them stood."""
     names = [str(value.name) for value in values]
     start = min(names.index(name) for name in caches if name in names)
-    head = [name for name in names[:start]]
+    head = names[:start]
     tail = [name for name in named if name not in set(caches) and name not in set(head)]
     values.clear()
     values.extend([named[name] for name in (*head, *caches, *tail)])
@@ -223,7 +236,9 @@ def _nodes_of(graph: DecoderGraph, layers: range) -> list[ir.Node]:
 
 
 def _attributes(node: ir.Node) -> str:
-    return repr(sorted((name, str(attribute.type), str(attribute.value)) for name, attribute in node.attributes.items()))
+    return repr(
+        sorted((name, str(attribute.type), str(attribute.value)) for name, attribute in node.attributes.items())
+    )
 
 
 def _number(name: str) -> int | None:

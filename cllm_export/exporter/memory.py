@@ -10,14 +10,15 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cllm_export.errors import OptionError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
-TRACE_BYTES = 260_000_000
-"""What tracing, passes and lint add to the imported libraries, measured on models of 16 to 32 layers."""
+TRACE_BYTES = 180_000_000
+"""What tracing, passes and lint add to the imported libraries: 110 MB were measured on models of 16 to 32 layers."""
 
 LIBRARY_BYTES = 400_000_000
 """What the imported libraries take where the system does not say."""
@@ -28,6 +29,10 @@ MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 16 << 20
 PIECE_COPIES = 10
 """Bytes held for each byte of a piece: itself, its bits for the scan, itself in fp32 (two times as large), with an
 adapter's product beside it, and in the engine's dtype."""
+
+STAGE_BYTES = 256_000_000
+"""For weights in the making: a matrix is transposed in memory and written from start to end where it fits. One that
+does not is put into the file's own pages a piece at a time, which was seen to write at a fifth of the speed."""
 
 SAMPLE_SECONDS = 0.02
 
@@ -53,21 +58,34 @@ def anonymous_bytes() -> int | None:
         return None
 
 
-def settle_piece(max_memory: int | None) -> tuple[int, int]:
-    """Bytes of a checkpoint to have in work at once, and the peak this comes to, from what is taken already.
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How a build spends its memory, in bytes."""
+
+    piece: int
+    """Of the checkpoint in work at once."""
+    stage: int
+    """For weights in the making."""
+    peak: int
+    """What the whole build comes to."""
+
+
+def plan_memory(max_memory: int | None) -> MemoryPlan:
+    """Spend what the bound leaves, from what is taken already: on pieces first, then on weights in the making.
 
     Raises:
         OptionError: the smallest pieces do not fit ``max_memory``; says what would.
     """
     base = (anonymous_bytes() or LIBRARY_BYTES) + TRACE_BYTES
     if max_memory is None:
-        return MAX_PIECE_BYTES, base + PIECE_COPIES * MAX_PIECE_BYTES
+        max_memory = base + PIECE_COPIES * MAX_PIECE_BYTES + STAGE_BYTES
     smallest = base + PIECE_COPIES * MIN_PIECE_BYTES
     if max_memory < smallest:
         needed = -(-smallest // 10_000_000) * 10
         raise OptionError(f"--max-memory {max_memory / 1e6:.0f}MB is too small; the smallest that works is {needed}MB")
     piece = min(MAX_PIECE_BYTES, (max_memory - base) // PIECE_COPIES)
-    return piece, base + PIECE_COPIES * piece
+    stage = min(STAGE_BYTES, max_memory - base - PIECE_COPIES * piece)
+    return MemoryPlan(piece=piece, stage=stage, peak=base + PIECE_COPIES * piece + stage)
 
 
 class PeakMemory:

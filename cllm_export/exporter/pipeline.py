@@ -40,13 +40,13 @@ from cllm_export.bundle import (
 )
 from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
-from cllm_export.exporter.adapter import Adapter, is_adapter, open_adapter
-from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length, open_checkpoint
+from cllm_export.exporter.adapter import Adapter, open_source
+from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period, truncated_config
 from cllm_export.exporter.linking import LINKED_PASSES
 from cllm_export.exporter.lint import require_clean
-from cllm_export.exporter.memory import settle_piece, watched_memory
+from cllm_export.exporter.memory import plan_memory, watched_memory
 from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
 from cllm_export.exporter.stream import Use, stream_files, stream_tensors
 from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
@@ -219,24 +219,26 @@ class _Work:
             tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
             check_dtypes(tensors)
         mode, reason = choose_weights(options, tensors, adapter)
-        piece, predicted = settle_piece(options.max_memory)
+        memory = plan_memory(options.max_memory)
         stages.say(f"weights: {mode}, because {reason}")
-        stages.say(f"predicted peak memory {predicted / 1e6:,.0f} MB")
+        stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
         self._require_early_space(mode, tensors, settings.precision)
         changed = set(adapter.matrices) if adapter else set()
-        with _Scan(checkpoint, tensors, piece, stages) as scan:
+        with _Scan(checkpoint, tensors, memory.piece, stages) as scan:
             if mode == "link":
                 scan.start()
             graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
             layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
             with staged_output(self._output, force=force) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
-                weights = WeightsFile(staging / WEIGHTS_NAME, layout, adapter.merge if adapter else None)
+                weights = WeightsFile(staging / WEIGHTS_NAME, layout, memory.stage, adapter.merge if adapter else None)
                 with stages.stage("weights"), weights.filled():
                     for name, value in sorted(graph.constants.items()):
                         weights.put_constant(name, value)
                     if mode == "link":
-                        stream_tensors(checkpoint.tensors, sorted(layout.parts), piece_bytes=piece, use=weights.put)
+                        stream_tensors(
+                            checkpoint.tensors, sorted(layout.parts), piece_bytes=memory.piece, use=weights.put
+                        )
                     else:
                         scan.run(weights.put)
                     known = {WEIGHTS_NAME: weights.sha256()}
@@ -251,7 +253,7 @@ class _Work:
             weights=mode,
             reason=reason,
             seconds=stages.seconds,
-            predicted_peak=predicted,
+            predicted_peak=memory.peak,
             peak=0,
             bytes_written=sum(entry.size for entry in files.values()),
             bytes_linked=sum(weight.length for weight in layout.linked.values()),
@@ -315,19 +317,6 @@ class _Scan:
         )
         self._seconds = perf_counter() - started
         return sums
-
-
-def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter | None]:
-    """A checkpoint; or an adapter's base, and the adapter to merge into it.
-
-    Raises:
-        OptionError: a base was given for what is no adapter.
-    """
-    if is_adapter(path):
-        return open_adapter(path, base, max_length=max_length)
-    if base is not None:
-        raise OptionError(f"--base is for adapters; {path} has no adapter_config.json, or has a config.json as well")
-    return open_checkpoint(path, max_length=max_length), None
 
 
 def choose_weights(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cllm_export.errors import CheckpointError
 from cllm_export.exporter.checkpoint import TensorInfo
 
-UNSIGNED = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+UNSIGNED: dict[str, Any] = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 EXPONENT = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 """Bits that are all set in infinity and NaN alone, by safetensors dtype."""
 
@@ -129,9 +129,7 @@ def rows_of(info: TensorInfo) -> int:
     return info.shape[0] if info.shape else 1
 
 
-def _pieces(
-    file: BufferedReader, path: Path, held: Mapping[str, TensorInfo], piece_bytes: int
-) -> Iterator[Piece]:
+def _pieces(file: BufferedReader, path: Path, held: Mapping[str, TensorInfo], piece_bytes: int) -> Iterator[Piece]:
     """Every byte of a file: tensors in pieces of whole rows, what lies around them as pieces without a name."""
     room = bytearray(max([piece_bytes, *(_buffer_size(info, piece_bytes) for info in held.values())]))
     for name, info in sorted(held.items(), key=lambda item: (item[1].offset, item[1].length)):
@@ -178,4 +176,3 @@ def _read(file: BufferedReader, path: Path, data: memoryview) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if count != len(data):
         raise CheckpointError(f"{path} was cut short while it was read; download it again")
-

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from cllm_export.bundle import WEIGHTS_NAME
 from cllm_export.contract import Precision
 from cllm_export.errors import CheckpointError, GraphError, OutputError
-from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo
+from cllm_export.exporter.checkpoint import TensorInfo
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.stream import FiniteScan, Piece, rows_of
 from cllm_export.exporter.trace import TORCH_DTYPE
@@ -124,8 +124,6 @@ def plan_weights(
         written[name] = Place(offset=offset, shape=shape, dtype=dtype)
         offset = -(-(offset + written[name].length) // ALIGNMENT) * ALIGNMENT
 
-    for name, constant in sorted(graph.constants.items()):
-        place(name, tuple(constant.shape), constant.dtype)
     for name, source in sorted(graph.weights.items(), key=lambda item: _stored_at(item[1], tensors)):
         infos = [tensors[tensor] for tensor in source.tensors]
         if link and _stays(source, infos[0], graph.precision) and not changed & set(source.tensors):
@@ -140,6 +138,8 @@ def plan_weights(
             rows += rows_of(info)
         shape = (rows, *infos[0].shape[1:])
         place(name, shape[::-1] if source.transposed else shape, TORCH_DTYPE[graph.precision])
+    for name, constant in sorted(graph.constants.items()):
+        place(name, tuple(constant.shape), constant.dtype)
     return Layout(written=written, linked=linked, parts=parts)
 
 
@@ -174,16 +174,19 @@ def require_space(directory: Path, needed: int, target: Path) -> None:
 class WeightsFile:
     """``weights.bin`` while it is filled, piece by piece in any order; its checksum follows in a thread of its own."""
 
-    def __init__(self, path: Path, layout: Layout, change: Change | None = None) -> None:
+    def __init__(self, path: Path, layout: Layout, stage_bytes: int, change: Change | None = None) -> None:
         self._layout = layout
+        self._free = stage_bytes
+        self._staged: dict[str, Tensor] = {}
+        """Weights in the making that fit the memory for them; others grow in the file's own pages."""
         self._change = change
-        with path.open("w+b") as file:
-            _allocate(file.fileno(), layout.size)
-            self._map = mmap.mmap(file.fileno(), layout.size)
+        self._file = path.open("w+b", buffering=0)
+        _allocate(self._file.fileno(), layout.size)
+        self._map = mmap.mmap(self._file.fileno(), layout.size)
         self._left = {name: math.prod(place.shape) for name, place in layout.written.items()}
         self._whole = {name: threading.Event() for name in layout.written}
         self._stopped = False
-        self._overflow: dict[str, FiniteScan] = {}
+        self._overflow: dict[torch.dtype, FiniteScan] = {}
         self._sum: Future[str] | None = None
 
     @contextmanager
@@ -198,6 +201,8 @@ class WeightsFile:
                 for event in self._whole.values():
                     event.set()
                 raise
+            finally:
+                self._file.close()
 
     def sha256(self) -> str:
         """Checksum of the file, once it is whole."""
@@ -228,33 +233,49 @@ class WeightsFile:
         """The rows of a piece in the engine's dtype; what is added to them is added in fp32."""
         dtype = self._layout.written[part.weight].dtype
         shape = (piece.stop - piece.start, *piece.info.shape[1:])
-        rows = torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
+        rows = stored = torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
         if self._change:
             rows = self._change(piece, rows)
         if part.source.offset:
             rows = rows.float().add_(part.source.offset)
         cast = rows.to(dtype)
-        if dtype != STORED_DTYPE[piece.info.dtype] or rows.dtype != cast.dtype:
+        if torch.finfo(dtype).max < torch.finfo(rows.dtype).max or rows.dtype != stored.dtype:
             self._require_fitting(piece, cast)
         return cast
 
     def _require_fitting(self, piece: Piece, cast: Tensor) -> None:
+        if cast.dtype not in self._overflow:
+            meaning = f"holds values that do not fit {cast.dtype}: build with --precision fp32"
+            self._overflow[cast.dtype] = FiniteScan(meaning)
         dtype = next(name for name, each in STORED_DTYPE.items() if each == cast.dtype)
-        meaning = f"holds values that do not fit {cast.dtype}: build with --precision fp32"
-        bits = memoryview(cast.contiguous().view(torch.uint8).view(-1).numpy())
-        scan = self._overflow.setdefault(piece.name, FiniteScan(meaning))
-        scan.add(piece.name, dtype, bits, last=piece.stop == rows_of(piece.info))
+        bits = _bytes_of(cast.contiguous())
+        self._overflow[cast.dtype].add(piece.name, dtype, bits, last=piece.stop == rows_of(piece.info))
 
     def _target(self, name: str) -> Tensor:
-        """The place of a weight as a tensor over the file's own pages."""
+        """Where a weight grows: in memory if there is room, else over the file's own pages."""
         place = self._layout.written[name]
+        if name in self._staged:
+            return self._staged[name]
+        if place.length <= self._free:
+            self._free -= place.length
+            self._staged[name] = torch.empty(place.shape, dtype=place.dtype)
+            return self._staged[name]
         count = math.prod(place.shape)
         return torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
 
     def _count(self, name: str, values: int) -> None:
         self._left[name] -= values
         if self._left[name] <= 0:
+            if (staged := self._staged.pop(name, None)) is not None:
+                self._write(staged, self._layout.written[name])
             self._whole[name].set()
+
+    def _write(self, staged: Tensor, place: Place) -> None:
+        data = _bytes_of(staged)
+        self._file.seek(place.offset)
+        while len(data):
+            data = data[self._file.write(data) :]
+        self._free += place.length
 
     def _checksum(self) -> str:
         digest, at = hashlib.sha256(), 0
@@ -269,6 +290,11 @@ class WeightsFile:
                     self._map.madvise(mmap.MADV_DONTNEED, at - at % mmap.PAGESIZE, end - at + at % mmap.PAGESIZE)
                 at = end
         return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    values: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(values).cast("B")
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -296,9 +322,3 @@ def _external(name: str, layout: Layout) -> ir.ExternalTensor:
     place = layout.written[name]
     dtype, shape = IR_DTYPE[place.dtype], ir.Shape(place.shape)
     return ir.ExternalTensor(WEIGHTS_NAME, place.offset, place.length, dtype, shape=shape, name=name)
-
-
-def sources_of(graph: DecoderGraph, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The checkpoint tensors that the graph is made of."""
-    names = {name for source in graph.weights.values() for name in source.tensors}
-    return {name: checkpoint.tensors[name] for name in sorted(names)}

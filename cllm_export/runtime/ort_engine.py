@@ -221,9 +221,7 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _make_session(
-    path: str, threads: int, log_severity: int, linked: MappedWeights
-) -> onnxruntime.InferenceSession:
+def _make_session(path: str, threads: int, log_severity: int, linked: MappedWeights) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
     except ImportError:

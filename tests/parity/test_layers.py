@@ -41,7 +41,12 @@ def told(graph: DecoderGraph, checkpoint: Checkpoint) -> list[Any]:
         return str(value.const_value.numpy().dtype), value.const_value.numpy().tolist()
 
     nodes = [
-        (node.op_type, [name(value) for value in node.inputs], [value.name for value in node.outputs], str(node.attributes))
+        (
+            node.op_type,
+            [name(value) for value in node.inputs],
+            [value.name for value in node.outputs],
+            str(node.attributes),
+        )
         for node in graph.graph
     ]
     contract = [value.name for value in graph.graph.inputs if value.name not in graph.weights]
