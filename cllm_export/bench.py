@@ -217,7 +217,8 @@ def _bench_transformers(
     from cllm_export.exporter.reference import Reference
 
     torch.set_num_threads(options.threads or available_threads())
-    reference = Reference(checkpoint, max_length=bundle.manifest.max_length)
+    manifest = bundle.manifest
+    reference = Reference(checkpoint, max_length=manifest.max_length, num_layers=manifest.geometry.num_layers)
     reference.generate(prompts[0], 4, ())
     tokens, seconds = 0, 0.0
     for prompt in prompts:

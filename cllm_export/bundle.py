@@ -2,7 +2,7 @@
 
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
     model.onnx             the greedy graph; further graphs of the same bundle stand beside it
-    weights.bin            the one weights file that all graphs share
+    weights.bin            the one weights file that all graphs share; what is linked lies in the checkpoint instead
     tokenizer.json         and, where the checkpoint has them, chat_template.jinja and generation_config.json
     parity.json            written by ``verify``; not part of the bundle, it carries the bundle's fingerprint
 
@@ -21,15 +21,16 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from cllm_export.contract import CONTRACT_VERSION, FixedShapes, Geometry, Precision, require_at_least
+from cllm_export.contract import CONTRACT_VERSION, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import BundleError, BundleVersionError, ChecksumError, OptionError, OutputError
+from cllm_export.linked import LinkedFile, LinkedWeight, check_linked
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_NAME = "tokenizer.json"
@@ -98,13 +99,17 @@ class Manifest:
     """sha256 over the checkpoint's config and weight files' headers and contents, see the exporter."""
     tool_versions: dict[str, str]
     files: dict[str, FileEntry]
+    linked_files: dict[str, LinkedFile] = field(default_factory=dict)
+    """Weight files of the checkpoint that the bundle reads where they lie, by the name the graphs record."""
+    linked_weights: dict[str, LinkedWeight] = field(default_factory=dict)
+    """Graph initializer -> its place in a linked file."""
     schema_version: int = SCHEMA_VERSION
     contract_version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_length", "batch_size"):
             require_at_least(name, getattr(self, name), 1)
-        require_one_of("precision", self.precision, ("fp32", "fp16"))
+        require_one_of("precision", self.precision, PRECISIONS)
         for name in self.files:
             require_plain_name(name)
         if WEIGHTS_NAME not in self.files or GREEDY_GRAPH not in self.graphs:
@@ -113,7 +118,15 @@ class Manifest:
             raise ValueError(f"graph file {missing[0]} is not listed")
         if self.max_length > self.geometry.cache_length or self.block_size > self.geometry.max_block_size:
             raise ValueError("max_length or block_size is beyond what the geometry holds")
+        self._check_linked()
         self._check_tokens()
+
+    def _check_linked(self) -> None:
+        for name in self.linked_files:
+            require_plain_name(name)
+        used = {weight.file for weight in self.linked_weights.values()}
+        if used != set(self.linked_files) or used & set(self.files):
+            raise ValueError(f"linked weights lie in {sorted(used)}, linked files are {sorted(self.linked_files)}")
 
     def _check_tokens(self) -> None:
         ids = (*self.eos_token_ids, *(() if self.pad_token_id is None else (self.pad_token_id,)))
@@ -174,21 +187,30 @@ class Bundle:
             raise BundleError(f"{self.path} has no {graph!r} graph; it has {', '.join(sorted(self.manifest.graphs))}")
         return self.file(entry.file)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, wherever they lie."""
+        linked = sum(weight.length for weight in self.manifest.linked_weights.values())
+        return self.manifest.files[WEIGHTS_NAME].size + linked
+
     def check_files(self, progress: Progress | None = None) -> None:
-        """Read every file and compare its sha256 with the manifest.
+        """Read every file, linked ones too, and compare its sha256 with the manifest.
 
         Raises:
             ChecksumError: a file differs; names it, and both sums.
         """
-        total, done = sum(entry.size for entry in self.manifest.files.values()), 0
-        for name, entry in sorted(self.manifest.files.items()):
-            actual = sha256_of(self.path / name)
-            if actual != entry.sha256:
+        own = {self.path / name: (entry.size, entry.sha256) for name, entry in self.manifest.files.items()}
+        linked = {Path(file.path): (file.size, file.sha256) for file in self.manifest.linked_files.values()}
+        total, done = sum(size for size, _ in (*own.values(), *linked.values())), 0
+        for path, (size, expected) in sorted({**own, **linked}.items()):
+            actual = sha256_of(path)
+            if actual != expected:
+                advice = "copy the bundle again" if path in own else "put the checkpoint back"
                 raise ChecksumError(
-                    f"{self.path / name} is corrupted: its sha256 is {actual}, the manifest says {entry.sha256}; "
-                    "copy the bundle again or rebuild it"
+                    f"{path} is corrupted: its sha256 is {actual}, the manifest says {expected}; "
+                    f"{advice} or rebuild the bundle"
                 )
-            done += entry.size
+            done += size
             if progress:
                 progress("checksums", done, total)
 
@@ -219,6 +241,7 @@ def open_bundle(path: str | Path) -> Bundle:
     manifest = Manifest.from_json(text, source=manifest_path)
     for name, entry in manifest.files.items():
         _check_size(path, name, entry)
+    check_linked(manifest.linked_files, manifest.linked_weights)
     return Bundle(path=path, manifest=manifest, fingerprint=hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -276,10 +299,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def describe_files(directory: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of every file of a staged directory."""
+def describe_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:
+    """Size and sha256 of every file of a staged directory; ``known`` are sums that were taken while writing."""
     paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)
-    return {path.name: FileEntry(size=path.stat().st_size, sha256=sha256_of(path)) for path in paths}
+    sums = {path.name: (known or {}).get(path.name) or sha256_of(path) for path in paths}
+    return {path.name: FileEntry(size=path.stat().st_size, sha256=sums[path.name]) for path in paths}
 
 
 def sha256_of(path: Path) -> str:
@@ -319,6 +343,11 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
     raw["geometry"] = from_fields(Geometry, raw["geometry"])
     raw["trained_with"] = from_fields(TrainedWith, raw["trained_with"]) if raw["trained_with"] is not None else None
     raw["files"] = {name: from_fields(FileEntry, entry) for name, entry in raw["files"].items()}
+    raw["linked_files"] = {name: from_fields(LinkedFile, entry) for name, entry in raw["linked_files"].items()}
+    raw["linked_weights"] = {
+        name: from_fields(LinkedWeight, {**entry, "shape": tuple(entry["shape"])})
+        for name, entry in raw["linked_weights"].items()
+    }
     raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
     return from_fields(Manifest, raw)
 

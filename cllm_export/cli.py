@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,8 @@ from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
+
+WeightsMode = Literal["link", "copy"]
 
 if TYPE_CHECKING:
     from cllm_export.training.lora import LoraOptions
@@ -42,6 +44,7 @@ PromptsOption = Annotated[
     typer.Option("--prompts", help="JSON Lines (`prompt` or `messages`, optional `id`, `answer`), or a prompt a line."),
 ]
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
+BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
@@ -66,7 +69,9 @@ def common(
 
 @app.command()
 def build(
-    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A Hugging Face directory with safetensors, or a LoRA adapter.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
     block_size: Annotated[
         int | None, typer.Option("--block-size", help="n; by default what the model was trained with, else 16.")
@@ -76,7 +81,20 @@ def build(
         typer.Option("--max-length", help="Prompt plus new tokens; by default the model's, capped at 2048."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
-    precision: Annotated[Precision, typer.Option("--precision", help="fp16 is for GPU engines.")] = "fp32",
+    precision: Annotated[Precision, typer.Option("--precision", help="fp16 and bf16 are for GPU engines.")] = "fp32",
+    weights: Annotated[
+        WeightsMode | None,
+        typer.Option(
+            "--weights", help="Read them from the checkpoint, or copy them; by default link if none needs work."
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Bound of the build's own memory, such as 1GB.")
+    ] = None,
+    base: BaseOption = None,
+    num_layers: Annotated[
+        int | None, typer.Option("--num-layers", help="The first layers alone, for debugging.")
+    ] = None,
     fixed_shapes: Annotated[
         bool, typer.Option("--fixed-shapes", help="Pin batch, block and extent in the graph, for edge compilers.")
     ] = False,
@@ -86,10 +104,12 @@ def build(
     trained_fill: Annotated[FillName | None, typer.Option("--trained-fill", help="Fill, likewise.")] = None,
     trained_loop: Annotated[Loop | None, typer.Option("--trained-loop", help="Loop, likewise.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write stages, memory and bytes here.")] = None,
 ) -> None:
     """Export a checkpoint into a bundle."""
     with needs_extra("export"):
-        from cllm_export.exporter.pipeline import BuildOptions, build
+        from cllm_export.exporter.memory import parse_size
+        from cllm_export.exporter.pipeline import BuildOptions, export
     options = BuildOptions(
         block_size=block_size,
         max_length=max_length,
@@ -97,17 +117,25 @@ def build(
         precision=precision,
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
+        weights=weights,
+        max_memory=parse_size(max_memory) if max_memory is not None else None,
+        base=base,
+        num_layers=num_layers,
     )
     with display.progress_bar() as progress:
-        bundle = build(checkpoint, output, options, force=force, progress=progress)
-    size = sum(entry.size for entry in bundle.manifest.files.values())
-    typer.echo(f"wrote {output} ({display.bytes_text(size)}, fingerprint {bundle.fingerprint[:12]})")
+        done = export(checkpoint, output, options, force=force, progress=progress, say=display.say)
+    size = display.bytes_text(done.report.bytes_written)
+    linked = f", {display.bytes_text(done.report.bytes_linked)} linked" if done.report.bytes_linked else ""
+    typer.echo(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
+    if as_json is not None:
+        _write_text(as_json, json.dumps(vars(done.report), indent=2) + "\n")
 
 
 @app.command()
 def verify(
     bundle: BundleArgument,
     checkpoint: CheckpointOption = None,
+    base: BaseOption = None,
     prompts: PromptsOption = None,
     block_sizes: Annotated[
         list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
@@ -138,6 +166,7 @@ def verify(
             open_bundle(bundle),
             prompts=read_prompts(prompts, limit=limit) if prompts else (),
             checkpoint=checkpoint,
+            base=base,
             options=options,
             progress=progress,
         )

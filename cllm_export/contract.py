@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from cllm_export.errors import EngineError, OptionError
 
@@ -39,11 +39,12 @@ CONTRACT_VERSION = 1
 OPSET = 24
 """ONNX opset of every graph: the newest that TensorRT 10.15 parses, and the first with TensorScatter."""
 
-Precision = Literal["fp32", "fp16"]
-DType = Literal["int64", "float32", "float16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DType = Literal["int64", "float32", "float16", "bfloat16"]
 
-KV_DTYPE: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16"}
-BYTES: dict[DType, int] = {"int64": 8, "float32": 4, "float16": 2}
+KV_DTYPE: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+BYTES: dict[DType, int] = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,17 @@ def cache_names(num_layers: int) -> Iterator[tuple[str, str]]:
             yield f"past_{kind}.{layer}", f"present_{kind}.{layer}"
 
 
+HIDDEN = "hidden."
+
+
 def hidden_name(layer: int) -> str:
     """Name of the value [B, n, hidden size] that enters a layer; that of ``num_layers`` leaves the last one."""
-    return f"hidden.{layer}"
+    return f"{HIDDEN}{layer}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a value between layers has this name."""
+    return name.startswith(HIDDEN)
 
 
 def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry: Geometry) -> None:

@@ -42,6 +42,11 @@ def progress_bar() -> Iterator[ProgressCallback]:
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
 
 
+def say(line: str) -> None:
+    """A line about the work itself, on standard error."""
+    ERR.print(line, markup=False, style="dim")
+
+
 def bytes_text(size: float) -> str:
     """A size in bytes as people write it: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -68,6 +73,8 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield f"graph {name}", f"{graph['file']}: {_pairs(pinned) if pinned else 'symbolic B, n, S, h'}"
     for name, size in description["files"].items():
         yield f"file {name}", bytes_text(size)
+    for path, size in description["linked_files"].items():
+        yield "linked to", f"{path}: {bytes_text(size)}"
     for name, size in description["memory"].items():
         yield f"memory {name.replace('_', ' ')}", bytes_text(size)
     yield "fingerprint", description["fingerprint"]

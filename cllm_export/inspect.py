@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cllm_export.bundle import PARITY_NAME, WEIGHTS_NAME, Bundle
+from cllm_export.bundle import PARITY_NAME, Bundle
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """
     manifest = bundle.manifest
     geometry = manifest.geometry
-    weights = bundle.manifest.files[WEIGHTS_NAME].size
+    weights = bundle.weight_bytes
     per_token = geometry.kv_bytes_per_token(manifest.precision)
     cache = per_token * geometry.cache_length * manifest.batch_size
     return {
@@ -35,6 +35,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             for name, entry in manifest.graphs.items()
         },
         "files": {name: entry.size for name, entry in manifest.files.items()},
+        "linked_files": {file.path: file.size for file in manifest.linked_files.values()},
         "memory": {
             "weights": weights,
             "kv_per_token": per_token,

@@ -14,13 +14,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, WEIGHTS_NAME, Bundle, Progress
+from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, Bundle, Progress
 from cllm_export.contract import BYTES, KV_DTYPE, Precision
 from cllm_export.errors import BundleError, ChecksumError, EngineError, GraphError, OptionError, OutputError
 from cllm_export.prompts import Prompt
@@ -31,18 +31,18 @@ from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describ
 if TYPE_CHECKING:
     from cllm_export.exporter.reference import Reference
 
-MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05}
+MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
 """Margin, in standard deviations of the logits, under which another token than the reference's counts as a tie.
 
 The margin is the reference's best logit minus that of the engine's token. Through a decoder's depth fp32 carries an
 error of about 1e-5 of the logits' spread, so 1e-3 is a hundred times the noise; fp16 weights and activations carry
-2**-11 an operation, 0.01 or so in all.
+2**-11 an operation, 0.01 or so in all; bf16 carries 2**-8, eight times as much.
 """
 
 MAX_TIE_SHARE = 0.02
 """Share of positions that may be ties: near ties are rare, and many of them are an error in disguise."""
 
-POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0}
+POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0, "bf16": 100.0}
 """What dead rows are set to. In fp16 a score over a larger one overflows to infinity before the mask is applied, and
 no row that a decoder ever wrote is that large."""
 
@@ -105,14 +105,16 @@ def verify(
     *,
     prompts: Sequence[Prompt] = (),
     checkpoint: Path | None = None,
+    base: Path | None = None,
     options: VerifyOptions | None = None,
     progress: Progress | None = None,
 ) -> Parity:
     """Run every check and write ``parity.json`` into the bundle.
 
     Without prompts, sequences of random tokens (seeded) stand for them. Without a checkpoint, a token that differs
-    across shapes cannot be shown to be a tie, and fails. Where bundle and checkpoint do not fit in memory whole, the
-    report compares them layer by layer and says that nothing was decoded.
+    across shapes cannot be shown to be a tie, and fails. ``checkpoint`` may be an adapter, with its ``base``; a bundle
+    of the first layers alone is compared with the first layers. Where bundle and checkpoint do not fit in memory whole,
+    the report compares them layer by layer and says that nothing was decoded.
 
     Raises:
         ChecksumError: a file of the bundle is corrupted.
@@ -137,12 +139,13 @@ def verify(
         write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
         raise
     progress = progress or (lambda *_: None)
-    checks = [Check(name="checksums", passed=True, detail=f"{len(bundle.manifest.files)} files match the manifest")]
+    checks = [Check(name="checksums", passed=True, detail=_files_text(bundle))]
     if instead and checkpoint:
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
-        checks.append(check_layers(bundle, checkpoint, threads=options.threads, progress=progress))
+        checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
     else:
-        checks += _Session(bundle, prompts, checkpoint, options, progress).token_checks()
+        reference = _open_reference(bundle, checkpoint, base) if checkpoint else None
+        checks += _Session(bundle, prompts, reference, options, progress).token_checks()
         checks += [
             check_rows_are_isolated(bundle, options.threads),
             check_dead_rows_are_hidden(bundle, options.threads),
@@ -155,26 +158,33 @@ def verify(
 
 
 def check_layers(
-    bundle: Bundle, checkpoint: Path, *, threads: int | None = None, progress: Progress = lambda *_: None
+    bundle: Bundle,
+    checkpoint: Path,
+    *,
+    base: Path | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Check:
     """Compare every layer with the checkpoint's own, one in memory at a time; see ``exporter/layer_parity.py``.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+        OptionError: it is an adapter, whose layers nobody merges one by one.
     """
-    from cllm_export.exporter.checkpoint import open_checkpoint
+    from cllm_export.exporter.adapter import open_source
     from cllm_export.exporter.layer_parity import NUM_TOKENS, compare_layers, describe
     from cllm_export.exporter.layer_reference import LayerReference
 
-    name = "layer by layer against the PyTorch checkpoint"
-    require_source(bundle, checkpoint)
+    name, manifest = "layer by layer against the PyTorch checkpoint", bundle.manifest
+    require_source(bundle, checkpoint, base)
+    opened, adapter = open_source(checkpoint, base, max_length=manifest.max_length)
+    if adapter:
+        raise OptionError(f"{checkpoint} is an adapter, which is not compared layer by layer: use --whole")
     reference = LayerReference(
-        open_checkpoint(checkpoint, max_length=bundle.manifest.max_length),
-        bundle.manifest.precision,
-        max_length=bundle.manifest.max_length,
+        opened, manifest.precision, max_length=manifest.max_length, num_layers=manifest.geometry.num_layers
     )
     generator = random.Random(0)  # noqa: S311 - test data, not a secret
-    tokens = [generator.randrange(bundle.manifest.geometry.vocab_size) for _ in range(NUM_TOKENS)]
+    tokens = [generator.randrange(manifest.geometry.vocab_size) for _ in range(NUM_TOKENS)]
     try:
         errors = compare_layers(bundle, reference, tokens, threads=threads or available_threads(), progress=progress)
     except (EngineError, GraphError) as error:
@@ -188,7 +198,9 @@ def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
     if wanted is not None:
         return "asked for layer by layer" if wanted else None
     manifest = bundle.manifest
-    parameters = manifest.files[WEIGHTS_NAME].size // BYTES[KV_DTYPE[manifest.precision]]
+    if manifest.precision == "bf16":
+        return "no engine here multiplies bf16 matrices"
+    parameters = bundle.weight_bytes // BYTES[KV_DTYPE[manifest.precision]]
     needed, free = HELD_BYTES * parameters, available_memory()
     if free is None or needed <= free:
         return None
@@ -234,6 +246,11 @@ def write_parity(bundle: Bundle, parity: Parity) -> None:
         raise OutputError(f"cannot write {target}: {error.strerror}") from None
 
 
+def _files_text(bundle: Bundle) -> str:
+    linked = len(bundle.manifest.linked_files)
+    return f"{len(bundle.manifest.files)} files match the manifest" + (f", {linked} linked ones too" if linked else "")
+
+
 class _Session:
     """The checks that decode prompts: they share one model, one reference and the sequences decoded so far."""
 
@@ -241,13 +258,13 @@ class _Session:
         self,
         bundle: Bundle,
         prompts: Sequence[Prompt],
-        checkpoint: Path | None,
+        reference: Reference | None,
         options: VerifyOptions,
         progress: Progress,
     ) -> None:
         self._bundle = bundle
         self._model = load(bundle.path, threads=options.threads)
-        self._reference = _open_reference(bundle, checkpoint) if checkpoint else None
+        self._reference = reference
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens
         self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
@@ -574,16 +591,16 @@ class _Probe:
         return [self._random.randrange(self._vocabulary) for _ in range(count)]
 
 
-def require_source(bundle: Bundle, checkpoint: Path) -> None:
+def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -> None:
     """Check that a bundle was built from this checkpoint.
 
     Raises:
         CheckpointError: it cannot be opened.
         BundleError: the bundle was built from another one.
     """
-    from cllm_export.exporter.checkpoint import open_checkpoint
+    from cllm_export.exporter.adapter import open_source
 
-    opened = open_checkpoint(checkpoint, max_length=bundle.manifest.max_length)
+    opened, _ = open_source(checkpoint, base, max_length=bundle.manifest.max_length)
     if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
         raise BundleError(
             f"{bundle.path} was not built from {checkpoint}: their fingerprints differ; "
@@ -591,11 +608,12 @@ def require_source(bundle: Bundle, checkpoint: Path) -> None:
         )
 
 
-def _open_reference(bundle: Bundle, checkpoint: Path) -> Reference:
+def _open_reference(bundle: Bundle, checkpoint: Path, base: Path | None) -> Reference:
     from cllm_export.exporter.reference import Reference
 
-    require_source(bundle, checkpoint)
-    return Reference(checkpoint, max_length=bundle.manifest.max_length)
+    require_source(bundle, checkpoint, base)
+    manifest = bundle.manifest
+    return Reference(checkpoint, max_length=manifest.max_length, base=base, num_layers=manifest.geometry.num_layers)
 
 
 def _corruption_is_named(bundle: Bundle, name: str) -> bool:
@@ -610,7 +628,8 @@ def _corruption_is_named(bundle: Bundle, name: str) -> bool:
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
         try:
-            Bundle(path=copy, manifest=bundle.manifest, fingerprint=bundle.fingerprint).check_files()
+            own = replace(bundle.manifest, linked_files={}, linked_weights={})  # linked files are not ours to corrupt
+            Bundle(path=copy, manifest=own, fingerprint=bundle.fingerprint).check_files()
         except ChecksumError as error:
             return name in str(error)
         return False

@@ -88,12 +88,12 @@ class Workshop:
         return open_bundle(target)
 
     def build(self, checkpoint: Path, **options: Any) -> Bundle:
-        """The bundle of any checkpoint, built anew."""
+        """The bundle of any checkpoint, built anew; with copied weights, unless ``weights`` says otherwise."""
         from cllm_export.exporter.pipeline import BuildOptions, build
 
         self._num_built += 1
         target = self._root / f"bundle-{self._num_built}-{checkpoint.name}"
-        return build(checkpoint, target, BuildOptions(**options))
+        return build(checkpoint, target, BuildOptions(**{"weights": "copy", **options}))
 
     def _once(self, key: tuple[Any, ...], make: Any) -> Any:
         if key not in self._made:

@@ -6,10 +6,12 @@ unpickled and no code of a checkpoint is ever run.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ from cllm_export.bundle import (
 )
 from cllm_export.errors import BundleError, CheckpointError, CllmExportError, OptionError, UnsupportedError
 from cllm_export.exporter.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
+from cllm_export.linked import read_places
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +73,10 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """In bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,11 @@ class Checkpoint:
     config: PretrainedConfig
     """The same as transformers reads it."""
     tensors: Mapping[str, TensorInfo]
+    weight_files: tuple[Path, ...]
+    text_path: Path
+    """Where tokenizer and chat template are: ``path``, or an adapter that brings its own."""
+    adapter_files: tuple[Path, ...] = ()
+    """Config and weights of the adapter that is merged into it."""
 
     @property
     def family(self) -> str:
@@ -98,12 +110,12 @@ class Checkpoint:
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:
         path = self.path / GENERATION_CONFIG_NAME
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     @cached_property
     def tokenizer_config(self) -> Mapping[str, Any]:
-        path = self.path / "tokenizer_config.json"
-        return _read_json(path) if path.exists() else {}
+        path = self.text_path / "tokenizer_config.json"
+        return read_json(path) if path.exists() else {}
 
     @cached_property
     def tokenizer_json(self) -> bytes:
@@ -112,9 +124,9 @@ class Checkpoint:
         Raises:
             MissingExtraError: the packages for that are not installed.
         """
-        if (self.path / TOKENIZER_NAME).is_file():
-            return (self.path / TOKENIZER_NAME).read_bytes()
-        text: str = convert_tokenizer(self.path, self.tokenizer_config).backend_tokenizer.to_str(pretty=True)
+        if (self.text_path / TOKENIZER_NAME).is_file():
+            return (self.text_path / TOKENIZER_NAME).read_bytes()
+        text: str = convert_tokenizer(self.text_path, self.tokenizer_config).backend_tokenizer.to_str(pretty=True)
         return text.encode()
 
     @property
@@ -137,8 +149,8 @@ class Checkpoint:
     def special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like by name: what chat templates refer to."""
         tokens = {}
-        path = self.path / "special_tokens_map.json"
-        older = _read_json(path) if path.exists() else {}
+        path = self.text_path / "special_tokens_map.json"
+        older = read_json(path) if path.exists() else {}
         for name, value in (*older.items(), *self.tokenizer_config.items()):
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
@@ -147,7 +159,7 @@ class Checkpoint:
 
     @property
     def chat_template(self) -> str | None:
-        path = self.path / "chat_template.jinja"
+        path = self.text_path / "chat_template.jinja"
         if path.exists():
             return path.read_text(encoding="utf-8")
         template = self.tokenizer_config.get("chat_template")
@@ -171,13 +183,35 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {self.tensors[name].file}: {error}") from None
 
-    def fingerprint(self) -> str:
-        """sha256 over ``config.json`` and every weight file: equal for equal checkpoints, wherever they lie."""
+    def fingerprint(self, known: Mapping[Path, str] | None = None) -> str:
+        """sha256 over ``config.json`` and every weight file: equal for equal checkpoints, wherever they lie.
+
+        ``known`` are sums of files that were taken already.
+        """
         digest = hashlib.sha256()
-        files = {self.path / "config.json"} | {info.file for info in self.tensors.values()}
-        for path in sorted(files):
-            digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
+        for path in sorted({self.path / "config.json", *self.weight_files, *self.adapter_files}):
+            digest.update(f"{path.name}:{(known or {}).get(path) or sha256_of(path)}\n".encode())
         return digest.hexdigest()
+
+    def with_adapter(self, files: tuple[Path, ...]) -> Checkpoint:
+        """The same, to be merged with an adapter of these files."""
+        return replace(self, adapter_files=files)
+
+    def with_layers(self, num_layers: int) -> Checkpoint:
+        """The same with its first layers alone.
+
+        Raises:
+            OptionError: it has not that many.
+        """
+        total = int(self.config.num_hidden_layers)
+        if num_layers > total:
+            raise OptionError(f"--num-layers {num_layers} is more than the {total} layers of {self.path}")
+        config = copy.deepcopy(self.config)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+        config.num_hidden_layers = num_layers
+        kept = {name: info for name, info in self.tensors.items() if _layer_of(name) < num_layers}
+        return replace(self, config=config, tensors=kept)
 
 
 def default_max_length(config: PretrainedConfig) -> int:
@@ -185,10 +219,11 @@ def default_max_length(config: PretrainedConfig) -> int:
     return min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
 
 
-def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_path: Path | None = None) -> Checkpoint:
     """Open a checkpoint and refuse, by name, what cannot be exported.
 
     ``max_length`` is the length the bundle is to be built for: a sliding window is accepted where it cannot matter.
+    ``text_path`` is where the tokenizer is, if not beside the weights.
 
     Raises:
         CheckpointError: missing, partial or damaged.
@@ -199,17 +234,26 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Check
         raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
-    raw = _read_json(path / "config.json")
+    raw = read_json(path / "config.json")
     _refuse_unsupported(raw, path)
-    if not (path / TOKENIZER_NAME).is_file() and not (path / SENTENCEPIECE_NAME).is_file():
+    text_path = text_path or path
+    if not (text_path / TOKENIZER_NAME).is_file() and not (text_path / SENTENCEPIECE_NAME).is_file():
         raise CheckpointError(
-            f"{path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
+            f"{text_path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     config = _read_config(path)
     _refuse_layers(config, path)
     _refuse_rope(config, path, max_length)
-    checkpoint = Checkpoint(path=path, raw_config=raw, config=config, tensors=_find_tensors(path))
+    files = _weight_files(path)
+    checkpoint = Checkpoint(
+        path=path,
+        raw_config=raw,
+        config=config,
+        tensors=_find_tensors(files),
+        weight_files=tuple(files),
+        text_path=text_path,
+    )
     _check_sections(checkpoint)
     return checkpoint
 
@@ -340,7 +384,7 @@ def _check_sections(checkpoint: Checkpoint) -> None:
     except CllmExportError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{checkpoint.path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
+        raise CheckpointError(f"{checkpoint.text_path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
     _check_tied_head(checkpoint)
 
 
@@ -348,12 +392,24 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
     """Refuse a stored head that differs from the table its config ties it to: transformers would then untie them."""
     if not checkpoint.config.tie_word_embeddings or not {HEAD, EMBEDDING} <= set(checkpoint.tensors):
         return
-    head, table = checkpoint.read(HEAD), checkpoint.read(EMBEDDING)
-    if head.shape != table.shape or head.dtype != table.dtype or not (head == table).all():
+    head, table = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
+    if head.shape != table.shape or head.dtype != table.dtype or not _same_bytes(head, table):
         raise CheckpointError(
             f"{HEAD} of {checkpoint.path} differs from {EMBEDDING}, though its config ties them "
             "(tie_word_embeddings): set that to false if the stored head is meant, else remove the tensor"
         )
+
+
+def _same_bytes(first: TensorInfo, second: TensorInfo, *, piece_bytes: int = 1 << 24) -> bool:
+    """Whether two tensors are equal byte for byte, read in pieces: a head may have gigabytes."""
+    with first.file.open("rb") as a, second.file.open("rb") as b:
+        a.seek(first.offset)
+        b.seek(second.offset)
+        for start in range(0, first.length, piece_bytes):
+            size = min(piece_bytes, first.length - start)
+            if a.read(size) != b.read(size):
+                return False
+    return True
 
 
 def _trained_with(section: Any, path: Path) -> TrainedWith:
@@ -368,11 +424,10 @@ def _trained_with(section: Any, path: Path) -> TrainedWith:
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _find_tensors(path: Path) -> dict[str, TensorInfo]:
-    files = _weight_files(path)
+def _find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in _read_header(file).items():
+        for name, info in read_header(file).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name} stands in both {tensors[name].file} and {file}")
             tensors[name] = info
@@ -383,19 +438,21 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS_INDEX).is_file():
         return _shards(path)
     if (path / SINGLE_WEIGHTS).is_file():
-        return [path / SINGLE_WEIGHTS]
+        return [_contained(path, SINGLE_WEIGHTS)]
     if pickled := [name for name in PICKLED_WEIGHTS if (path / name).exists()]:
         raise CheckpointError(
             f"{path} has only pickled weights ({pickled[0]}), which are never loaded because a pickle can run code; "
             "convert them with save_pretrained(..., safe_serialization=True) on a machine you trust"
         )
     if (path / "adapter_config.json").exists():
-        raise UnsupportedError(f"{path} is a LoRA adapter; merge it into its base model first (merge_and_unload)")
+        raise UnsupportedError(
+            f"{path} is a LoRA adapter, where a whole checkpoint is needed; merge it first (merge_and_unload)"
+        )
     raise CheckpointError(f"{path} has no weights: neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}")
 
 
 def _shards(path: Path) -> list[Path]:
-    weight_map = _read_json(path / WEIGHTS_INDEX).get("weight_map")
+    weight_map = read_json(path / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / WEIGHTS_INDEX} has no weight_map; download the checkpoint again")
     names = sorted({str(name) for name in weight_map.values()})
@@ -415,26 +472,47 @@ def _inside(path: Path, name: str) -> Path:
         require_plain_name(name)
     except BundleError:
         raise CheckpointError(f"{path / WEIGHTS_INDEX} names a shard outside the checkpoint: {name!r}") from None
+    return _contained(path, name)
+
+
+def _contained(path: Path, name: str) -> Path:
+    """A weight file, unless it is a link to elsewhere; the links of a Hugging Face cache stay in the model's cache."""
+    root, target = path.resolve(), (path / name).resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if root not in target.parents:
+        raise CheckpointError(f"{path / name} is a link out of the checkpoint, to {target}: put the file itself there")
     return path / name
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes; the library checks offsets and lengths against the file."""
+def _layer_of(name: str) -> int:
+    """Number of the layer that a tensor belongs to; -1 for one that belongs to none."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file. The library checks that they lie inside it, end to end and apart.
+
+    Raises:
+        CheckpointError: it is damaged or cut short.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            return {
-                name: TensorInfo(file=file, dtype=str(part.get_dtype()), shape=tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="np"):
+            pass
+        return {
+            name: TensorInfo(file=file, dtype=dtype, shape=shape, offset=offset, length=length)
+            for name, (offset, length, dtype, shape) in read_places(file).items()
+        }
+    except (SafetensorError, OSError, ValueError) as error:
         size = file.stat().st_size if file.exists() else 0
         raise CheckpointError(f"{file} ({size} bytes) is damaged or cut short: {error}; download it again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

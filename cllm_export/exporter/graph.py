@@ -53,6 +53,18 @@ class DecoderGraph:
             self.weights.pop(str(value.name), None)
             self.constants.pop(str(value.name), None)
 
+    def add_constant(self, values: list[int]) -> ir.Value:
+        """A small int64 constant of the graph itself, shared by equal values."""
+        name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
     def count(self, op_type: str) -> int:
         """Number of nodes of one operator type."""
         return sum(node.op_type == op_type for node in self.graph)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,9 @@ class LayeredGraph:
         where = {entry.key: entry.value for entry in tensor.external_data}
         is_bf16 = tensor.data_type == TensorProto.BFLOAT16
         kind = np.dtype(np.uint16) if is_bf16 else helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        path, offset = self._directory / where["location"], int(where["offset"])
+        linked = self._manifest.linked_files.get(where["location"])
+        path = Path(linked.path) if linked else self._directory / where["location"]
+        offset = int(where["offset"])
         return np.memmap(path, kind, mode="r", offset=offset, shape=tuple(tensor.dims))
 
 

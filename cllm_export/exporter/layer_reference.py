@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cllm_export.contract import Precision
 from cllm_export.exporter.checkpoint import Checkpoint
+from cllm_export.exporter.layers import truncated_config
 from cllm_export.exporter.rotary import settle_rope
 from cllm_export.exporter.trace import TORCH_DTYPE, checkpoint_names, decoder_from
 
@@ -38,14 +39,18 @@ class LayerReference:
     """The stock transformers decoder, whose modules get their weights when a forward reaches them and lose them after.
 
     Weights and rotary tables are rounded to ``precision`` and computed with in fp32: what is left between this and
-    an engine that does the same is the graph, not the precision. ``max_length`` is the bundle's.
+    an engine that does the same is the graph, not the precision. ``max_length`` and
+    ``num_layers`` are the bundle's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, *, max_length: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, precision: Precision, *, max_length: int, num_layers: int | None = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = TORCH_DTYPE[precision]
         with _parameters_on_meta():
-            self._decoder: PreTrainedModel = decoder_from(checkpoint.config).eval()
+            config = truncated_config(checkpoint.config, num_layers or checkpoint.config.num_hidden_layers)
+            self._decoder: PreTrainedModel = decoder_from(config).eval()
         self._decoder.requires_grad_(False)
         settle_rope(self._decoder.model.rotary_emb, max_length)
         self._names = {id(parameter): name for parameter, name in _named(self._decoder)}

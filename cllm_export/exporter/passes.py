@@ -7,7 +7,7 @@ change to a weight is a change to its ``WeightSource``, carried out when weights
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 Pass = Callable[[DecoderGraph], None]
 
 
-def run_passes(graph: DecoderGraph) -> None:
-    """Run every pass in order, removing what each leaves unused.
+def run_passes(graph: DecoderGraph, passes: Sequence[Pass] | None = None) -> None:
+    """Run every pass in order (``PASSES`` if none are given), removing what each leaves unused.
 
     Raises:
         GraphError: a pass did not reach its post-condition; names it.
     """
-    for step in PASSES:
+    for step in passes or PASSES:
         step(graph)
         optimizer.remove_unused_nodes(graph.model)
         graph.drop_unused_weights()
@@ -419,16 +419,7 @@ def _packed(graph: DecoderGraph, values: list[ir.Value | None], *, axis: int) ->
 
 
 def _constant(graph: DecoderGraph, values: list[int]) -> ir.Value:
-    """A small int64 constant of the graph itself, shared by equal values."""
-    name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
-    if name in graph.graph.initializers:
-        return graph.graph.initializers[name]
-    tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-    )
-    graph.graph.register_initializer(value)
-    return value
+    return graph.add_constant(values)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
+import os
 import shutil
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, get_args
 
 import onnx
 import onnx_ir as ir
@@ -16,7 +24,9 @@ from cllm_export.bundle import (
     GENERATION_CONFIG_NAME,
     GREEDY_GRAPH,
     TOKENIZER_NAME,
+    WEIGHTS_NAME,
     Bundle,
+    FileEntry,
     GraphEntry,
     Manifest,
     Progress,
@@ -28,14 +38,32 @@ from cllm_export.bundle import (
     staged_output,
     write_manifest,
 )
-from cllm_export.contract import FixedShapes, Geometry, Precision, require_at_least
+from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint import Checkpoint, default_max_length, open_checkpoint
+from cllm_export.exporter.adapter import Adapter, open_source
+from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
+from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period, truncated_config
+from cllm_export.exporter.linking import LINKED_PASSES
 from cllm_export.exporter.lint import require_clean
-from cllm_export.exporter.passes import pin_shapes, run_passes, state_contract
+from cllm_export.exporter.memory import plan_memory, watched_memory
+from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
+from cllm_export.exporter.stream import Use, stream_files, stream_tensors
 from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
-from cllm_export.exporter.weights import attach_weights, write_weights
+from cllm_export.exporter.weights import (
+    ENGINE_DTYPE,
+    Layout,
+    WeightsFile,
+    attach_weights,
+    check_dtypes,
+    is_linkable,
+    plan_weights,
+    require_space,
+)
+from cllm_export.linked import LinkedFile
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +72,11 @@ MIN_MAX_BLOCK_SIZE = 64
 """Decode forwards of up to this many tokens fit the cache of every bundle with symbolic shapes."""
 
 MIN_MAX_LENGTH = 2
+_TEXT_BYTES = 1 << 16
+"""What a bundle takes besides its weights, at the least."""
+
+WeightsMode = Literal["link", "copy"]
+WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
 
 GRAPH_FILE = "model.onnx"
 TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
@@ -62,12 +95,47 @@ class BuildOptions:
     fixed_shapes: bool = False
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
+    weights: WeightsMode | None = None
+    """By default ``link`` where every tensor has the engine's dtype already, else ``copy``."""
+    max_memory: int | None = None
+    """Bytes of anonymous memory that the build must stay under."""
+    base: Path | None = None
+    """The checkpoint that an adapter is for; by default the one that it names."""
+    num_layers: int | None = None
+    """The first so many layers alone, for debugging."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_length", "batch_size"):
+        for name in ("block_size", "max_length", "batch_size", "num_layers", "max_memory"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
-        require_one_of("precision", self.precision, ("fp32", "fp16"))
+        require_one_of("precision", self.precision, PRECISIONS)
+        if self.weights is not None:
+            require_one_of("weights", self.weights, WEIGHTS_MODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a build did and what it took, JSON-ready by ``vars``."""
+
+    weights: WeightsMode
+    reason: str
+    """Why the weights were linked or copied."""
+    seconds: dict[str, float]
+    """By stage. Of linked weights, ``scan`` runs alongside ``trace`` and ``passes``."""
+    predicted_peak: int
+    """Bytes of anonymous memory, as predicted before the work."""
+    peak: int
+    """As it was; 0 where the system does not say."""
+    bytes_written: int
+    bytes_linked: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A bundle, and the report of its build."""
+
+    bundle: Bundle
+    report: BuildReport
 
 
 def build(
@@ -78,10 +146,25 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
+    """``export``, for those who need no report."""
+    return export(checkpoint_path, output, options, force=force, progress=progress).bundle
+
+
+def export(
+    checkpoint_path: str | Path,
+    output: str | Path,
+    options: BuildOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Export:
     """Export a checkpoint into a bundle; the old bundle at ``output`` stays whole until the new one replaces it.
 
+    ``say`` is told, a line at a time, what was decided and what each stage took.
+
     Raises:
-        OutputError: the output exists (and ``force`` is not set) or cannot be written.
+        OutputError: the output exists (and ``force`` is not set), cannot be written or does not fit the disk.
         CheckpointError: the checkpoint is missing, damaged or unsupported.
         OptionError: an option is out of range for this model.
         GraphError: the exported graph breaks a rule; nothing is written.
@@ -89,20 +172,176 @@ def build(
     options = options or BuildOptions()
     output = Path(output)
     check_output(output, force=force)
-    report = progress or (lambda *_: None)
-    report("checkpoint", 0, 1)
-    checkpoint = open_checkpoint(checkpoint_path, max_length=options.max_length)
-    settings = settle(options, checkpoint)
-    report("graph", 0, 1)
-    graph = _make_graph(checkpoint, settings)
-    with staged_output(output, force=force) as staging:
-        written = write_weights(graph, checkpoint, staging, report)
-        attach_weights(graph, written)
-        _write_graph(graph, staging / GRAPH_FILE)
-        _copy_text_files(checkpoint, staging)
-        report("checksums", 0, 1)
-        write_manifest(staging, _manifest(checkpoint, settings, staging))
-    return open_bundle(output)
+    with watched_memory() as memory:
+        work = _Work(options, output, Stages(say or (lambda _: None), progress or (lambda *_: None)))
+        report = work.run(Path(checkpoint_path), force=force)
+    report = replace(report, peak=memory.peak)
+    work.stages.say(f"peak memory {memory.peak / 1e6:,.0f} MB (predicted {report.predicted_peak / 1e6:,.0f} MB)")
+    return Export(bundle=open_bundle(output), report=report)
+
+
+class Stages:
+    """Times the stages of a build, and says what each took."""
+
+    def __init__(self, say: Callable[[str], None], progress: Progress) -> None:
+        self.say = say
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.progress(name, 0, 1)
+        started = perf_counter()
+        yield
+        self.took(name, perf_counter() - started)
+
+    def took(self, name: str, seconds: float) -> None:
+        self.seconds[name] = round(seconds, 3)
+        self.say(f"{name:<12}{seconds:8.2f} s")
+
+
+class _Work:
+    """One build: the state its stages share."""
+
+    def __init__(self, options: BuildOptions, output: Path, stages: Stages) -> None:
+        self._options = options
+        self._output = output
+        self.stages = stages
+
+    def run(self, path: Path, *, force: bool) -> BuildReport:
+        options, stages = self._options, self.stages
+        with stages.stage("checkpoint"):
+            checkpoint, adapter = open_source(path, options.base, max_length=options.max_length)
+            if options.num_layers is not None:
+                checkpoint = checkpoint.with_layers(options.num_layers)
+            settings = settle(options, checkpoint)
+            wanted = check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
+            tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
+            check_dtypes(tensors)
+        mode, reason = choose_weights(options, tensors, adapter)
+        memory = plan_memory(options.max_memory)
+        stages.say(f"weights: {mode}, because {reason}")
+        stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
+        self._require_early_space(mode, tensors, settings.precision)
+        changed = set(adapter.matrices) if adapter else set()
+        with _Scan(checkpoint, tensors, memory.piece, stages) as scan:
+            if mode == "link":
+                scan.start()
+            graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
+            layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
+            with staged_output(self._output, force=force) as staging:
+                require_space(staging, layout.size + _TEXT_BYTES, self._output)
+                weights = WeightsFile(staging / WEIGHTS_NAME, layout, memory.stage, adapter.merge if adapter else None)
+                with stages.stage("weights"), weights.filled():
+                    for name, value in sorted(graph.constants.items()):
+                        weights.put_constant(name, value)
+                    if mode == "link":
+                        stream_tensors(
+                            checkpoint.tensors, sorted(layout.parts), piece_bytes=memory.piece, use=weights.put
+                        )
+                    else:
+                        scan.run(weights.put)
+                    known = {WEIGHTS_NAME: weights.sha256()}
+                sums = scan.result()
+                with stages.stage("bundle"):
+                    attach_weights(graph, layout)
+                    _write_graph(graph, staging / GRAPH_FILE)
+                    _copy_text_files(checkpoint, staging)
+                    files = describe_files(staging, known)
+                    write_manifest(staging, _manifest(checkpoint, settings, layout, files, sums))
+        return BuildReport(
+            weights=mode,
+            reason=reason,
+            seconds=stages.seconds,
+            predicted_peak=memory.peak,
+            peak=0,
+            bytes_written=sum(entry.size for entry in files.values()),
+            bytes_linked=sum(weight.length for weight in layout.linked.values()),
+        )
+
+    def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo], precision: Precision) -> None:
+        """Before the trace: a copy takes at least what its values take."""
+        values = sum(math.prod(info.shape) for info in tensors.values()) if mode == "copy" else 0
+        parent = next(path for path in Path(os.path.abspath(self._output)).parents if path.exists())
+        require_space(parent, values * BYTES[KV_DTYPE[precision]] + _TEXT_BYTES, self._output)
+
+
+class _Scan:
+    """The pass over the checkpoint's files: alongside the trace where weights are linked, else as they are copied."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], piece_bytes: int, stages: Stages
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._tensors = tensors
+        self._piece_bytes = piece_bytes
+        self._stages = stages
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[dict[Path, str]] | None = None
+        self._seconds = 0.0
+        self._sums: dict[Path, str] = {}
+
+    def __enter__(self) -> _Scan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+
+    def start(self) -> None:
+        self._running = self._pool.submit(self._read)
+
+    def run(self, use: Use) -> None:
+        self._sums = self._read(use)
+
+    def result(self) -> dict[Path, str]:
+        """sha256 of every weight file."""
+        if self._running is not None:
+            started = perf_counter()
+            self._sums = self._running.result()
+            self._stages.took("scan", self._seconds)
+            self._stages.seconds["waiting"] = round(perf_counter() - started, 3)
+        return self._sums
+
+    def _read(self, use: Use | None = None) -> dict[Path, str]:
+        started = perf_counter()
+        sums = stream_files(
+            self._checkpoint.weight_files,
+            self._checkpoint.tensors,
+            piece_bytes=self._piece_bytes,
+            scanned=self._tensors.keys(),
+            use=use,
+            progress=lambda done, total: self._stages.progress("weights", done, total) if use else None,
+            stop=self._stop,
+        )
+        self._seconds = perf_counter() - started
+        return sums
+
+
+def choose_weights(
+    options: BuildOptions, tensors: Mapping[str, TensorInfo], adapter: Adapter | None
+) -> tuple[WeightsMode, str]:
+    """Whether weights are linked or copied, and why.
+
+    Raises:
+        OptionError: linking was asked for, and nothing can be linked.
+    """
+    wanted = ENGINE_DTYPE[options.precision]
+    kept = [name for name, info in tensors.items() if is_linkable(info, options.precision)]
+    other = sorted({info.dtype for name, info in tensors.items() if name not in kept})
+    if options.weights == "link" and not kept:
+        raise OptionError(
+            f"no weight can be linked at --precision {options.precision}, which takes {wanted}: the checkpoint holds "
+            f"{', '.join(other)}; use --weights copy, or the precision that it has"
+        )
+    if options.weights is not None:
+        return options.weights, f"--weights {options.weights} was given"
+    if adapter is not None:
+        return "copy", "an adapter is merged into them"
+    if len(kept) < len(tensors):
+        return "copy", f"{options.precision} takes {wanted} and the checkpoint holds {', '.join(other)}"
+    return "link", f"the checkpoint holds them in {wanted} already; the bundle needs it to stay where it is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,20 +388,38 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     )
 
 
-def _make_graph(checkpoint: Checkpoint, settings: Settings) -> DecoderGraph:
-    check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
-    trace = trace_greedy(checkpoint.config, settings.geometry, settings.precision)
+def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, link: bool) -> DecoderGraph:
+    passes = LINKED_PASSES if link else PASSES
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    period, total = repeated_period(checkpoint.config, shapes), settings.geometry.num_layers
+    traced = total if period is None else TRACED_PERIODS * period
+    graph = _trace(checkpoint.config, settings, traced, passes, stages)
+    if period is not None and not repeat_layers(graph, period, total):
+        log.info("layers are not alike: tracing every one")
+        graph = _trace(checkpoint.config, settings, total, passes, stages)
+    with stages.stage("lint"):
+        if settings.fixed:
+            pin_shapes(graph, settings.geometry, settings.fixed)
+        state_contract(graph, settings.geometry, settings.fixed)
+        require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
+    return graph
+
+
+def _trace(
+    config: PretrainedConfig, settings: Settings, num_layers: int, passes: Sequence[Pass], stages: Stages
+) -> DecoderGraph:
+    """The graph of the first layers, after every pass."""
+    with stages.stage("trace"):
+        short, geometry = truncated_config(config, num_layers), replace(settings.geometry, num_layers=num_layers)
+        trace = trace_greedy(short, geometry, settings.precision)
     graph = DecoderGraph(
         model=trace.model,
         precision=settings.precision,
         weights={name: WeightSource(tensors=(name,)) for name in trace.checkpoint_tensors},
         constants=dict(trace.constants),
     )
-    run_passes(graph)
-    if settings.fixed:
-        pin_shapes(graph, settings.geometry, settings.fixed)
-    state_contract(graph, settings.geometry, settings.fixed)
-    require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
+    with stages.stage("passes"):
+        run_passes(graph, passes)
     return graph
 
 
@@ -182,7 +439,15 @@ def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
         (directory / CHAT_TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
 
 
-def _manifest(checkpoint: Checkpoint, settings: Settings, directory: Path) -> Manifest:
+def _manifest(
+    checkpoint: Checkpoint, settings: Settings, layout: Layout, files: dict[str, FileEntry], sums: dict[Path, str]
+) -> Manifest:
+    used = {weight.file for weight in layout.linked.values()}
+    linked = {
+        path.name: LinkedFile(path=os.path.abspath(path), size=path.stat().st_size, sha256=digest)
+        for path, digest in sums.items()
+        if path.name in used
+    }
     return Manifest(
         family=checkpoint.family,
         graphs={GREEDY_GRAPH: GraphEntry(file=GRAPH_FILE, fixed_shapes=settings.fixed)},
@@ -195,9 +460,11 @@ def _manifest(checkpoint: Checkpoint, settings: Settings, directory: Path) -> Ma
         pad_token_id=checkpoint.pad_token_id,
         trained_with=settings.trained_with,
         special_tokens=checkpoint.special_tokens,
-        checkpoint_fingerprint=checkpoint.fingerprint(),
+        checkpoint_fingerprint=checkpoint.fingerprint(sums),
         tool_versions=_tool_versions(),
-        files=describe_files(directory),
+        files=files,
+        linked_files=linked,
+        linked_weights=layout.linked,
     )
 
 

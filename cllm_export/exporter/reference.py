@@ -8,12 +8,19 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from cllm_export.bundle import TOKENIZER_NAME
-from cllm_export.errors import CheckpointError
-from cllm_export.exporter.checkpoint import default_max_length, open_checkpoint
+from cllm_export.errors import CheckpointError, MissingExtraError
+from cllm_export.exporter.adapter import open_source
+from cllm_export.exporter.checkpoint import default_max_length
 from cllm_export.exporter.rotary import settle_rope
 from cllm_export.exporter.tokenizer import convert_tokenizer
 
@@ -28,8 +35,23 @@ class Prediction(NamedTuple):
     """Standard deviation of the logits there: what a margin is small or large against."""
 
 
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise MissingExtraError("peft", extra="train") from None
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return merged
+
+
 class Reference:
-    """The stock transformers model of a checkpoint, in fp32 on the CPU.
+    """The stock transformers model of a checkpoint, in fp32 on the CPU; of an adapter, merged by PEFT into its base.
+
+    Args:
+        checkpoint_path: a checkpoint, or an adapter.
+        max_length: see ``open_checkpoint``.
+        base: of an adapter, if not the one that it names.
+        num_layers: the first so many layers alone.
 
     Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
 
@@ -37,21 +59,37 @@ class Reference:
         CheckpointError: the checkpoint is missing, damaged or unsupported.
     """
 
-    def __init__(self, checkpoint_path: str | Path, *, max_length: int | None = None) -> None:
-        self.checkpoint = open_checkpoint(checkpoint_path, max_length=max_length)
+    def __init__(
+        self,
+        checkpoint_path: str | Path,
+        *,
+        max_length: int | None = None,
+        base: Path | None = None,
+        num_layers: int | None = None,
+    ) -> None:
+        self.checkpoint, adapter = open_source(Path(checkpoint_path), base, max_length=max_length)
+        if num_layers is not None:
+            self.checkpoint = self.checkpoint.with_layers(num_layers)
         transformers_logging.disable_progress_bar()
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                self.checkpoint.path, dtype=torch.float32, attn_implementation="eager", **options
-            ).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                self.checkpoint.path,
+                config=self.checkpoint.config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                **options,
+            )
+            self._model = (_merged(model, adapter.path) if adapter else model).eval()
             self._tokenizer = self._load_tokenizer(options)
+        except MissingExtraError:
+            raise
         except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
             raise CheckpointError(f"transformers does not load {checkpoint_path}: {error}") from None
         settle_rope(self._model.model.rotary_emb, max_length or default_max_length(self.checkpoint.config))
 
     def _load_tokenizer(self, options: Mapping[str, bool]) -> PreTrainedTokenizerBase:
-        path = self.checkpoint.path
+        path = self.checkpoint.text_path
         if not (path / TOKENIZER_NAME).is_file():
             return convert_tokenizer(path, self.checkpoint.tokenizer_config)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)

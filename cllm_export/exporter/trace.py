@@ -34,7 +34,7 @@ between two layers until the last pass names it."""
 HARMLESS = frozenset({"dropout", "sliding_window", "position_ids", "use_cache"})
 """What stock layers tell their attention and the graph says elsewhere, in its mask above all."""
 
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16}
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,8 +427,8 @@ def _require_data(model: ir.Model) -> None:
             raise GraphError(f"the trace holds a buffer {name} of which no data is known; it is not supported yet")
 
 
-def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Compare the checkpoint's tensors, before any work, with what its config asks for.
+def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    """Compare the checkpoint's tensors, before any work, with what its config asks for; the names of those it asks for.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape; names it.
@@ -445,6 +445,7 @@ def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -
     extra = sorted(name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if extra:
         raise CheckpointError(f"the checkpoint has a tensor {extra[0]} that its config has no place for")
+    return frozenset(expected)
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import GREEDY_GRAPH, WEIGHTS_NAME, Bundle
+from cllm_export.bundle import GREEDY_GRAPH, Bundle
 from cllm_export.contract import FixedShapes, Geometry, cache_names, check_forward, require_at_least
 from cllm_export.errors import EngineError, MissingExtraError
 from cllm_export.runtime.engine import Forward
 from cllm_export.runtime.kv_cache import allocate, kv_extent
+from cllm_export.runtime.mapped_weights import MappedWeights
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -72,12 +73,20 @@ class OrtEngine:
         log_severity: int = 3,
     ) -> None:
         manifest = bundle.manifest
+        if manifest.precision == "bf16":
+            raise EngineError(
+                f"{bundle.path} is a bf16 bundle, and ONNX Runtime's CPU provider multiplies no bf16 matrices: "
+                "build it with --precision fp32, or run it on a GPU engine"
+            )
         path = bundle.graph_path(graph)
         self._fixed = manifest.graphs[graph].fixed_shapes
         self._geometry = manifest.geometry
         self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
-        self._session = _make_session(str(path), threads or available_threads(), log_severity)
-        self._chunk = SMALL_CHUNK if bundle.file(WEIGHTS_NAME).stat().st_size <= CACHE_RESIDENT_BYTES else CHUNK
+        linked = MappedWeights(bundle)
+        self._session = _make_session(str(path), threads or available_threads(), log_severity, linked)
+        self._linked = linked  # the session reads them through this map
+        linked.release_pages()
+        self._chunk = SMALL_CHUNK if bundle.weight_bytes <= CACHE_RESIDENT_BYTES else CHUNK
         self.run_seconds = 0.0
         self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
         """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
@@ -212,7 +221,7 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _make_session(path: str, threads: int, log_severity: int) -> onnxruntime.InferenceSession:
+def _make_session(path: str, threads: int, log_severity: int, linked: MappedWeights) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
     except ImportError:
@@ -221,6 +230,7 @@ def _make_session(path: str, threads: int, log_severity: int) -> onnxruntime.Inf
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = log_severity
+    linked.hand_to(options)
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, unrelated to each other

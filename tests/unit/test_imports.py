@@ -19,7 +19,8 @@ EXPORT_ONLY = {"torch", "transformers", "onnx"}
 ALLOWED = {
     "errors": set(),
     "contract": {"errors"},
-    "bundle": {"contract", "errors"},
+    "linked": {"errors"},
+    "bundle": {"contract", "errors", "linked"},
     "extras": {"errors"},
     "prompts": {"errors"},
     "runtime": {"bundle", "contract", "errors", "prompts", "runtime"},
