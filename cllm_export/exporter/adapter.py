@@ -132,7 +132,7 @@ def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
 def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> dict[str, Matrices]:
     held = read_header(path / WEIGHTS_NAME)
     found: dict[str, Matrices] = {}
-    for name in sorted(held):
+    for name in sorted(held, key=lambda each: (each.endswith(".weight"), each)):  # what is no matrix first
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
         if match is None or not name.startswith(PREFIX):
             raise UnsupportedError(

@@ -32,7 +32,7 @@ adapter's product beside it, and in the engine's dtype."""
 
 STAGE_BYTES = 256_000_000
 """For weights in the making: a matrix is transposed in memory and written from start to end where it fits. One that
-does not is put into the file's own pages a piece at a time, which was seen to write at a fifth of the speed."""
+does not fit is put into the file's own pages a piece at a time, which is slower."""
 
 SAMPLE_SECONDS = 0.02
 

@@ -249,6 +249,8 @@ class _Work:
                     _copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
                     write_manifest(staging, _manifest(checkpoint, settings, layout, files, sums))
+                written = perf_counter()
+            stages.took("to disk", perf_counter() - written)
         return BuildReport(
             weights=mode,
             reason=reason,
