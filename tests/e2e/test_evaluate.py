@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cllm_export.bundle import FILLS
 from cllm_export.errors import OutputError
 from cllm_export.evaluation.report_file import write_report
 from tests.conftest import PINNED, Workshop
@@ -98,7 +99,7 @@ def test_the_probe_tells_what_to_expect_of_a_checkpoint(
     assert "a product of two measurements" in outcome.out
     report = json.loads(output.read_text(encoding="utf-8"))
     assert [size["block_size"] for size in report["sizes"]] == [1, 4, 8, 16, 32]
-    assert len(report["forms"]) == 6
+    assert len(report["forms"]) == 2 * len(FILLS)
     for size in report["sizes"]:
         expected = size["tokens_per_forward"] / size["relative_time"]
         assert size["expected_speedup"] == pytest.approx(expected, rel=0.01)

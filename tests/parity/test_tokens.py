@@ -13,6 +13,7 @@ from cllm_export.bundle import Bundle, FillName
 from cllm_export.contract import cache_names
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.autoregressive import Autoregressive
+from cllm_export.runtime.draft import RepeatFill
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.generate import Method, Model
 from cllm_export.runtime.jacobi import SlidingJacobi
@@ -227,7 +228,7 @@ def _decode_at_once(engine: Engine, prompts: list[list[int]], *, active: tuple[i
     """Sliding Jacobi in slot 0 and autoregressive decoding in slot 1, so that the two move at different paces."""
     write_index = fill_slots(engine, prompts, chunk=8)
     policies = [
-        policy(last_token=prompt[-1], write_index=index, block_size=8, fill=lambda count, last: [last] * count)
+        policy(last_token=prompt[-1], write_index=index, block_size=8, fill=RepeatFill(prompt))
         for policy, prompt, index in zip((SlidingJacobi, Autoregressive), prompts, write_index, strict=True)
     ]
     tokens: list[list[int]] = [[], []]
