@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +63,9 @@ DEFAULT_MAX_LENGTH_CAP = 2048
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255
+"""Bytes that a file name may have on any file system in use."""
+
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
@@ -197,6 +203,7 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None) -> Check
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+    _refuse_links(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     raw = _read_json(path / "config.json")
@@ -249,6 +256,21 @@ def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
             f"{checkpoint.path} has no {TOKENIZER_NAME}, only {SENTENCEPIECE_NAME}: build a bundle, which converts it, "
             f"and copy the bundle's {TOKENIZER_NAME} into the checkpoint"
         )
+
+
+def _refuse_links(path: Path) -> None:
+    """Refuse a file that is a link to elsewhere: what it leads to is no part of the checkpoint, and might be private.
+
+    In a Hugging Face cache, ``MODEL/snapshots/REVISION/FILE`` is a link into ``MODEL/blobs``, which is.
+    """
+    root = Path(os.path.realpath(path))
+    homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    for file in sorted(path.iterdir()):
+        target = Path(os.path.realpath(file))
+        if file.is_symlink() and not target.is_dir() and not any(home in target.parents for home in homes):
+            raise CheckpointError(
+                f"{file} is a link that leaves the checkpoint, to {target}; put the file itself there"
+            )
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
@@ -330,7 +352,7 @@ def _check_sections(checkpoint: Checkpoint) -> None:
         )
     _ = checkpoint.trained_with, checkpoint.special_tokens
     try:
-        _ = checkpoint.chat_template
+        (checkpoint.chat_template or "").encode()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
@@ -374,7 +396,7 @@ def _find_tensors(path: Path) -> dict[str, TensorInfo]:
     for file in files:
         for name, info in _read_header(file).items():
             if name in tensors:
-                raise CheckpointError(f"tensor {name} stands in both {tensors[name].file} and {file}")
+                raise CheckpointError(f"tensor {name!r} stands in both {tensors[name].file} and {file}")
             tensors[name] = info
     return tensors
 
@@ -398,24 +420,30 @@ def _shards(path: Path) -> list[Path]:
     weight_map = _read_json(path / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / WEIGHTS_INDEX} has no weight_map; download the checkpoint again")
-    names = sorted({str(name) for name in weight_map.values()})
+    for name in weight_map.values():
+        _require_shard_name(path, name)
+    names = sorted(set(weight_map.values()))
     for name in names:
         if not (path / name).is_file():
-            raise CheckpointError(f"shard {name} of {path} is missing; download it again")
-    shards = [_inside(path, name) for name in names]
+            raise CheckpointError(
+                f"shard {name} of {path} is missing, though {WEIGHTS_INDEX} names it; download it again"
+            )
     if (path / SINGLE_WEIGHTS).is_file() and SINGLE_WEIGHTS not in names:
         raise CheckpointError(
             f"{path} has both {SINGLE_WEIGHTS} and {WEIGHTS_INDEX}, which may hold different weights: remove one"
         )
-    return shards
+    return [path / name for name in names]
 
 
-def _inside(path: Path, name: str) -> Path:
+def _require_shard_name(path: Path, name: object) -> None:
+    """What stands in the index as a shard must be the plain name of a file beside it."""
+    index = path / WEIGHTS_INDEX
+    if not isinstance(name, str) or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
+        raise CheckpointError(f"{index} names a shard {reprlib.repr(name)}, which is no file name; download it again")
     try:
         require_plain_name(name)
     except BundleError:
-        raise CheckpointError(f"{path / WEIGHTS_INDEX} names a shard outside the checkpoint: {name!r}") from None
-    return path / name
+        raise CheckpointError(f"{index} names a shard outside the checkpoint: {name!r}") from None
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -425,13 +453,39 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            return {
+            infos = {
                 name: TensorInfo(file=file, dtype=str(part.get_dtype()), shape=tuple(part.get_shape()))
                 for name, part in slices.items()
             }
-    except (SafetensorError, OSError) as error:
+        _refuse_repeats(file)
+        _refuse_wide(infos)
+        return infos
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         size = file.stat().st_size if file.exists() else 0
         raise CheckpointError(f"{file} ({size} bytes) is damaged or cut short: {error}; download it again") from None
+
+
+def _refuse_repeats(file: Path) -> None:
+    """Raise ValueError if a header that the library found sound names a tensor twice: the library takes the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"its header names {name!r} twice")
+            found[name] = value
+        return found
+
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        json.loads(opened.read(length).decode(), object_pairs_hook=unique)
+
+
+def _refuse_wide(infos: Mapping[str, TensorInfo]) -> None:
+    """Raise ValueError for a tensor of no bytes whose other extents no tensor can have, such as [0, 2**63]."""
+    for name, info in infos.items():
+        if math.prod(max(extent, 1) for extent in info.shape) >= 2**63:
+            raise ValueError(f"tensor {name!r} has the shape {list(info.shape)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
