@@ -77,17 +77,28 @@ def read_places(path: Path) -> dict[str, tuple[int, int, str, tuple[int, ...]]]:
     """Offset from the start of the file, length, dtype and shape of every tensor, from a safetensors header.
 
     Raises:
-        ValueError: no safetensors header, or a place outside the file.
+        ValueError: no safetensors header, a name that stands twice in it, a place outside the file, or a shape that no
+            tensor can have.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"its header would take {length} of {size} bytes")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     return {name: _place(entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that names nothing twice: which of two is meant would depend on the reader."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"its header names {name!r} twice")
+        found[name] = value
+    return found
 
 
 def _place(entry: Any, start: int, size: int) -> tuple[int, int, str, tuple[int, ...]]:
@@ -98,6 +109,8 @@ def _place(entry: Any, start: int, size: int) -> tuple[int, int, str, tuple[int,
         raise ValueError(f"an entry of its header is damaged: {error}") from None
     if not start <= place[0] <= start + last <= size:
         raise ValueError(f"its header gives a tensor the bytes {first} to {last} of {size - start}")
+    if math.prod(max(extent, 1) for extent in place[3]) >= 2**63:  # sound by its bytes where another extent is 0
+        raise ValueError(f"its header gives a tensor the shape {list(place[3])}")
     return place
 
 

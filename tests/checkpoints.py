@@ -7,7 +7,9 @@ too: a graph that forgot one of them gives other tokens.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +216,18 @@ def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
     if variant.cllm is not None:
         edit_json(directory / "config.json", cllm=dict(variant.cllm))
     return directory
+
+
+def hub_snapshot(checkpoint: Path, model: Path) -> Path:
+    """The same as a Hugging Face cache lays it out: each file a link into the blobs of its model."""
+    blobs, snapshot = model / "blobs", model / "snapshots" / "0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        blob = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copyfile(file, blobs / blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob}")
+    return snapshot
 
 
 def _random_like(name: str, parameter: Tensor, scale: float) -> Tensor:

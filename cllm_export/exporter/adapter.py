@@ -17,7 +17,14 @@ from torch import Tensor
 
 from cllm_export.bundle import TOKENIZER_NAME
 from cllm_export.errors import CheckpointError, OptionError, UnsupportedError
-from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_header, read_json
+from cllm_export.exporter.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_header,
+    read_json,
+    refuse_links,
+)
 from cllm_export.exporter.stream import Piece
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -95,6 +102,7 @@ def open_adapter(path: Path, base: Path | None, *, max_length: int | None) -> tu
         CheckpointError: either is missing or damaged, or they do not fit together.
         UnsupportedError: it asks for what is not merged.
     """
+    refuse_links(path)
     config = read_json(path / CONFIG_NAME)
     _refuse(config, path)
     base = base or _stated_base(config, path)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,6 +65,9 @@ DEFAULT_MAX_LENGTH_CAP = 2048
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255
+"""Bytes that a file name may have on any file system in use."""
+
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
@@ -232,6 +237,8 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+    for directory in dict.fromkeys((path, text_path or path)):
+        refuse_links(directory)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
     raw = read_json(path / "config.json")
@@ -293,6 +300,21 @@ def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
             f"{checkpoint.path} has no {TOKENIZER_NAME}, only {SENTENCEPIECE_NAME}: build a bundle, which converts it, "
             f"and copy the bundle's {TOKENIZER_NAME} into the checkpoint"
         )
+
+
+def refuse_links(path: Path) -> None:
+    """Refuse a file that is a link to elsewhere: what it leads to is no part of the checkpoint, and might be private.
+
+    In a Hugging Face cache, ``MODEL/snapshots/REVISION/FILE`` is a link into ``MODEL/blobs``, which is.
+    """
+    root = Path(os.path.realpath(path))
+    homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    for file in sorted(path.iterdir()):
+        target = Path(os.path.realpath(file))
+        if file.is_symlink() and not target.is_dir() and not any(home in target.parents for home in homes):
+            raise CheckpointError(
+                f"{file} is a link that leaves the checkpoint, to {target}; put the file itself there"
+            )
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
@@ -374,7 +396,7 @@ def _check_sections(checkpoint: Checkpoint) -> None:
         )
     _ = checkpoint.trained_with, checkpoint.special_tokens
     try:
-        _ = checkpoint.chat_template
+        (checkpoint.chat_template or "").encode()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
@@ -429,7 +451,7 @@ def _find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
     for file in files:
         for name, info in read_header(file).items():
             if name in tensors:
-                raise CheckpointError(f"tensor {name} stands in both {tensors[name].file} and {file}")
+                raise CheckpointError(f"tensor {name!r} stands in both {tensors[name].file} and {file}")
             tensors[name] = info
     return tensors
 
@@ -438,7 +460,7 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS_INDEX).is_file():
         return _shards(path)
     if (path / SINGLE_WEIGHTS).is_file():
-        return [_contained(path, SINGLE_WEIGHTS)]
+        return [path / SINGLE_WEIGHTS]
     if pickled := [name for name in PICKLED_WEIGHTS if (path / name).exists()]:
         raise CheckpointError(
             f"{path} has only pickled weights ({pickled[0]}), which are never loaded because a pickle can run code; "
@@ -455,34 +477,30 @@ def _shards(path: Path) -> list[Path]:
     weight_map = read_json(path / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path / WEIGHTS_INDEX} has no weight_map; download the checkpoint again")
-    names = sorted({str(name) for name in weight_map.values()})
+    for name in weight_map.values():
+        _require_shard_name(path, name)
+    names = sorted(set(weight_map.values()))
     for name in names:
         if not (path / name).is_file():
-            raise CheckpointError(f"shard {name} of {path} is missing; download it again")
-    shards = [_inside(path, name) for name in names]
+            raise CheckpointError(
+                f"shard {name} of {path} is missing, though {WEIGHTS_INDEX} names it; download it again"
+            )
     if (path / SINGLE_WEIGHTS).is_file() and SINGLE_WEIGHTS not in names:
         raise CheckpointError(
             f"{path} has both {SINGLE_WEIGHTS} and {WEIGHTS_INDEX}, which may hold different weights: remove one"
         )
-    return shards
+    return [path / name for name in names]
 
 
-def _inside(path: Path, name: str) -> Path:
+def _require_shard_name(path: Path, name: object) -> None:
+    """What stands in the index as a shard must be the plain name of a file beside it."""
+    index = path / WEIGHTS_INDEX
+    if not isinstance(name, str) or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
+        raise CheckpointError(f"{index} names a shard {reprlib.repr(name)}, which is no file name; download it again")
     try:
         require_plain_name(name)
     except BundleError:
-        raise CheckpointError(f"{path / WEIGHTS_INDEX} names a shard outside the checkpoint: {name!r}") from None
-    return _contained(path, name)
-
-
-def _contained(path: Path, name: str) -> Path:
-    """A weight file, unless it is a link to elsewhere; the links of a Hugging Face cache stay in the model's cache."""
-    root, target = path.resolve(), (path / name).resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    if root not in target.parents:
-        raise CheckpointError(f"{path / name} is a link out of the checkpoint, to {target}: put the file itself there")
-    return path / name
+        raise CheckpointError(f"{index} names a shard outside the checkpoint: {name!r}") from None
 
 
 def _layer_of(name: str) -> int:
@@ -506,7 +524,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             name: TensorInfo(file=file, dtype=dtype, shape=shape, offset=offset, length=length)
             for name, (offset, length, dtype, shape) in read_places(file).items()
         }
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         size = file.stat().st_size if file.exists() else 0
         raise CheckpointError(f"{file} ({size} bytes) is damaged or cut short: {error}; download it again") from None
 

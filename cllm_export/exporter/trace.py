@@ -9,6 +9,7 @@ as graph inputs named after their checkpoint tensors, so that every later pass w
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ between two layers until the last pass names it."""
 
 HARMLESS = frozenset({"dropout", "sliding_window", "position_ids", "use_cache"})
 """What stock layers tell their attention and the graph says elsewhere, in its mask above all."""
+
+STORED_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias)$")
+"""Buffers that older checkpoints store and every model computes: frequencies, rotation tables and causal masks."""
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -442,9 +446,13 @@ def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -
         if found[name] != shape:
             raise CheckpointError(f"tensor {name} has shape {list(found[name])}, the config asks for {list(shape)}")
     known = set(expected) | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    extra = sorted(name for name in found if name not in known and not name.endswith("rotary_emb.inv_freq"))
+    extra = sorted(name for name in found if name not in known and not STORED_BUFFERS.search(name))
     if extra:
-        raise CheckpointError(f"the checkpoint has a tensor {extra[0]} that its config has no place for")
+        raise CheckpointError(
+            f"the checkpoint has a tensor {extra[0]!r} that its config has no place for ({len(extra)} such tensors): a "
+            f"model without them would be another one. Correct config.json (num_hidden_layers is "
+            f"{config.num_hidden_layers}), or remove them from the weights if they are not meant to be there"
+        )
     return frozenset(expected)
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from cllm_export.bundle import open_bundle
 from cllm_export.runtime.generate import load
-from tests.checkpoints import Variant, edit_json, edit_weights, make_checkpoint
+from tests.checkpoints import Variant, edit_json, edit_weights, hub_snapshot, make_checkpoint
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, assert_refused, snapshot
 from tests.parity.compare import random_prompts, stock_tokens
@@ -90,6 +91,36 @@ def shards_that_overlap(checkpoint: Path) -> None:
     index({EMBEDDING: "model.safetensors", UP_PROJECTION: "again.safetensors"})(checkpoint)
 
 
+def linked_away(name: str) -> Callable[[Path], object]:
+    """One file moved out of the checkpoint, and a link to it in its place."""
+
+    def damage(checkpoint: Path) -> None:
+        elsewhere = checkpoint.parent / f"elsewhere-{name}"
+        (checkpoint / name).rename(elsewhere)
+        (checkpoint / name).symlink_to(elsewhere)
+
+    return damage
+
+
+def blobs_of_another_model(checkpoint: Path) -> None:
+    """A cache whose snapshot leads to what lies in no cache of its own."""
+    other = hub_snapshot(checkpoint, checkpoint.parent / "models--other")
+    for file in other.iterdir():
+        (checkpoint / file.name).unlink()
+        (checkpoint / file.name).symlink_to(file)
+
+
+def a_name_twice(checkpoint: Path) -> None:
+    """A header that names a tensor twice, of which the library takes the last."""
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    again = json.dumps({UP_PROJECTION: header[UP_PROJECTION] | {"shape": [64, 96]}})
+    text = json.dumps(header)[:-1] + ", " + again[1:]
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + content[8 + length :])
+
+
 BEFORE_ANY_WORK: dict[str, Case] = {
     "no config.json": Case(without("config.json"), ("not a checkpoint", "no config.json")),
     "config.json cut short": Case(text("config.json", '{"model_type": "lla'), ("config.json", "not valid JSON")),
@@ -116,6 +147,22 @@ BEFORE_ANY_WORK: dict[str, Case] = {
         ("shard model-00002-of-00003.safetensors", "missing", "download it again"),
     ),
     "shard outside the checkpoint": Case(shard_elsewhere, ("outside the checkpoint", "../elsewhere.safetensors")),
+    "shard outside the checkpoint that is not there": Case(
+        index({EMBEDDING: "../gone.safetensors"}), ("outside the checkpoint", "../gone.safetensors")
+    ),
+    "shard of a name that no file has": Case(
+        index({EMBEDDING: "x" * 300}), ("index.json", "names a shard", "no file name")
+    ),
+    "shard that is no text": Case(index({EMBEDDING: None}), ("index.json", "names a shard None", "no file name")),
+    "weights linked away": Case(
+        linked_away("model.safetensors"), ("model.safetensors", "link that leaves", "elsewhere-model.safetensors")
+    ),
+    "tokenizer linked away": Case(linked_away("tokenizer.json"), ("tokenizer.json", "link that leaves")),
+    "links into the cache of another model": Case(blobs_of_another_model, ("link that leaves", "models--other")),
+    "a header that names a tensor twice": Case(a_name_twice, ("model.safetensors", UP_PROJECTION, "twice")),
+    "a chat template that no file can hold": Case(
+        text("tokenizer_config.json", '{"chat_template": "\\ud800"}'), ("chat template", "surrogates not allowed")
+    ),
     "a tensor in two shards": Case(shards_that_overlap, (EMBEDDING, "stands in both", "again.safetensors")),
     "index without a weight map": Case(index(None), ("index.json", "weight_map")),
     "index cut short": Case(text("model.safetensors.index.json", '{"weight_map": {'), ("index.json", "not valid JSON")),
@@ -184,7 +231,11 @@ AFTER_THE_TRACE: dict[str, Case] = {
     ),
     "missing tensor": Case(weights(drop=(UP_PROJECTION,)), (f"no tensor {UP_PROJECTION}", "incomplete")),
     "extra tensor": Case(
-        weights(**{"model.layers.1.mlp.up_proj.weight": torch.zeros(96, 64)}), ("model.layers.1.mlp.up_proj.weight",)
+        weights(**{"model.layers.1.mlp.up_proj.weight": torch.zeros(96, 64)}),
+        ("model.layers.1.mlp.up_proj.weight", "1 such", "num_hidden_layers is 1", "remove them"),
+    ),
+    "extra bias": Case(
+        weights(**{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}), ("model.layers.0.self_attn.q_proj.bias",)
     ),
     "integer weights": Case(
         weights(**{UP_PROJECTION: torch.zeros(96, 64, dtype=torch.int8)}), (UP_PROJECTION, "I8", "F32")
@@ -253,7 +304,7 @@ def test_a_stored_head_beside_a_tied_table_is_never_silently_ignored(
 ):
     """transformers unties a head that differs from the table, whatever the config says; tokens must be its tokens.
 
-    The frequencies that older checkpoints store are computed here, and no reason to refuse one.
+    The frequencies and masks that older checkpoints store are computed here, and no reason to refuse one.
     """
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -264,6 +315,8 @@ def test_a_stored_head_beside_a_tied_table_is_never_silently_ignored(
         **{
             "lm_head.weight": table.clone() if same else table.flip(0).contiguous(),
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+            "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4),
+            "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
         },
     )
     outcome = cli("build", checkpoint, "--output", output)
@@ -276,6 +329,24 @@ def test_a_stored_head_beside_a_tied_table_is_never_silently_ignored(
     for prompt in random_prompts(table.shape[0], [3, 20]):
         tokens = model.generate(prompt, max_new_tokens=8).token_ids
         assert list(tokens) == stock_tokens(stock, prompt, 8)
+
+
+@pytest.mark.parametrize("layout", ["cache", "cache behind a link", "links within the checkpoint"])
+def test_links_that_stay_with_the_checkpoint_are_followed(
+    workshop: Workshop, cli: Cli, checkpoint: Path, output: Path, layout: str
+):
+    path = checkpoint
+    if layout == "links within the checkpoint":
+        (checkpoint / "model.safetensors").rename(checkpoint / "weights")
+        (checkpoint / "model.safetensors").symlink_to("weights")
+    else:
+        path = hub_snapshot(checkpoint, checkpoint.parent / "models--small")
+    if layout == "cache behind a link":
+        (checkpoint.parent / "linked").symlink_to(path)
+        path = checkpoint.parent / "linked"
+    outcome = cli("build", path, "--output", output)
+    assert outcome.code == 0, outcome
+    assert open_bundle(output).fingerprint == workshop.bundle("small").fingerprint
 
 
 def test_a_failing_build_leaves_the_old_bundle_untouched(workshop: Workshop, cli: Cli, checkpoint: Path, output: Path):

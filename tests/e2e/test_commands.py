@@ -13,6 +13,7 @@ import pytest
 
 from cllm_export import __version__
 from cllm_export.bundle import open_bundle
+from tests.checkpoints import hub_snapshot
 from tests.conftest import DEMO, PINNED, Workshop
 from tests.e2e.conftest import Cli, Outcome, environment, run_process
 
@@ -67,16 +68,13 @@ def lines_of(outcome: Outcome) -> list[dict[str, Any]]:
 def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
     workshop: Workshop, prompt_file: Path, tmp_path: Path
 ):
-    path, checkpoint = tmp_path / "bundle", tmp_path / "snapshot"
-    checkpoint.mkdir()
-    for file in workshop.checkpoint("llama").iterdir():
-        (checkpoint / file.name).symlink_to(file)  # as the cache of the Hugging Face hub lays it out
+    path, checkpoint = tmp_path / "bundle", hub_snapshot(workshop.checkpoint("llama"), tmp_path / "models--llama")
     built = run("build", checkpoint, "--output", path)
     bundle = open_bundle(path)
     assert str(path) in built.out
     assert bundle.fingerprint[:12] in built.out
     assert bundle.fingerprint == workshop.bundle("llama").fingerprint, "another process builds other bytes"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "prompts.jsonl", "snapshot"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "models--llama", "prompts.jsonl"]
 
     described = json.loads(run("inspect", path, "--json").out)
     assert described["fingerprint"] == bundle.fingerprint
@@ -95,7 +93,7 @@ def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
     assert "parity.json" not in bundle.manifest.files
     assert all(check["passed"] is not False for check in parity["checks"])
     assert json.loads(run("inspect", path, "--json").out)["parity"] == "verified"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "prompts.jsonl", "snapshot"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "models--llama", "prompts.jsonl"]
 
 
 def test_a_bundle_is_as_readable_as_any_directory_its_maker_creates(cli: Cli, bundle: Path, tmp_path: Path):

@@ -206,6 +206,28 @@ def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(workshop: Workshop,
     assert found.generate([5, 9], max_new_tokens=4, block_size=4).token_ids
 
 
+@pytest.mark.slow
+def test_builds_killed_at_random_moments_of_every_phase_leave_whole_bundles_alone(workshop: Workshop, tmp_path: Path):
+    """The program checks of every kill that a living process died of it, and what it left. Here they are counted."""
+    old = workshop.copy(workshop.bundle("mistral"), tmp_path / "old")
+    arguments = [str(workshop.checkpoint("small")), str(old.path), str(tmp_path), "seed 0", "25", "10"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.killed_builds", *arguments],
+        cwd=Path(__file__).parents[2],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    least = {"checkpoint": 50, "graph": 20, "weights": 50, "checksums": 50, "exchange": 50}
+    assert counts["kills"].keys() == least.keys()
+    assert all(counts["kills"][phase] >= wanted for phase, wanted in least.items()), counts
+    assert sum(counts["kills"].values()) >= 200
+    assert {"none", "old", "new"} == counts["left"].keys(), counts
+
+
 def test_parity_json_of_a_failed_write_is_not_left_behind(cli: Cli, workshop: Workshop, tmp_path: Path):
     bundle = workshop.copy(workshop.bundle("llama"), tmp_path / "bundle")
     (bundle.path / "parity.json").mkdir()
