@@ -25,11 +25,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cllm_export.bundle import open_bundle, staged_output
 
-PHASES = ("checkpoint", "graph", "weights", "checksums", "exchange")
+if TYPE_CHECKING:
+    from cllm_export.exporter.pipeline import BuildOptions
+
+PHASES = ("checkpoint", "trace", "weights", "bundle", "exchange")
 BEFORE_STAGING = PHASES[:2]
 DONE = "done"
 TRIALS_PER_KILL = 20
@@ -225,31 +228,39 @@ def main() -> None:
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread that a fork would lack
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
-    new = pipeline.build(checkpoint, directory / "new").fingerprint  # all that is imported late is imported now
     total: Counter[str] = Counter()
     left: Counter[str] = Counter()
-    for name, before in (("fresh", None), ("forced", old)):
-        place = Place(directory / name, before, new)
+    for name, before, weights in (("fresh", None, "copy"), ("forced", old, "copy"), ("linked", old, "link")):
+        options = pipeline.BuildOptions(weights=weights)
+        # All that is imported late is imported by this build, before the first fork.
+        place = Place(
+            directory / name, before, pipeline.build(checkpoint, directory / f"new {name}", options).fingerprint
+        )
         killer = Killer(place, random.Random(f"{seed} {name}"))
-        whole = functools.partial(_build_whole, checkpoint, place)
-        killer.kill(whole, ("graph",), wanted_in_trace)
+        whole = functools.partial(_build_whole, checkpoint, place, options)
+        killer.kill(whole, ("trace",), wanted_in_trace)
         killer.kill(whole, ("checkpoint",), wanted)
-        _kill_after_the_trace(killer, checkpoint, place, wanted)
+        if weights == "link":  # the files are read in a thread beside the trace, which a fork after it would lack
+            killer.kill(whole, PHASES[2:], wanted_in_trace)
+        else:
+            _kill_after_the_trace(killer, checkpoint, place, options, wanted)
         total += killer.kills
         left += killer.left
     sys.stdout.write(json.dumps({"kills": total, "left": left}) + "\n")
 
 
-def _build_whole(checkpoint: Path, place: Place, phases: Phases) -> NoReturn:
+def _build_whole(checkpoint: Path, place: Place, options: BuildOptions, phases: Phases) -> NoReturn:
     from cllm_export.exporter import pipeline
 
     pipeline.staged_output = phases.staged
     with _exit_after(phases):
-        pipeline.build(checkpoint, place.target, force=place.force, progress=lambda phase, *_: phases.enter(phase))
+        pipeline.build(
+            checkpoint, place.target, options, force=place.force, progress=lambda phase, *_: phases.enter(phase)
+        )
     raise AssertionError("unreachable")
 
 
-def _kill_after_the_trace(killer: Killer, checkpoint: Path, place: Place, wanted: int) -> None:
+def _kill_after_the_trace(killer: Killer, checkpoint: Path, place: Place, options: BuildOptions, wanted: int) -> None:
     """Trace once in this process, and kill forks of it that go on from there."""
     from cllm_export.exporter import pipeline
 
@@ -270,7 +281,7 @@ def _kill_after_the_trace(killer: Killer, checkpoint: Path, place: Place, wanted
     place.reset()
     pipeline.staged_output = staged_in_forks
     try:
-        pipeline.build(checkpoint, place.target, force=place.force, progress=report)
+        pipeline.build(checkpoint, place.target, options, force=place.force, progress=report)
     except _Finished:
         return
     except BaseException:

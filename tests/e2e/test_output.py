@@ -221,7 +221,7 @@ def test_builds_killed_at_random_moments_of_every_phase_leave_whole_bundles_alon
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
-    least = {"checkpoint": 50, "graph": 20, "weights": 50, "checksums": 50, "exchange": 50}
+    least = {"checkpoint": 75, "trace": 30, "weights": 60, "bundle": 60, "exchange": 60}
     assert counts["kills"].keys() == least.keys()
     assert all(counts["kills"][phase] >= wanted for phase, wanted in least.items()), counts
     assert sum(counts["kills"].values()) >= 200
