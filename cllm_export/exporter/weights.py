@@ -238,7 +238,7 @@ class WeightsFile:
         if self._change:
             rows = self._change(piece, rows)
         if part.source.offset:
-            rows = rows.float().add_(part.source.offset)
+            rows = rows.float() + part.source.offset  # never in place: the piece is hashed meanwhile
         cast = rows.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(rows.dtype).max or rows.dtype != stored.dtype:
             self._require_fitting(piece, cast)

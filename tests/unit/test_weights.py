@@ -1,0 +1,34 @@
+"""What is put into ``weights.bin``. Pieces are bytes in memory here, as ``stream_files`` gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cllm_export.exporter.checkpoint import TensorInfo
+from cllm_export.exporter.graph import WeightSource
+from cllm_export.exporter.stream import Piece
+from cllm_export.exporter.trace import TORCH_DTYPE
+from cllm_export.exporter.weights import Layout, Part, Place, WeightsFile
+
+OFFSET = 1.0
+"""Of the norms of Gemma, whose weights are stored as their distance from 1."""
+
+
+def test_an_offset_is_added_to_what_is_written_and_not_to_the_piece_which_is_hashed_meanwhile(tmp_path: Path):
+    stored = np.array([0.5, -0.25, 2.0], np.float32)
+    room = bytearray(stored.tobytes())
+    info = TensorInfo(file=tmp_path / "model.safetensors", dtype="F32", shape=(3,), offset=0, length=12)
+    source = WeightSource(tensors=("norm",), offset=OFFSET)
+    layout = Layout(
+        written={"norm": Place(offset=0, shape=(3,), dtype=TORCH_DTYPE["fp32"])},
+        linked={},
+        parts={"norm": [Part("norm", 0, source)]},
+    )
+    weights = WeightsFile(tmp_path / "weights.bin", layout, 1 << 10)
+    with weights.filled():
+        weights.put(Piece("norm", info, 0, 3, memoryview(room)))
+        weights.sha256()
+    assert np.array_equal(np.fromfile(tmp_path / "weights.bin", np.float32), stored + OFFSET)
+    assert bytes(room) == stored.tobytes()
