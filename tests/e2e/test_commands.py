@@ -69,7 +69,9 @@ def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
     workshop: Workshop, prompt_file: Path, tmp_path: Path
 ):
     path, checkpoint = tmp_path / "bundle", hub_snapshot(workshop.checkpoint("llama"), tmp_path / "models--llama")
-    built = run("build", checkpoint, "--output", path)
+    built = run_process("build", checkpoint, "--output", path, "--weights", "copy", check=True)
+    assert ESCAPE not in built.out + built.err
+    assert "predicted peak memory" in built.err, "a build says what it takes, a line at a time"
     bundle = open_bundle(path)
     assert str(path) in built.out
     assert bundle.fingerprint[:12] in built.out
