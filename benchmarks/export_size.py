@@ -2,8 +2,9 @@
 
     python benchmarks/export_size.py DIRECTORY [--sizes 246m 1.1b 7b] [--ways copy:fp32 link:bf16 ...] [--json OUT]
     python benchmarks/export_size.py DIRECTORY --load            # a session's seconds and memory, linked and copied
-    python benchmarks/export_size.py DIRECTORY --peer-python ENV/bin/python    # ONNX Runtime GenAI's builder, Optimum
+    python benchmarks/export_size.py DIRECTORY --peer-python GENAI/bin/python OPTIMUM/bin/python
 
+Peers (ONNX Runtime GenAI's builder, Optimum) have an environment each, made by ``benchmarks/peers/setup.sh``.
 Checkpoints are written shard by shard, in bf16 (246m in float32 for --load), one at a time, and removed afterwards
 unless --keep is given. Peaks are sampled every 10 ms: anonymous memory is what a build needs, resident memory also
 counts pages of files, which the system may drop. ``copy`` is a plain copy of the weight files, for the disk's own
@@ -19,6 +20,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,10 +131,15 @@ def make_checkpoint(output: Path, size: str, dtype: torch.dtype, *, shard_bytes:
     (output / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+class FailedError(Exception):
+    """A command that was measured did not end well."""
+
+
 def measured(command: list[str]) -> dict[str, Any]:
     """Run a command; its seconds, processor seconds and peaks."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would stop who writes much
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     resident = anonymous = 0
     while process.poll() is None:
         status = memory_of(process.pid)
@@ -140,7 +147,8 @@ def measured(command: list[str]) -> dict[str, Any]:
         time.sleep(0.01)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} failed: {process.stderr.read().decode()[-2000:]}")  # type: ignore[union-attr]
+        errors.seek(0)
+        raise FailedError(f"{' '.join(command[:4])} failed: {errors.read().decode(errors='replace')[-2000:]}")
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "seconds": round(seconds, 2),
@@ -177,16 +185,19 @@ def measure_copy(checkpoint: Path, work: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "mb_per_second": round(size / 1e6 / seconds)}
 
 
-def measure_peer(python: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
-    """Every peer that the environment has."""
-    results = {}
+def measure_peers(python: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
+    """Every peer that the environment has; an export that fails is a result too."""
+    results: dict[str, Any] = {}
     for name, line in PEERS.items():
         module = line.split()[1]
         if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
             continue
         output = work / name
         filled = [argument.format(checkpoint=checkpoint, output=output) for argument in line.split()]
-        results[name] = measured([str(python), *filled])
+        try:
+            results[name] = measured([str(python), *filled])
+        except FailedError as error:
+            results[name] = {"failed": str(error)}
         for left in (output, Path(f"{output}-cache")):
             shutil.rmtree(left, ignore_errors=True)
     return results
@@ -216,7 +227,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "link:fp32"], default=list(WAYS))
     parser.add_argument("--load", action="store_true")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--peer-python", type=Path)
+    parser.add_argument("--peer-python", type=Path, nargs="+", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results: dict[str, Any] = {}
@@ -231,8 +242,9 @@ def main() -> None:
             for way in args.ways:
                 entry[way] = measure_build(checkpoint, way, work)
                 print(size, way, json.dumps(entry[way]), flush=True)
+            for python in args.peer_python:
+                entry["peers"] = {**entry.get("peers", {}), **measure_peers(python, checkpoint, work)}
             if args.peer_python:
-                entry["peers"] = measure_peer(args.peer_python, checkpoint, work)
                 print(size, "peers", json.dumps(entry["peers"]), flush=True)
             if not args.keep:
                 shutil.rmtree(checkpoint)
