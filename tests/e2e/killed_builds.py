@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cllm_export.bundle import open_bundle, staged_output
 
 if TYPE_CHECKING:
-    from cllm_export.exporter.pipeline import BuildOptions
+    from cllm_export.exporter.pipeline import BuildOptions, WeightsMode
 
 PHASES = ("checkpoint", "trace", "weights", "bundle", "exchange")
 BEFORE_STAGING = PHASES[:2]
@@ -230,12 +230,18 @@ def main() -> None:
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
     total: Counter[str] = Counter()
     left: Counter[str] = Counter()
-    for name, before, weights in (("fresh", None, "copy"), ("forced", old, "copy"), ("linked", old, "link")):
+    rounds: list[tuple[str, Path | None, WeightsMode]] = [
+        ("fresh", None, "copy"),
+        ("forced", old, "copy"),
+        ("linked", old, "link"),
+    ]
+    built = {  # by which all that is imported late is imported before the first fork
+        weights: pipeline.build(checkpoint, directory / f"new {weights}", pipeline.BuildOptions(weights=weights))
+        for weights in pipeline.WEIGHTS_MODES
+    }
+    for name, before, weights in rounds:
         options = pipeline.BuildOptions(weights=weights)
-        # All that is imported late is imported by this build, before the first fork.
-        place = Place(
-            directory / name, before, pipeline.build(checkpoint, directory / f"new {name}", options).fingerprint
-        )
+        place = Place(directory / name, before, built[weights].fingerprint)
         killer = Killer(place, random.Random(f"{seed} {name}"))
         whole = functools.partial(_build_whole, checkpoint, place, options)
         killer.kill(whole, ("trace",), wanted_in_trace)
@@ -283,6 +289,7 @@ def _kill_after_the_trace(killer: Killer, checkpoint: Path, place: Place, option
     try:
         pipeline.build(checkpoint, place.target, options, force=place.force, progress=report)
     except _Finished:
+        pipeline.staged_output = staged_output
         return
     except BaseException:
         if resumed:
