@@ -36,7 +36,7 @@ types: setup
 	$(BIN)/mypy
 
 tests: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not tensorrt"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slow and not gpu and not tensorrt"
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
