@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,12 +18,11 @@ from cllm_export.contract import Precision
 from cllm_export.errors import CllmExportError, OptionError, OutputError, PromptError
 from cllm_export.evaluation.task import TaskName
 from cllm_export.extras import needs_extra
+from cllm_export.linked import WeightsMode
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
-
-WeightsMode = Literal["link", "copy"]
 
 if TYPE_CHECKING:
     from cllm_export.training.lora import LoraOptions

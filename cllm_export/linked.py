@@ -13,9 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from cllm_export.errors import BundleError
+
+WeightsMode = Literal["link", "copy"]
+"""Weights stay in the checkpoint's files, or are copied into the bundle."""
+WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
 
 SUFFIX = ".safetensors"
 MAX_HEADER_BYTES = 100_000_000

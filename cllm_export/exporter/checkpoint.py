@@ -211,12 +211,18 @@ class Checkpoint:
         total = int(self.config.num_hidden_layers)
         if num_layers > total:
             raise OptionError(f"--num-layers {num_layers} is more than the {total} layers of {self.path}")
-        config = copy.deepcopy(self.config)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
-        config.num_hidden_layers = num_layers
         kept = {name: info for name, info in self.tensors.items() if _layer_of(name) < num_layers}
-        return replace(self, config=config, tensors=kept)
+        return replace(self, config=truncated_config(self.config, num_layers), tensors=kept)
+
+
+def truncated_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The config of its first layers."""
+    short, total = copy.deepcopy(config), int(config.num_hidden_layers)
+    for name, value in vars(short).items():
+        if isinstance(value, list) and len(value) == total:
+            setattr(short, name, value[:num_layers])
+    short.num_hidden_layers = num_layers
+    return short
 
 
 def default_max_length(config: PretrainedConfig) -> int:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cllm_export.contract import Precision
-from cllm_export.exporter.checkpoint import Checkpoint
-from cllm_export.exporter.layers import truncated_config
+from cllm_export.exporter.checkpoint import Checkpoint, truncated_config
 from cllm_export.exporter.rotary import settle_rope
 from cllm_export.exporter.trace import TORCH_DTYPE, checkpoint_names, decoder_from
 

@@ -9,7 +9,6 @@ before; if not, or if a layer's weights have other shapes, every layer is traced
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -38,16 +37,6 @@ def repeated_period(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ..
         if all(kinds[layer] == kinds[layer - period] for layer in range(period, total)):
             return period if total > TRACED_PERIODS * period and total % period == 0 else None
     return None
-
-
-def truncated_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The config of its first layers."""
-    short, total = copy.deepcopy(config), int(config.num_hidden_layers)
-    for name, value in vars(short).items():
-        if isinstance(value, list) and len(value) == total:
-            setattr(short, name, value[:num_layers])
-    short.num_hidden_layers = num_layers
-    return short
 
 
 def repeat_layers(graph: DecoderGraph, period: int, total: int) -> bool:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
@@ -41,9 +41,9 @@ from cllm_export.bundle import (
 from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.exporter.adapter import Adapter, open_source
-from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length
+from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length, truncated_config
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
-from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period, truncated_config
+from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.linking import LINKED_PASSES
 from cllm_export.exporter.lint import require_clean
 from cllm_export.exporter.memory import plan_memory, watched_memory
@@ -60,7 +60,7 @@ from cllm_export.exporter.weights import (
     plan_weights,
     require_space,
 )
-from cllm_export.linked import LinkedFile
+from cllm_export.linked import WEIGHTS_MODES, LinkedFile, WeightsMode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,9 +74,6 @@ MIN_MAX_BLOCK_SIZE = 64
 MIN_MAX_LENGTH = 2
 _TEXT_BYTES = 1 << 16
 """What a bundle takes besides its weights, at the least."""
-
-WeightsMode = Literal["link", "copy"]
-WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
 
 GRAPH_FILE = "model.onnx"
 TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")

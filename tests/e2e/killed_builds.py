@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cllm_export.bundle import open_bundle, staged_output
+from cllm_export.linked import WEIGHTS_MODES, WeightsMode
 
 if TYPE_CHECKING:
-    from cllm_export.exporter.pipeline import BuildOptions, WeightsMode
+    from cllm_export.exporter.pipeline import BuildOptions
 
 PHASES = ("checkpoint", "trace", "weights", "bundle", "exchange")
 BEFORE_STAGING = PHASES[:2]
@@ -237,7 +238,7 @@ def main() -> None:
     ]
     built = {  # by which all that is imported late is imported before the first fork
         weights: pipeline.build(checkpoint, directory / f"new {weights}", pipeline.BuildOptions(weights=weights))
-        for weights in pipeline.WEIGHTS_MODES
+        for weights in WEIGHTS_MODES
     }
     for name, before, weights in rounds:
         options = pipeline.BuildOptions(weights=weights)
