@@ -67,7 +67,7 @@ train-demo: $(DATA)/train.jsonl
 tune: $(DATA)/train.jsonl
 	ACCELERATE_USE_CPU=true $(BIN)/python -m torch.distributed.run --nproc-per-node 2 --standalone -m cllm_export tune \
 		$(EXAMPLE)/parent --prompts $(DATA)/train.jsonl --limit 30000 --output $(DATA)/tuned --force $(RECIPE) \
-		--steps 440 --block-size 8 --num-windows 5 --batch-size 16 --autoregressive-weight 12 --distance-weight 0.7 \
+		--steps 480 --block-size 8 --num-windows 5 --batch-size 16 --autoregressive-weight 10 --distance-weight 0.7 \
 		--learning-rate 0.0012 --matrix-learning-rate 0.008 --decay 0.95
 	$(BIN)/cllm-export build $(EXAMPLE)/parent --output $(DATA)/parent-bundle --force
 	$(BIN)/cllm-export build $(DATA)/tuned --output $(DATA)/tuned-bundle --force
