@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -186,7 +186,22 @@ def generate(
     ] = None,
     block_size: BlockSizeOption = None,
     fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the prompt fill.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of sampling and the prompt fill; fresh for each sampled prompt.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Above 0 samples.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Sample among this many tokens; 0 for all.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Sample among tokens of this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="Least share of the best's probability.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1 disfavours tokens that stood before.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option("--logit-bias", help="TOKEN=BIAS, -inf to ban; repeatable.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", help="With --json: log-probabilities, and this many alternatives.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; repeatable.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="By default whatever fits.")
@@ -200,6 +215,8 @@ def generate(
     """Decode prompts: from the command line, a file, or standard input."""
     if as_json and (blocks or stats):
         raise OptionError("--json excludes --show-blocks and --stats: its lines have the statistics")
+    if logprobs is not None and not as_json:
+        raise OptionError("--logprobs needs --json: they stand in its lines")
     given = _gather_prompts(prompt, prompts, limit)
     model = load(bundle, threads=threads)
     options: dict[str, Any] = {
@@ -207,6 +224,13 @@ def generate(
         "block_size": block_size,
         "fill": fill,
         "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "logit_bias": _parse_bias(logit_bias or ()),
+        "logprobs": logprobs,
         "stop": tuple(stop or ()),
         "max_new_tokens": max_new_tokens,
     }
@@ -589,9 +613,24 @@ def _print_json_line(prompt: Prompt, generation: Generation) -> None:
         "text": generation.text,
         "token_ids": list(generation.token_ids),
         "finish_reason": generation.finish_reason,
+        "seed": generation.seed,
         "stats": generation.statistics.to_dict(),
     }
+    if generation.logprobs is not None:
+        line["logprobs"] = [entry._asdict() for entry in generation.logprobs]
     typer.echo(json.dumps(line, ensure_ascii=False))
+
+
+def _parse_bias(given: Sequence[str]) -> dict[int, float]:
+    """``TOKEN=BIAS`` options as what ``Options.logit_bias`` takes."""
+    biases = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise OptionError(f"--logit-bias takes TOKEN=BIAS, a token id and a number, got {text!r}") from None
+    return biases
 
 
 def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats: bool, blocks: bool) -> None:

@@ -7,7 +7,7 @@ Shape legend, used in docstrings everywhere:
     h  rows the head is computed for: n when decoding, 1 in prefill
     S  visible KV extent: how many cache rows attention reads
     C  cache length: how many rows the KV cache has
-    K  key/value heads      D  head dimension      L  layers
+    K  key/value heads      D  head dimension      L  layers      V  vocabulary
 
 One forward over a block:
 
@@ -20,6 +20,7 @@ One forward over a block:
 
     next_ids       [B, h]  greedy token after each row in head_rows
     num_accepted   [B]     rows that are right; the write index moves by exactly this. 0 for an idle slot
+    logits         [B h, V]  float32, slot by slot, as the model returns them; fetched only where some slot samples
     present_key.l, present_value.l  [B, K, C, D], bound to the same memory as the past
 
 With c committed tokens, the new tokens of a slot are ``next_ids[c - 1 : num_accepted]``.
@@ -33,11 +34,14 @@ from typing import Literal, get_args
 
 from cllm_export.errors import EngineError, OptionError
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Raised whenever an engine built for the previous contract would run a new graph wrongly."""
 
 OPSET = 24
 """ONNX opset of every graph: the newest that TensorRT 10.15 parses, and the first with TensorScatter."""
+
+LOGITS = "logits"
+"""The output that an engine need not fetch; a plan for greedy decoding alone may drop it."""
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -112,6 +116,7 @@ def graph_outputs(geometry: Geometry, precision: Precision, fixed: FixedShapes |
     return [
         TensorSpec(name="next_ids", dtype="int64", shape=(b, _head_axis(fixed))),
         TensorSpec(name="num_accepted", dtype="int64", shape=(b,)),
+        TensorSpec(name=LOGITS, dtype="float32", shape=(_row_axis(fixed), geometry.vocab_size)),
         *_cache_specs("present", geometry, precision, b),
     ]
 
@@ -169,6 +174,10 @@ def _axes(fixed: FixedShapes | None) -> tuple[int | str, int | str, int | str]:
 
 def _head_axis(fixed: FixedShapes | None) -> int | str:
     return fixed.block_size if fixed else "h"
+
+
+def _row_axis(fixed: FixedShapes | None) -> int | str:
+    return fixed.batch_size * fixed.block_size if fixed else "R"
 
 
 def _cache_specs(prefix: str, geometry: Geometry, precision: Precision, batch: int | str) -> list[TensorSpec]:

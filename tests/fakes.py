@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 from hypothesis import settings
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cllm_export.bundle import (
@@ -167,7 +169,12 @@ class FakeEngine:
         return self._fixed.block_size if self._fixed else PREFILL_CHUNK
 
     def forward(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
     ) -> Forward:
         if len(input_ids[0]) > self._geometry.max_block_size:
             raise EngineError(f"a block of {len(input_ids[0])} is above {self._geometry.max_block_size}")
@@ -177,7 +184,22 @@ class FakeEngine:
             for rows, block, start in zip(self.rows, input_ids, write_index, strict=True)
         ]
         accepted = [_count_right(*slot) for slot in zip(input_ids, next_ids, num_committed, strict=True)]
-        return Forward(next_ids, accepted)
+        if not with_logits:
+            return Forward(next_ids, accepted)
+        logits = np.stack(
+            [
+                [self._logits(rows[: start + row + 1], token) for row, token in enumerate(predicted)]
+                for rows, predicted, start in zip(self.rows, next_ids, write_index, strict=True)
+            ]
+        )
+        return Forward(next_ids, accepted, logits)
+
+    def _logits(self, rows: Sequence[Row], predicted: int) -> NDArray[np.float32]:
+        """Logits [V] told from what the model sees: random ones, the predicted token's above them all."""
+        seed = abs(hash((predicted, *(row.context for row in rows))))
+        logits = np.random.default_rng(seed).normal(size=self._geometry.vocab_size).astype(np.float32)
+        logits[predicted] = logits.max() + np.float32(0.25)
+        return logits
 
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from cllm_export.contract import OPSET, Geometry, Precision, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.errors import CheckpointError, GraphError, UnsupportedError
 from cllm_export.exporter.checkpoint import layer_types_of, window_within
+from cllm_export.exporter.head import as_returned
 from cllm_export.exporter.rotary import Tables, rotary_tables
 
 ATTENTION_NAME = "cllm_export_onnx"
@@ -129,8 +130,8 @@ class Masks:
 class GreedyGraph(nn.Module):
     """The decoder wrapped in the greedy contract. Shapes are those of ``contract.py``.
 
-    The head is called directly: what some families do to logits after it (Granite divides them, Gemma squeezes them
-    through tanh) grows with the logit and so changes no argmax, and needs no node.
+    The argmax is taken before what some families do to logits after the head (Granite divides them, Gemma squeezes
+    them through tanh): it grows with the logit, so it changes no argmax but where rounding makes two logits equal.
     """
 
     row_numbers: Tensor
@@ -164,10 +165,10 @@ class GreedyGraph(nn.Module):
         h = head_rows.shape[0]
         hidden = _op("Gather", hidden, head_rows, shape=(b, h, hidden.shape[2]), axis=1)
         drafted = _op("Gather", input_ids, head_rows, shape=(b, h), axis=1)
-        best = self.decoder.lm_head(hidden.flatten(0, 1)).float().argmax(-1)
-        next_ids = _op("Reshape", best, _op("Shape", drafted, shape=(2,)), shape=(b, h))
+        scores = self.decoder.lm_head(hidden.flatten(0, 1)).float()
+        next_ids = _op("Reshape", scores.argmax(-1), _op("Shape", drafted, shape=(2,)), shape=(b, h))
         accepted = _num_accepted(input_ids, num_committed, head_rows, drafted, next_ids)
-        return (next_ids, accepted, *cache.present)
+        return (next_ids, accepted, as_returned(scores, self.decoder.config), *cache.present)
 
 
 def _mark_hidden_states(layers: nn.ModuleList) -> None:

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cllm_export.contract import FixedShapes, Geometry
 
 
 class Forward(NamedTuple):
-    """What one forward gives: ``next_ids`` [B, h] and ``num_accepted`` [B]."""
+    """What one forward gives: ``next_ids`` [B, h], ``num_accepted`` [B], and ``logits`` [B, h, V] if asked for."""
 
     next_ids: list[list[int]]
     num_accepted: list[int]
+    logits: NDArray[np.float32] | None = None
+    """The engine's own buffer, good until its next forward."""
 
 
 class Engine(Protocol):
@@ -42,9 +47,16 @@ class Engine(Protocol):
         ...
 
     def forward(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
     ) -> Forward:
         """Run a block [B, n] through every slot; see ``contract.py`` for the meaning of each argument.
+
+        ``with_logits`` fetches them; the forward computes them anyway, and its other outputs do not change.
 
         Nothing is retained of a rejected draft: the caller moves its write index by what it accepts, and the rows
         above stay hidden by the mask until a later forward overwrites them.

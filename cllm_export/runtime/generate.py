@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -24,8 +25,10 @@ from cllm_export.runtime.request import (
     Decode,
     FinishReason,
     Method,
+    StopCut,
     make_decoder,
 )
+from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sampler, Sampling
 from cllm_export.runtime.statistics import ForwardRecord, Statistics, summarize
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 
@@ -36,6 +39,7 @@ __all__ = [
     "Method",
     "Model",
     "ModelFacts",
+    "Options",
     "Prepared",
     "Stream",
     "load",
@@ -63,6 +67,42 @@ class ModelFacts(Protocol):
     def trained_with(self) -> TrainedWith | None: ...
 
 
+class Options(TypedDict, total=False):
+    """What a request may say beside its prompt; None is the same as nothing said.
+
+    Keys:
+        max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
+        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop the
+            model was trained with, else ``jacobi``.
+        block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
+        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``.
+        seed: of the noise that samples, and of the ``prompt`` fill; by default a fresh one for each sampled request,
+            which ``Generation.seed`` tells.
+        stop: strings to stop at; the text is cut before the first one.
+        ignore_eos: decode on past an end-of-sequence token, up to the limit: for measuring.
+        temperature, top_k, top_p, min_p, repetition_penalty, logit_bias: see ``Sampling``; by default greedy.
+        logprobs: log-probabilities of each new token, and this many of the most probable ones beside it, 0 to 20.
+    """
+
+    max_new_tokens: int | None
+    method: Method | None
+    block_size: int | None
+    fill: FillName | None
+    seed: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """What one request gave."""
@@ -74,6 +114,10 @@ class Generation:
     finish_reason: FinishReason
     """``closed`` is that of a stream that was closed before its end."""
     statistics: Statistics
+    seed: int
+    """What it was drawn with; the same request with it gives the same tokens."""
+    logprobs: tuple[Logprob, ...] | None = field(repr=False)
+    """One for each of ``token_ids``, where they were asked for."""
     forwards: tuple[ForwardRecord, ...] = field(repr=False)
     """Every decode forward: its block, its predictions and what it made known."""
 
@@ -86,7 +130,8 @@ class Prepared:
     method: Method
     block_size: int
     fill: FillName
-    seed: int
+    sampling: Sampling
+    logprobs: int | None
     max_new_tokens: int
     stop: tuple[str, ...]
     ignore_eos: bool
@@ -110,78 +155,29 @@ class Model:
         self.codec = codec
         self._lock = threading.Lock()
 
-    def generate(
-        self,
-        prompt: str | Sequence[int] | Messages,
-        *,
-        max_new_tokens: int | None = None,
-        method: Method | None = None,
-        block_size: int | None = None,
-        fill: FillName | None = None,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Generation:
-        """Decode one prompt greedily. Every method and block size gives the model's own greedy tokens.
+    def generate(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Generation:
+        """Decode one prompt. Every method, block size and fill gives the tokens that autoregressive decoding gives: the
+        model's greedy ones, or with a ``temperature`` those that the seed draws.
 
         Args:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.
-            max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
-            method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop
-                the model was trained with, else ``jacobi``.
-            block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
-            fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``.
-            seed: of the ``prompt`` fill's generator.
-            stop: strings to stop at; the text is cut before the first one.
-            ignore_eos: decode on past an end-of-sequence token, up to the limit: for measuring.
+            options: see ``Options``.
 
         Raises:
             PromptError: the prompt is empty, or does not fit together with its new tokens.
             OptionError: an option is out of range.
             EngineError: the engine failed, or another request is running.
         """
-        request = self.prepare(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            method=method,
-            block_size=block_size,
-            fill=fill,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-        )
+        request = self.prepare(prompt, **options)
         with self.in_use():
             run = _Run(self, request)
             for _ in run.tokens():
                 pass
         return run.result()
 
-    def stream(
-        self,
-        prompt: str | Sequence[int] | Messages,
-        *,
-        max_new_tokens: int | None = None,
-        method: Method | None = None,
-        block_size: int | None = None,
-        fill: FillName | None = None,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Stream:
+    def stream(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
-        return Stream(
-            self,
-            self.prepare(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                method=method,
-                block_size=block_size,
-                fill=fill,
-                seed=seed,
-                stop=stop,
-                ignore_eos=ignore_eos,
-            ),
-        )
+        return Stream(self, self.prepare(prompt, **options))
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -212,43 +208,73 @@ class Model:
             raise PromptError(f"a prompt of token ids must hold integers from 0 to {vocabulary - 1}, got {token!r}")
         return int(index)
 
-    def prepare(
-        self,
-        prompt: str | Sequence[int] | Messages,
-        *,
-        max_new_tokens: int | None = None,
-        method: Method | None = None,
-        block_size: int | None = None,
-        fill: FillName | None = None,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Prepared:
+    def prepare(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Prepared:
         """Settle a request's options and check them, without running anything; see ``generate`` for each.
 
         Raises:
             PromptError, OptionError: what is wrong with it.
         """
+        unknown = sorted(options.keys() - Options.__annotations__.keys())
+        if unknown:
+            raise OptionError(f"no such option: {unknown[0]}; there are {', '.join(Options.__annotations__)}")
         trained = self.facts.trained_with
-        if method is None:
-            method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
+        method = options.get("method") or METHOD_OF_LOOP[trained.loop if trained else "sliding"]
         require_one_of("method", method, METHODS)
-        if fill is None:
-            fill = trained.fill if trained else "pad"
+        fill = options.get("fill") or (trained.fill if trained else "pad")
         require_one_of("fill", fill, FILLS)
+        stop = options.get("stop") or ()
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
+        seed = options.get("seed")
+        if seed is None:
+            seed = secrets.randbelow(MAX_SEED) if options.get("temperature") else 0
+        sampling = Sampling(
+            seed=seed,
+            **{name: options[name] for name in _SAMPLING if options.get(name) is not None},  # type: ignore[literal-required]
+        )
+        sampling.check_tokens(self.engine.geometry.vocab_size)
+        num_logprobs = options.get("logprobs")
+        if num_logprobs is not None:
+            require_at_least("logprobs", num_logprobs, 0)
+            if num_logprobs > MAX_LOGPROBS:
+                raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {num_logprobs}")
         ids = self.encode(prompt)
         return Prepared(
             prompt=ids,
             method=method,
-            block_size=self.settle_block_size(block_size, method),
+            block_size=self.settle_block_size(options.get("block_size"), method),
             fill=fill,
-            seed=seed,
-            max_new_tokens=_fit(len(ids), max_new_tokens, self.facts.max_length),
+            sampling=sampling,
+            logprobs=num_logprobs,
+            max_new_tokens=_fit(len(ids), options.get("max_new_tokens"), self.facts.max_length),
             stop=tuple(stop),
-            ignore_eos=ignore_eos,
+            ignore_eos=bool(options.get("ignore_eos")),
         )
+
+    def make_decode(self, request: Prepared, stop_cut: StopCut | None = None) -> Decode:
+        """What decodes a prepared request, once the KV of its prompt less the last token is written."""
+        decoder = make_decoder(
+            request.method,
+            request.prompt,
+            block_size=request.block_size,
+            fill=request.fill,
+            seed=request.sampling.seed,
+            pad_token_id=pad_token(self.facts),
+        )
+        sampling = request.sampling
+        vocab_size = self.engine.geometry.vocab_size
+        return Decode(
+            decoder,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_ids=self.eos_of(request),
+            stop_cut=stop_cut,
+            sampler=None if sampling.is_greedy else Sampler(sampling, prompt=request.prompt, vocab_size=vocab_size),
+            num_logprobs=request.logprobs,
+        )
+
+    def eos_of(self, request: Prepared) -> frozenset[int]:
+        """The tokens that end a request."""
+        return frozenset(() if request.ignore_eos else self.facts.eos_token_ids)
 
     def settle_block_size(self, block_size: int | None, method: Method = "jacobi") -> int:
         """n of a request's forwards.
@@ -328,9 +354,10 @@ class _Run:
     """One request on its way: prefill, then forwards until it ends."""
 
     def __init__(self, model: Model, request: Prepared) -> None:
+        self._model = model
         self._engine = model.engine
         self._request = request
-        self._eos = frozenset(() if request.ignore_eos else model.facts.eos_token_ids)
+        self._eos = model.eos_of(request)
         self._pad = pad_token(model.facts)
         self._stream = TextStream(model.codec, request.stop)
         self._num_read = 0
@@ -352,7 +379,7 @@ class _Run:
         started = perf_counter()
         prefill(self._engine, self._request.prompt[:-1], self._pad)
         self._prefill_seconds = perf_counter() - started
-        self._decode = self._make_decode()
+        self._decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
         yield from self._forwards(self._decode)
 
     def result(self) -> Generation:
@@ -365,6 +392,8 @@ class _Run:
             text=self._stream.text,
             token_ids=tuple(token_ids),
             finish_reason=self._decode.finish,
+            seed=self._request.sampling.seed,
+            logprobs=None if self._request.logprobs is None else tuple(self._decode.logprobs),
             forwards=tuple(self._decode.records),
             statistics=summarize(
                 self._decode.records,
@@ -378,16 +407,19 @@ class _Run:
     def _forwards(self, decode: Decode) -> Iterator[list[int]]:
         """The loop: next block, one forward, commit, cut."""
         engine, idle = self._engine, self._engine.num_slots - 1
+        with_logits = decode.needs_logits
         while decode.finish == "closed":
             started, engine_started = perf_counter(), engine.run_seconds
             write_index = decode.write_index
             tokens, num_committed = decode.next_block()
             if idle:
                 blocks = [tokens] * (1 + idle)
-                forward = engine.forward(blocks, [num_committed] + [0] * idle, [write_index] + [0] * idle)
+                committed, indices = [num_committed] + [0] * idle, [write_index] + [0] * idle
+                forward = engine.forward(blocks, committed, indices, with_logits=with_logits)
             else:
-                forward = engine.forward((tokens,), (num_committed,), (write_index,))
-            new = decode.take(forward.next_ids[0], forward.num_accepted[0])
+                forward = engine.forward((tokens,), (num_committed,), (write_index,), with_logits=with_logits)
+            logits = None if forward.logits is None else forward.logits[0]
+            new = decode.take(forward.next_ids[0], forward.num_accepted[0], logits)
             self._engine_seconds += engine.run_seconds - engine_started
             self._decode_seconds += perf_counter() - started
             yield new
@@ -403,23 +435,6 @@ class _Run:
         """Turn tokens into text; an end-of-sequence token is no text."""
         self._num_read += len(tokens)
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
-
-    def _make_decode(self) -> Decode:
-        request = self._request
-        decoder = make_decoder(
-            request.method,
-            request.prompt,
-            block_size=request.block_size,
-            fill=request.fill,
-            seed=request.seed,
-            pad_token_id=self._pad,
-        )
-        return Decode(
-            decoder,
-            max_new_tokens=request.max_new_tokens,
-            eos_token_ids=self._eos,
-            stop_cut=self._cut_at_stop if request.stop else None,
-        )
 
 
 def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:

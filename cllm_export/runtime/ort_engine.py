@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.bundle import GREEDY_GRAPH, Bundle
-from cllm_export.contract import FixedShapes, Geometry, cache_names, check_forward, require_at_least
+from cllm_export.contract import LOGITS, FixedShapes, Geometry, cache_names, check_forward, require_at_least
 from cllm_export.errors import EngineError, MissingExtraError
 from cllm_export.runtime.engine import Forward
 from cllm_export.runtime.kv_cache import allocate, kv_extent
@@ -39,6 +39,7 @@ class _Buffers(NamedTuple):
     input_ids: Int64Array
     head_rows: Int64Array
     next_ids: Int64Array
+    logits: NDArray[np.float32] | None
 
 
 class _Binding(NamedTuple):
@@ -95,8 +96,8 @@ class OrtEngine:
         self._write_index = np.zeros(self._num_slots, np.int64)
         self._num_accepted = np.zeros(self._num_slots, np.int64)
         self._positions = np.arange(self._geometry.cache_length, dtype=np.int64)
-        self._buffers: dict[tuple[int, int], _Buffers] = {}
-        self._bindings: dict[tuple[int, int, int], _Binding] = {}
+        self._buffers: dict[tuple[int, int, bool], _Buffers] = {}
+        self._bindings: dict[tuple[int, int, int, bool], _Binding] = {}
 
     @property
     def geometry(self) -> Geometry:
@@ -115,11 +116,16 @@ class OrtEngine:
         return self._fixed
 
     def forward(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
     ) -> Forward:
         block_size = len(input_ids[0])
-        buffers = self._run(input_ids, num_committed, write_index, block_size, block_size)
-        return Forward(buffers.next_ids.tolist(), self._num_accepted.tolist())
+        buffers = self._run(input_ids, num_committed, write_index, block_size, block_size, with_logits=with_logits)
+        return Forward(buffers.next_ids.tolist(), self._num_accepted.tolist(), buffers.logits)
 
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
@@ -141,12 +147,14 @@ class OrtEngine:
         write_index: Sequence[int],
         block_size: int,
         head_size: int,
+        *,
+        with_logits: bool = False,
     ) -> _Buffers:
         if not len(input_ids) == len(num_committed) == len(write_index) == self._num_slots:
             raise EngineError(
                 f"a forward needs a block, num_committed and write_index for each of {self._num_slots} slots"
             )
-        binding = self._binding(block_size, head_size, max(write_index))
+        binding = self._binding(block_size, head_size, max(write_index), with_logits=with_logits)
         try:
             binding.buffers.input_ids[:] = input_ids
         except ValueError as error:
@@ -164,11 +172,11 @@ class OrtEngine:
             raise EngineError(f"ONNX Runtime failed in a forward: {error}") from error
         self.run_seconds += perf_counter() - started
 
-    def _binding(self, block_size: int, head_size: int, write_index: int) -> _Binding:
+    def _binding(self, block_size: int, head_size: int, write_index: int, *, with_logits: bool = False) -> _Binding:
         cache_length = self._geometry.cache_length
         extent = self._fixed.kv_extent if self._fixed else kv_extent(write_index + block_size, cache_length)
         check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
-        key = (block_size, head_size, extent)
+        key = (block_size, head_size, extent, with_logits)
         binding = self._bindings.get(key)
         if binding is None:
             self._check_shape(block_size)
@@ -179,8 +187,8 @@ class OrtEngine:
         if self._fixed and block_size != self._fixed.block_size:
             raise EngineError(f"this graph is pinned to blocks of {self._fixed.block_size}, got {block_size}")
 
-    def _bind(self, block_size: int, head_size: int, extent: int) -> _Binding:
-        buffers = self._make_buffers(block_size, head_size)
+    def _bind(self, block_size: int, head_size: int, extent: int, with_logits: bool) -> _Binding:
+        buffers = self._make_buffers(block_size, head_size, with_logits)
         io = self._session.io_binding()
         inputs = {
             "input_ids": buffers.input_ids,
@@ -193,18 +201,23 @@ class OrtEngine:
             io.bind_ortvalue_input(name, _bindable(array))
         io.bind_ortvalue_output("next_ids", _bindable(buffers.next_ids))
         io.bind_ortvalue_output("num_accepted", _bindable(self._num_accepted))
+        if buffers.logits is not None:
+            rows = buffers.logits.reshape(-1, self._geometry.vocab_size)  # a view: the same memory
+            io.bind_ortvalue_output(LOGITS, _bindable(rows))
         for past, present in cache_names(self._geometry.num_layers):
             io.bind_ortvalue_input(past, self._cache_values[past])
             io.bind_ortvalue_output(present, self._cache_values[past])
         return _Binding(buffers, io)
 
-    def _make_buffers(self, block_size: int, head_size: int) -> _Buffers:
-        key = (block_size, head_size)
+    def _make_buffers(self, block_size: int, head_size: int, with_logits: bool) -> _Buffers:
+        key = (block_size, head_size, with_logits)
+        logits_shape = (self._num_slots, head_size, self._geometry.vocab_size)
         if key not in self._buffers:
             self._buffers[key] = _Buffers(
                 input_ids=np.zeros((self._num_slots, block_size), np.int64),
                 head_rows=np.arange(head_size, dtype=np.int64),
                 next_ids=np.zeros((self._num_slots, head_size), np.int64),
+                logits=np.zeros(logits_shape, np.float32) if with_logits else None,
             )
         return self._buffers[key]
 

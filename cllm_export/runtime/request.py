@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cllm_export.bundle import FillName, Loop
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import make_fill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, Decoder, SlidingJacobi
+from cllm_export.runtime.sampling import Logprob, Sampler, logprobs_of
 from cllm_export.runtime.statistics import ForwardRecord
 
 Method = Literal["jacobi", "jacobi-block", "autoregressive"]
@@ -45,12 +49,20 @@ class Decode:
         max_new_tokens: int,
         eos_token_ids: Collection[int],
         stop_cut: StopCut | None = None,
+        sampler: Sampler | None = None,
+        num_logprobs: int | None = None,
     ) -> None:
         self._decoder = decoder
         self._left = max_new_tokens
         self._eos = frozenset(eos_token_ids)
         self._stop_cut = stop_cut
         self._block = Block([], 0)
+        self._sampler = sampler
+        self._num_logprobs = num_logprobs
+        self._position = decoder.write_index + 1
+        """Of the next token to become known."""
+        self.logprobs: list[Logprob] = []
+        """Of every new token, where they were asked for."""
         self.records: list[ForwardRecord] = []
         self.finish: FinishReason = "closed"
 
@@ -59,18 +71,29 @@ class Decode:
         """Valid KV rows of the request's slot; where the next block's KV is written."""
         return self._decoder.write_index
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether ``take`` needs the logits of the forward."""
+        return self._sampler is not None or self._num_logprobs is not None
+
     def next_block(self) -> Block:
         """The block the next forward runs at ``write_index``."""
         self._block = self._decoder.next_block()
         return self._block
 
-    def take(self, next_ids: list[int], num_accepted: int) -> list[int]:
+    def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:
         """Take the outputs of that forward for this slot; the new tokens, cut at the end of the request.
 
+        ``logits`` [n, V] are read where ``needs_logits`` says so; a sampler's tokens then stand for the graph's.
+
         Raises:
-            EngineError: the engine accepted nothing.
+            EngineError: the engine accepted nothing, or its logits are NaN or missing.
         """
         write_index = self._decoder.write_index
+        if self.needs_logits and logits is None:
+            raise EngineError("this request needs logits, and the engine gave none")
+        if self._sampler and logits is not None:
+            next_ids, num_accepted = self._sampler.draw(*self._block, write_index, logits)
         known, num_right = self._decoder.commit(next_ids, num_accepted)
         if not known:  # a sound graph accepts one row at least; a broken one must not loop for ever
             raise EngineError(
@@ -78,6 +101,14 @@ class Decode:
                 "its graph is broken, rebuild the bundle"
             )
         new = self._cut(known)
+        if self._sampler:
+            self._sampler.accept(new)
+        if self._num_logprobs is not None and logits is not None:
+            first = self._position - 1 - write_index  # the row that predicts the first of them
+            self.logprobs += [
+                logprobs_of(logits[first + index], token, self._num_logprobs) for index, token in enumerate(new)
+            ]
+        self._position += len(new)
         self._left -= len(new)
         if not self._left and self.finish == "closed":
             self.finish = "length"

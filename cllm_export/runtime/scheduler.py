@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
 from cllm_export.runtime.engine import Engine
@@ -163,14 +166,17 @@ class Scheduler:
         width = self._reading_width if reading else self._block_size
         blocks, num_committed, write_index = zip(*(slot.next_rows(width) for slot in self._slots), strict=True)
         try:
-            forward = self._engine.forward(blocks, num_committed, write_index)
+            needs_logits = any(slot.needs_logits for slot in running)
+            forward = self._engine.forward(blocks, num_committed, write_index, with_logits=needs_logits)
         except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
         engine_seconds = self._engine.run_seconds - engine_started
         new_tokens = sum(
-            slot.take(next_ids, accepted)
-            for slot, next_ids, accepted in zip(self._slots, forward.next_ids, forward.num_accepted, strict=True)
+            slot.take(next_ids, accepted, None if forward.logits is None else forward.logits[index])
+            for index, (slot, next_ids, accepted) in enumerate(
+                zip(self._slots, forward.next_ids, forward.num_accepted, strict=True)
+            )
         )
         seconds = perf_counter() - started
         for slot in running:
@@ -220,6 +226,11 @@ class Slot:
     def is_reading(self) -> bool:
         return self.task is not None and self._num_read < len(self.task.prompt) - 1
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next forward must fetch logits for it."""
+        return self.task is not None and not self.is_reading and self.task.decode.needs_logits
+
     def admit(self, task: Task) -> None:
         self.task, self._num_read = task, 0
 
@@ -238,7 +249,7 @@ class Slot:
         tokens, num_committed = task.decode.next_block()
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
-    def take(self, next_ids: list[int], num_accepted: int) -> int:
+    def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None) -> int:
         """Take the outputs for the slot; how many tokens they made known."""
         task = self.task
         if task is None:
@@ -247,7 +258,8 @@ class Slot:
             self._num_read += self._num_reading
             return 0
         try:
-            new = task.decode.take(next_ids[: self._block_size], min(num_accepted, self._block_size))
+            size = self._block_size
+            new = task.decode.take(next_ids[:size], min(num_accepted, size), None if logits is None else logits[:size])
             task.give(new)
         except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
             self.task = None

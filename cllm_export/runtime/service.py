@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Unpack
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, QueueFullError
-from cllm_export.runtime.generate import Generation, Model, Prepared, pad_token
-from cllm_export.runtime.request import Decode, StopCut, make_decoder
+from cllm_export.runtime.generate import Generation, Model, Options, Prepared, pad_token
+from cllm_export.runtime.request import StopCut
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
 from cllm_export.runtime.statistics import summarize
 from cllm_export.runtime.text import Messages, TextStream
@@ -46,21 +46,8 @@ class Handle:
         self._is_read = False
         self._wakers: list[Callable[[], None]] = []
         self._is_done = False
-        decoder = make_decoder(
-            prepared.method,
-            prepared.prompt,
-            block_size=prepared.block_size,
-            fill=prepared.fill,
-            seed=prepared.seed,
-            pad_token_id=service.pad_token_id,
-        )
         watch = TextStream(service.codec, prepared.stop) if prepared.stop else None
-        decode = Decode(
-            decoder,
-            max_new_tokens=prepared.max_new_tokens,
-            eos_token_ids=eos,
-            stop_cut=_stop_cut(watch, eos) if watch else None,
-        )
+        decode = service.model.make_decode(prepared, _stop_cut(watch, eos) if watch else None)
         self._task = Task(prepared.prompt, decode, take=self._take, ended=self._end)
 
     @property
@@ -171,6 +158,8 @@ class Handle:
             text=stream.text,
             token_ids=token_ids,
             finish_reason=task.decode.finish,
+            seed=self._prepared.sampling.seed,
+            logprobs=None if self._prepared.logprobs is None else tuple(task.decode.logprobs),
             forwards=tuple(task.decode.records),
             statistics=summarize(
                 task.decode.records,
@@ -208,7 +197,7 @@ class Service:
         watch: Watcher | None = None,
     ) -> None:
         require_at_least("queue_size", queue_size, 1)
-        self._model = model
+        self.model = model
         self.codec = model.codec
         self.pad_token_id = pad_token(model.facts)
         self.block_size = model.settle_block_size(block_size)
@@ -238,8 +227,8 @@ class Service:
         """Requests that were submitted and have not ended."""
         return self._num_open
 
-    def submit(self, prompt: str | Sequence[int] | Messages, **options: Any) -> Handle:
-        """Queue a request and return at once. ``options`` are those of ``Model.generate`` but ``block_size``.
+    def submit(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Handle:
+        """Queue a request and return at once. ``options`` are ``Options`` less ``block_size``, the service's.
 
         Safe from any thread.
 
@@ -256,7 +245,9 @@ class Service:
             self._put(handle)
         return handle
 
-    def generate(self, prompts: Sequence[str | Sequence[int] | Messages], **options: Any) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
+    ) -> list[Generation]:
         """Decode prompts together and wait for all; results in their order. Where the queue is full it waits for room.
 
         Raises:
@@ -288,12 +279,11 @@ class Service:
             self._worker.join()
             self._closing.close()
 
-    def _make_handle(self, prompt: str | Sequence[int] | Messages, options: dict[str, Any]) -> Handle:
+    def _make_handle(self, prompt: str | Sequence[int] | Messages, options: Options) -> Handle:
         if "block_size" in options:
             raise OptionError("block_size is the service's, one for all its requests: Service(model, block_size=...)")
-        prepared = self._model.prepare(prompt, block_size=self.block_size, **options)
-        eos = frozenset(() if prepared.ignore_eos else self._model.facts.eos_token_ids)
-        return Handle(self, prepared, eos)
+        prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
+        return Handle(self, prepared, self.model.eos_of(prepared))
 
     def _put(self, handle: Handle) -> None:
         self._inbox.append(handle)

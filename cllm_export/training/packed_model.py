@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from cllm_export.exporter.head import as_returned
 from cllm_export.training.packing import Packed
 
 
@@ -56,13 +57,4 @@ class PackedModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         logits: Tensor = self.decoder.lm_head(hidden.flatten(0, 1)[packed.rows]).float()
-        return _as_returned(logits, self.config)
-
-
-def _as_returned(logits: Tensor, config: PretrainedConfig) -> Tensor:
-    """What a family does to its logits after the head: it changes no argmax, but a loss."""
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+        return as_returned(logits, self.config)

@@ -95,14 +95,21 @@ class TorchEngine:
         return PREFILL_CHUNK
 
     def forward(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
     ) -> Forward:
         block_size = len(input_ids[0])
         packed, extent = self._pack(input_ids, num_committed, write_index), self._extent(block_size, max(write_index))
         with self._running():
             packed = packed.to(self._device)
-            rows: list[list[int]] = _greedy(packed, self._logits(packed, extent, num_rows=0)).tolist()
-        return Forward([row[:block_size] for row in rows], [row[block_size] for row in rows])
+            logits = self._logits(packed, extent, num_rows=0)
+            rows: list[list[int]] = _greedy(packed, logits).tolist()
+            fetched = logits.float().cpu().numpy() if with_logits else None
+        return Forward([row[:block_size] for row in rows], [row[block_size] for row in rows], fetched)
 
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]

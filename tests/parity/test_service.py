@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from cllm_export.runtime.generate import Model, load
+from cllm_export.runtime.generate import Model, Options, load
 from cllm_export.runtime.service import Handle, Service
 from tests.conftest import DEMO, THREADS, Workshop
 
@@ -46,6 +46,21 @@ def test_loops_may_differ_between_neighbours(model: Model, method: str):
             for index, prompt in enumerate(prompts)
         ]
         assert [handle.result().token_ids for handle in handles] == alone
+
+
+def test_sampled_and_greedy_requests_share_a_batch(model: Model):
+    prompts = questions(12)
+    options: list[Options] = [
+        {"temperature": 0.9 if index % 3 else 0.0, "seed": index, "logprobs": 1 if index % 2 else None}
+        for index in range(len(prompts))
+    ]
+    with Service(model) as service:
+        requests = list(zip(prompts, options, strict=True))
+        alone = [service.submit(prompt, **OPTIONS, **extra).result() for prompt, extra in requests]
+        handles = [service.submit(prompt, **OPTIONS, **extra) for prompt, extra in requests]
+        found = [handle.result() for handle in handles]
+    assert [entry.token_ids for entry in found] == [entry.token_ids for entry in alone]
+    assert [entry.logprobs for entry in found] == [entry.logprobs for entry in alone]
 
 
 @pytest.mark.slow

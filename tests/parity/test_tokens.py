@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 
-from cllm_export.bundle import Bundle, FillName
-from cllm_export.contract import cache_names
+from cllm_export.bundle import FillName
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import RepeatFill
 from cllm_export.runtime.engine import Engine
-from cllm_export.runtime.generate import Method, Model
+from cllm_export.runtime.generate import Method, Model, Options
 from cllm_export.runtime.jacobi import SlidingJacobi
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.verify import MARGIN_EPSILON as VERIFY_EPSILON
@@ -34,9 +31,6 @@ from tests.parity.compare import (
     stock_tokens,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 BLOCK_SIZES = (1, 4, 16)
 JACOBI: tuple[Method, ...] = ("jacobi", "jacobi-block")
 DEMO_PROMPTS = 4
@@ -52,41 +46,30 @@ def prompts_for(model: Model) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_logits_that_argmax_reads_are_those_of_transformers(workshop: Workshop, name: str):
-    """No logits leave the graph, so a copy of it with one output more is run; the tolerance is LOGIT_TOLERANCE."""
-    bundle = workshop.bundle(name)
-    [ids] = random_prompts(bundle.manifest.geometry.vocab_size, [200])
+def test_the_logits_are_those_of_transformers(workshop: Workshop, name: str):
+    """What a family does after its head included; the tolerance is LOGIT_TOLERANCE."""
+    engine = OrtEngine(workshop.bundle(name), num_slots=2, threads=THREADS)
+    [ids] = random_prompts(engine.geometry.vocab_size, [200])
     expected = stock_logits(workshop.stock(name), ids)
-    found = _as_returned(_logits(bundle, ids), workshop.stock(name))
-    off = np.abs(found - expected).max(axis=1)
+    forward = engine.forward([ids, ids[::-1]], [len(ids), 0], [0, 0], with_logits=True)
+    assert forward.logits is not None
+    off = np.abs(forward.logits[0] - expected).max(axis=1)
     first = int(np.argmax(off > LOGIT_TOLERANCE))
     assert off.max() < LOGIT_TOLERANCE, f"{name}: row {first} is the first that is off, the worst by {off.max():.1e}"
 
 
-def _as_returned(logits: np.ndarray, stock: PreTrainedModel) -> np.ndarray:
-    """The logits of a graph as transformers returns them: what grows with a logit is left out of the graph."""
-    logits = logits / getattr(stock.config, "logits_scaling", 1.0)
-    cap = getattr(stock.config, "final_logit_softcapping", None)
-    return np.tanh(logits / cap) * cap if cap else logits
-
-
-def _logits(bundle: Bundle, ids: list[int]) -> np.ndarray:
-    """Logits [len(ids), V] of one forward over all of them."""
-    model = onnx.load(bundle.graph_path(), load_external_data=False)
-    [argmax] = [node for node in model.graph.node if node.op_type == "ArgMax"]
-    model.graph.output.append(onnx.helper.make_tensor_value_info(argmax.input[0], onnx.TensorProto.FLOAT, None))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    rows, geometry = len(ids), bundle.manifest.geometry
-    fed: dict[str, Any] = {"input_ids": [ids], "num_committed": [rows], "write_index": [0]}
-    fed |= {"kv_positions": range(rows), "head_rows": range(rows)}
-    feeds = {name: np.asarray(value, np.int64) for name, value in fed.items()}
-    cache = (1, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
-    feeds |= {past: np.zeros(cache, np.float32) for past, _ in cache_names(geometry.num_layers)}
-    return session.run([argmax.input[0]], feeds)[0].reshape(rows, -1)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_sampled_request_gives_the_same_tokens_by_every_loop(workshop: Workshop, name: str):
+    """Through the same shape equality is required, of tokens and of log-probabilities."""
+    model = workshop.model(name)
+    for seed, prompt in enumerate(prompts_for(model)):
+        common: Options = {"seed": seed, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
+        common |= {"max_new_tokens": NUM_NEW_TOKENS, "block_size": 16, "logprobs": 2, "ignore_eos": True}
+        expected = model.generate(prompt, method="autoregressive", **common)
+        for method in JACOBI:
+            found = model.generate(prompt, method=method, **common)
+            assert found.token_ids == expected.token_ids
+            assert found.logprobs == expected.logprobs
 
 
 @pytest.mark.parametrize("name", VARIANTS)

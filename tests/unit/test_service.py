@@ -42,9 +42,9 @@ def hold(model):
     gate = threading.Event()
     forward = model.engine.forward
 
-    def waiting(*arguments):
+    def waiting(*arguments, **options):
         gate.wait(10)
-        return forward(*arguments)
+        return forward(*arguments, **options)
 
     model.engine.forward = waiting
     return gate
@@ -150,11 +150,11 @@ def test_a_cancelled_request_keeps_what_it_gave_and_frees_its_slot(model, bundle
 def test_an_engine_failure_reaches_its_requests_and_the_service_goes_on(model):
     forward, calls = model.engine.forward, []
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return forward(*arguments)
+        return forward(*arguments, **options)
 
     model.engine.forward = failing
     with Service(model, block_size=4) as service:
