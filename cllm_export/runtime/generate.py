@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, TypedDict, Unpack
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from cllm_export.bundle import FILLS, FillName, TrainedWith, open_bundle, requir
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
+from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.request import (
@@ -81,6 +82,8 @@ class Options(TypedDict, total=False):
         stop: strings to stop at; the text is cut before the first one.
         ignore_eos: decode on past an end-of-sequence token, up to the limit: for measuring.
         temperature, top_k, top_p, min_p, repetition_penalty, logit_bias: see ``Sampling``; by default greedy.
+        json_schema, regex, grammar: what the text must match (extra ``grammar``); one of them at most. ``grammar`` is a
+            Lark grammar as llguidance takes it. A text that a limit or a stop string cuts is a beginning of a match.
         logprobs: log-probabilities of each new token, and this many of the most probable ones beside it, 0 to 20.
     """
 
@@ -98,8 +101,12 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    grammar: str | None
 
 
+_GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
@@ -132,6 +139,7 @@ class Prepared:
     fill: FillName
     sampling: Sampling
     logprobs: int | None
+    constraint: Constraint | None
     max_new_tokens: int
     stop: tuple[str, ...]
     ignore_eos: bool
@@ -154,6 +162,7 @@ class Model:
         self.engine = engine
         self.codec = codec
         self._lock = threading.Lock()
+        self._grammars: GrammarCompiler | None = None
 
     def generate(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Generation:
         """Decode one prompt. Every method, block size and fill gives the tokens that autoregressive decoding gives: the
@@ -238,6 +247,7 @@ class Model:
             require_at_least("logprobs", num_logprobs, 0)
             if num_logprobs > MAX_LOGPROBS:
                 raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {num_logprobs}")
+        constraint = self._compile_grammar(options)
         ids = self.encode(prompt)
         return Prepared(
             prompt=ids,
@@ -246,10 +256,25 @@ class Model:
             fill=fill,
             sampling=sampling,
             logprobs=num_logprobs,
+            constraint=constraint,
             max_new_tokens=_fit(len(ids), options.get("max_new_tokens"), self.facts.max_length),
             stop=tuple(stop),
             ignore_eos=bool(options.get("ignore_eos")),
         )
+
+    def _compile_grammar(self, options: Options) -> Constraint | None:
+        given = [kind for kind in _GRAMMARS if options.get(kind) is not None]
+        if not given:
+            return None
+        if len(given) > 1:
+            raise OptionError(f"{given[0]} and {given[1]} exclude each other: a text follows one grammar")
+        if options.get("ignore_eos"):
+            raise OptionError(f"{given[0]} excludes ignore_eos: a complete text ends with an end-of-sequence token")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(
+                self.codec, vocab_size=self.engine.geometry.vocab_size, eos_token_ids=self.facts.eos_token_ids
+            )
+        return self._grammars.compile(given[0], options[given[0]])
 
     def make_decode(self, request: Prepared, stop_cut: StopCut | None = None) -> Decode:
         """What decodes a prepared request, once the KV of its prompt less the last token is written."""
@@ -261,14 +286,20 @@ class Model:
             seed=request.sampling.seed,
             pad_token_id=pad_token(self.facts),
         )
-        sampling = request.sampling
-        vocab_size = self.engine.geometry.vocab_size
+        sampler = None
+        if request.constraint or not request.sampling.is_greedy:
+            sampler = Sampler(
+                request.sampling,
+                prompt=request.prompt,
+                vocab_size=self.engine.geometry.vocab_size,
+                constraint=request.constraint,
+            )
         return Decode(
             decoder,
             max_new_tokens=request.max_new_tokens,
             eos_token_ids=self.eos_of(request),
             stop_cut=stop_cut,
-            sampler=None if sampling.is_greedy else Sampler(sampling, prompt=request.prompt, vocab_size=vocab_size),
+            sampler=sampler,
             num_logprobs=request.logprobs,
         )
 

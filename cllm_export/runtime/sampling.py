@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError
+from cllm_export.runtime.constraint import Constraint
 
 Float32Array = NDArray[np.float32]
 
@@ -36,7 +37,8 @@ TOP_P_HEAD = 256
 class Sampling:
     """How tokens are drawn. The defaults are greedy decoding.
 
-    Applied in this order: logit bias, repetition penalty, temperature, top-k, top-p (of what top-k left), min-p.
+    Applied in this order: logit bias, repetition penalty, grammar, temperature, top-k, top-p (of what top-k left),
+    min-p.
 
     Args:
         temperature: 0 is greedy.
@@ -100,10 +102,15 @@ class Sampler:
         sampling: how.
         prompt: token ids.
         vocab_size: V.
+        constraint: what a grammar allows.
     """
 
-    def __init__(self, sampling: Sampling, *, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self, sampling: Sampling, *, prompt: Sequence[int], vocab_size: int, constraint: Constraint | None = None
+    ) -> None:
         sampling.check_tokens(vocab_size)
+        self._constraint = constraint
+        self._num_constrained = len(prompt)
         self._sampling = sampling
         self._text = list(prompt)
         self._seen = np.zeros(vocab_size, bool)
@@ -128,7 +135,7 @@ class Sampler:
 
         Raises:
             EngineError: logits are NaN.
-            OptionError: the bias bans every token.
+            OptionError: bias and grammar leave no token.
         """
         best = logits.max(axis=-1)
         if np.isnan(best).any():
@@ -150,12 +157,17 @@ class Sampler:
         scores = logits
         if self._bias is not None:
             scores = scores + self._bias
-            if np.isneginf(scores.max(axis=-1)).any():
-                raise OptionError("logit_bias bans every token: leave one at least")
         if self._sampling.repetition_penalty != 1:
             penalty = np.float32(self._sampling.repetition_penalty)
             seen = self._seen_by_row(block, write_index)
             scores = np.where(seen, np.where(scores > 0, scores / penalty, scores * penalty), scores)
+        if self._constraint:
+            end = write_index + 1
+            self._constraint.advance(self._text[self._num_constrained : end])
+            self._num_constrained = max(self._num_constrained, end)
+            scores = np.where(self._constraint.allowed(block[1:]), scores, -np.inf).astype(np.float32, copy=False)
+        if (self._constraint or self._bias is not None) and np.isneginf(scores[0].max()):
+            raise OptionError("logit_bias and grammar leave no token to go on with: allow one at least")
         return scores
 
     def _seen_by_row(self, block: Sequence[int], write_index: int) -> NDArray[np.bool_]:
