@@ -202,6 +202,13 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="With --json: log-probabilities, and this many alternatives.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="File of a schema that the text must match.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="What the whole text must match.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="File of a Lark grammar that the text must match.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; repeatable.")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="By default whatever fits.")
@@ -231,6 +238,9 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "logit_bias": _parse_bias(logit_bias or ()),
         "logprobs": logprobs,
+        "json_schema": _read_grammar(json_schema, "--json-schema"),
+        "regex": regex,
+        "grammar": _read_grammar(grammar, "--grammar"),
         "stop": tuple(stop or ()),
         "max_new_tokens": max_new_tokens,
     }
@@ -619,6 +629,15 @@ def _print_json_line(prompt: Prompt, generation: Generation) -> None:
     if generation.logprobs is not None:
         line["logprobs"] = [entry._asdict() for entry in generation.logprobs]
     typer.echo(json.dumps(line, ensure_ascii=False))
+
+
+def _read_grammar(path: Path | None, flag: str) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{flag}: cannot read {path}: {error}") from None
 
 
 def _parse_bias(given: Sequence[str]) -> dict[int, float]:

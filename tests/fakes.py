@@ -273,7 +273,7 @@ def decode(
     while sum(len(record.new) for record in records) < count:
         write_index = decoder.write_index
         tokens, num_committed = decoder.next_block()
-        next_ids, num_accepted = engine.forward([tokens], [num_committed], [write_index])
+        next_ids, num_accepted, _ = engine.forward([tokens], [num_committed], [write_index])
         commit = decoder.commit(next_ids[0], num_accepted[0])
         records.append(ForwardRecord(write_index, tokens, next_ids[0], commit.num_accepted, commit.tokens))
     return records

@@ -232,7 +232,8 @@ class Model:
         fill = options.get("fill") or (trained.fill if trained else "pad")
         require_one_of("fill", fill, FILLS)
         stop = options.get("stop") or ()
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+        if not is_list or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
         seed = options.get("seed")
         if seed is None:

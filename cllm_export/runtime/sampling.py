@@ -70,6 +70,8 @@ class Sampling:
         require_at_least("seed", self.seed, 0)
         if self.seed > MAX_SEED:
             raise OptionError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise OptionError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
             if not _is_number(bias) or math.isnan(bias) or bias == math.inf:
                 raise OptionError(f"logit_bias of token {token!r} must be a finite number or -inf, got {bias!r}")
