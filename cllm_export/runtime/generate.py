@@ -227,11 +227,17 @@ class Model:
         if unknown:
             raise OptionError(f"no such option: {unknown[0]}; there are {', '.join(Options.__annotations__)}")
         trained = self.facts.trained_with
-        method = options.get("method") or METHOD_OF_LOOP[trained.loop if trained else "sliding"]
+        method = options.get("method")
+        if method is None:
+            method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
         require_one_of("method", method, METHODS)
-        fill = options.get("fill") or (trained.fill if trained else "pad")
+        fill = options.get("fill")
+        if fill is None:
+            fill = trained.fill if trained else "pad"
         require_one_of("fill", fill, FILLS)
-        stop = options.get("stop") or ()
+        stop = options.get("stop")
+        if stop is None:
+            stop = ()
         is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
         if not is_list or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")

@@ -91,7 +91,7 @@ def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, name
         for array in engine.cache.values():
             array.fill(0)
         fill_slots(engine, [prompt, [0]], chunk=16)
-        next_ids, _ = engine.forward([block, block], [1, 0], [41, further])
+        next_ids, _, _ = engine.forward([block, block], [1, 0], [41, further])
         rows = [array[0, :, 41 : 41 + block_size].tobytes() for array in engine.cache.values()]
         found = [str(next_ids[0]).encode(), *rows]
         assert found == (before or found), f"an extent of about {further + block_size} rows changed the forward"

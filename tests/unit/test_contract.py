@@ -108,7 +108,7 @@ def test_the_fake_engine_is_an_engine():
 
 
 def test_the_fake_engine_accepts_the_matching_prefix_of_a_draft():
-    next_ids, num_accepted = reciting_engine().forward([[6, 10, 3, 14]], [1], [1])
+    next_ids, num_accepted, _ = reciting_engine().forward([[6, 10, 3, 14]], [1], [1])
     assert num_accepted == [2]
     assert next_ids[0][:2] == [10, 12]
     assert next_ids[0][2] != 14

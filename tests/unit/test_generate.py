@@ -227,6 +227,8 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
         ("stop", ";", "must be a list of non-empty strings, got ';'"),
         ("stop", [";", ""], "must be a list of non-empty strings"),
         ("stop", [5], "must be a list of non-empty strings"),
+        ("stop", 5, "must be a list of non-empty strings, got 5"),
+        ("logit_bias", [5], "must map token ids to numbers"),
     ],
 )
 @pytest.mark.parametrize("act", ["generate", "stream"])
@@ -506,11 +508,11 @@ def test_a_stream_that_was_refused_has_no_result(reciter):
 
 def test_a_failing_engine_frees_the_model(bundle):
     class FailingOnce(FakeEngine):
-        def forward(self, *arguments):
+        def forward(self, *arguments, **options):
             if not self.calls:
                 self.prefill(*arguments)
                 raise EngineError("out of memory")
-            return super().forward(*arguments)
+            return super().forward(*arguments, **options)
 
     language_model = HashModel(vocab_size=200)
     model = make_model(bundle, language_model)
