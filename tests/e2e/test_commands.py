@@ -113,7 +113,7 @@ def test_generate_json_gives_a_line_for_each_prompt(bundle: Path, prompt_file: P
     lines = lines_of(run("generate", bundle, "--prompts", prompt_file, "--json", *FEW))
     assert [line["id"] for line in lines] == ["first", "2", "3"]
     for line in lines:
-        assert line.keys() == {"id", "text", "token_ids", "finish_reason", "stats"}
+        assert line.keys() == {"id", "text", "token_ids", "finish_reason", "seed", "stats"}
         assert line["finish_reason"] == ("eos" if line["token_ids"][-1] == 2 else "length")
         assert line["stats"].keys() >= STATS_KEYS
         assert line["stats"]["new_tokens"] == len(line["token_ids"]) <= 6

@@ -205,7 +205,7 @@ def _run_with_separate_present(bundle: Bundle) -> None:
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(str(bundle.graph_path()), options, providers=["CPUExecutionProvider"])
     manifest = bundle.manifest
-    lengths = {"B": 1, "n": 4, "S": 64, "h": 4}
+    lengths = {"B": 1, "n": 4, "S": 64, "h": 4, "R": 4}
     fed = {"num_committed": [1], "kv_positions": range(64), "head_rows": range(4)}
     binding = session.io_binding()
     arrays = []
