@@ -219,4 +219,4 @@ def _run_with_separate_present(bundle: Bundle) -> None:
             arrays.append(array)
             bind(spec.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
     session.run_with_iobinding(binding)
-    assert len(arrays) == 5 + 2 + 2 * len(list(cache_names(manifest.geometry.num_layers)))
+    assert len(arrays) == 5 + 3 + 2 * len(list(cache_names(manifest.geometry.num_layers)))
