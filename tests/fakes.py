@@ -268,11 +268,11 @@ def decode(
 ) -> list[ForwardRecord]:
     """Prefill a prompt and run forwards until ``count`` tokens are known: a policy alone, with no rule that cuts."""
     prefill(engine, prompt[:-1], PAD)
-    decoder = decoder_type(last_token=prompt[-1], write_index=len(prompt) - 1, block_size=block_size, fill=fill)
+    decoder = decoder_type(last_token=prompt[-1], write_index=len(prompt) - 1, fill=fill)
     records: list[ForwardRecord] = []
     while sum(len(record.new) for record in records) < count:
         write_index = decoder.write_index
-        tokens, num_committed = decoder.next_block()
+        tokens, num_committed = decoder.next_block(block_size)
         next_ids, num_accepted, _ = engine.forward([tokens], [num_committed], [write_index])
         commit = decoder.commit(next_ids[0], num_accepted[0])
         records.append(ForwardRecord(write_index, tokens, next_ids[0], commit.num_accepted, commit.tokens))

@@ -9,23 +9,23 @@ from cllm_export.runtime.jacobi import Block, Commit
 class Autoregressive:
     """One token a forward, whatever the block size.
 
-    With ``block_size`` 1 it is ordinary decoding. With n it runs the n-shaped forward of Jacobi decoding and keeps
+    With blocks of 1 it is ordinary decoding. With n it runs the n-shaped forward of Jacobi decoding and keeps
     one token of it, so that both use the same engine and shape and must agree exactly.
     """
 
-    def __init__(self, *, last_token: int, write_index: int, block_size: int, fill: Fill) -> None:
+    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
         self.write_index = write_index
         self._last = last_token
         self._fill = fill
-        self._num_filled = block_size - 1
+        self._is_filled = False
 
-    def next_block(self) -> Block:
-        filled = self._fill.guess(self._num_filled, ()) if self._num_filled else []
-        return Block([self._last, *filled], 1)
+    def next_block(self, size: int) -> Block:
+        self._is_filled = size > 1
+        return Block([self._last, *self._fill.guess(size - 1, ())] if self._is_filled else [self._last], 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += 1
         self._last = next_ids[0]
-        if self._num_filled:
+        if self._is_filled:
             self._fill.accept((self._last,))
         return Commit([self._last], 1)

@@ -90,9 +90,7 @@ def decode_requests(
     scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, reading_width=MIN_READING_WIDTH)
     tasks = []
     for request in requests:
-        decoder = make_decoder(
-            method, request.prompt, block_size=block_size, fill=fill, seed=request.seed, pad_token_id=pad_token_id
-        )
+        decoder = make_decoder(method, request.prompt, fill=fill, seed=request.seed, pad_token_id=pad_token_id)
         decode = Decode(decoder, max_new_tokens=request.max_new_tokens, eos_token_ids=eos_token_ids)
         tasks.append(Task(request.prompt, decode, ended=ended))
         scheduler.submit(tasks[-1])

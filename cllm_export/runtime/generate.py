@@ -288,7 +288,6 @@ class Model:
         decoder = make_decoder(
             request.method,
             request.prompt,
-            block_size=request.block_size,
             fill=request.fill,
             seed=request.sampling.seed,
             pad_token_id=pad_token(self.facts),
@@ -445,11 +444,11 @@ class _Run:
     def _forwards(self, decode: Decode) -> Iterator[list[int]]:
         """The loop: next block, one forward, commit, cut."""
         engine, idle = self._engine, self._engine.num_slots - 1
-        with_logits = decode.needs_logits
+        with_logits, size = decode.needs_logits, self._request.block_size
         while decode.finish == "closed":
             started, engine_started = perf_counter(), engine.run_seconds
             write_index = decode.write_index
-            tokens, num_committed = decode.next_block()
+            tokens, num_committed = decode.next_block(size)
             if idle:
                 blocks = [tokens] * (1 + idle)
                 committed, indices = [num_committed] + [0] * idle, [write_index] + [0] * idle

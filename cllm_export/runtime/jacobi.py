@@ -34,8 +34,8 @@ class Decoder(Protocol):
     write_index: int
     """Valid KV rows of the request's slot; where the next block's KV is written."""
 
-    def next_block(self) -> Block:
-        """The block the next forward runs."""
+    def next_block(self, size: int) -> Block:
+        """The block that the next forward runs, ``size`` tokens. Until ``commit`` it may be asked for again."""
         ...
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
@@ -47,22 +47,26 @@ class SlidingJacobi:
     """Sliding Jacobi: after each forward the window moves past what was accepted and is filled up again.
 
     With m draft tokens right, one forward commits m + 1 tokens: the last is the bonus, the model's own token after
-    the last right one. The predictions beyond it are the next draft.
+    the last right one. The predictions beyond it are the next draft. The block size may change at any forward.
     """
 
-    def __init__(self, *, last_token: int, write_index: int, block_size: int, fill: Fill) -> None:
+    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
         self.write_index = write_index
         self._fill = fill
-        self._block = [last_token, *fill.guess(block_size - 1, ())]
+        self._block = [last_token]
 
-    def next_block(self) -> Block:
+    def next_block(self, size: int) -> Block:
+        if missing := size - len(self._block):
+            if missing > 0:
+                self._block += self._fill.guess(missing, self._block[1:])
+            else:
+                del self._block[size:]
         return Block(self._block, 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += num_accepted
-        new, kept = next_ids[:num_accepted], next_ids[num_accepted - 1 :]
+        new, self._block = next_ids[:num_accepted], next_ids[num_accepted - 1 :]
         self._fill.accept(new)
-        self._block = kept + self._fill.guess(num_accepted - 1, kept[1:])
         return Commit(new, num_accepted)
 
 
@@ -70,30 +74,29 @@ class BlockJacobi:
     """Block Jacobi (the CLLM paper's): a block is iterated to its fixed point, then the next one starts after it.
 
     The write index stays until then: rows already accepted are computed again, as in a fixed-shape engine. Tokens are
-    handed out as soon as they are known.
+    handed out as soon as they are known. A block keeps the size it began with.
     """
 
-    def __init__(self, *, last_token: int, write_index: int, block_size: int, fill: Fill) -> None:
+    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
         self.write_index = write_index
         self._fill = fill
-        self._size = block_size
         self._num_known = 0
-        self._block = self._first_guess(last_token)
+        self._last = last_token
+        self._block: list[int] = []
 
-    def next_block(self) -> Block:
+    def next_block(self, size: int) -> Block:
+        if not self._block:
+            self._block = [self._last, *self._fill.guess(size - 1, ())]
         return Block(self._block, 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         new = next_ids[self._num_known : num_accepted]
         self._fill.accept(new)
         self._num_known = num_accepted
-        if num_accepted == self._size:
-            self.write_index += self._size
+        if num_accepted == len(self._block):
+            self.write_index += num_accepted
             self._num_known = 0
-            self._block = self._first_guess(next_ids[-1])
+            self._last, self._block = next_ids[-1], []
         else:
             self._block = [self._block[0], *next_ids[:-1]]
         return Commit(new, num_accepted)
-
-    def _first_guess(self, last_token: int) -> list[int]:
-        return [last_token, *self._fill.guess(self._size - 1, ())]

@@ -76,9 +76,9 @@ class Decode:
         """Whether ``take`` needs the logits of the forward."""
         return self._sampler is not None or self._num_logprobs is not None
 
-    def next_block(self) -> Block:
-        """The block the next forward runs at ``write_index``."""
-        self._block = self._decoder.next_block()
+    def next_block(self, size: int) -> Block:
+        """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
+        self._block = self._decoder.next_block(size)
         return self._block
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:
@@ -128,9 +128,7 @@ class Decode:
         return new
 
 
-def make_decoder(
-    method: Method, prompt: Sequence[int], *, block_size: int, fill: FillName, seed: int, pad_token_id: int
-) -> Decoder:
+def make_decoder(method: Method, prompt: Sequence[int], *, fill: FillName, seed: int, pad_token_id: int) -> Decoder:
     """The policy that decodes a prompt whose KV, less that of its last token, is written.
 
     Raises:
@@ -139,6 +137,5 @@ def make_decoder(
     return DECODERS[method](
         last_token=prompt[-1],
         write_index=len(prompt) - 1,
-        block_size=block_size,
         fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed),
     )

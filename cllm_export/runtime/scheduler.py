@@ -246,7 +246,7 @@ class Slot:
             chunk = list(task.prompt[self._num_read : min(self._num_read + width, len(task.prompt) - 1)])
             self._num_reading = len(chunk)
             return self._padded(chunk, width), len(chunk), self._num_read
-        tokens, num_committed = task.decode.next_block()
+        tokens, num_committed = task.decode.next_block(self._block_size)
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None) -> int:

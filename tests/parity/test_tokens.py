@@ -211,13 +211,13 @@ def _decode_at_once(engine: Engine, prompts: list[list[int]], *, active: tuple[i
     """Sliding Jacobi in slot 0 and autoregressive decoding in slot 1, so that the two move at different paces."""
     write_index = fill_slots(engine, prompts, chunk=8)
     policies = [
-        policy(last_token=prompt[-1], write_index=index, block_size=8, fill=RepeatFill(prompt))
+        policy(last_token=prompt[-1], write_index=index, fill=RepeatFill(prompt))
         for policy, prompt, index in zip((SlidingJacobi, Autoregressive), prompts, write_index, strict=True)
     ]
     tokens: list[list[int]] = [[], []]
     while any(len(tokens[slot]) < NUM_NEW_TOKENS for slot in active):
         running = [slot in active and len(tokens[slot]) < NUM_NEW_TOKENS for slot in (0, 1)]
-        blocks = [policy.next_block().tokens for policy in policies]
+        blocks = [policy.next_block(8).tokens for policy in policies]
         committed = [int(runs) for runs in running]
         forward = engine.forward(blocks, committed, [policy.write_index for policy in policies])
         for slot, policy in enumerate(policies):

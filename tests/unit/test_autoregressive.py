@@ -54,13 +54,13 @@ def test_a_block_of_one_token_needs_no_fill():
     def no_fill(count: int, last: int) -> list[int]:
         raise AssertionError("the fill was asked for tokens")
 
-    decoder = Autoregressive(last_token=7, write_index=3, block_size=1, fill=no_fill)
-    assert decoder.next_block() == Block([7], 1)
+    decoder = Autoregressive(last_token=7, write_index=3, fill=no_fill)
+    assert decoder.next_block(1) == Block([7], 1)
 
 
 def test_the_block_is_the_last_token_and_a_fill():
-    decoder = Autoregressive(last_token=7, write_index=3, block_size=4, fill=PadFill(0))
-    assert decoder.next_block() == Block([7, 0, 0, 0], 1)
+    decoder = Autoregressive(last_token=7, write_index=3, fill=PadFill(0))
+    assert decoder.next_block(4) == Block([7, 0, 0, 0], 1)
     assert decoder.commit([9, 8, 8, 8], 1).tokens == [9]
-    assert decoder.next_block() == Block([9, 0, 0, 0], 1)
+    assert decoder.next_block(4) == Block([9, 0, 0, 0], 1)
     assert decoder.write_index == 4

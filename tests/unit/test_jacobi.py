@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cllm_export.runtime.draft import PadFill, PromptFill, RepeatFill, make_fill
+from cllm_export.runtime.generate import prefill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, SlidingJacobi
 from tests.fakes import (
     EOS,
@@ -146,17 +147,49 @@ def test_full_acceptance_keeps_the_bonus_and_gives_the_seed_token_once(loop):
 
 
 def test_after_full_acceptance_the_sliding_window_is_the_bonus_and_a_fill():
-    decoder = SlidingJacobi(last_token=1, write_index=0, block_size=3, fill=RepeatFill([1]))
+    decoder = SlidingJacobi(last_token=1, write_index=0, fill=RepeatFill([1]))
     assert decoder.commit([7, 8, 9], 3).tokens == [7, 8, 9]
-    assert decoder.next_block() == Block([9, 9, 9], 1)
+    assert decoder.next_block(3) == Block([9, 9, 9], 1)
     assert decoder.write_index == 3
 
 
 def test_the_sliding_window_keeps_the_predictions_beyond_what_was_accepted():
-    decoder = SlidingJacobi(last_token=1, write_index=10, block_size=4, fill=PadFill(0))
+    decoder = SlidingJacobi(last_token=1, write_index=10, fill=PadFill(0))
     assert decoder.commit([5, 6, 7, 8], 2).tokens == [5, 6]
-    assert decoder.next_block() == Block([6, 7, 8, 0], 1)
+    assert decoder.next_block(4) == Block([6, 7, 8, 0], 1)
     assert decoder.write_index == 12
+
+
+def test_the_block_size_may_change_at_any_forward_of_the_sliding_loop():
+    decoder = SlidingJacobi(last_token=5, write_index=10, fill=PadFill(0))
+    assert decoder.next_block(1) == Block([5], 1)
+    decoder.commit([6], 1)
+    assert decoder.next_block(4) == Block([6, 0, 0, 0], 1)
+    decoder.commit([7, 8, 9, 3], 1)
+    assert decoder.next_block(2) == Block([7, 8], 1)
+    assert decoder.write_index == 12
+
+
+@given(
+    sizes=st.lists(st.integers(1, 8), min_size=30, max_size=30),
+    window=st.sampled_from([0, 1, 2, None]),
+    seed=st.integers(0, 99),
+)
+@properties
+def test_any_sequence_of_block_sizes_gives_the_greedy_tokens(sizes, window, seed):
+    model = HashModel(vocab_size=11, window=window, seed=seed)
+    engine = FakeEngine(model, make_geometry())
+    prefill(engine, PROMPT[:-1], PAD)
+    decoder = SlidingJacobi(last_token=PROMPT[-1], write_index=len(PROMPT) - 1, fill=RepeatFill(PROMPT))
+    tokens = []
+    for size in sizes:
+        block = decoder.next_block(size).tokens
+        forward = engine.forward([block], [1], [decoder.write_index])
+        assert len(block) == size
+        tokens += decoder.commit(forward.next_ids[0], forward.num_accepted[0]).tokens
+        if len(tokens) > 40:
+            break
+    assert tokens == greedy(model, PROMPT, len(tokens))
 
 
 def test_a_block_stays_where_it_is_until_it_is_its_fixed_point():

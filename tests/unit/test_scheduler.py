@@ -22,8 +22,8 @@ def make_engine(num_slots, *, seed=0, fixed_shapes=None):
     return FakeEngine(model, make_geometry(vocab_size=VOCABULARY), num_slots=num_slots, fixed_shapes=fixed_shapes)
 
 
-def make_task(prompt, *, count=8, block_size=4, method="jacobi", eos=(), **callbacks):
-    decoder = make_decoder(method, prompt, block_size=block_size, fill="pad", seed=0, pad_token_id=PAD)
+def make_task(prompt, *, count=8, method="jacobi", eos=(), **callbacks):
+    decoder = make_decoder(method, prompt, fill="pad", seed=0, pad_token_id=PAD)
     return Task(prompt, Decode(decoder, max_new_tokens=count, eos_token_ids=eos), **callbacks)
 
 
@@ -72,7 +72,7 @@ def test_whatever_arrives_beside_it_and_is_cancelled_a_task_gives_the_models_own
     """Tasks arrive at any step; some are cancelled at any step."""
     scheduler = Scheduler(make_engine(num_slots), block_size=block_size, pad_token_id=PAD)
     tasks = [
-        make_task(prompt, count=count, block_size=block_size, method=method, eos=(EOS,))
+        make_task(prompt, count=count, method=method, eos=(EOS,))
         for prompt, count, method, _ in data
     ]
     model = HashModel(vocab_size=VOCABULARY, seed=0, window=2)
@@ -97,7 +97,7 @@ def test_tasks_enter_slots_in_the_order_they_came():
     ended = []
     for name in "abcd":
         scheduler.submit(
-            make_task([5], count=3, block_size=1, method="autoregressive", ended=lambda _, n=name: ended.append(n))
+            make_task([5], count=3, method="autoregressive", ended=lambda _, n=name: ended.append(n))
         )
     run(scheduler)
     assert ended == ["a", "b", "c", "d"]
@@ -107,7 +107,7 @@ def test_a_slot_is_filled_at_the_very_next_forward():
     engine = make_engine(1)
     scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD)
     for _ in range(3):
-        scheduler.submit(make_task([5], count=2, block_size=1, method="autoregressive"))
+        scheduler.submit(make_task([5], count=2, method="autoregressive"))
     run(scheduler)
     assert len(engine.calls) == 6
 
@@ -188,7 +188,7 @@ def test_every_forward_has_one_shape_unless_told_otherwise():
 def test_prompts_are_read_in_wider_forwards_where_that_is_asked_for():
     engine = make_engine(1)
     scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, reading_width=8)
-    scheduler.submit(make_task(list(range(8)) * 2, count=3, block_size=1, method="autoregressive"))
+    scheduler.submit(make_task(list(range(8)) * 2, count=3, method="autoregressive"))
     reports = run(scheduler)
     assert [report.width for report in reports] == [8, 8, 1, 1, 1]
     assert [report.num_reading for report in reports] == [1, 1, 0, 0, 0]
