@@ -71,10 +71,7 @@ def test_whatever_arrives_beside_it_and_is_cancelled_a_task_gives_the_models_own
 ):
     """Tasks arrive at any step; some are cancelled at any step."""
     scheduler = Scheduler(make_engine(num_slots), block_size=block_size, pad_token_id=PAD)
-    tasks = [
-        make_task(prompt, count=count, method=method, eos=(EOS,))
-        for prompt, count, method, _ in data
-    ]
+    tasks = [make_task(prompt, count=count, method=method, eos=(EOS,)) for prompt, count, method, _ in data]
     model = HashModel(vocab_size=VOCABULARY, seed=0, window=2)
     step = 0
     while step <= 6 or not scheduler.is_idle:
@@ -96,9 +93,7 @@ def test_tasks_enter_slots_in_the_order_they_came():
     scheduler = Scheduler(make_engine(2), block_size=1, pad_token_id=PAD)
     ended = []
     for name in "abcd":
-        scheduler.submit(
-            make_task([5], count=3, method="autoregressive", ended=lambda _, n=name: ended.append(n))
-        )
+        scheduler.submit(make_task([5], count=3, method="autoregressive", ended=lambda _, n=name: ended.append(n)))
     run(scheduler)
     assert ended == ["a", "b", "c", "d"]
 
