@@ -1,0 +1,162 @@
+"""A(n): how many tokens a forward of block size n makes known, learned from requests of one kind.
+
+A table over sizes, since none follows from another: a window's tail is refined while it waits, so a wide window does
+better in its first rows than a narrow one. Two bounds hold nearly: a wider window is no worse, and its further rows
+are no better than its first ones. Between and beyond the sizes that were tried they say what may be hoped for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+WINDOW = 500.0
+"""Observations of a size that count, so that a table follows what it is asked."""
+HALF_LIFE = 3000.0
+"""Observations of a kind after which what is known of a size that was not tried meanwhile counts half."""
+PRIOR_WEIGHT = 3.0
+"""Observations that the guess from other sizes counts as."""
+DOUBT = 1.5
+"""Standard errors by which a mean may be too low."""
+REFRESHED_EVERY = 16
+"""Observations after which a table's estimates are made anew."""
+SLOT_WEIGHT = 8.0
+"""Draft tokens that the kind's own rate counts as, beside those of a request."""
+SLOT_MEMORY = 0.93
+"""What a request's forwards count at each later one."""
+
+
+class DraftTable:
+    """Draft tokens accepted in a forward, A(n) - 1, by block size.
+
+    Args:
+        sizes: the block sizes that may be used, ascending.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = [size for size in sizes if size > 1]
+        self._arms = {size: _Arm() for size in self._sizes}
+        self._clock = 0.0
+        self._means: dict[int, float] = {}
+        self._bounds: dict[int, float] = {}
+        self._stale_at = 0.0
+
+    def observe(self, size: int, accepted: int, ratio: float) -> None:
+        """A request whose drafts do ``ratio`` times as well as the kind's had ``accepted`` draft tokens right."""
+        arm = self._arms.get(size)
+        if arm is None:
+            return
+        self._clock += 1
+        arm.fade(self._clock)
+        arm.add(accepted, ratio)
+        if self._clock >= self._stale_at or arm.count < REFRESHED_EVERY:
+            self._means.clear()
+
+    def mean(self, size: int) -> float:
+        """Draft tokens that a forward is expected to accept; 0 at a size of 1."""
+        self._refresh()
+        return self._means.get(size, 0.0)
+
+    def bound(self, size: int) -> float:
+        """Draft tokens that it may well accept, for all that is known."""
+        self._refresh()
+        return self._bounds.get(size, 0.0)
+
+    def count(self, size: int) -> float:
+        """Observations of the size that still count."""
+        return self._arms[size].count if size in self._arms else 0.0
+
+    def _refresh(self) -> None:
+        if self._means or not self._sizes:
+            return
+        self._stale_at = self._clock + REFRESHED_EVERY
+        for arm in self._arms.values():
+            arm.fade(self._clock)
+        tried = [size for size in self._sizes if self._arms[size].count >= 1]
+        for size in self._sizes:
+            self._means[size] = self._mean(size, tried)
+        own = {size: self._means[size] + self._arms[size].error(size) for size in tried}
+        for size in self._sizes:
+            hopes = [hope * max(1.0, (size - 1) / (other - 1)) for other, hope in own.items()]
+            self._bounds[size] = max(self._means[size], min([float(size - 1), *hopes]))
+
+    def _mean(self, size: int, tried: Sequence[int]) -> float:
+        arm, guess = self._arms[size], self._guess(size, [other for other in tried if other != size])
+        if arm.count < 1:
+            return guess
+        return (arm.accepted + PRIOR_WEIGHT * guess) / (arm.expected + PRIOR_WEIGHT) if tried != [size] else arm.mean
+
+    def _guess(self, size: int, tried: Sequence[int]) -> float:
+        """From the sizes beside it: on the line between two, in proportion below all, the square root of it above."""
+        below = max((other for other in tried if other < size), default=None)
+        above = min((other for other in tried if other > size), default=None)
+        if below is None:
+            return 0.0 if above is None else self._arms[above].mean * (size - 1) / (above - 1)
+        low = self._arms[below].mean
+        if above is None:
+            return low * sqrt((size - 1) / (below - 1))
+        return low + (max(self._arms[above].mean, low) - low) * (size - below) / (above - below)
+
+
+class _Arm:
+    """What is known of one size: decayed sums of draft tokens accepted and of what the requests' ratios say."""
+
+    __slots__ = ("_seen_at", "accepted", "count", "expected", "squares")
+
+    def __init__(self) -> None:
+        self.count = self.expected = self.accepted = self.squares = self._seen_at = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.accepted / self.expected if self.expected else 0.0
+
+    def add(self, accepted: int, ratio: float) -> None:
+        self.count += 1
+        self.expected += ratio
+        self.accepted += accepted
+        self.squares += accepted * accepted
+        if self.count > WINDOW:
+            self._scale(WINDOW / self.count)
+
+    def fade(self, clock: float) -> None:
+        if clock > self._seen_at + 1:
+            self._scale(0.5 ** ((clock - self._seen_at) / HALF_LIFE))
+        self._seen_at = clock
+
+    def error(self, size: int) -> float:
+        """By how much the mean may be too low; a size of few observations may have had bad luck in all of them."""
+        unlucky = ((size - 1) / 3) ** 2
+        spread = max(0.0, self.squares - self.accepted * self.accepted / self.count)
+        return DOUBT * sqrt((spread + unlucky) / (self.count + 1) / self.count)
+
+    def _scale(self, factor: float) -> None:
+        self.count *= factor
+        self.expected *= factor
+        self.accepted *= factor
+        self.squares *= factor
+
+
+class DraftRecord:
+    """How one request's drafts do against what its kind's do. ``kind`` None is a request that takes no drafts."""
+
+    __slots__ = ("_accepted", "_expected", "_size", "kind")
+
+    def __init__(self, kind: str | None) -> None:
+        self.kind = kind
+        self._accepted = self._expected = 0.0
+        self._size = 0
+
+    @property
+    def ratio(self) -> float:
+        """Draft tokens accepted / those that the table expects, near 1 while little is known of the request."""
+        return (SLOT_WEIGHT + self._accepted) / (SLOT_WEIGHT + self._expected)
+
+    def observe(self, size: int, accepted: int, table: DraftTable) -> None:
+        """A forward of this size accepted so many draft tokens. What a window has just grown by has not settled."""
+        has_grown = 0 < self._size < size
+        self._size = size
+        if size == 1 or has_grown:
+            return
+        table.observe(size, accepted, self.ratio)
+        self._accepted = self._accepted * SLOT_MEMORY + accepted
+        self._expected = self._expected * SLOT_MEMORY + table.mean(size)
