@@ -137,12 +137,18 @@ class _Arm:
 
 
 class DraftRecord:
-    """How one request's drafts do against what its kind's do. ``kind`` None is a request that takes no drafts."""
+    """How one request's drafts do against what its kind's do.
 
-    __slots__ = ("_accepted", "_expected", "_size", "kind")
+    Args:
+        kind: of its drafts; None for a request that takes none.
+        with_logits: whether its forwards fetch logits, which takes longer the more rows there are.
+    """
 
-    def __init__(self, kind: str | None) -> None:
+    __slots__ = ("_accepted", "_expected", "_size", "kind", "with_logits")
+
+    def __init__(self, kind: str | None, *, with_logits: bool = False) -> None:
         self.kind = kind
+        self.with_logits = with_logits
         self._accepted = self._expected = 0.0
         self._size = 0
 
@@ -153,10 +159,12 @@ class DraftRecord:
 
     def observe(self, size: int, accepted: int, table: DraftTable) -> None:
         """A forward of this size accepted so many draft tokens. What a window has just grown by has not settled."""
-        has_grown = 0 < self._size < size
+        has_grown, is_first = self._size < size, not self._size
         self._size = size
-        if size == 1 or has_grown:
+        if size == 1 or (has_grown and not is_first):
             return
         table.observe(size, accepted, self.ratio)
+        if is_first:  # drafts that nobody has refined yet say little of those to come
+            return
         self._accepted = self._accepted * SLOT_MEMORY + accepted
         self._expected = self._expected * SLOT_MEMORY + table.mean(size)

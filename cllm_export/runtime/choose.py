@@ -8,7 +8,7 @@ exceed a small part of all time. So a model that gains nothing from drafts decod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from cllm_export.runtime.acceptance import DraftRecord, DraftTable
@@ -68,13 +68,16 @@ class SizeChooser:
     Args:
         sizes: the block sizes that may be used; 1 is always one of them.
         first: what to begin with: the size a model was trained with, or 1.
-        times: what is known of T(n).
+        known_times: seconds (or any unit) of a forward by block size, measured beforehand; may be empty.
     """
 
-    def __init__(self, sizes: Sequence[int], *, first: int = 1, times: ForwardTimes | None = None) -> None:
+    def __init__(
+        self, sizes: Sequence[int], *, first: int = 1, known_times: Mapping[int, float] | None = None
+    ) -> None:
         self._sizes = tuple(sorted({1, first, *sizes}))
         self._first = self._size = first
-        self._times = times or ForwardTimes()
+        self._times_of = {with_logits: ForwardTimes(known_times) for with_logits in (False, True)}
+        self._times = self._times_of[False]
         self._tables: dict[str, DraftTable] = {}
         self._records: tuple[DraftRecord, ...] = ()
         self._num_left = 0
@@ -86,6 +89,7 @@ class SizeChooser:
         if self._num_left <= 0 or (not self._is_trial and tuple(records) != self._records):
             self._settle_trial()
             self._records = tuple(records)
+            self._times = self._times_of[any(record.with_logits for record in records)]
             self._begin(records)
         self._num_left -= 1
         return self._size
