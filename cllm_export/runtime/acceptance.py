@@ -14,8 +14,10 @@ WINDOW = 500.0
 """Observations of a size that count, so that a table follows what it is asked."""
 HALF_LIFE = 3000.0
 """Observations of a kind after which what is known of a size that was not tried meanwhile counts half."""
-PRIOR_WEIGHT = 3.0
+PRIOR_WEIGHT = 12.0
 """Observations that the guess from other sizes counts as."""
+GROWTH = 2 / 3
+"""The power of n - 1 that draft tokens are guessed to grow with beyond the largest size that was tried."""
 DOUBT = 1.5
 """Standard errors by which a mean may be too low."""
 REFRESHED_EVERY = 16
@@ -87,14 +89,14 @@ class DraftTable:
         return (arm.accepted + PRIOR_WEIGHT * guess) / (arm.expected + PRIOR_WEIGHT) if tried != [size] else arm.mean
 
     def _guess(self, size: int, tried: Sequence[int]) -> float:
-        """From the sizes beside it: on the line between two, in proportion below all, the square root of it above."""
+        """From the sizes beside it: on the line between two, in proportion below all, by less than that above."""
         below = max((other for other in tried if other < size), default=None)
         above = min((other for other in tried if other > size), default=None)
         if below is None:
             return 0.0 if above is None else self._arms[above].mean * (size - 1) / (above - 1)
         low = self._arms[below].mean
         if above is None:
-            return low * sqrt((size - 1) / (below - 1))
+            return low * ((size - 1) / (below - 1)) ** GROWTH
         return low + (max(self._arms[above].mean, low) - low) * (size - below) / (above - below)
 
 

@@ -110,7 +110,7 @@ class SizeChooser:
 
     def _settle_trial(self) -> None:
         if self._is_trial and self._credit is not None:
-            self._credit -= max(0.0, self._trial_cost)
+            self._credit -= self._trial_cost
         self._is_trial, self._trial_cost = False, 0.0
 
     def _begin(self, records: Sequence[DraftRecord]) -> None:
@@ -120,7 +120,7 @@ class SizeChooser:
         best = max(self._sizes, key=lambda size: expected[size])
         if expected[best] <= expected[self._size] * WORTH_A_CHANGE:
             best = self._size
-        if self._is_untried(self._first, records):
+        if self._is_untried(self._first, records) and rates.possible[self._first] > expected[best]:
             best = self._first
         self._best_rate = expected[best]
         trial = self._pick_trial(rates, best)
@@ -141,8 +141,8 @@ class SizeChooser:
         costs = {
             size: TRIAL * self._times.relative(size) * max(0.0, 1 - rates.expected[size] / rate) for size in hopeful
         }
-        cheapest = min(hopeful, key=lambda size: costs[size], default=None)
-        return cheapest if cheapest is not None and costs[cheapest] <= self._credit else None
+        affordable = [size for size in hopeful if costs[size] <= self._credit]
+        return min(affordable, key=lambda size: costs[size], default=None)
 
     def _rates(self, records: Sequence[DraftRecord]) -> _Rates:
         """Requests that take no drafts make one token a forward at any size."""
@@ -155,11 +155,11 @@ class SizeChooser:
                 possible_share[record.kind] = possible_share.get(record.kind, 0.0) + max(1.0, ratio)
         expected, possible = {}, {}
         for size in self._sizes:
-            most, time = len(records) * size, self._times.relative(size)
+            most = len(records) * size
             means = sum(share * self._table(kind).mean(size) for kind, share in expected_share.items())
             bounds = sum(share * self._table(kind).bound(size) for kind, share in possible_share.items())
-            expected[size] = min(most, len(records) + means) / time
-            possible[size] = min(most, len(records) + bounds) / time
+            expected[size] = min(most, len(records) + means) / self._times.relative(size)
+            possible[size] = min(most, len(records) + bounds) / self._times.bound(size)
         return _Rates(expected, possible)
 
     def _table(self, kind: str) -> DraftTable:

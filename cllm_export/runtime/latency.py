@@ -73,9 +73,15 @@ class ForwardTimes:
             found = self._relative[size] = self._estimate(size)
         return found
 
-    def is_known(self, size: int) -> bool:
-        """Whether it was tried."""
-        return size in self._samples
+    def bound(self, size: int) -> float:
+        """What ``relative`` may be at the least: no smaller size takes longer, nor is a token of a larger one dearer."""
+        if size in self._samples:
+            return self.relative(size)
+        below = max((other for other in self._samples if other < size), default=None)
+        above = min((other for other in self._samples if other > size), default=None)
+        least = 0.0 if below is None else self.relative(below)
+        proportional = least if above is None else self.relative(above) * size / above
+        return max(least, proportional) or self.relative(size)
 
     def _add(self, size: int, sample: float) -> None:
         self._samples.setdefault(size, deque(maxlen=NUM_SAMPLES)).append(sample)
