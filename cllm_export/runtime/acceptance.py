@@ -96,7 +96,7 @@ class DraftTable:
             return 0.0 if above is None else self._arms[above].mean * (size - 1) / (above - 1)
         low = self._arms[below].mean
         if above is None:
-            return low * ((size - 1) / (below - 1)) ** GROWTH
+            return float(low * ((size - 1) / (below - 1)) ** GROWTH)
         return low + (max(self._arms[above].mean, low) - low) * (size - below) / (above - below)
 
 

@@ -71,9 +71,7 @@ class SizeChooser:
         known_times: seconds (or any unit) of a forward by block size, measured beforehand; may be empty.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], *, first: int = 1, known_times: Mapping[int, float] | None = None
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], *, first: int = 1, known_times: Mapping[int, float] | None = None) -> None:
         self._sizes = tuple(sorted({1, first, *sizes}))
         self._first = self._size = first
         self._times_of = {with_logits: ForwardTimes(known_times) for with_logits in (False, True)}

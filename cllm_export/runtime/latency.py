@@ -7,19 +7,10 @@ level that the forwards just before it had, never against a time taken minutes a
 
 from __future__ import annotations
 
-import json
-import logging
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from statistics import median
-from typing import Any
-
-log = logging.getLogger(__name__)
-
-LATENCY_NAME = "latency.json"
-"""Beside a bundle's files and none of them: it carries the bundle's fingerprint and what it was measured on."""
 
 NUM_SAMPLES = 15
 """Samples of a size that its median is taken over, the last ones."""
@@ -74,7 +65,7 @@ class ForwardTimes:
         return found
 
     def bound(self, size: int) -> float:
-        """What ``relative`` may be at the least: no smaller size takes longer, nor is a token of a larger one dearer."""
+        """What ``relative`` may be at the least: no smaller size takes longer, no row of a larger one costs more."""
         if size in self._samples:
             return self.relative(size)
         below = max((other for other in self._samples if other < size), default=None)
