@@ -80,8 +80,8 @@ def run_bench(
     ``loops`` holds, for each method, tokens_per_second (decode only), tokens_per_forward, forwards, new_tokens,
     speedup (against the autoregressive loop of the same run, prefill excluded), speedup_with_prefill, and overhead
     (decode wall-clock over time inside the engine). ``sweep`` holds the same for further block sizes, ``auto`` for n
-    chosen forward by forward, ``latency`` the milliseconds T(n) of one forward and its ratio to T(1). T(n) is left in the
-    bundle as ``latency.json``, where the bundle can be written to, and the runtime begins with it.
+    chosen forward by forward, ``latency`` the milliseconds T(n) of one forward and its ratio to T(1). T(n) is left in
+    the bundle as ``latency.json``, where the bundle can be written to, and the runtime begins with it.
     """
     options = options or BenchOptions()
     if checkpoint:
