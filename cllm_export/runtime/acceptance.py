@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
-WINDOW = 500.0
+WINDOW = 300.0
 """Observations of a size that count, so that a table follows what it is asked."""
 HALF_LIFE = 3000.0
 """Observations of a kind after which what is known of a size that was not tried meanwhile counts half."""
@@ -24,6 +24,13 @@ REFRESHED_EVERY = 16
 """Observations after which a table's estimates are made anew."""
 SLOT_WEIGHT = 8.0
 """Draft tokens that the kind's own rate counts as, beside those of a request."""
+TRUST, TRUSTED_REQUESTS = 0.35, 2.0
+"""Share of its drafts that a tuned model is trusted to get right, and as many requests' worth of it."""
+COUNTED_PER_REQUEST = 3.0
+"""Observations of one request that count as independent: requests differ more than forwards of one do."""
+MANY_POOR = 6
+"""Requests in a row with less than half of the draft tokens expected, after which the table is halved: so many tell that
+all sizes have become worse, which each by itself would learn slowly."""
 SLOT_MEMORY = 0.93
 """What a request's forwards count at each later one."""
 
@@ -33,24 +40,48 @@ class DraftTable:
 
     Args:
         sizes: the block sizes that may be used, ascending.
+        trained: the size that a model was tuned for, if it was: it begins with trust in that one.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], *, trained: int = 1) -> None:
         self._sizes = [size for size in sizes if size > 1]
         self._arms = {size: _Arm() for size in self._sizes}
+        if trained in self._arms:
+            self._arms[trained].trust((trained - 1) * TRUST)
         self._clock = 0.0
+        self._latest: DraftRecord | None = None
+        self._num_poor = 0
         self._means: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
         self._stale_at = 0.0
 
-    def observe(self, size: int, accepted: int, ratio: float) -> None:
-        """A request whose drafts do ``ratio`` times as well as the kind's had ``accepted`` draft tokens right."""
+    def begin(self, record: DraftRecord) -> None:
+        """A request of the kind begins; what the one before it came to may say that times have changed."""
+        is_poor = self._latest is not None and self._latest.ratio < 0.5
+        self._latest, self._num_poor = record, self._num_poor + 1 if is_poor else 0
+        if self._num_poor >= MANY_POOR:
+            self._num_poor = 0
+            for arm in self._arms.values():
+                arm.halve()
+            self._means.clear()
+
+    def pass_by(self) -> None:
+        """A forward told nothing, but what is known gets older."""
+        self._clock += 1
+        if self._clock >= self._stale_at:
+            self._means.clear()
+
+    def observe(self, size: int, accepted: int, ratio: float, *, is_new: bool = True) -> None:
+        """A request whose drafts do ``ratio`` times as well as the table says had ``accepted`` draft tokens right.
+
+        ``is_new`` where it was not seen at this size just before.
+        """
         arm = self._arms.get(size)
         if arm is None:
             return
         self._clock += 1
         arm.fade(self._clock)
-        arm.add(accepted, ratio)
+        arm.add(accepted, ratio, is_new=is_new)
         if self._clock >= self._stale_at or arm.count < REFRESHED_EVERY:
             self._means.clear()
 
@@ -63,10 +94,6 @@ class DraftTable:
         """Draft tokens that it may well accept, for all that is known."""
         self._refresh()
         return self._bounds.get(size, 0.0)
-
-    def count(self, size: int) -> float:
-        """Observations of the size that still count."""
-        return self._arms[size].count if size in self._arms else 0.0
 
     def _refresh(self) -> None:
         if self._means or not self._sizes:
@@ -103,22 +130,34 @@ class DraftTable:
 class _Arm:
     """What is known of one size: decayed sums of draft tokens accepted and of what the requests' ratios say."""
 
-    __slots__ = ("_seen_at", "accepted", "count", "expected", "squares")
+    __slots__ = ("_requests", "_seen_at", "accepted", "count", "expected", "squares")
 
     def __init__(self) -> None:
-        self.count = self.expected = self.accepted = self.squares = self._seen_at = 0.0
+        self.count = self.expected = self.accepted = self.squares = self._requests = self._seen_at = 0.0
+
+    def trust(self, mean: float) -> None:
+        """Begin as if some requests had been seen."""
+        self._requests = TRUSTED_REQUESTS
+        self.count = self.expected = TRUSTED_REQUESTS * COUNTED_PER_REQUEST
+        self.accepted, self.squares = self.count * mean, self.count * mean * mean
 
     @property
     def mean(self) -> float:
         return self.accepted / self.expected if self.expected else 0.0
 
-    def add(self, accepted: int, ratio: float) -> None:
+    def add(self, accepted: int, ratio: float, *, is_new: bool) -> None:
         self.count += 1
+        self._requests += is_new
         self.expected += ratio
         self.accepted += accepted
         self.squares += accepted * accepted
         if self.count > WINDOW:
             self._scale(WINDOW / self.count)
+
+    def halve(self) -> None:
+        """Half of it was no longer true."""
+        self.accepted /= 2
+        self.squares /= 4
 
     def fade(self, clock: float) -> None:
         if clock > self._seen_at + 1:
@@ -127,12 +166,14 @@ class _Arm:
 
     def error(self, size: int) -> float:
         """By how much the mean may be too low; a size of few observations may have had bad luck in all of them."""
-        unlucky = ((size - 1) / 3) ** 2
-        spread = max(0.0, self.squares - self.accepted * self.accepted / self.count)
-        return DOUBT * sqrt((spread + unlucky) / (self.count + 1) / self.count)
+        unlucky = ((size - 1) / 2) ** 2
+        count = min(self.count, COUNTED_PER_REQUEST * self._requests + 1)
+        variance = max(0.0, self.squares - self.accepted * self.accepted / self.count) / self.count
+        return DOUBT * sqrt((variance * count + unlucky) / (count + 1) / count)
 
     def _scale(self, factor: float) -> None:
         self.count *= factor
+        self._requests *= factor
         self.expected *= factor
         self.accepted *= factor
         self.squares *= factor
@@ -161,11 +202,14 @@ class DraftRecord:
 
     def observe(self, size: int, accepted: int, table: DraftTable) -> None:
         """A forward of this size accepted so many draft tokens. What a window has just grown by has not settled."""
-        has_grown, is_first = self._size < size, not self._size
+        if not self._size:
+            table.begin(self)
+        has_grown, is_first, is_new = self._size < size, not self._size, self._size != size
         self._size = size
         if size == 1 or (has_grown and not is_first):
+            table.pass_by()
             return
-        table.observe(size, accepted, self.ratio)
+        table.observe(size, accepted, self.ratio, is_new=is_new)
         if is_first:  # drafts that nobody has refined yet say little of those to come
             return
         self._accepted = self._accepted * SLOT_MEMORY + accepted

@@ -118,17 +118,10 @@ class SizeChooser:
         best = max(self._sizes, key=lambda size: expected[size])
         if expected[best] <= expected[self._size] * WORTH_A_CHANGE:
             best = self._size
-        if self._is_untried(self._first, records) and rates.possible[self._first] > expected[best]:
-            best = self._first
         self._best_rate = expected[best]
         trial = self._pick_trial(rates, best)
         self._is_trial = trial is not None
         self._size, self._num_left = (best, SPELL) if trial is None else (trial, TRIAL)
-
-    def _is_untried(self, size: int, records: Sequence[DraftRecord]) -> bool:
-        """Whether drafts of this size have hardly been seen from some request here."""
-        kinds = {record.kind for record in records if record.kind is not None}
-        return size > 1 and any(self._table(kind).count(size) < TRIAL for kind in kinds)
 
     def _pick_trial(self, rates: _Rates, best: int) -> int | None:
         """The cheapest trial of a size that may be better than the best known, where there is credit for it."""
@@ -163,5 +156,5 @@ class SizeChooser:
     def _table(self, kind: str) -> DraftTable:
         found = self._tables.get(kind)
         if found is None:
-            found = self._tables[kind] = DraftTable(self._sizes)
+            found = self._tables[kind] = DraftTable(self._sizes, trained=self._first)
         return found
