@@ -29,8 +29,8 @@ TRUST, TRUSTED_REQUESTS = 0.35, 2.0
 COUNTED_PER_REQUEST = 3.0
 """Observations of one request that count as independent: requests differ more than forwards of one do."""
 MANY_POOR = 6
-"""Requests in a row with less than half of the draft tokens expected, after which the table is halved: so many tell that
-all sizes have become worse, which each by itself would learn slowly."""
+"""Requests in a row with less than half of the draft tokens expected, after which the table is halved: so many tell
+that all sizes have become worse, which each by itself would learn slowly."""
 SLOT_MEMORY = 0.93
 """What a request's forwards count at each later one."""
 
@@ -187,13 +187,13 @@ class DraftRecord:
         with_logits: whether its forwards fetch logits, which takes longer the more rows there are.
     """
 
-    __slots__ = ("_accepted", "_expected", "_size", "kind", "with_logits")
+    __slots__ = ("_accepted", "_expected", "_seen_at", "_size", "kind", "with_logits")
 
     def __init__(self, kind: str | None, *, with_logits: bool = False) -> None:
         self.kind = kind
         self.with_logits = with_logits
         self._accepted = self._expected = 0.0
-        self._size = 0
+        self._size = self._seen_at = 0
 
     @property
     def ratio(self) -> float:
@@ -204,12 +204,13 @@ class DraftRecord:
         """A forward of this size accepted so many draft tokens. What a window has just grown by has not settled."""
         if not self._size:
             table.begin(self)
-        has_grown, is_first, is_new = self._size < size, not self._size, self._size != size
+        has_grown, is_first = self._size < size, not self._size
         self._size = size
         if size == 1 or (has_grown and not is_first):
             table.pass_by()
             return
-        table.observe(size, accepted, self.ratio, is_new=is_new)
+        table.observe(size, accepted, self.ratio, is_new=self._seen_at != size)
+        self._seen_at = size
         if is_first:  # drafts that nobody has refined yet say little of those to come
             return
         self._accepted = self._accepted * SLOT_MEMORY + accepted

@@ -26,6 +26,8 @@ FIRST_CREDIT = 6.0
 """Forwards of the first size that trials may cost to begin with."""
 MAX_CREDIT = 60.0
 """Such forwards that can be saved up, at most."""
+FAVOUR_OF_ONE = 1.02
+"""By what factor drafts must be expected to pay: less than that is within the error of what is known."""
 WORTH_A_CHANGE = 1.02
 """Expected gain below which a size is kept."""
 
@@ -115,7 +117,7 @@ class SizeChooser:
         """A new spell: of the best size, or a trial of another."""
         rates = self._rates(records)
         expected = rates.expected
-        best = max(self._sizes, key=lambda size: expected[size])
+        best = max(self._sizes, key=lambda size: expected[size] * (FAVOUR_OF_ONE if size == 1 else 1))
         if expected[best] <= expected[self._size] * WORTH_A_CHANGE:
             best = self._size
         self._best_rate = expected[best]

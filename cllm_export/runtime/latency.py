@@ -10,13 +10,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from math import sqrt
 from statistics import median
 
-NUM_SAMPLES = 15
+NUM_SAMPLES = 45
 """Samples of a size that its median is taken over, the last ones."""
+NUM_KNOWN = 8
+"""Samples that a time measured beforehand counts as."""
+DOUBT = 2.5
+"""Quarters of the samples' spread, over the root of their number, by which a median may be too high."""
 NUM_COMPARED = 5
 """Forwards after a change of size whose times tell the two sizes' ratio; the first of them warms up and tells none."""
-LEVEL_WEIGHT, MAX_SURPRISE = 0.1, 1.25
+LEVEL_WEIGHT, MAX_SURPRISE = 0.06, 1.25
 """How fast the level follows, and by what factor one forward may surprise it: one that the system interrupted took ten
 times as long and means nothing."""
 ASSUMED_GROWTH = 0.1
@@ -32,13 +37,14 @@ class ForwardTimes:
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
         self._samples: dict[int, deque[float]] = {
-            size: deque([seconds] * (NUM_SAMPLES // 3), NUM_SAMPLES) for size, seconds in (known or {}).items()
+            size: deque([seconds] * (NUM_KNOWN), NUM_SAMPLES) for size, seconds in (known or {}).items()
         }
         self._level: float | None = None
         """Seconds that a forward takes now for each unit of ``relative``."""
         self._size = 0
         self._num_since = 0
         self._relative: dict[int, float] = {}
+        self._bounds: dict[int, float] = {}
 
     def observe(self, size: int, seconds: float) -> None:
         """A forward of block size ``size`` took this long; a time of 0 is none."""
@@ -66,8 +72,16 @@ class ForwardTimes:
 
     def bound(self, size: int) -> float:
         """What ``relative`` may be at the least: no smaller size takes longer, no row of a larger one costs more."""
+        found = self._bounds.get(size)
+        if found is None:
+            found = self._bounds[size] = self._least(size)
+        return found
+
+    def _least(self, size: int) -> float:
         if size in self._samples:
-            return self.relative(size)
+            samples = sorted(self._samples[size])
+            middle = self.relative(size)
+            return middle - DOUBT * (middle - samples[len(samples) // 4]) / sqrt(len(samples))
         below = max((other for other in self._samples if other < size), default=None)
         above = min((other for other in self._samples if other > size), default=None)
         least = 0.0 if below is None else self.relative(below)
@@ -77,6 +91,7 @@ class ForwardTimes:
     def _add(self, size: int, sample: float) -> None:
         self._samples.setdefault(size, deque(maxlen=NUM_SAMPLES)).append(sample)
         self._relative.clear()
+        self._bounds.clear()
 
     def _estimate(self, size: int) -> float:
         if size in self._samples:
