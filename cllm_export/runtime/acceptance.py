@@ -44,6 +44,7 @@ class DraftTable:
     """
 
     def __init__(self, sizes: Sequence[int], *, trained: int = 1) -> None:
+        self._all_sizes = tuple(sizes)
         self._sizes = [size for size in sizes if size > 1]
         self._arms = {size: _Arm() for size in self._sizes}
         if trained in self._arms:
@@ -53,6 +54,7 @@ class DraftTable:
         self._num_poor = 0
         self._means: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
+        self._estimates: tuple[list[float], list[float]] | None = None
         self._stale_at = 0.0
 
     def begin(self, record: DraftRecord) -> None:
@@ -82,8 +84,16 @@ class DraftTable:
         self._clock += 1
         arm.fade(self._clock)
         arm.add(accepted, ratio, is_new=is_new)
-        if self._clock >= self._stale_at or arm.count < REFRESHED_EVERY:
+        if self._clock >= self._stale_at or arm.count < REFRESHED_EVERY / 2:
             self._means.clear()
+
+    def estimates(self) -> tuple[list[float], list[float]]:
+        """``mean`` and ``bound`` of every size, in order; not to be changed."""
+        if not self._means or self._estimates is None:
+            self._refresh()
+            means = [self._means.get(size, 0.0) for size in self._all_sizes]
+            self._estimates = means, [self._bounds.get(size, 0.0) for size in self._all_sizes]
+        return self._estimates
 
     def mean(self, size: int) -> float:
         """Draft tokens that a forward is expected to accept; 0 at a size of 1."""
@@ -98,6 +108,7 @@ class DraftTable:
     def _refresh(self) -> None:
         if self._means or not self._sizes:
             return
+        self._estimates = None
         self._stale_at = self._clock + REFRESHED_EVERY
         for arm in self._arms.values():
             arm.fade(self._clock)

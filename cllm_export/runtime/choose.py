@@ -16,8 +16,8 @@ from cllm_export.runtime.latency import ForwardTimes
 
 BLOCK_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Sizes worth a try; a model's own is one more."""
-SPELL = 6
-"""Forwards that a size is held, at least."""
+SPELL, LONG_SPELL = 6, 24
+"""Forwards that a size is held before the next choice, and as many where it is chosen again and again."""
 TRIAL = 8
 """Forwards of a trial."""
 TRIAL_SHARE = 0.006
@@ -80,7 +80,7 @@ class SizeChooser:
         self._times = self._times_of[False]
         self._tables: dict[str, DraftTable] = {}
         self._records: tuple[DraftRecord, ...] = ()
-        self._num_left = 0
+        self._num_left, self._spell = 0, SPELL
         self._is_trial = False
         self._trial_cost = self._best_rate = 0.0
         self._credit: float | None = None
@@ -123,7 +123,9 @@ class SizeChooser:
         self._best_rate = expected[best]
         trial = self._pick_trial(rates, best)
         self._is_trial = trial is not None
-        self._size, self._num_left = (best, SPELL) if trial is None else (trial, TRIAL)
+        is_kept = trial is None and best == self._size
+        self._spell = min(2 * self._spell, LONG_SPELL) if is_kept else SPELL
+        self._size, self._num_left = (best, self._spell) if trial is None else (trial, TRIAL)
 
     def _pick_trial(self, rates: _Rates, best: int) -> int | None:
         """The cheapest trial of a size that may be better than the best known, where there is credit for it."""
@@ -146,14 +148,26 @@ class SizeChooser:
                 ratio = record.ratio
                 expected_share[record.kind] = expected_share.get(record.kind, 0.0) + ratio
                 possible_share[record.kind] = possible_share.get(record.kind, 0.0) + max(1.0, ratio)
+        times, least_times = self._times.estimates(self._sizes)
+        means, bounds = self._sums(expected_share, possible_share)
+        plain = len(records)
         expected, possible = {}, {}
-        for size in self._sizes:
-            most = len(records) * size
-            means = sum(share * self._table(kind).mean(size) for kind, share in expected_share.items())
-            bounds = sum(share * self._table(kind).bound(size) for kind, share in possible_share.items())
-            expected[size] = min(most, len(records) + means) / self._times.relative(size)
-            possible[size] = min(most, len(records) + bounds) / self._times.bound(size)
+        for size, time, least_time, mean, bound in zip(self._sizes, times, least_times, means, bounds, strict=True):
+            most = plain * size
+            expected[size] = (plain + mean if plain + mean < most else most) / time
+            possible[size] = (plain + bound if plain + bound < most else most) / least_time
         return _Rates(expected, possible)
+
+    def _sums(
+        self, expected_share: dict[str, float], possible_share: dict[str, float]
+    ) -> tuple[list[float], list[float]]:
+        """Draft tokens of all slots by size: as expected, and as may well be."""
+        means, bounds = [0.0] * len(self._sizes), [0.0] * len(self._sizes)
+        for kind, share in expected_share.items():
+            more, most = self._table(kind).estimates()
+            means = [mean + share * value for mean, value in zip(means, more, strict=True)]
+            bounds = [bound + possible_share[kind] * value for bound, value in zip(bounds, most, strict=True)]
+        return means, bounds
 
     def _table(self, kind: str) -> DraftTable:
         found = self._tables.get(kind)

@@ -45,6 +45,7 @@ class ForwardTimes:
         self._num_since = 0
         self._relative: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
+        self._estimates: dict[tuple[int, ...], tuple[list[float], list[float]]] = {}
 
     def observe(self, size: int, seconds: float) -> None:
         """A forward of block size ``size`` took this long; a time of 0 is none."""
@@ -62,6 +63,16 @@ class ForwardTimes:
         if size in self._samples and self._num_since > 1:
             surprise = seconds / (self._level * self.relative(size))
             self._level *= min(max(surprise, 1 / MAX_SURPRISE), MAX_SURPRISE) ** LEVEL_WEIGHT
+
+    def estimates(self, sizes: tuple[int, ...]) -> tuple[list[float], list[float]]:
+        """``relative`` and ``bound`` of each size; not to be changed."""
+        found = self._estimates.get(sizes)
+        if found is None:
+            found = self._estimates[sizes] = (
+                [self.relative(size) for size in sizes],
+                [self.bound(size) for size in sizes],
+            )
+        return found
 
     def relative(self, size: int) -> float:
         """T(size) in a unit that all sizes share; a size that was never tried lies between those that were."""
@@ -92,6 +103,7 @@ class ForwardTimes:
         self._samples.setdefault(size, deque(maxlen=NUM_SAMPLES)).append(sample)
         self._relative.clear()
         self._bounds.clear()
+        self._estimates.clear()
 
     def _estimate(self, size: int) -> float:
         if size in self._samples:
