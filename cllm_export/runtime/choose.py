@@ -17,7 +17,8 @@ from cllm_export.runtime.latency import ForwardTimes
 BLOCK_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Sizes worth a try; a model's own is one more."""
 SPELL, LONG_SPELL = 6, 24
-"""Forwards that a size is held before the next choice, and as many where it is chosen again and again."""
+"""Forwards that a size is held before the next choice, and as many where 1 is chosen again and again: there nothing is
+learned of drafts that could change the choice, and a forward is short."""
 TRIAL = 8
 """Forwards of a trial."""
 TRIAL_SHARE = 0.006
@@ -123,8 +124,8 @@ class SizeChooser:
         self._best_rate = expected[best]
         trial = self._pick_trial(rates, best)
         self._is_trial = trial is not None
-        is_kept = trial is None and best == self._size
-        self._spell = min(2 * self._spell, LONG_SPELL) if is_kept else SPELL
+        stays_at_one = trial is None and best == self._size == 1
+        self._spell = min(2 * self._spell, LONG_SPELL) if stays_at_one else SPELL
         self._size, self._num_left = (best, self._spell) if trial is None else (trial, TRIAL)
 
     def _pick_trial(self, rates: _Rates, best: int) -> int | None:
