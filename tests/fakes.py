@@ -33,10 +33,11 @@ from cllm_export.contract import FixedShapes, Geometry, check_forward, check_row
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import Fill
-from cllm_export.runtime.engine import Engine, Forward, KvRows
-from cllm_export.runtime.generate import Model, prefill
+from cllm_export.runtime.engine import Engine, Forward, KvRows, prefill
+from cllm_export.runtime.generate import Model
 from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
 from cllm_export.runtime.kv_cache import check_row_shape, kv_extent
+from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.statistics import ForwardRecord
 from cllm_export.runtime.text import TextCodec
 
@@ -382,8 +383,10 @@ def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, **changes))
 
 
-def make_model(bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1) -> Model:
-    """A model that runs the fake engine in the place of ONNX Runtime."""
+def make_model(
+    bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1, prefix_cache_bytes: int = 0
+) -> Model:
+    """A model that runs the fake engine in the place of ONNX Runtime; it keeps no prompts unless told to."""
     manifest = bundle.manifest
     engine = FakeEngine(
         language_model,
@@ -391,7 +394,12 @@ def make_model(bundle: Bundle, language_model: LanguageModel, *, num_slots: int 
         num_slots=num_slots,
         fixed_shapes=manifest.graphs[GREEDY_GRAPH].fixed_shapes,
     )
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
+    state = None
+    if prefix_cache_bytes:
+        state = PromptState(
+            engine, max_bytes=prefix_cache_bytes, fingerprint=bundle.fingerprint, max_length=manifest.max_length
+        )
+    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), prompt_state=state)
 
 
 def calls_of(model: Model) -> list[Call]:

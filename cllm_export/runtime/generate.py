@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
@@ -20,6 +19,9 @@ from cllm_export.prompts import check_messages
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.prefix_cache import PrefixCache
+from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
+from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.request import (
     METHOD_OF_LOOP,
     METHODS,
@@ -30,7 +32,8 @@ from cllm_export.runtime.request import (
     make_decoder,
 )
 from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sampler, Sampling
-from cllm_export.runtime.statistics import ForwardRecord, Statistics, summarize
+from cllm_export.runtime.scheduler import Scheduler, Task
+from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 
 __all__ = [
@@ -45,7 +48,6 @@ __all__ = [
     "Stream",
     "load",
     "pad_token",
-    "prefill",
 ]
 
 
@@ -106,6 +108,12 @@ class Options(TypedDict, total=False):
     grammar: str | None
 
 
+PREFIX_CACHE_BYTES = 256 << 20
+"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
+
+READING: Options = {"max_new_tokens": 1, "method": "autoregressive", "ignore_eos": True}
+"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
+
 _GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
@@ -155,12 +163,16 @@ class Model:
         facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
+        prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
     """
 
-    def __init__(self, facts: ModelFacts, engine: Engine, codec: TextCodec) -> None:
+    def __init__(
+        self, facts: ModelFacts, engine: Engine, codec: TextCodec, *, prompt_state: PromptState | None = None
+    ) -> None:
         self.facts = facts
         self.engine = engine
         self.codec = codec
+        self.prompt_state = prompt_state
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -187,6 +199,57 @@ class Model:
     def stream(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
         return Stream(self, self.prepare(prompt, **options))
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The KV of texts that were read before; its ``statistics`` tell what it is worth."""
+        return self.prompt_state.cache if self.prompt_state else None
+
+    def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
+        """Write the KV of a prompt to a file, for ``load_prefix`` of the same bundle; the number of its tokens.
+
+        What is kept of it is used, the rest is computed. A snapshot that is there is replaced, in one step.
+
+        Raises:
+            PromptError: the prompt is empty or too long.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            OutputError: the file is something else, or cannot be written.
+            EngineError: the engine failed, or another request is running.
+        """
+        state = self.require_prompt_state()
+        check_target(path)
+        tokens = self.encode(prompt)
+        self.generate(tokens, **READING)
+        with self.in_use():
+            snapshot = state.snapshot(tokens)
+        write_snapshot(path, snapshot)
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Keep the KV that ``save_prefix`` wrote, so that prompts that begin so need not read it; the number of tokens.
+
+        It is dropped for room like everything else in the prefix cache: the least recently used first.
+
+        Raises:
+            SnapshotError: missing, damaged, or of another bundle or version.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            EngineError: another request is running.
+        """
+        state = self.require_prompt_state()
+        snapshot = state.read(path)
+        with self.in_use():
+            state.keep(snapshot)
+        return len(snapshot.tokens)
+
+    def require_prompt_state(self) -> PromptState:
+        """What it keeps of prompts.
+
+        Raises:
+            OptionError: nothing.
+        """
+        if self.prompt_state is None:
+            raise OptionError("this model keeps no prompts: load its bundle with prefix_cache_bytes above 0")
+        return self.prompt_state
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -309,6 +372,16 @@ class Model:
             num_logprobs=request.logprobs,
         )
 
+    def make_scheduler(self, block_size: int) -> Scheduler:
+        """A scheduler for one request: it reads the prompt in the engine's own chunks."""
+        return Scheduler(
+            self.engine,
+            block_size=block_size,
+            pad_token_id=pad_token(self.facts),
+            reading_width=self.engine.prefill_chunk,
+            prefix_cache=self.prefix_cache,
+        )
+
     def eos_of(self, request: Prepared) -> frozenset[int]:
         """The tokens that end a request."""
         return frozenset(() if request.ignore_eos else self.facts.eos_token_ids)
@@ -388,19 +461,17 @@ class Stream(Iterator[str]):
 
 
 class _Run:
-    """One request on its way: prefill, then forwards until it ends."""
+    """One request on its way: a scheduler with nothing else to do, and the text of what it gives."""
 
     def __init__(self, model: Model, request: Prepared) -> None:
         self._model = model
-        self._engine = model.engine
         self._request = request
         self._eos = model.eos_of(request)
-        self._pad = pad_token(model.facts)
         self._stream = TextStream(model.codec, request.stop)
         self._num_read = 0
         self._delta = ""
-        self._decode: Decode | None = None
-        self._prefill_seconds = self._decode_seconds = self._engine_seconds = 0.0
+        self._new: list[int] = []
+        self._task: Task | None = None
 
     def text(self) -> Iterator[str]:
         """Text deltas, one for each forward."""
@@ -413,53 +484,40 @@ class _Run:
 
     def tokens(self) -> Iterator[list[int]]:
         """New tokens, one list for each forward."""
-        started = perf_counter()
-        prefill(self._engine, self._request.prompt[:-1], self._pad)
-        self._prefill_seconds = perf_counter() - started
-        self._decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
-        yield from self._forwards(self._decode)
+        decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
+        self._task = task = Task(self._request.prompt, decode, take=self._take)
+        scheduler = self._model.make_scheduler(self._request.block_size)
+        scheduler.submit(task)
+        try:
+            while not scheduler.is_idle:
+                scheduler.step()
+                if task.error:
+                    raise task.error
+                if self._new:
+                    new, self._new = self._new, []
+                    yield new
+        finally:
+            scheduler.cancel(task)  # a stream that is closed early; nothing where it has ended
 
     def result(self) -> Generation:
-        if self._decode is None:
+        if self._task is None:
             raise EngineError("this request never ran: its model was busy, or it was closed before its first forward")
-        token_ids = [token for record in self._decode.records for token in record.new]
+        decode = self._task.decode
+        token_ids = [token for record in decode.records for token in record.new]
         self._read(token_ids[self._num_read :])
         self._stream.flush()
         return Generation(
             text=self._stream.text,
             token_ids=tuple(token_ids),
-            finish_reason=self._decode.finish,
+            finish_reason=decode.finish,
             seed=self._request.sampling.seed,
-            logprobs=None if self._request.logprobs is None else tuple(self._decode.logprobs),
-            forwards=tuple(self._decode.records),
-            statistics=summarize(
-                self._decode.records,
-                prompt_tokens=len(self._request.prompt),
-                prefill_seconds=self._prefill_seconds,
-                decode_seconds=self._decode_seconds,
-                engine_seconds=self._engine_seconds,
-            ),
+            logprobs=None if self._request.logprobs is None else tuple(decode.logprobs),
+            forwards=tuple(decode.records),
+            statistics=self._task.statistics(),
         )
 
-    def _forwards(self, decode: Decode) -> Iterator[list[int]]:
-        """The loop: next block, one forward, commit, cut."""
-        engine, idle = self._engine, self._engine.num_slots - 1
-        with_logits, size = decode.needs_logits, self._request.block_size
-        while decode.finish == "closed":
-            started, engine_started = perf_counter(), engine.run_seconds
-            write_index = decode.write_index
-            tokens, num_committed = decode.next_block(size)
-            if idle:
-                blocks = [tokens] * (1 + idle)
-                committed, indices = [num_committed] + [0] * idle, [write_index] + [0] * idle
-                forward = engine.forward(blocks, committed, indices, with_logits=with_logits)
-            else:
-                forward = engine.forward((tokens,), (num_committed,), (write_index,), with_logits=with_logits)
-            logits = None if forward.logits is None else forward.logits[0]
-            new = decode.take(forward.next_ids[0], forward.num_accepted[0], logits)
-            self._engine_seconds += engine.run_seconds - engine_started
-            self._decode_seconds += perf_counter() - started
-            yield new
+    def _take(self, new: list[int]) -> None:
+        self._new = new
 
     def _cut_at_stop(self, new: list[int]) -> int | None:
         for index in range(len(new)):
@@ -474,7 +532,13 @@ class _Run:
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
 
-def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    num_slots: int | None = None,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+) -> Model:
     """Load a bundle for generation on the CPU.
 
     Args:
@@ -482,6 +546,8 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
             own.
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
+        prefix_cache_bytes: KV to keep of texts that were read and given, in memory of its own, so that a prompt that
+            begins alike is read from where they part; 0 reads every prompt anew.
 
     Raises:
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
@@ -490,25 +556,19 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
     """
     if threads is not None:
         require_at_least("threads", threads, 1)
+    require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
-
-
-def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
-    """Write the KV of the prompt minus its last token into slot 0, chunk by chunk; the other slots are empty.
-
-    In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
-    """
-    fixed = engine.fixed_shapes
-    size = engine.prefill_chunk
-    for start in range(0, len(tokens), size):
-        chunk = list(tokens[start : start + size])
-        num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
-        num_committed[0], write_index[0] = len(chunk), start
-        padded = chunk + [pad_token_id] * (size - len(chunk)) if fixed else chunk
-        engine.prefill([padded] * engine.num_slots, num_committed, write_index)
+    state = None
+    if prefix_cache_bytes:
+        state = PromptState(
+            engine,
+            max_bytes=prefix_cache_bytes,
+            fingerprint=bundle.fingerprint,
+            max_length=bundle.manifest.max_length,
+        )
+    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), prompt_state=state)
 
 
 def pad_token(facts: ModelFacts) -> int:

@@ -47,6 +47,10 @@ class Match(NamedTuple):
     pieces: list[KvRows]
     """Its rows, piece after piece from position 0. Read-only by agreement, and good after an eviction."""
 
+    def rows(self) -> KvRows:
+        """All of them in one array; there must be some."""
+        return np.concatenate(self.pieces, axis=2)
+
 
 class PrefixCache:
     """Rows by the tokens they stand for, the least recently used dropped first. Not thread-safe.
@@ -64,17 +68,18 @@ class PrefixCache:
         self._root = _Node((), None, None)
         self._by_age: OrderedDict[_Node, None] = OrderedDict()
         """Least recently used first. A parent always stands after its children, so the first one is a leaf."""
-        self._lookups = self._hits = self._reused = self._evictions = self._bytes = 0
+        self._lookups = self._hits = self._reused = self._evictions = self._bytes = self._tokens = 0
 
     @property
     def statistics(self) -> PrefixCacheStatistics:
+        """As of now; may be read from any thread."""
         return PrefixCacheStatistics(
             lookups=self._lookups,
             hits=self._hits,
             reused_tokens=self._reused,
             evictions=self._evictions,
             bytes=self._bytes,
-            tokens=sum(len(node.tokens) for node in self._by_age),
+            tokens=self._tokens,
         )
 
     def match(self, tokens: Sequence[int]) -> Match:
@@ -116,7 +121,7 @@ class PrefixCache:
         """Forget everything; what was counted stays."""
         self._root.children.clear()
         self._by_age.clear()
-        self._bytes = 0
+        self._bytes = self._tokens = 0
 
     def _descend(self, tokens: Sequence[int]) -> tuple[list[_Node], _Node | None, int]:
         """Full nodes that the text begins with, then the node that goes on best and how many tokens of it do."""
@@ -137,6 +142,7 @@ class PrefixCache:
         parent.children[tokens] = node
         self._by_age[node] = None
         self._bytes += rows.nbytes
+        self._tokens += len(tokens)
         return node
 
     def _drop(self, node: _Node) -> None:
@@ -144,6 +150,7 @@ class PrefixCache:
             del node.parent.children[node.tokens]
         del self._by_age[node]
         self._bytes -= node.held.nbytes
+        self._tokens -= len(node.tokens)
 
     def _touch(self, path: Sequence[_Node]) -> None:
         """Count a path from the root as used: its deepest node first, so that parents stay after their children."""

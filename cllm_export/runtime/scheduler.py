@@ -13,13 +13,12 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
-from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.engine import Engine, Forward
+from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.request import Decode
+from cllm_export.runtime.statistics import Statistics, summarize
 
 Taker = Callable[[list[int]], None]
 """Takes a task's new tokens after each of its decode forwards."""
@@ -48,10 +47,23 @@ class Task:
         self.error: Exception | None = None
         """Why it ended, where it did not end by its own rules."""
         self.is_cancelled = False
+        self.reused_tokens = 0
+        """Of the prompt, those whose KV was kept from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
         """Of the forwards it took part in, by the clock; the last is the decode's share inside the engine."""
         self._take = take
         self._ended = ended
+
+    def statistics(self) -> Statistics:
+        """What it took so far."""
+        return summarize(
+            self.decode.records,
+            prompt_tokens=len(self.prompt),
+            reused_tokens=self.reused_tokens,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            engine_seconds=self.engine_seconds,
+        )
 
     def give(self, tokens: list[int]) -> None:
         if self._take:
@@ -72,6 +84,8 @@ class StepReport(NamedTuple):
     num_decoding: int
     num_waiting: int
     new_tokens: int
+    reused_tokens: int
+    """Of the prompts admitted in this step, tokens whose KV was kept from earlier texts."""
     seconds: float
     """Of the whole step; ``engine_seconds`` of them inside the engine."""
     engine_seconds: float
@@ -84,10 +98,13 @@ class Scheduler:
         engine: its ``num_slots`` is B.
         block_size: n of every decode forward.
         pad_token_id: fills rows that nobody uses.
-        reading_width: n of a forward in which some slot reads its prompt, where the engine lets n vary and this is
-            larger than ``block_size``. At ``block_size`` every forward has one shape, which makes all of them round
-            alike: a request then gives bit for bit what it gives alone.
+        reading_width: tokens of a prompt that a forward may take, where the engine lets n vary; a forward is then as
+            wide as its prompts need, and as ``block_size`` while some slot decodes. By default every forward is
+            ``block_size`` wide, which makes all of them round alike: a request then gives bit for bit what it gives
+            alone.
         queue_size: tasks that may wait; None for any number.
+        prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
+            they part.
     """
 
     def __init__(
@@ -98,16 +115,20 @@ class Scheduler:
         pad_token_id: int,
         reading_width: int | None = None,
         queue_size: int | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         require_at_least("block_size", block_size, 1)
         if queue_size is not None:
             require_at_least("queue_size", queue_size, 1)
         self._engine = engine
         self._block_size = block_size
-        largest = block_size if engine.fixed_shapes else engine.geometry.max_block_size
-        self._reading_width = max(block_size, min(reading_width or block_size, largest))
+        self._reading_width = None if engine.fixed_shapes else reading_width
         self._queue_size = queue_size
-        self._slots = [Slot(block_size, pad_token_id) for _ in range(engine.num_slots)]
+        memories = [
+            SlotMemory(engine, slot, prefix_cache) if prefix_cache else None for slot in range(engine.num_slots)
+        ]
+        self._slots = [Slot(pad_token_id, memory) for memory in memories]
+        self._width = block_size
         self._waiting: deque[Task] = deque()
 
     @property
@@ -136,14 +157,14 @@ class Scheduler:
     def cancel(self, task: Task) -> bool:
         """End a task at once, wherever it is; False where it had ended already. The slot is free for the next step."""
         slot = next((slot for slot in self._slots if slot.task is task), None)
-        if slot is not None:
-            slot.clear()
-        elif task in self._waiting:
-            self._waiting.remove(task)
-        else:
+        if slot is None and task not in self._waiting:
             return False
         task.is_cancelled = True
-        task.end()
+        if slot is not None:
+            slot.leave()
+        else:
+            self._waiting.remove(task)
+            task.end()
         return True
 
     def cancel_all(self) -> None:
@@ -158,50 +179,70 @@ class Scheduler:
         is raised here, and the slots are free again.
         """
         started, engine_started = perf_counter(), self._engine.run_seconds
-        self._admit()
+        reused_tokens = self._admit()
         running = [slot for slot in self._slots if slot.task]
         if not running:
             return None
         reading = [slot for slot in running if slot.is_reading]
-        width = self._reading_width if reading else self._block_size
-        blocks, num_committed, write_index = zip(*(slot.next_rows(width) for slot in self._slots), strict=True)
         try:
-            needs_logits = any(slot.needs_logits for slot in running)
-            forward = self._engine.forward(blocks, num_committed, write_index, with_logits=needs_logits)
+            new_tokens = self._forward(running, reading)
         except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
         engine_seconds = self._engine.run_seconds - engine_started
-        new_tokens = sum(
-            slot.take(next_ids, accepted, None if forward.logits is None else forward.logits[index])
-            for index, (slot, next_ids, accepted) in enumerate(
-                zip(self._slots, forward.next_ids, forward.num_accepted, strict=True)
-            )
-        )
         seconds = perf_counter() - started
         for slot in running:
             slot.settle(slot in reading, seconds, engine_seconds)
         return StepReport(
-            width=width,
+            width=self._width,
             num_reading=len(reading),
             num_decoding=len(running) - len(reading),
             num_waiting=len(self._waiting),
             new_tokens=new_tokens,
-            seconds=seconds,
+            reused_tokens=reused_tokens,
+            seconds=perf_counter() - started,
             engine_seconds=engine_seconds,
         )
+
+    def _forward(self, running: Sequence[Slot], reading: Sequence[Slot]) -> int:
+        """One forward of every slot, without the head where all of them read their prompts; the new tokens it made."""
+        self._width = width = self._settle_width(reading, num_decoding=len(running) - len(reading))
+        rows = [slot.next_rows(width, self._block_size) for slot in self._slots]
+        blocks, num_committed, write_index = zip(*rows, strict=True)
+        if len(reading) == len(running):
+            self._engine.prefill(blocks, num_committed, write_index)
+            for slot in reading:
+                slot.has_read()
+            return 0
+        with_logits = any(slot.needs_logits for slot in running)
+        forward = self._engine.forward(blocks, num_committed, write_index, with_logits=with_logits)
+        return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
+
+    def _settle_width(self, reading: Sequence[Slot], *, num_decoding: int) -> int:
+        if not reading or self._reading_width is None:
+            return self._block_size
+        wanted = min(self._reading_width, max(slot.num_to_read for slot in reading))
+        return max(wanted, self._block_size) if num_decoding else wanted
 
     @property
     def _num_free(self) -> int:
         return len(self._slots) - self.num_running
 
-    def _admit(self) -> None:
+    def _admit(self) -> int:
+        """Fill free slots; how many tokens of the prompts need not be read."""
+        reused_tokens = 0
         for slot in self._slots:
             if slot.is_idle and self._waiting:
-                slot.admit(self._waiting.popleft())
+                task = self._waiting.popleft()
+                try:
+                    slot.admit(task)
+                except Exception as error:  # the engine did not take the rows that were kept
+                    self._fail([slot], error)
+                reused_tokens += task.reused_tokens
+        return reused_tokens
 
     def _fail(self, slots: Sequence[Slot], error: Exception) -> None:
-        failure = error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")
+        failure = _engine_failure(error)
         for slot in slots:
             task = slot.task
             slot.clear()
@@ -209,22 +250,47 @@ class Scheduler:
                 task.end(failure)
 
 
+class SlotMemory:
+    """What one slot of an engine takes from a prefix cache, and gives to it."""
+
+    def __init__(self, engine: Engine, slot: int, cache: PrefixCache) -> None:
+        self._engine = engine
+        self._slot = slot
+        self._cache = cache
+
+    def restore(self, tokens: Sequence[int]) -> int:
+        """Write the rows of the longest beginning that was kept; how many tokens it has."""
+        match, start = self._cache.match(tokens), 0
+        for rows in match.pieces:
+            self._engine.write_rows(self._slot, start, start := start + rows.shape[2], rows)
+        return match.length
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Keep the rows of the tokens that the slot holds from position 0."""
+        self._cache.insert(tokens, lambda start, stop: self._engine.read_rows(self._slot, start, stop))
+
+
 class Slot:
     """One row of the batch: idle, reading its prompt, or decoding. What it held before is dead rows."""
 
-    def __init__(self, block_size: int, pad_token_id: int) -> None:
-        self._block_size = block_size
+    def __init__(self, pad_token_id: int, memory: SlotMemory | None) -> None:
         self._pad = pad_token_id
+        self._memory = memory
         self.task: Task | None = None
-        self._num_read = self._num_reading = 0
+        self._num_read = self._num_reading = self._num_rows = 0
 
     @property
     def is_idle(self) -> bool:
         return self.task is None
 
     @property
+    def num_to_read(self) -> int:
+        """Tokens of the prompt whose KV is not written yet, the last one never counted: it is the first block's."""
+        return 0 if self.task is None else len(self.task.prompt) - 1 - self._num_read
+
+    @property
     def is_reading(self) -> bool:
-        return self.task is not None and self._num_read < len(self.task.prompt) - 1
+        return self.num_to_read > 0
 
     @property
     def needs_logits(self) -> bool:
@@ -232,38 +298,66 @@ class Slot:
         return self.task is not None and not self.is_reading and self.task.decode.needs_logits
 
     def admit(self, task: Task) -> None:
+        """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
         self.task, self._num_read = task, 0
+        if self._memory:
+            self._num_read = task.reused_tokens = self._memory.restore(task.prompt[:-1])
 
     def clear(self) -> None:
         self.task = None
 
-    def next_rows(self, width: int) -> tuple[list[int], int, int]:
-        """The slot's block [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0."""
+    def leave(self, error: Exception | None = None) -> None:
+        """End the task, and keep what it read and gave, as far as its KV is written."""
+        task = self.task
+        if task is None:
+            return
+        try:
+            self._keep(task)
+        except Exception as failure:  # an engine that cannot give its rows has failed
+            error = error or _engine_failure(failure)
+        self.task = None
+        task.end(error)
+
+    def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
+        """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
+
+        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can.
+        """
         task = self.task
         if task is None:
             return [self._pad] * width, 0, 0
-        if self.is_reading:
-            chunk = list(task.prompt[self._num_read : min(self._num_read + width, len(task.prompt) - 1)])
-            self._num_reading = len(chunk)
-            return self._padded(chunk, width), len(chunk), self._num_read
-        tokens, num_committed = task.decode.next_block(self._block_size)
+        if to_read := self.num_to_read:
+            self._num_reading = min(width, to_read)
+            chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
+            return self._padded(chunk, width), self._num_reading, self._num_read
+        tokens, num_committed = task.decode.next_block(block_size)
+        self._num_rows = len(tokens)
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
-    def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None) -> int:
-        """Take the outputs for the slot; how many tokens they made known."""
+    def has_read(self) -> None:
+        """The chunk of the prompt has its KV."""
+        self._num_read += self._num_reading
+        if self.task and not self.is_reading:
+            self._keep(self.task)  # for those that come while this one still decodes
+
+    def take(self, forward: Forward, index: int) -> int:
+        """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
         task = self.task
         if task is None:
             return 0
         if self.is_reading:
-            self._num_read += self._num_reading
+            self.has_read()
             return 0
+        size, logits = self._num_rows, forward.logits
         try:
-            size = self._block_size
-            new = task.decode.take(next_ids[:size], min(num_accepted, size), None if logits is None else logits[:size])
+            new = task.decode.take(
+                forward.next_ids[index][:size],
+                min(forward.num_accepted[index], size),
+                None if logits is None else logits[index, :size],
+            )
             task.give(new)
         except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
-            self.task = None
-            task.end(error)
+            self.leave(error)
             return 0
         return len(new)
 
@@ -278,8 +372,18 @@ class Slot:
         task.decode_seconds += seconds
         task.engine_seconds += engine_seconds
         if task.decode.finish != "closed":
-            self.task = None
-            task.end()
+            self.leave()
 
-    def _padded(self, tokens: Sequence[int], width: int) -> list[int]:
-        return [*tokens, *[self._pad] * (width - len(tokens))]
+    def _keep(self, task: Task) -> None:
+        if self._memory is None:
+            return
+        num_rows = self._num_read if self.is_reading else task.decode.num_rows
+        text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
+        self._memory.keep(text[:num_rows])
+
+    def _padded(self, tokens: list[int], width: int) -> list[int]:
+        return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]
+
+
+def _engine_failure(error: Exception) -> CllmExportError:
+    return error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")
