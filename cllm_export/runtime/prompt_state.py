@@ -12,7 +12,7 @@ from cllm_export.runtime.prefix_snapshot import Expected, Snapshot, read_snapsho
 
 
 class PromptState:
-    """A prefix cache, and snapshots of what is in it. The cache is for whoever runs the engine, ``read`` for any thread.
+    """A prefix cache, and snapshots of it. The cache is for whoever runs the engine, ``read`` for any thread.
 
     Args:
         engine: whose rows the cache keeps.
