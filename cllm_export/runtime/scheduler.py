@@ -328,9 +328,7 @@ class Slot:
         try:
             return self._rows_of(task, width, block_size)
         except Exception as error:
-            self.task = None
-            if task:
-                task.end(error)
+            self.leave(error)
             return self._rows_of(None, width, block_size)
 
     def _rows_of(self, task: Task | None, width: int, block_size: int) -> tuple[list[int], int, int]:

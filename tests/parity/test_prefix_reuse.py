@@ -82,6 +82,20 @@ def test_the_next_turn_reads_what_is_new_and_gives_what_it_gives_read_anew(works
         assert found.token_ids == computed.generate(following, **OPTIONS).token_ids
 
 
+@pytest.mark.parametrize("method", ["jacobi", "jacobi-block"])
+def test_text_that_a_grammar_forced_is_kept_like_any_other(workshop: Workshop, prompts: list[str], method: str):
+    computed, kept = new_model(workshop, prefix_cache_bytes=0), new_model(workshop)
+    tokens = kept.encode(prompts[0])
+    for regex in (r"SELECT COUNT\(\*\) FROM [a-z_]+ WHERE .{5,20}", r"[A-Z]{3} x{30}y[a-z]*"):
+        options = {**OPTIONS, "method": method, "regex": regex}
+        expected, found = computed.generate(tokens, **options), kept.generate(tokens, **options)
+        assert found.token_ids == expected.token_ids
+        following = [*tokens, *found.token_ids, *tokens[:9]]
+        again = kept.generate(following, **OPTIONS)
+        assert again.statistics.reused_tokens >= len(tokens) + len(found.token_ids) - 1
+        assert again.token_ids == computed.generate(following, **OPTIONS).token_ids
+
+
 def test_a_snapshot_gives_what_a_prompt_read_anew_gives(workshop: Workshop, prompts: list[str], tmp_path):
     first, second = new_model(workshop), new_model(workshop)
     for index, prompt in enumerate(prompts[:5]):
