@@ -274,7 +274,9 @@ class Service:
         self.submit([self.pad_token_id], max_new_tokens=1, ignore_eos=True).result()
 
     def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
-        """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request. From any thread.
+        """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request.
+
+        Safe from any thread but the worker's, which a watcher runs in.
 
         Raises:
             PromptError, OptionError, OutputError: as there.
@@ -289,7 +291,9 @@ class Service:
         return len(tokens)
 
     def load_prefix(self, path: str | Path) -> int:
-        """Like ``Model.load_prefix``, between two forwards of whatever is running. From any thread.
+        """Like ``Model.load_prefix``, between two forwards of whatever is running.
+
+        Safe from any thread but the worker's, which a watcher runs in.
 
         Raises:
             SnapshotError, OptionError: as there.
