@@ -7,6 +7,7 @@ RadixAttention, arXiv 2312.07104); here rows are copied into a slot and out of i
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -119,7 +120,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything; what was counted stays."""
-        self._root.children.clear()
+        self._root = _Node((), None, None)
         self._by_age.clear()
         self._bytes = self._tokens = 0
 
@@ -132,14 +133,12 @@ class PrefixCache:
                 break
             path.append(child)
             node, start = child, start + CHUNK
-        rest = tokens[start : start + CHUNK]
-        best = max(node.children.values(), key=lambda child: _common(child.tokens, rest), default=None)
-        common = _common(best.tokens, rest) if best else 0
-        return path, best if common else None, common
+        part, common = node.best_child(tuple(tokens[start : start + CHUNK]))
+        return path, part, common
 
     def _add(self, parent: _Node, tokens: tuple[int, ...], rows: KvRows) -> _Node:
         node = _Node(tokens, rows, parent)
-        parent.children[tokens] = node
+        parent.adopt(node)
         self._by_age[node] = None
         self._bytes += rows.nbytes
         self._tokens += len(tokens)
@@ -147,7 +146,7 @@ class PrefixCache:
 
     def _drop(self, node: _Node) -> None:
         if node.parent:
-            del node.parent.children[node.tokens]
+            node.parent.disown(node)
         del self._by_age[node]
         self._bytes -= node.held.nbytes
         self._tokens -= len(node.tokens)
@@ -166,19 +165,41 @@ class PrefixCache:
 class _Node:
     """Up to a chunk of tokens after those of the nodes above, and their rows; only full ones have children."""
 
-    __slots__ = ("children", "parent", "rows", "tokens")
+    __slots__ = ("_sorted", "children", "parent", "rows", "tokens")
 
     def __init__(self, tokens: tuple[int, ...], rows: KvRows | None, parent: _Node | None) -> None:
         self.tokens = tokens
         self.rows = rows
         self.parent = parent
         self.children: dict[tuple[int, ...], _Node] = {}
+        self._sorted: list[tuple[int, ...]] = []
+        """Keys of ``children``: a thousand texts may part within one node, too many to compare with each."""
 
     @property
     def held(self) -> KvRows:
         """Its rows; the root alone has none."""
         assert self.rows is not None
         return self.rows
+
+    def adopt(self, child: _Node) -> None:
+        self.children[child.tokens] = child
+        insort(self._sorted, child.tokens)
+
+    def disown(self, child: _Node) -> None:
+        del self.children[child.tokens]
+        del self._sorted[bisect_left(self._sorted, child.tokens)]
+
+    def best_child(self, tokens: tuple[int, ...]) -> tuple[_Node | None, int]:
+        """The child that begins most like ``tokens``, and how many tokens do; None where none begins so.
+
+        In order of their tokens it is the last one before them or the first one after: whatever stands between two
+        texts begins as both of them do.
+        """
+        place = bisect_left(self._sorted, tokens)
+        near = self._sorted[max(0, place - 1) : place + 1]
+        best = max(near, key=lambda other: _common(other, tokens), default=())
+        common = _common(best, tokens)
+        return (self.children[best], common) if common else (None, 0)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
