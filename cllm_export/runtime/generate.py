@@ -21,6 +21,9 @@ from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarK
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.latency_file import read_latency
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.prefix_cache import PrefixCache
+from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
+from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.request import (
     METHOD_OF_LOOP,
     METHODS,
@@ -118,6 +121,12 @@ class Options(TypedDict, total=False):
     grammar: str | None
 
 
+PREFIX_CACHE_BYTES = 256 << 20
+"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
+
+READING: Options = {"max_new_tokens": 1, "method": "autoregressive", "ignore_eos": True}
+"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
+
 _GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
@@ -167,6 +176,7 @@ class Model:
         facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
+        prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
 
     Args:
         forward_seconds: seconds of a forward by block size, where they are known; else they are measured before the
@@ -179,11 +189,13 @@ class Model:
         engine: Engine,
         codec: TextCodec,
         *,
+        prompt_state: PromptState | None = None,
         forward_seconds: Mapping[int, float] | None = None,
     ) -> None:
         self.facts = facts
         self.engine = engine
         self.codec = codec
+        self.prompt_state = prompt_state
         self._forward_seconds = forward_seconds
         self._chooser: SizeChooser | None = None
         self._lock = threading.Lock()
@@ -212,6 +224,57 @@ class Model:
     def stream(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
         return Stream(self, self.prepare(prompt, **options))
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The KV of texts that were read before; its ``statistics`` tell what it is worth."""
+        return self.prompt_state.cache if self.prompt_state else None
+
+    def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
+        """Write the KV of a prompt to a file, for ``load_prefix`` of the same bundle; the number of its tokens.
+
+        What is kept of it is used, the rest is computed. A snapshot that is there is replaced, in one step.
+
+        Raises:
+            PromptError: the prompt is empty or too long.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            OutputError: the file is something else, or cannot be written.
+            EngineError: the engine failed, or another request is running.
+        """
+        state = self.require_prompt_state()
+        check_target(path)
+        tokens = self.encode(prompt)
+        self.generate(tokens, **READING)
+        with self.in_use():
+            snapshot = state.snapshot(tokens)
+        write_snapshot(path, snapshot)
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Keep the KV that ``save_prefix`` wrote, so that prompts that begin so need not read it; the number of tokens.
+
+        It is dropped for room like everything else in the prefix cache: the least recently used first.
+
+        Raises:
+            SnapshotError: missing, damaged, or of another bundle or version.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            EngineError: another request is running.
+        """
+        state = self.require_prompt_state()
+        snapshot = state.read(path)
+        with self.in_use():
+            state.keep(snapshot)
+        return len(snapshot.tokens)
+
+    def require_prompt_state(self) -> PromptState:
+        """What it keeps of prompts.
+
+        Raises:
+            OptionError: nothing.
+        """
+        if self.prompt_state is None:
+            raise OptionError("this model keeps no prompts: load its bundle with prefix_cache_bytes above 0")
+        return self.prompt_state
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -350,6 +413,7 @@ class Model:
             block_size=self.size_policy(block_size),
             pad_token_id=pad_token(self.facts),
             reading_width=self.engine.prefill_chunk,
+            prefix_cache=self.prefix_cache,
         )
 
     def eos_of(self, request: Prepared) -> frozenset[int]:
@@ -491,13 +555,16 @@ class _Run:
         )
         scheduler = self._model.make_scheduler(self._request.block_size)
         scheduler.submit(task)
-        while not scheduler.is_idle:
-            scheduler.step()
-            if task.error:
-                raise task.error
-            if self._new:
-                new, self._new = self._new, []
-                yield new
+        try:
+            while not scheduler.is_idle:
+                scheduler.step()
+                if task.error:
+                    raise task.error
+                if self._new:
+                    new, self._new = self._new, []
+                    yield new
+        finally:
+            scheduler.cancel(task)  # a stream that is closed early; nothing where it has ended
 
     def result(self) -> Generation:
         if self._task is None:
@@ -532,7 +599,13 @@ class _Run:
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
 
-def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    num_slots: int | None = None,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+) -> Model:
     """Load a bundle for generation on the CPU.
 
     Args:
@@ -540,6 +613,8 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
             own.
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
+        prefix_cache_bytes: KV to keep of texts that were read and given, in memory of its own, so that a prompt that
+            begins alike is read from where they part; 0 reads every prompt anew.
 
     Raises:
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
@@ -548,11 +623,21 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
     """
     if threads is not None:
         require_at_least("threads", threads, 1)
+    require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
     seconds = read_latency(bundle, num_slots=engine.num_slots, threads=threads)
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), forward_seconds=seconds)
+    state = None
+    if prefix_cache_bytes:
+        state = PromptState(
+            engine,
+            max_bytes=prefix_cache_bytes,
+            fingerprint=bundle.fingerprint,
+            max_length=bundle.manifest.max_length,
+        )
+    codec = TextCodec.of_bundle(bundle)
+    return Model(bundle.manifest, engine, codec, prompt_state=state, forward_seconds=seconds)
 
 
 def pad_token(facts: ModelFacts) -> int:

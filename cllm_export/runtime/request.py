@@ -72,13 +72,22 @@ class Decode:
         return self._decoder.write_index
 
     @property
+    def num_rows(self) -> int:
+        """KV rows of the slot that are those of known tokens: of the block loop's unfinished block as well."""
+        if not self.records:
+            return self.write_index
+        last = self.records[-1]
+        return last.write_index + last.num_accepted
+
+    @property
     def needs_logits(self) -> bool:
         """Whether ``take`` needs the logits of the forward."""
         return self._sampler is not None or self._num_logprobs is not None
 
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
-        self._block = self._decoder.next_block(size)
+        forced = self._sampler.forced(self.write_index, size - 1) if self._sampler else ()
+        self._block = self._decoder.next_block(size, forced)
         return self._block
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:
