@@ -66,7 +66,7 @@ def _insert_visible(graph: DecoderGraph, values: dict[str, ir.Value], by_slot: i
     nodes: list[ir.Node] = []
 
     def op(name: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-        nodes.append(ir.node(name, list(inputs), attributes))  # type: ignore[arg-type]
+        nodes.append(ir.node(name, list(inputs), attributes))
         return nodes[-1].outputs[0]
 
     zero, one = graph.add_constant([0]), graph.add_constant([1])

@@ -1,4 +1,4 @@
-"""Lookahead decoding as policy (arXiv 2402.02057): a window that makes n-grams and guesses that try them, in one forward.
+"""Lookahead decoding as policy (arXiv 2402.02057): one forward makes n-grams in a window and tries guesses.
 
 No tensors but each layout's constant offsets and mask, no engine: ``next_block`` says what to run at ``write_index``,
 ``commit`` takes the outputs. The rows of a forward, for a window of W columns, n-grams of N tokens and G guesses:
@@ -187,8 +187,9 @@ class Lookahead:
     Args:
         prompt: token ids, at least one; the KV of all but the last is stored.
         shape: W, N and G.
-        fill: what stands in the window before the model has filled it, and where it moves on.
-        pool: n-grams to begin with; by default none.
+        fill: what stands in the window before the model has filled it, and where it moves on. The paper's is random
+            tokens of the prompt.
+        pool: what it adds its n-grams to, those of the prompt first; by default one of its own.
     """
 
     def __init__(
@@ -202,6 +203,8 @@ class Lookahead:
         self._levels = [fill.guess(shape.window, ()) for _ in range(shape.num_levels)]
         self._guesses: list[list[int]] = []
         self._is_first = True
+        for start in range(len(prompt) - shape.num_levels):
+            self._pool.add(prompt[start : start + shape.ngram])
 
     @property
     def layout(self) -> Layout:
