@@ -17,9 +17,14 @@ from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
-from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.engine import Engine, LookaheadEngine
+from cllm_export.runtime.jacobi import Decoder
+from cllm_export.runtime.lookahead import Lookahead, LookaheadShape
+from cllm_export.runtime.lookahead_loop import LookaheadLoop
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.request import (
+    LOOKAHEAD,
     METHOD_OF_LOOP,
     METHODS,
     Decode,
@@ -29,7 +34,7 @@ from cllm_export.runtime.request import (
     make_decoder,
 )
 from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sampler, Sampling
-from cllm_export.runtime.scheduler import Scheduler, Task
+from cllm_export.runtime.scheduler import Scheduler, Taker, Task
 from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 
@@ -72,10 +77,13 @@ class Options(TypedDict, total=False):
 
     Keys:
         max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
-        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop the
-            model was trained with, else ``jacobi``.
+        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``autoregressive`` or ``lookahead``; by default
+            the loop the model was trained with, else ``jacobi``. Lookahead is for greedy requests, one at a time, of a
+            bundle that has a graph for it.
         block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
-        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``.
+        window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
+        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``; and
+            ``prompt`` for ``lookahead``, whose window it fills.
         seed: of the noise that samples, and of the ``prompt`` fill; by default a fresh one for each sampled request,
             which ``Generation.seed`` tells.
         stop: strings to stop at; the text is cut before the first one.
@@ -89,6 +97,9 @@ class Options(TypedDict, total=False):
     max_new_tokens: int | None
     method: Method | None
     block_size: int | None
+    window: int | None
+    ngram: int | None
+    guesses: int | None
     fill: FillName | None
     seed: int | None
     stop: Sequence[str]
@@ -106,6 +117,7 @@ class Options(TypedDict, total=False):
 
 
 _GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
+_SHAPE = ("window", "ngram", "guesses")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
@@ -135,6 +147,9 @@ class Prepared:
     prompt: list[int]
     method: Method
     block_size: int
+    """n of every forward, or where ``lookahead`` is set, rows of the largest."""
+    lookahead: LookaheadShape | None
+    """W, N and G where that is the method."""
     fill: FillName
     sampling: Sampling
     logprobs: int | None
@@ -229,10 +244,11 @@ class Model:
         method = options.get("method")
         if method is None:
             method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
-        require_one_of("method", method, METHODS)
+        require_one_of("method", method, (*METHODS, LOOKAHEAD))
+        shape = self._settle_lookahead(method, options)
         fill = options.get("fill")
         if fill is None:
-            fill = trained.fill if trained else "pad"
+            fill = "prompt" if shape else trained.fill if trained else "pad"
         require_one_of("fill", fill, FILLS)
         stop = options.get("stop")
         if stop is None:
@@ -254,11 +270,14 @@ class Model:
             if num_logprobs > MAX_LOGPROBS:
                 raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {num_logprobs}")
         constraint = self._compile_grammar(options)
+        if shape:
+            _refuse_beside_lookahead(sampling, num_logprobs, constraint)
         ids = self.encode(prompt)
         return Prepared(
             prompt=ids,
             method=method,
-            block_size=self.settle_block_size(options.get("block_size"), method),
+            block_size=shape.max_rows if shape else self.settle_block_size(options.get("block_size"), method),
+            lookahead=shape,
             fill=fill,
             sampling=sampling,
             logprobs=num_logprobs,
@@ -267,6 +286,25 @@ class Model:
             stop=tuple(stop),
             ignore_eos=bool(options.get("ignore_eos")),
         )
+
+    def _settle_lookahead(self, method: Method, options: Options) -> LookaheadShape | None:
+        """W, N and G where the method is lookahead, and the engine ready for it."""
+        given = {name: options[name] for name in _SHAPE if options.get(name) is not None}  # type: ignore[literal-required]
+        if method != LOOKAHEAD:
+            if given:
+                raise OptionError(f"{next(iter(given))} is for the method lookahead, and the method is {method}")
+            return None
+        if options.get("block_size") is not None:
+            raise OptionError("block_size is not for lookahead: window, ngram and guesses give the size of its block")
+        shape = LookaheadShape(**given)
+        shape.require_fitting(self.engine.geometry.max_block_size)
+        self._lookahead_engine().require_lookahead()
+        return shape
+
+    def _lookahead_engine(self) -> LookaheadEngine:
+        if not isinstance(self.engine, LookaheadEngine):
+            raise OptionError(f"{type(self.engine).__name__} runs no lookahead graph: choose another method")
+        return self.engine
 
     def _compile_grammar(self, options: Options) -> Constraint | None:
         given = [kind for kind in _GRAMMARS if options.get(kind) is not None]
@@ -291,6 +329,23 @@ class Model:
             seed=request.sampling.seed,
             pad_token_id=pad_token(self.facts),
         )
+        return self._decode_with(decoder, request, stop_cut)
+
+    def make_loop(self, request: Prepared, *, stop_cut: StopCut | None, take: Taker) -> tuple[Task, Loop]:
+        """The task of one request and what runs it, with the engine for itself."""
+        if request.lookahead is None:
+            task = Task(request.prompt, self.make_decode(request, stop_cut), take=take)
+            scheduler = self.make_scheduler(request.block_size)
+            scheduler.submit(task)
+            return task, scheduler
+        pad = pad_token(self.facts)
+        fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=request.sampling.seed)
+        decoder = Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
+        task = Task(request.prompt, self._decode_with(decoder, request, stop_cut), take=take)
+        engine = self._lookahead_engine()
+        return task, LookaheadLoop(engine, task, decoder, block_size=request.block_size, pad_token_id=pad)
+
+    def _decode_with(self, decoder: Decoder, request: Prepared, stop_cut: StopCut | None) -> Decode:
         sampler = None
         if request.constraint or not request.sampling.is_greedy:
             sampler = Sampler(
@@ -353,6 +408,15 @@ class Model:
             yield
         finally:
             self._lock.release()
+
+
+class Loop(Protocol):
+    """Runs what it was given, a forward a step."""
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def step(self) -> object: ...
 
 
 class Stream(Iterator[str]):
@@ -419,12 +483,11 @@ class _Run:
 
     def tokens(self) -> Iterator[list[int]]:
         """New tokens, one list for each forward."""
-        decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
-        self._task = task = Task(self._request.prompt, decode, take=self._take)
-        scheduler = self._model.make_scheduler(self._request.block_size)
-        scheduler.submit(task)
-        while not scheduler.is_idle:
-            scheduler.step()
+        stop_cut = self._cut_at_stop if self._request.stop else None
+        task, loop = self._model.make_loop(self._request, stop_cut=stop_cut, take=self._take)
+        self._task = task
+        while not loop.is_idle:
+            loop.step()
             if task.error:
                 raise task.error
             if self._new:
@@ -484,6 +547,12 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
     return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
+
+
+def _refuse_beside_lookahead(sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:
+    given = {"sampling": not sampling.is_greedy, "logprobs": logprobs is not None, "a grammar": constraint is not None}
+    if asked := next((what for what, is_given in given.items() if is_given), None):
+        raise OptionError(f"lookahead is for greedy requests and excludes {asked}: choose another method")
 
 
 def pad_token(facts: ModelFacts) -> int:

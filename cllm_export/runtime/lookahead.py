@@ -11,7 +11,8 @@ No tensors but each layout's constant offsets and mask, no engine: ``next_block`
 A row of the window sees level 0 up to its own column and the lower levels of its column, so that column i reads as a
 text of its own: i tokens after the current one, then N - 1 - i levels deep. What it goes on with completes an n-gram.
 A guess sees the head and itself. A guess that turns out right is fed again as the next head, rather than its KV moved:
-so a head has 1 to N tokens, and there is one layout for each length.
+so a head has 1 to N tokens, and there is one layout for each length. Level 0 is tried as well, as a Jacobi loop's block
+is: it costs no rows, and its KV stands where it belongs. With a model tuned for Jacobi decoding it is often right.
 
 Whatever stands in the window and in the guesses, the tokens are those of greedy decoding: a token is made known only
 where the model's own prediction after right tokens equals it.
@@ -31,8 +32,7 @@ from numpy.typing import NDArray
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.runtime.draft import Fill
-from cllm_export.runtime.jacobi import Block, Commit
-from cllm_export.runtime.statistics import ForwardRecord
+from cllm_export.runtime.jacobi import Block, Commit, Tried
 
 MIN_NGRAM = 2
 POOL_SIZE = 4096
@@ -43,11 +43,11 @@ POOL_SIZE = 4096
 class LookaheadShape:
     """W, N and G of the paper: what one forward tries, and so how many rows it has."""
 
-    window: int
+    window: int = 8
     """W: columns."""
-    ngram: int
+    ngram: int = 3
     """N: tokens of an n-gram; the window has N - 1 levels, a guess N - 1 tokens."""
-    guesses: int
+    guesses: int = 4
     """G: n-grams that one forward tries."""
 
     def __post_init__(self) -> None:
@@ -172,13 +172,19 @@ class NGramPool:
             del self._by_first[oldest[0]]
 
 
-class _Tried(NamedTuple):
+class _Text(NamedTuple):
     """A text that a forward tried after the current token."""
 
     tokens: list[int]
     next_ids: list[int]
     """The prediction after the current token and after each of ``tokens``."""
     num_right: int
+
+    @classmethod
+    def of(cls, tokens: list[int], rows: Sequence[int], layout: Layout, next_ids: list[int]) -> _Text:
+        after = [next_ids[row] for row in (layout.head - 1, *rows)]
+        num_right = next((index for index, token in enumerate(tokens) if token != after[index]), len(tokens))
+        return cls(tokens, after, num_right)
 
 
 class Lookahead:
@@ -211,43 +217,44 @@ class Lookahead:
         """Of the block that ``next_block`` gives."""
         return layout_of(self._shape, len(self._head))
 
-    def next_block(self) -> Block:
-        """The block that the next forward runs. Until ``commit`` it may be asked for again."""
+    def next_block(self, size: int) -> Block:
+        """The block that the next forward runs, of at most ``size`` tokens: as many as its layout has rows."""
         shape = self._shape
+        shape.require_fitting(size)
         found = self._pool.take(self._head[-1], shape.guesses)
         self._guesses = [list(ngram) for ngram in found]
         self._guesses += [self._fill.guess(shape.num_levels, ()) for _ in range(shape.guesses - len(found))]
         tokens = [*self._head, *self._levels[0][1:]]
-        for level in self._levels[1:]:
-            tokens += level
-        for guess in self._guesses:
-            tokens += guess
+        for part in (*self._levels[1:], *self._guesses):
+            tokens += part
         return Block(tokens, len(self._head))
 
-    def commit(self, next_ids: list[int]) -> tuple[Commit, ForwardRecord]:
-        """Take the predictions after every row of that block; what it made known, and its record.
-
-        The record is that of a block of the current token and the guess that came furthest.
-        """
+    def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
+        """Take the predictions after every row of that block; what the graph counted says nothing of guesses."""
         layout, current = self.layout, self._head[-1]
-        best = max((self._try(layout, index, next_ids) for index in range(self._shape.guesses)), key=_num_right)
+        texts = [self._try_window(layout, next_ids)]
+        texts += [self._try_guess(layout, index, next_ids) for index in range(self._shape.guesses)]
+        best = max(texts, key=_num_right)
         new = best.next_ids[: best.num_right + 1]
-        record = ForwardRecord(
-            self.write_index + len(self._head) - 1, [current, *best.tokens], best.next_ids, len(new), new
-        )
         self._collect(layout, next_ids)
         self._move_window(layout, next_ids, len(new) - 1)
-        self.write_index += len(self._head)
-        self._head = list(new)
+        tried = Tried(self.write_index + layout.head - 1, [current, *best.tokens], best.next_ids)
+        self.write_index += layout.head
+        if best is texts[0]:  # the window's own rows stand where their KV belongs, and need not be fed again
+            self.write_index += best.num_right
+            self._head = new[-1:]
+        else:
+            self._head = list(new)
         self._fill.accept(new)
-        return Commit(new, len(new)), record
+        return Commit(new, len(new), tried)
 
-    def _try(self, layout: Layout, guess: int, next_ids: list[int]) -> _Tried:
-        tokens = self._guesses[guess]
-        after = [next_ids[layout.head - 1]]
-        after += [next_ids[layout.guess_row(guess, index)] for index in range(len(tokens))]
-        num_right = next((index for index, token in enumerate(tokens) if token != after[index]), len(tokens))
-        return _Tried(tokens, after, num_right)
+    def _try_window(self, layout: Layout, next_ids: list[int]) -> _Text:
+        rows = [layout.window_row(0, column) for column in range(1, self._shape.window)]
+        return _Text.of(self._levels[0][1:], rows, layout, next_ids)
+
+    def _try_guess(self, layout: Layout, guess: int, next_ids: list[int]) -> _Text:
+        rows = [layout.guess_row(guess, index) for index in range(self._shape.num_levels)]
+        return _Text.of(self._guesses[guess], rows, layout, next_ids)
 
     def _collect(self, layout: Layout, next_ids: list[int]) -> None:
         """Each column of the window, from its level 0 to what the model goes on with, is an n-gram for the pool."""
@@ -273,5 +280,5 @@ class Lookahead:
         self._is_first = False
 
 
-def _num_right(tried: _Tried) -> int:
-    return tried.num_right
+def _num_right(text: _Text) -> int:
+    return text.num_right

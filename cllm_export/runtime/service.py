@@ -18,7 +18,7 @@ from typing import Unpack
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, QueueFullError
 from cllm_export.runtime.generate import Generation, Model, Options, Prepared, pad_token
-from cllm_export.runtime.request import StopCut
+from cllm_export.runtime.request import StopCut, require_shareable
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
 from cllm_export.runtime.text import Messages, TextStream
 
@@ -275,6 +275,7 @@ class Service:
     def _make_handle(self, prompt: str | Sequence[int] | Messages, options: Options) -> Handle:
         if "block_size" in options:
             raise OptionError("block_size is the service's, one for all its requests: Service(model, block_size=...)")
+        require_shareable(options.get("method"))
         prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
         return Handle(self, prepared, self.model.eos_of(prepared))
 
