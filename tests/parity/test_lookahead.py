@@ -1,4 +1,4 @@
-"""The lookahead graph beside the greedy one of the same bundle, and the tokens of lookahead decoding on real engines."""
+"""The lookahead graph beside the greedy one of its bundle, and the tokens of lookahead decoding on real engines."""
 
 from __future__ import annotations
 
