@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, Bundle, Progress
+from cllm_export.bundle import LOOKAHEAD_GRAPH, MANIFEST_NAME, PARITY_NAME, Bundle, Progress
 from cllm_export.contract import BYTES, KV_DTYPE, Precision
 from cllm_export.errors import BundleError, ChecksumError, EngineError, GraphError, OptionError, OutputError
 from cllm_export.prompts import Prompt
@@ -28,6 +28,7 @@ from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.generate import METHODS, Generation, Method, load
 from cllm_export.runtime.kv_cache import kv_extent
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
+from cllm_export.runtime.request import LOOKAHEAD
 
 if TYPE_CHECKING:
     from cllm_export.exporter.reference import Reference
@@ -271,7 +272,7 @@ class _Session:
         self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
         self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
         self._ignore_eos = not prompts  # random tokens end at once, and would try nothing
-        self._decoded: dict[tuple[Method, int], list[Generation]] = {}
+        self._decoded: dict[tuple[Method, int | None], list[Generation]] = {}
         own = bundle.manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
         self._block_sizes = options.block_sizes or (own,)
@@ -290,6 +291,8 @@ class _Session:
             checks.append(Check(name="across shapes", passed=None, detail="the bundle is pinned to one shape"))
         else:
             checks.append(_failing_with_the_engine("across shapes", self._across_shapes, first))
+        if LOOKAHEAD_GRAPH in self._bundle.manifest.graphs:
+            checks.append(_failing_with_the_engine("lookahead == autoregressive", self._lookahead))
         checks.append(_failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first))
         checks.append(self._tokenization())
         return checks
@@ -317,7 +320,14 @@ class _Session:
         name = f"across shapes, n = 1 against {block_size}"
         if block_size == 1:
             return Check(name=name, passed=None, detail="only one shape was asked for")
-        one, many = self._decode("autoregressive", 1), self._decode("autoregressive", block_size)
+        return self._equal_but_for_ties(name, "autoregressive", block_size)
+
+    def _lookahead(self) -> Check:
+        """Its forwards have shapes of their own, so it is held to what other shapes are held to."""
+        return self._equal_but_for_ties("lookahead == autoregressive", LOOKAHEAD, None)
+
+    def _equal_but_for_ties(self, name: str, method: Method, block_size: int | None) -> Check:
+        one, many = self._decode("autoregressive", 1), self._decode(method, block_size)
         ties = _Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         for (prompt_id, prompt), a, b in zip(self._prompts.items(), one, many, strict=True):
             position = first_difference(a.token_ids, b.token_ids)
@@ -359,8 +369,8 @@ class _Session:
         prediction = self._reference.predict(prompt, tokens[: position + 1])[position]
         return prediction.margin / prediction.scale
 
-    def _decode(self, method: Method, block_size: int) -> list[Generation]:
-        """Every prompt through one loop; each is run once, however many checks look at it."""
+    def _decode(self, method: Method, block_size: int | None) -> list[Generation]:
+        """Every prompt through one loop; each is run once, however many checks look at it. Lookahead has no n."""
         if (method, block_size) in self._decoded:
             return self._decoded[method, block_size]
         generations = []
@@ -371,7 +381,7 @@ class _Session:
                     prompt, max_new_tokens=limit, method=method, block_size=block_size, ignore_eos=self._ignore_eos
                 )
             )
-            self._progress(f"{method}, n = {block_size}", done, len(self._prompts))
+            self._progress(f"{method}, n = {block_size}" if block_size else method, done, len(self._prompts))
         self._decoded[method, block_size] = generations
         return generations
 
