@@ -23,7 +23,7 @@ from typing import Any
 
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.generate import Generation, Model, Options, load
-from cllm_export.runtime.lookahead import LookaheadShape
+from cllm_export.runtime.lookahead_layout import LookaheadShape
 from cllm_export.runtime.ort_engine import describe_machine
 
 BASELINE = "autoregressive"

@@ -20,7 +20,8 @@ from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarK
 from cllm_export.runtime.draft import make_fill
 from cllm_export.runtime.engine import Engine, LookaheadEngine
 from cllm_export.runtime.jacobi import Decoder
-from cllm_export.runtime.lookahead import Lookahead, LookaheadShape
+from cllm_export.runtime.lookahead import Lookahead
+from cllm_export.runtime.lookahead_layout import LookaheadShape
 from cllm_export.runtime.lookahead_loop import LookaheadLoop
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.request import (

@@ -20,7 +20,7 @@ from cllm_export.exporter.passes import PASSES, name_replaceable_values, state_c
 from cllm_export.exporter.pipeline import BuildOptions, Stages, _trace, export, settle
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.lookahead import LookaheadShape, layout_of
+from cllm_export.runtime.lookahead_layout import LookaheadShape, layout_of
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.verify import MARGIN_EPSILON as VERIFY_EPSILON
 from tests.checkpoints import MAX_POSITIONS, WINDOW

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from cllm_export.contract import FixedShapes, Geometry
 from cllm_export.errors import EngineError, OptionError
-from cllm_export.runtime.draft import PadFill, PromptFill, make_fill
+from cllm_export.runtime.draft import PromptFill, make_fill
 from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.generate import Model
-from cllm_export.runtime.lookahead import Lookahead, LookaheadShape, NGramPool, layout_of
+from cllm_export.runtime.lookahead import Lookahead
+from cllm_export.runtime.lookahead_layout import LookaheadShape, layout_of
+from cllm_export.runtime.lookahead_pool import NGramPool
 from cllm_export.runtime.service import Service
 from cllm_export.runtime.text import TextCodec
 from tests.fakes import (
@@ -185,15 +187,6 @@ def test_a_pool_is_what_a_list_of_the_last_ones_used_would_be(entries):
             while len(expected) > 7:
                 expected.popitem(last=False)
         assert len(pool) == len(expected) <= 7
-
-
-def test_a_pool_of_its_own_is_bounded_and_one_that_is_given_is_shared():
-    pool = NGramPool(size=5)
-    for prompt in ([3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4]):
-        Lookahead(prompt=prompt, shape=LookaheadShape(ngram=2), fill=PadFill(PAD), pool=pool)
-    assert len(pool) == 5
-    assert pool.take(3, 4) == [(4,)]
-    assert pool.take(4, 4) == []
 
 
 def test_equal_seeds_give_equal_blocks():
