@@ -7,6 +7,7 @@ Jacobi Forcing (2512.14681), Jacobi decoding (2305.10427).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from cllm_export.runtime.draft import Fill
@@ -46,8 +47,11 @@ class Decoder(Protocol):
     write_index: int
     """Valid KV rows of the request's slot; where the next block's KV is written."""
 
-    def next_block(self, size: int) -> Block:
-        """The block that the next forward runs, ``size`` tokens. Until ``commit`` it may be asked for again."""
+    def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
+        """The block that the next forward runs, ``size`` tokens. Until ``commit`` it may be asked for again.
+
+        ``forced`` tokens are known to follow the text: they are committed rows, as far as the block has room for them.
+        """
         ...
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
@@ -67,13 +71,14 @@ class SlidingJacobi:
         self._fill = fill
         self._block = [last_token]
 
-    def next_block(self, size: int) -> Block:
+    def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
+        self._block[1 : 1 + len(forced)] = forced
         if missing := size - len(self._block):
             if missing > 0:
                 self._block += self._fill.guess(missing, self._block[1:])
             else:
                 del self._block[size:]
-        return Block(self._block, 1)
+        return Block(self._block, min(1 + len(forced), size))
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += num_accepted
@@ -96,10 +101,13 @@ class BlockJacobi:
         self._last = last_token
         self._block: list[int] = []
 
-    def next_block(self, size: int) -> Block:
+    def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         if not self._block:
             self._block = [self._last, *self._fill.guess(size - 1, ())]
-        return Block(self._block, 1)
+        first = 1 + self._num_known
+        kept = forced[: len(self._block) - first]
+        self._block[first : first + len(kept)] = kept
+        return Block(self._block, first + len(kept) if kept else 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         new = next_ids[self._num_known : num_accepted]

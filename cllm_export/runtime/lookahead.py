@@ -66,8 +66,11 @@ class Lookahead:
         """Of the block that ``next_block`` gives."""
         return layout_of(self._shape, len(self._head))
 
-    def next_block(self, size: int) -> Block:
-        """The block that the next forward runs, of at most ``size`` tokens: as many as its layout has rows."""
+    def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
+        """The block that the next forward runs, of at most ``size`` tokens: as many as its layout has rows.
+
+        Nothing is ever ``forced``: requests that follow a grammar are refused before they get here.
+        """
         shape = self._shape
         shape.require_fitting(size)
         found = self._pool.take(self._head[-1], shape.guesses)

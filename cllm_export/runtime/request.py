@@ -87,7 +87,8 @@ class Decode:
 
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
-        self._block = self._decoder.next_block(size)
+        forced = self._sampler.forced(self.write_index, size - 1) if self._sampler else ()
+        self._block = self._decoder.next_block(size, forced)
         return self._block
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:

@@ -264,9 +264,19 @@ class Slot:
     def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
 
-        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can.
+        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can. A task that fails
+        to say its block (a grammar's failure, say) ends alone.
         """
         task = self.task
+        try:
+            return self._rows_of(task, width, block_size)
+        except Exception as error:
+            self.task = None
+            if task:
+                task.end(error)
+            return self._rows_of(None, width, block_size)
+
+    def _rows_of(self, task: Task | None, width: int, block_size: int) -> tuple[list[int], int, int]:
         if task is None:
             return [self._pad] * width, 0, 0
         if to_read := self.num_to_read:
