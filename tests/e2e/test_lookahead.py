@@ -41,7 +41,7 @@ def test_build_adds_the_graph_and_generate_decodes_with_it(cli: Cli, workshop: W
         assert line["token_ids"] == plain["token_ids"]
     shown = cli("generate", output, "the cat", "--method", "lookahead", "--show-blocks", *FEW)
     assert shown.code == 0
-    assert plain["text"] in shown.out
+    assert shown.out.startswith("block:")
 
 
 def test_bench_times_it_beside_the_baseline(cli: Cli, bundle: Bundle, tmp_path: Path):
