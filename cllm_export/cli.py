@@ -21,6 +21,7 @@ from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
+from cllm_export.runtime.prefix_snapshot import check_target
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
 
@@ -45,6 +46,9 @@ PromptsOption = Annotated[
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
 BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
+ChosenBlockSizeOption = Annotated[
+    str | None, typer.Option("--block-size", help="n, or auto: chosen forward by forward, the default of jacobi.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
 WindowOption = Annotated[int | None, typer.Option("--window", help="W of lookahead: columns of its window.")]
@@ -191,10 +195,13 @@ def generate(
     method: Annotated[
         Method | None, typer.Option("--method", help="By default the loop the model was trained with.")
     ] = None,
-    block_size: BlockSizeOption = None,
+    block_size: ChosenBlockSizeOption = None,
     window: WindowOption = None,
     ngram: NGramOption = None,
     guesses: GuessesOption = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="n is the bundle's own, never chosen.")
+    ] = False,
     fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of sampling and the prompt fill; fresh for each sampled prompt.")
@@ -223,6 +230,12 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="By default whatever fits.")
     ] = None,
+    load_prefix: Annotated[
+        Path | None, typer.Option("--load-prefix", help="Start from a prompt's state that --save-prefix wrote.")
+    ] = None,
+    save_prefix: Annotated[
+        Path | None, typer.Option("--save-prefix", help="Keep the prompt's state in this file, for --load-prefix.")
+    ] = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
@@ -235,13 +248,20 @@ def generate(
     if logprobs is not None and not as_json:
         raise OptionError("--logprobs needs --json: they stand in its lines")
     given = _gather_prompts(prompt, prompts, limit)
+    if save_prefix is not None:
+        if len(given) != 1:
+            raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
+        check_target(save_prefix)
     model = load(bundle, threads=threads)
+    if load_prefix is not None:
+        model.load_prefix(load_prefix)
     options: dict[str, Any] = {
         "method": method,
-        "block_size": block_size,
+        "block_size": _parse_block_size(block_size),
         "window": window,
         "ngram": ngram,
         "guesses": guesses,
+        "deterministic": deterministic,
         "fill": fill,
         "seed": seed,
         "temperature": temperature,
@@ -263,6 +283,8 @@ def generate(
                 _print_json_line(entry, model.generate(entry.content, **options))
             else:
                 _print_text(model, entry, options, stats=stats, blocks=blocks)
+            if save_prefix is not None:
+                model.save_prefix(save_prefix, entry.content)
 
 
 @app.command()
@@ -589,6 +611,14 @@ def _naming(prompt: Prompt, total: int) -> Iterator[None]:
         yield
     except PromptError as error:
         raise PromptError(f"prompt {prompt.id}: {error}" if total > 1 else str(error)) from None
+
+
+def _parse_block_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"--block-size must be an integer or auto, got {text!r}")
+    return int(text)
 
 
 def _trained_with(block_size: int | None, fill: FillName | None, loop: Loop | None) -> TrainedWith | None:

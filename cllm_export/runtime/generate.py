@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -16,14 +16,19 @@ from cllm_export.bundle import FILLS, FillName, TrainedWith, open_bundle, requir
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
+from cllm_export.runtime.choose import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
 from cllm_export.runtime.draft import make_fill
 from cllm_export.runtime.engine import Engine, LookaheadEngine
 from cllm_export.runtime.jacobi import Decoder
+from cllm_export.runtime.latency_file import read_latency
 from cllm_export.runtime.lookahead import Lookahead
 from cllm_export.runtime.lookahead_layout import LookaheadShape
 from cllm_export.runtime.lookahead_loop import LookaheadLoop
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.prefix_cache import PrefixCache
+from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
+from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.request import (
     LOOKAHEAD,
     METHOD_OF_LOOP,
@@ -38,6 +43,7 @@ from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sample
 from cllm_export.runtime.scheduler import Scheduler, Taker, Task
 from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
+from cllm_export.runtime.time_forwards import time_forwards
 
 __all__ = [
     "METHODS",
@@ -52,6 +58,10 @@ __all__ = [
     "load",
     "pad_token",
 ]
+
+
+BlockSize = int | Literal["auto"]
+"""n, or n chosen forward by forward."""
 
 
 class ModelFacts(Protocol):
@@ -81,7 +91,12 @@ class Options(TypedDict, total=False):
         method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``autoregressive`` or ``lookahead``; by default
             the loop the model was trained with, else ``jacobi``. Lookahead is for greedy requests, one at a time, of a
             bundle that has a graph for it.
-        block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
+        block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
+            1 included; what is learned of the model serves all its later requests. By default ``auto`` for
+            ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and 1 for
+            ``autoregressive``. An engine pinned to one shape has one n.
+        deterministic: n is the model's own, so that a request runs the same forwards again: where it is chosen, a near
+            tie may round to another token at another time.
         window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
         fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``; and
             ``prompt`` for ``lookahead``, whose window it fills.
@@ -97,10 +112,11 @@ class Options(TypedDict, total=False):
 
     max_new_tokens: int | None
     method: Method | None
-    block_size: int | None
+    block_size: int | Literal["auto"] | None
     window: int | None
     ngram: int | None
     guesses: int | None
+    deterministic: bool
     fill: FillName | None
     seed: int | None
     stop: Sequence[str]
@@ -116,6 +132,12 @@ class Options(TypedDict, total=False):
     regex: str | None
     grammar: str | None
 
+
+PREFIX_CACHE_BYTES = 256 << 20
+"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
+
+READING: Options = {"max_new_tokens": 1, "method": "autoregressive", "ignore_eos": True}
+"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
 
 _GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 _SHAPE = ("window", "ngram", "guesses")
@@ -134,7 +156,7 @@ class Generation:
     """``closed`` is that of a stream that was closed before its end."""
     statistics: Statistics
     seed: int
-    """What it was drawn with; the same request with it gives the same tokens."""
+    """What it was drawn with; the same request with it and the same n gives the same tokens."""
     logprobs: tuple[Logprob, ...] | None = field(repr=False)
     """One for each of ``token_ids``, where they were asked for."""
     forwards: tuple[ForwardRecord, ...] = field(repr=False)
@@ -147,7 +169,7 @@ class Prepared:
 
     prompt: list[int]
     method: Method
-    block_size: int
+    block_size: BlockSize
     """n of every forward, or where ``lookahead`` is set, rows of the largest."""
     lookahead: LookaheadShape | None
     """W, N and G where that is the method."""
@@ -170,12 +192,28 @@ class Model:
         facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
+        prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
+
+    Args:
+        forward_seconds: seconds of a forward by block size, where they are known; else they are measured before the
+            first request for which n is chosen.
     """
 
-    def __init__(self, facts: ModelFacts, engine: Engine, codec: TextCodec) -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        engine: Engine,
+        codec: TextCodec,
+        *,
+        prompt_state: PromptState | None = None,
+        forward_seconds: Mapping[int, float] | None = None,
+    ) -> None:
         self.facts = facts
         self.engine = engine
         self.codec = codec
+        self.prompt_state = prompt_state
+        self._forward_seconds = forward_seconds
+        self._chooser: SizeChooser | None = None
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -202,6 +240,57 @@ class Model:
     def stream(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
         return Stream(self, self.prepare(prompt, **options))
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The KV of texts that were read before; its ``statistics`` tell what it is worth."""
+        return self.prompt_state.cache if self.prompt_state else None
+
+    def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
+        """Write the KV of a prompt to a file, for ``load_prefix`` of the same bundle; the number of its tokens.
+
+        What is kept of it is used, the rest is computed. A snapshot that is there is replaced, in one step.
+
+        Raises:
+            PromptError: the prompt is empty or too long.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            OutputError: the file is something else, or cannot be written.
+            EngineError: the engine failed, or another request is running.
+        """
+        state = self.require_prompt_state()
+        check_target(path)
+        tokens = self.encode(prompt)
+        self.generate(tokens, **READING)
+        with self.in_use():
+            snapshot = state.snapshot(tokens)
+        write_snapshot(path, snapshot)
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Keep the KV that ``save_prefix`` wrote, so that prompts that begin so need not read it; the number of tokens.
+
+        It is dropped for room like everything else in the prefix cache: the least recently used first.
+
+        Raises:
+            SnapshotError: missing, damaged, or of another bundle or version.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            EngineError: another request is running.
+        """
+        state = self.require_prompt_state()
+        snapshot = state.read(path)
+        with self.in_use():
+            state.keep(snapshot)
+        return len(snapshot.tokens)
+
+    def require_prompt_state(self) -> PromptState:
+        """What it keeps of prompts.
+
+        Raises:
+            OptionError: nothing.
+        """
+        if self.prompt_state is None:
+            raise OptionError("this model keeps no prompts: load its bundle with prefix_cache_bytes above 0")
+        return self.prompt_state
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -277,7 +366,11 @@ class Model:
         return Prepared(
             prompt=ids,
             method=method,
-            block_size=shape.max_rows if shape else self.settle_block_size(options.get("block_size"), method),
+            block_size=shape.max_rows
+            if shape
+            else self.settle_block_size(
+                options.get("block_size"), method, deterministic=bool(options.get("deterministic"))
+            ),
             lookahead=shape,
             fill=fill,
             sampling=sampling,
@@ -335,7 +428,8 @@ class Model:
     def make_loop(self, request: Prepared, *, stop_cut: StopCut | None, take: Taker) -> tuple[Task, Loop]:
         """The task of one request and what runs it, with the engine for itself."""
         if request.lookahead is None:
-            task = Task(request.prompt, self.make_decode(request, stop_cut), take=take)
+            decode = self.make_decode(request, stop_cut)
+            task = Task(request.prompt, decode, drafts=self.drafts_of(request), take=take)
             scheduler = self.make_scheduler(request.block_size)
             scheduler.submit(task)
             return task, scheduler
@@ -344,7 +438,7 @@ class Model:
         decoder = Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
         task = Task(request.prompt, self._decode_with(decoder, request, stop_cut), take=take)
         engine = self._lookahead_engine()
-        return task, LookaheadLoop(engine, task, decoder, block_size=request.block_size, pad_token_id=pad)
+        return task, LookaheadLoop(engine, task, decoder, block_size=request.lookahead.max_rows, pad_token_id=pad)
 
     def _decode_with(self, decoder: Decoder, request: Prepared, stop_cut: StopCut | None) -> Decode:
         sampler = None
@@ -364,29 +458,51 @@ class Model:
             num_logprobs=request.logprobs,
         )
 
-    def make_scheduler(self, block_size: int) -> Scheduler:
+    def drafts_of(self, request: Prepared) -> str | None:
+        """What kind of drafts a request decodes with: those of a kind are worth much the same. None for no drafts."""
+        if request.method == "autoregressive":
+            return None
+        is_greedy = request.sampling.is_greedy and not request.constraint
+        return f"{request.method}, {request.fill}, {'greedy' if is_greedy else 'drawn'}"
+
+    def make_scheduler(self, block_size: BlockSize) -> Scheduler:
         """A scheduler for one request: it reads the prompt in the engine's own chunks."""
         return Scheduler(
             self.engine,
-            block_size=block_size,
+            block_size=self.size_policy(block_size),
             pad_token_id=pad_token(self.facts),
             reading_width=self.engine.prefill_chunk,
+            prefix_cache=self.prefix_cache,
         )
 
     def eos_of(self, request: Prepared) -> frozenset[int]:
         """The tokens that end a request."""
         return frozenset(() if request.ignore_eos else self.facts.eos_token_ids)
 
-    def settle_block_size(self, block_size: int | None, method: Method = "jacobi") -> int:
-        """n of a request's forwards.
+    def settle_block_size(
+        self, block_size: BlockSize | None, method: Method = "jacobi", *, deterministic: bool = False
+    ) -> BlockSize:
+        """n of a request's forwards, or that it is to be chosen.
 
         Raises:
-            OptionError: out of range for the model.
+            OptionError: out of range for the model, or not to be chosen.
         """
+        if isinstance(block_size, str) and block_size != "auto":
+            raise OptionError(f"block_size must be an integer or 'auto', got {block_size!r}")
+        if block_size == "auto" and deterministic:
+            raise OptionError("block_size 'auto' and deterministic exclude each other: leave one out")
+        if block_size == "auto" and method == "jacobi-block":
+            raise OptionError("block_size 'auto' is for jacobi: a block of jacobi-block keeps its size; give a number")
+        if isinstance(block_size, int):
+            return self._check_block_size(block_size)
+        if self.engine.fixed_shapes:
+            return self.engine.fixed_shapes.block_size
+        if method == "autoregressive":
+            return 1
+        return self.facts.block_size if deterministic or method == "jacobi-block" else "auto"
+
+    def _check_block_size(self, block_size: int) -> int:
         fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
-        if block_size is None:
-            pinned = fixed.block_size if fixed else None
-            return pinned or (1 if method == "autoregressive" else self.facts.block_size)
         require_at_least("block_size", block_size, 1)
         if fixed and block_size != fixed.block_size:
             raise OptionError(
@@ -395,6 +511,23 @@ class Model:
         if block_size > largest:
             raise OptionError(f"block_size must be at most {largest} for this model, got {block_size}")
         return block_size
+
+    def size_policy(self, block_size: BlockSize) -> SizePolicy:
+        """Who says n. The chooser is one for all requests; where T(n) is not known, it is measured here, once.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        if isinstance(block_size, int):
+            return PinnedSize(block_size)
+        if self._chooser is None:
+            trained, largest = self.facts.trained_with, self.engine.geometry.max_block_size
+            first = min(trained.block_size, largest) if trained else 1
+            others = (size for size in BLOCK_SIZES if size <= largest and size not in (1, first))
+            sizes = (1, *([first] if first > 1 else []), *others)
+            seconds = self._forward_seconds or time_forwards(self.engine, sizes, pad_token_id=pad_token(self.facts))
+            self._chooser = SizeChooser(sizes, first=first, known_times=seconds)
+        return self._chooser
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -418,6 +551,10 @@ class Loop(Protocol):
     def is_idle(self) -> bool: ...
 
     def step(self) -> object: ...
+
+    def cancel(self, task: Task) -> object:
+        """End what runs, as where nobody reads on."""
+        ...
 
 
 class Stream(Iterator[str]):
@@ -487,13 +624,16 @@ class _Run:
         stop_cut = self._cut_at_stop if self._request.stop else None
         task, loop = self._model.make_loop(self._request, stop_cut=stop_cut, take=self._take)
         self._task = task
-        while not loop.is_idle:
-            loop.step()
-            if task.error:
-                raise task.error
-            if self._new:
-                new, self._new = self._new, []
-                yield new
+        try:
+            while not loop.is_idle:
+                loop.step()
+                if task.error:
+                    raise task.error
+                if self._new:
+                    new, self._new = self._new, []
+                    yield new
+        finally:
+            loop.cancel(task)  # a stream that is closed early; nothing where it has ended
 
     def result(self) -> Generation:
         if self._task is None:
@@ -528,7 +668,13 @@ class _Run:
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
 
-def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    num_slots: int | None = None,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+) -> Model:
     """Load a bundle for generation on the CPU.
 
     Args:
@@ -536,6 +682,8 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
             own.
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
+        prefix_cache_bytes: KV to keep of texts that were read and given, in memory of its own, so that a prompt that
+            begins alike is read from where they part; 0 reads every prompt anew.
 
     Raises:
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
@@ -544,10 +692,21 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
     """
     if threads is not None:
         require_at_least("threads", threads, 1)
+    require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
+    seconds = read_latency(bundle, num_slots=engine.num_slots, threads=threads)
+    state = None
+    if prefix_cache_bytes:
+        state = PromptState(
+            engine,
+            max_bytes=prefix_cache_bytes,
+            fingerprint=bundle.fingerprint,
+            max_length=bundle.manifest.max_length,
+        )
+    codec = TextCodec.of_bundle(bundle)
+    return Model(bundle.manifest, engine, codec, prompt_state=state, forward_seconds=seconds)
 
 
 def _refuse_beside_lookahead(sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:

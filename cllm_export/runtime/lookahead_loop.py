@@ -55,6 +55,9 @@ class LookaheadLoop:
         task.decode_seconds += perf_counter() - started
         task.engine_seconds += self._engine.run_seconds - engine_started
 
+    def cancel(self, task: Task) -> None:
+        """Nothing to undo: what the cache holds of it is dead rows to whoever comes next."""
+
     def _forward(self) -> tuple[list[int], int]:
         """The predictions after every row of the next block, and what the graph counted."""
         write_index, layout = self._task.decode.write_index, self._decoder.layout

@@ -15,7 +15,11 @@ from typing import NamedTuple
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
+from cllm_export.runtime.acceptance import DraftRecord
+from cllm_export.runtime.choose import PinnedSize, SizePolicy
 from cllm_export.runtime.engine import Engine, Forward
+from cllm_export.runtime.jacobi import Block
+from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.request import Decode
 from cllm_export.runtime.statistics import Statistics, summarize
 
@@ -29,6 +33,8 @@ class Task:
     Args:
         prompt: token ids, at least one.
         decode: what decodes it once all but its last token is read.
+        drafts: what kind of drafts it decodes with, for whoever chooses n by what drafts of a kind are worth; None for
+            none.
         take: called with new tokens; what it raises ends this task alone.
         ended: called once when it ends, however it ends.
     """
@@ -38,14 +44,18 @@ class Task:
         prompt: Sequence[int],
         decode: Decode,
         *,
+        drafts: str | None = None,
         take: Taker | None = None,
         ended: Callable[[Task], None] | None = None,
     ) -> None:
         self.prompt = prompt
         self.decode = decode
+        self.drafts = DraftRecord(drafts, with_logits=decode.needs_logits)
         self.error: Exception | None = None
         """Why it ended, where it did not end by its own rules."""
         self.is_cancelled = False
+        self.reused_tokens = 0
+        """Of the prompt, those whose KV was kept from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
         """Of the forwards it took part in, by the clock; the last is the decode's share inside the engine."""
         self._take = take
@@ -56,6 +66,7 @@ class Task:
         return summarize(
             self.decode.records,
             prompt_tokens=len(self.prompt),
+            reused_tokens=self.reused_tokens,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             engine_seconds=self.engine_seconds,
@@ -80,6 +91,8 @@ class StepReport(NamedTuple):
     num_decoding: int
     num_waiting: int
     new_tokens: int
+    reused_tokens: int
+    """Of the prompts admitted in this step, tokens whose KV was kept from earlier texts."""
     seconds: float
     """Of the whole step; ``engine_seconds`` of them inside the engine."""
     engine_seconds: float
@@ -90,33 +103,41 @@ class Scheduler:
 
     Args:
         engine: its ``num_slots`` is B.
-        block_size: n of every decode forward.
+        block_size: n of every decode forward, or who chooses it, forward by forward.
         pad_token_id: fills rows that nobody uses.
         reading_width: tokens of a prompt that a forward may take, where the engine lets n vary; a forward is then as
             wide as its prompts need, and as ``block_size`` while some slot decodes. By default every forward is
             ``block_size`` wide, which makes all of them round alike: a request then gives bit for bit what it gives
             alone.
         queue_size: tasks that may wait; None for any number.
+        prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
+            they part.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        block_size: int,
+        block_size: int | SizePolicy,
         pad_token_id: int,
         reading_width: int | None = None,
         queue_size: int | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        require_at_least("block_size", block_size, 1)
+        if isinstance(block_size, int):
+            require_at_least("block_size", block_size, 1)
+            block_size = PinnedSize(block_size)
         if queue_size is not None:
             require_at_least("queue_size", queue_size, 1)
         self._engine = engine
-        self._block_size = block_size
+        self._sizes = block_size
         self._reading_width = None if engine.fixed_shapes else reading_width
         self._queue_size = queue_size
-        self._slots = [Slot(pad_token_id) for _ in range(engine.num_slots)]
-        self._width = block_size
+        memories = [
+            SlotMemory(engine, slot, prefix_cache) if prefix_cache else None for slot in range(engine.num_slots)
+        ]
+        self._slots = [Slot(pad_token_id, memory) for memory in memories]
+        self._size = self._width = 0
         self._waiting: deque[Task] = deque()
 
     @property
@@ -145,14 +166,14 @@ class Scheduler:
     def cancel(self, task: Task) -> bool:
         """End a task at once, wherever it is; False where it had ended already. The slot is free for the next step."""
         slot = next((slot for slot in self._slots if slot.task is task), None)
-        if slot is not None:
-            slot.clear()
-        elif task in self._waiting:
-            self._waiting.remove(task)
-        else:
+        if slot is None and task not in self._waiting:
             return False
         task.is_cancelled = True
-        task.end()
+        if slot is not None:
+            slot.leave()
+        else:
+            self._waiting.remove(task)
+            task.end()
         return True
 
     def cancel_all(self) -> None:
@@ -167,7 +188,7 @@ class Scheduler:
         is raised here, and the slots are free again.
         """
         started, engine_started = perf_counter(), self._engine.run_seconds
-        self._admit()
+        reused_tokens = self._admit()
         running = [slot for slot in self._slots if slot.task]
         if not running:
             return None
@@ -179,6 +200,8 @@ class Scheduler:
             return None
         engine_seconds = self._engine.run_seconds - engine_started
         seconds = perf_counter() - started
+        if self._size:
+            self._tell(running, seconds if self._size == self._width else 0.0)
         for slot in running:
             slot.settle(slot in reading, seconds, engine_seconds)
         return StepReport(
@@ -187,14 +210,18 @@ class Scheduler:
             num_decoding=len(running) - len(reading),
             num_waiting=len(self._waiting),
             new_tokens=new_tokens,
-            seconds=seconds,
+            reused_tokens=reused_tokens,
+            seconds=perf_counter() - started,
             engine_seconds=engine_seconds,
         )
 
     def _forward(self, running: Sequence[Slot], reading: Sequence[Slot]) -> int:
         """One forward of every slot, without the head where all of them read their prompts; the new tokens it made."""
-        self._width = width = self._settle_width(reading, num_decoding=len(running) - len(reading))
-        rows = [slot.next_rows(width, self._block_size) for slot in self._slots]
+        decoding = [slot.task.drafts for slot in running if slot.task and not slot.is_reading]
+        self._size = self._sizes.choose(decoding) if decoding else 0
+        widest = max(1, *(slot.draft(self._size) for slot in self._slots)) if decoding else 0
+        self._width = width = max(widest, self._reading_rows(reading))
+        rows = [slot.next_rows(width) for slot in self._slots]
         blocks, num_committed, write_index = zip(*rows, strict=True)
         if len(reading) == len(running):
             self._engine.prefill(blocks, num_committed, write_index)
@@ -205,23 +232,38 @@ class Scheduler:
         forward = self._engine.forward(blocks, num_committed, write_index, with_logits=with_logits)
         return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
 
-    def _settle_width(self, reading: Sequence[Slot], *, num_decoding: int) -> int:
-        if not reading or self._reading_width is None:
-            return self._block_size
-        wanted = min(self._reading_width, max(slot.num_to_read for slot in reading))
-        return max(wanted, self._block_size) if num_decoding else wanted
+    def _reading_rows(self, reading: Sequence[Slot]) -> int:
+        """Rows that the slots which read their prompts want of a forward."""
+        if not reading:
+            return 0
+        if self._reading_width is None:
+            return self._size or self._sizes.choose([slot.task.drafts for slot in reading if slot.task])
+        return min(self._reading_width, max(slot.num_to_read for slot in reading))
+
+    def _tell(self, running: Sequence[Slot], seconds: float) -> None:
+        """Let the policy hear of a forward; one that was wider, for a prompt's sake, tells nothing of T(n)."""
+        accepted = [(slot.task.drafts, slot.num_new) for slot in running if slot.task and slot.num_new]
+        self._sizes.observe(self._size, seconds, accepted)
 
     @property
     def _num_free(self) -> int:
         return len(self._slots) - self.num_running
 
-    def _admit(self) -> None:
+    def _admit(self) -> int:
+        """Fill free slots; how many tokens of the prompts need not be read."""
+        reused_tokens = 0
         for slot in self._slots:
             if slot.is_idle and self._waiting:
-                slot.admit(self._waiting.popleft())
+                task = self._waiting.popleft()
+                try:
+                    slot.admit(task)
+                except Exception as error:  # the engine did not take the rows that were kept
+                    self._fail([slot], error)
+                reused_tokens += task.reused_tokens
+        return reused_tokens
 
     def _fail(self, slots: Sequence[Slot], error: Exception) -> None:
-        failure = error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")
+        failure = _engine_failure(error)
         for slot in slots:
             task = slot.task
             slot.clear()
@@ -229,13 +271,37 @@ class Scheduler:
                 task.end(failure)
 
 
+class SlotMemory:
+    """What one slot of an engine takes from a prefix cache, and gives to it."""
+
+    def __init__(self, engine: Engine, slot: int, cache: PrefixCache) -> None:
+        self._engine = engine
+        self._slot = slot
+        self._cache = cache
+
+    def restore(self, tokens: Sequence[int]) -> int:
+        """Write the rows of the longest beginning that was kept; how many tokens it has."""
+        match, start = self._cache.match(tokens), 0
+        for rows in match.pieces:
+            self._engine.write_rows(self._slot, start, start := start + rows.shape[2], rows)
+        return match.length
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Keep the rows of the tokens that the slot holds from position 0."""
+        self._cache.insert(tokens, lambda start, stop: self._engine.read_rows(self._slot, start, stop))
+
+
 class Slot:
     """One row of the batch: idle, reading its prompt, or decoding. What it held before is dead rows."""
 
-    def __init__(self, pad_token_id: int) -> None:
+    def __init__(self, pad_token_id: int, memory: SlotMemory | None) -> None:
         self._pad = pad_token_id
+        self._memory = memory
         self.task: Task | None = None
-        self._num_read = self._num_reading = self._num_rows = 0
+        self._block = Block([], 0)
+        self._num_read = self._num_reading = 0
+        self.num_new = 0
+        """Tokens that the last forward made known."""
 
     @property
     def is_idle(self) -> bool:
@@ -256,50 +322,70 @@ class Slot:
         return self.task is not None and not self.is_reading and self.task.decode.needs_logits
 
     def admit(self, task: Task) -> None:
+        """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
         self.task, self._num_read = task, 0
+        if self._memory:
+            self._num_read = task.reused_tokens = self._memory.restore(task.prompt[:-1])
 
     def clear(self) -> None:
         self.task = None
 
-    def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
+    def draft(self, block_size: int) -> int:
+        """Make up the block of a slot that decodes, ``block_size`` tokens or as many as it is bound to; its length.
+
+        A task that fails to say its block (a grammar's failure, say) ends alone.
+        """
+        if self.task is None or self.is_reading:
+            return 0
+        try:
+            self._block = self.task.decode.next_block(block_size)
+        except Exception as error:
+            self.leave(error)
+            return 0
+        return len(self._block.tokens)
+
+    def leave(self, error: Exception | None = None) -> None:
+        """End the task, and keep what it read and gave, as far as its KV is written."""
+        task = self.task
+        if task is None:
+            return
+        try:
+            self._keep(task)
+        except Exception as failure:  # an engine that cannot give its rows has failed
+            error = error or _engine_failure(failure)
+        self.task = None
+        task.end(error)
+
+    def next_rows(self, width: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
 
-        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can. A task that fails
-        to say its block (a grammar's failure, say) ends alone.
+        A slot that decodes fills as many of them as its block has, one that reads its prompt as many as it can.
         """
         task = self.task
-        try:
-            return self._rows_of(task, width, block_size)
-        except Exception as error:
-            self.task = None
-            if task:
-                task.end(error)
-            return self._rows_of(None, width, block_size)
-
-    def _rows_of(self, task: Task | None, width: int, block_size: int) -> tuple[list[int], int, int]:
         if task is None:
             return [self._pad] * width, 0, 0
         if to_read := self.num_to_read:
             self._num_reading = min(width, to_read)
             chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
             return self._padded(chunk, width), self._num_reading, self._num_read
-        tokens, num_committed = task.decode.next_block(block_size)
-        self._num_rows = len(tokens)
+        tokens, num_committed = self._block
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
     def has_read(self) -> None:
         """The chunk of the prompt has its KV."""
         self._num_read += self._num_reading
+        if self.task and not self.is_reading:
+            self._keep(self.task)  # for those that come while this one still decodes
 
     def take(self, forward: Forward, index: int) -> int:
         """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
-        task = self.task
+        self.num_new, task = 0, self.task
         if task is None:
             return 0
         if self.is_reading:
             self.has_read()
             return 0
-        size, logits = self._num_rows, forward.logits
+        size, logits = len(self._block.tokens), forward.logits
         try:
             new = task.decode.take(
                 forward.next_ids[index][:size],
@@ -308,10 +394,10 @@ class Slot:
             )
             task.give(new)
         except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
-            self.task = None
-            task.end(error)
+            self.leave(error)
             return 0
-        return len(new)
+        self.num_new = len(new)
+        return self.num_new
 
     def settle(self, was_reading: bool, seconds: float, engine_seconds: float) -> None:
         """Account for the step's time, and end the task where it has ended."""
@@ -324,8 +410,18 @@ class Slot:
         task.decode_seconds += seconds
         task.engine_seconds += engine_seconds
         if task.decode.finish != "closed":
-            self.task = None
-            task.end()
+            self.leave()
+
+    def _keep(self, task: Task) -> None:
+        if self._memory is None:
+            return
+        num_rows = self._num_read if self.is_reading else task.decode.num_rows
+        text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
+        self._memory.keep(text[:num_rows])
 
     def _padded(self, tokens: list[int], width: int) -> list[int]:
         return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]
+
+
+def _engine_failure(error: Exception) -> CllmExportError:
+    return error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")

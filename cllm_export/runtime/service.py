@@ -11,13 +11,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import Any, TypeVar, Unpack
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, QueueFullError
-from cllm_export.runtime.generate import Generation, Model, Options, Prepared, pad_token
+from cllm_export.runtime.batch import MIN_READING_WIDTH
+from cllm_export.runtime.generate import READING, BlockSize, Generation, Model, Options, Prepared, pad_token
+from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.request import StopCut, require_shareable
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
 from cllm_export.runtime.text import Messages, TextStream
@@ -25,6 +29,7 @@ from cllm_export.runtime.text import Messages, TextStream
 log = logging.getLogger(__name__)
 
 DEFAULT_QUEUE_SIZE = 256
+T = TypeVar("T")
 Watcher = Callable[[StepReport], None]
 
 
@@ -47,7 +52,9 @@ class Handle:
         self._is_done = False
         watch = TextStream(service.codec, prepared.stop) if prepared.stop else None
         decode = service.model.make_decode(prepared, _stop_cut(watch, eos) if watch else None)
-        self._task = Task(prepared.prompt, decode, take=self._take, ended=self._end)
+        self._task = Task(
+            prepared.prompt, decode, drafts=service.model.drafts_of(prepared), take=self._take, ended=self._end
+        )
 
     @property
     def done(self) -> bool:
@@ -167,12 +174,14 @@ class Handle:
 class Service:
     """Decodes many requests at once on a loaded model, each as it would decode alone.
 
-    Every forward has the same n and B, so a request gives bit for bit what it gives alone in this service, whatever
-    else is running. Use it in a ``with``, or ``close`` it. While it is open, ``Model.generate`` is refused.
+    With one n for all forwards, as by default, a request gives bit for bit what it gives alone in this service,
+    whatever else is running. With ``auto`` n is chosen for the batch, forward by forward, to make most tokens a second:
+    a request then gives the same tokens but where rounding turns a near tie. Use it in a ``with``, or ``close`` it.
+    While it is open, ``Model.generate`` is refused.
 
     Args:
         model: loaded with as many slots as requests should run at once (``load(path, num_slots=8)``).
-        block_size: n of every forward; by default the model's.
+        block_size: n of every forward, by default the model's; or ``auto``.
         queue_size: requests that may wait for a slot.
         watch: called after each forward, in the worker thread, for metrics; must be quick and not raise.
 
@@ -185,7 +194,7 @@ class Service:
         self,
         model: Model,
         *,
-        block_size: int | None = None,
+        block_size: BlockSize | None = None,
         queue_size: int = DEFAULT_QUEUE_SIZE,
         watch: Watcher | None = None,
     ) -> None:
@@ -193,19 +202,21 @@ class Service:
         self.model = model
         self.codec = model.codec
         self.pad_token_id = pad_token(model.facts)
-        self.block_size = model.settle_block_size(block_size)
+        self.block_size = model.settle_block_size(block_size, deterministic=block_size is None)
         self._queue_size = queue_size
         self._watch = watch
-        self._scheduler = Scheduler(model.engine, block_size=self.block_size, pad_token_id=self.pad_token_id)
         self._inbox: deque[Handle] = deque()
         self._cancelled: deque[Handle] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         lock = threading.Lock()
         self._work, self._room = threading.Condition(lock), threading.Condition(lock)
         self._num_open = 0
         self._capacity = model.engine.num_slots + queue_size
         self._is_closed = False
-        self._closing = ExitStack()
-        self._closing.enter_context(model.in_use())
+        with ExitStack() as stack:
+            stack.enter_context(model.in_use())
+            self._scheduler = self._make_scheduler()
+            self._closing = stack.pop_all()
         self._worker = threading.Thread(target=self._run, name="cllm-export service", daemon=True)
         self._worker.start()
 
@@ -263,6 +274,37 @@ class Service:
         """
         self.submit([self.pad_token_id], max_new_tokens=1, ignore_eos=True).result()
 
+    def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
+        """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request.
+
+        Safe from any thread but the worker's, which a watcher runs in.
+
+        Raises:
+            PromptError, OptionError, OutputError: as there.
+            QueueFullError: as many requests wait as may.
+            EngineError: the engine failed, or the service is closed.
+        """
+        state = self.model.require_prompt_state()
+        check_target(path)
+        tokens = self.model.encode(prompt)
+        self.submit(tokens, **READING).result()
+        write_snapshot(path, self._call(lambda: state.snapshot(tokens)))
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Like ``Model.load_prefix``, between two forwards of whatever is running.
+
+        Safe from any thread but the worker's, which a watcher runs in.
+
+        Raises:
+            SnapshotError, OptionError: as there.
+            EngineError: the service is closed.
+        """
+        state = self.model.require_prompt_state()
+        snapshot = state.read(path)
+        self._call(lambda: state.keep(snapshot))
+        return len(snapshot.tokens)
+
     def close(self) -> None:
         """Cancel what runs and waits, stop the worker, and free the model. Safe to call again."""
         with self._work:
@@ -272,9 +314,21 @@ class Service:
             self._worker.join()
             self._closing.close()
 
+    def _make_scheduler(self) -> Scheduler:
+        """One n reads prompts in chunks of it; a chosen one, which may be 1, in chunks of some more."""
+        largest = self.model.engine.geometry.max_block_size
+        return Scheduler(
+            self.model.engine,
+            block_size=self.model.size_policy(self.block_size),
+            pad_token_id=self.pad_token_id,
+            prefix_cache=self.model.prefix_cache,
+            reading_width=min(MIN_READING_WIDTH, largest) if self.block_size == "auto" else None,
+        )
+
     def _make_handle(self, prompt: str | Sequence[int] | Messages, options: Options) -> Handle:
-        if "block_size" in options:
-            raise OptionError("block_size is the service's, one for all its requests: Service(model, block_size=...)")
+        for name in ("block_size", "deterministic"):
+            if name in options:
+                raise OptionError(f"{name} is the service's, one for all its requests: Service(model, block_size=...)")
         require_shareable(options.get("method"))
         prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
         return Handle(self, prepared, self.model.eos_of(prepared))
@@ -283,6 +337,15 @@ class Service:
         self._inbox.append(handle)
         self._num_open += 1
         self._work.notify_all()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """What a function gives that the worker runs between two forwards."""
+        future: Future[T] = Future()
+        with self._work:
+            self._require_open()
+            self._calls.append((function, future))
+            self._work.notify_all()
+        return future.result()
 
     def _require_open(self) -> None:
         if self._is_closed:
@@ -317,19 +380,28 @@ class Service:
         """Wait for work and take it in; False once the service is closed."""
         with self._work:
             self._work.wait_for(
-                lambda: self._is_closed or self._inbox or self._cancelled or not self._scheduler.is_idle
+                lambda: self._is_closed or self._inbox or self._cancelled or self._calls or not self._scheduler.is_idle
             )
-            arrived, cancelled = list(self._inbox), list(self._cancelled)
-            self._inbox.clear()
-            self._cancelled.clear()
+            arrived, cancelled, calls = list(self._inbox), list(self._cancelled), list(self._calls)
+            for queue in (self._inbox, self._cancelled, self._calls):
+                queue.clear()
             is_closed = self._is_closed
         for handle in arrived:
             self._scheduler.submit(handle._task)
         for handle in cancelled:
             self._scheduler.cancel(handle._task)
+        for function, future in calls:
+            _run_call(function, future)
         if is_closed:
             self._scheduler.cancel_all()
         return not is_closed
+
+
+def _run_call(function: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:  # it is the caller's, in whose thread it is raised
+        future.set_exception(error)
 
 
 def _stop_cut(watch: TextStream, eos: frozenset[int]) -> StopCut:
