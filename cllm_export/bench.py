@@ -6,8 +6,8 @@ Everything is compared in one run, pass after pass in turn, by medians: machines
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,9 +17,10 @@ from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import METHODS, BlockSize, Generation, Method, Model, load
+from cllm_export.runtime.generate import METHODS, BlockSize, Generation, Method, Model, Options, load
 from cllm_export.runtime.latency_file import write_latency
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
+from cllm_export.runtime.request import LOOKAHEAD
 from cllm_export.verify import random_prompts, require_source
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class BenchOptions:
 
     methods: tuple[Method, ...] = METHODS
     block_size: int | None = None
+    lookahead: Mapping[str, int] = field(default_factory=dict)
+    """Of ``window``, ``ngram`` and ``guesses``, what shall not be as by default."""
     max_new_tokens: int = 128
     threads: int | None = None
     repeats: int = 3
@@ -52,8 +55,10 @@ class BenchOptions:
             raise OptionError(f"--sweep names a block size twice: {','.join(map(str, self.sweep))}")
         if self.sweep and "jacobi" not in self.methods:
             raise OptionError(f"--sweep is for the sliding loop; leave it out with --method {self.methods[0]}")
-        if self.block_size and self.methods == ("autoregressive",):
-            raise OptionError("--block-size is for the Jacobi loops; leave it out with --method autoregressive")
+        if self.block_size and not {"jacobi", "jacobi-block"} & set(self.methods):
+            raise OptionError(f"--block-size is for the Jacobi loops; leave it out with --method {self.methods[0]}")
+        if self.lookahead and LOOKAHEAD not in self.methods:
+            raise OptionError(f"--{next(iter(self.lookahead))} is for lookahead; give --method lookahead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,7 @@ def run_bench(
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
         "block_size": options.block_size or bundle.manifest.block_size,
+        "lookahead": dict(options.lookahead),
         "autoregressive_block_size": pinned.block_size if (pinned := model.engine.fixed_shapes) else 1,
     }
     baseline = runs.get(("autoregressive", None))
@@ -191,15 +197,13 @@ def _generate(
     limit = min(options.max_new_tokens, model.facts.max_length - len(prompt))
     if limit < 1:
         raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
-    block_size = None if method == "autoregressive" else size or options.block_size
-    return model.generate(
-        prompt,
-        max_new_tokens=limit,
-        method=method,
-        block_size=block_size,
-        deterministic=block_size is None,
-        ignore_eos=options.ignore_eos,
-    )
+    settings: Options = {"max_new_tokens": limit, "method": method, "ignore_eos": options.ignore_eos}
+    if method == LOOKAHEAD:
+        settings |= options.lookahead  # type: ignore[typeddict-item]
+    else:
+        block_size = None if method == "autoregressive" else size or options.block_size
+        settings |= {"block_size": block_size, "deterministic": block_size is None}
+    return model.generate(prompt, **settings)
 
 
 def _collect(generations: list[Generation]) -> _Run:

@@ -1,7 +1,7 @@
 """The bundle: the exported directory that is handed from the exporter to the runtime, and its manifest.
 
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
-    model.onnx             the greedy graph; further graphs of the same bundle stand beside it
+    model.onnx             the greedy graph; further graphs of the same bundle stand beside it (lookahead.onnx)
     weights.bin            the one weights file that all graphs share; what is linked lies in the checkpoint instead
     tokenizer.json         and, where the checkpoint has them, chat_template.jinja and generation_config.json
     parity.json            written by ``verify``; not part of the bundle, it carries the bundle's fingerprint
@@ -37,7 +37,7 @@ TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 GENERATION_CONFIG_NAME = "generation_config.json"
 PARITY_NAME = "parity.json"
-GREEDY_GRAPH = "greedy"
+GREEDY_GRAPH, LOOKAHEAD_GRAPH = "greedy", "lookahead"
 
 Loop = Literal["sliding", "block"]
 FillName = Literal["pad", "repeat", "prompt", "lookup"]

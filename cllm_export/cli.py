@@ -51,6 +51,9 @@ ChosenBlockSizeOption = Annotated[
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
+WindowOption = Annotated[int | None, typer.Option("--window", help="W of lookahead: columns of its window.")]
+NGramOption = Annotated[int | None, typer.Option("--ngram", help="N of lookahead: tokens of an n-gram.")]
+GuessesOption = Annotated[int | None, typer.Option("--guesses", help="G of lookahead: n-grams tried in a forward.")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most.")]
 
 
@@ -101,6 +104,9 @@ def build(
     fixed_shapes: Annotated[
         bool, typer.Option("--fixed-shapes", help="Pin batch, block and extent in the graph, for edge compilers.")
     ] = False,
+    lookahead: Annotated[
+        bool, typer.Option("--lookahead", help="Add the graph that lookahead decoding needs.")
+    ] = False,
     trained_block_size: Annotated[
         int | None, typer.Option("--trained-block-size", help="n the model was tuned with, if its config is silent.")
     ] = None,
@@ -124,6 +130,7 @@ def build(
         max_memory=parse_size(max_memory) if max_memory is not None else None,
         base=base,
         num_layers=num_layers,
+        lookahead=lookahead,
     )
     with display.progress_bar() as progress:
         done = export(checkpoint, output, options, force=force, progress=progress, say=display.say)
@@ -189,6 +196,9 @@ def generate(
         Method | None, typer.Option("--method", help="By default the loop the model was trained with.")
     ] = None,
     block_size: ChosenBlockSizeOption = None,
+    window: WindowOption = None,
+    ngram: NGramOption = None,
+    guesses: GuessesOption = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="n is the bundle's own, never chosen.")
     ] = False,
@@ -248,6 +258,9 @@ def generate(
     options: dict[str, Any] = {
         "method": method,
         "block_size": _parse_block_size(block_size),
+        "window": window,
+        "ngram": ngram,
+        "guesses": guesses,
         "deterministic": deterministic,
         "fill": fill,
         "seed": seed,
@@ -292,9 +305,13 @@ def bench(
     prompts: PromptsOption = None,
     checkpoint: CheckpointOption = None,
     method: Annotated[
-        Method | None, typer.Option("--method", help="Only this loop, beside autoregressive; by default all.")
+        Method | None,
+        typer.Option("--method", help="Only this loop, beside autoregressive; by default all but lookahead."),
     ] = None,
     block_size: BlockSizeOption = None,
+    window: WindowOption = None,
+    ngram: NGramOption = None,
+    guesses: GuessesOption = None,
     sweep: Annotated[str, typer.Option("--sweep", help="Further block sizes for the sliding loop: 4,8,12.")] = "",
     max_new_tokens: MaxNewTokensOption = 128,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes; medians are reported.")] = 3,
@@ -310,6 +327,11 @@ def bench(
     options = BenchOptions(
         methods=_with_baseline(method),
         block_size=block_size,
+        lookahead={
+            name: given
+            for name, given in (("window", window), ("ngram", ngram), ("guesses", guesses))
+            if given is not None
+        },
         max_new_tokens=max_new_tokens,
         threads=threads,
         repeats=repeats,
@@ -618,7 +640,9 @@ def _lora_options(rank: int | None, alpha: float | None) -> LoraOptions | None:
 
 
 def _with_baseline(method: Method | None) -> tuple[Method, ...]:
-    return tuple(name for name in METHODS if method in (None, name) or name == "autoregressive")
+    if method is None:
+        return METHODS
+    return (method,) if method == "autoregressive" else (method, "autoregressive")
 
 
 def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:

@@ -24,6 +24,15 @@ One forward over a block:
     present_key.l, present_value.l  [B, K, C, D], bound to the same memory as the past
 
 With c committed tokens, the new tokens of a slot are ``next_ids[c - 1 : num_accepted]``.
+
+The lookahead graph has two more inputs, between ``head_rows`` and the past. They belong to the whole forward: what the
+rows of a block are to each other is the same in every slot.
+
+    row_offsets    [n]     row i sits at position write_index + row_offsets[i]
+    row_mask       [n, n]  bool: row i sees row j of the block; it sees every row of the cache below write_index
+
+Rows of the head come first, so their KV lies where later forwards look for it; that of all other rows is dead at once.
+Its ``num_accepted`` compares each row with the row before it, which means something for the leading rows alone.
 """
 
 from __future__ import annotations
@@ -45,10 +54,10 @@ LOGITS = "logits"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DType = Literal["int64", "float32", "float16", "bfloat16"]
+DType = Literal["int64", "float32", "float16", "bfloat16", "bool"]
 
 KV_DTYPE: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-BYTES: dict[DType, int] = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+BYTES: dict[DType, int] = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +119,18 @@ def graph_inputs(geometry: Geometry, precision: Precision, fixed: FixedShapes | 
     ]
 
 
+def lookahead_inputs(geometry: Geometry, precision: Precision) -> list[TensorSpec]:
+    """Specs of every input of the lookahead graph, in graph order: those of the greedy graph and two more."""
+    inputs = graph_inputs(geometry, precision)
+    first_cache = len(inputs) - 2 * geometry.num_layers
+    _, n, _ = _axes(None)
+    rows = [
+        TensorSpec(name="row_offsets", dtype="int64", shape=(n,)),
+        TensorSpec(name="row_mask", dtype="bool", shape=(n, n)),
+    ]
+    return [*inputs[:first_cache], *rows, *inputs[first_cache:]]
+
+
 def graph_outputs(geometry: Geometry, precision: Precision, fixed: FixedShapes | None = None) -> list[TensorSpec]:
     """Specs of every graph output, in graph order."""
     b, _, _ = _axes(fixed)
@@ -127,6 +148,12 @@ def cache_names(num_layers: int) -> Iterator[tuple[str, str]]:
         for kind in ("key", "value"):
             yield f"past_{kind}.{layer}", f"present_{kind}.{layer}"
 
+
+POSITIONS = "positions"
+"""Name of the value [B, n] that rotations take: the absolute position of every row."""
+
+VISIBLE = "visible"
+"""Name of the value [B, 1, n, S] that says which cache rows a row sees, in a graph without a window."""
 
 HIDDEN = "hidden."
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, Bundle, Progress
+from cllm_export.bundle import LOOKAHEAD_GRAPH, MANIFEST_NAME, PARITY_NAME, Bundle, Progress
 from cllm_export.contract import BYTES, KV_DTYPE, Precision
 from cllm_export.errors import BundleError, ChecksumError, EngineError, GraphError, OptionError, OutputError
 from cllm_export.prompts import Prompt
@@ -28,6 +28,7 @@ from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.generate import METHODS, Generation, Method, load
 from cllm_export.runtime.kv_cache import kv_extent
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
+from cllm_export.runtime.request import LOOKAHEAD
 from cllm_export.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class _Session:
         self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
         self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
         self._ignore_eos = not prompts  # random tokens end at once, and would try nothing
-        self._decoded: dict[tuple[Method, int, str], list[Generation]] = {}
+        self._decoded: dict[tuple[Method, int | None, str], list[Generation]] = {}
         own = bundle.manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
         self._block_sizes = options.block_sizes or (own,)
@@ -298,6 +299,8 @@ class _Session:
                 checks.append(Check(name=f"{kind}across shapes", passed=None, detail=detail))
             else:
                 checks.append(_failing_with_the_engine(f"{kind}across shapes", self._across_shapes, first, kind))
+        if LOOKAHEAD_GRAPH in self._bundle.manifest.graphs:
+            checks.append(_failing_with_the_engine(f"{LOOKAHEAD} == autoregressive", self._lookahead))
         checks.append(_failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first))
         checks.append(self._tokenization())
         return checks
@@ -325,7 +328,14 @@ class _Session:
         name = f"{kind}across shapes, n = 1 against {block_size}"
         if block_size == 1:
             return Check(name=name, passed=None, detail="only one shape was asked for")
-        one, many = self._decode("autoregressive", 1, kind), self._decode("autoregressive", block_size, kind)
+        return self._equal_but_for_ties(name, "autoregressive", block_size, kind)
+
+    def _lookahead(self) -> Check:
+        """Its forwards have shapes of their own, so it is held to what other shapes are held to."""
+        return self._equal_but_for_ties(f"{LOOKAHEAD} == autoregressive", LOOKAHEAD, None)
+
+    def _equal_but_for_ties(self, name: str, method: Method, block_size: int | None, kind: str = GREEDY) -> Check:
+        one, many = self._decode("autoregressive", 1, kind), self._decode(method, block_size, kind)
         ties = _Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         for (prompt_id, prompt), a, b in zip(self._prompts.items(), one, many, strict=True):
             position = first_difference(a.token_ids, b.token_ids)
@@ -386,8 +396,8 @@ class _Session:
         prediction = self._reference.predict(prompt, tokens[: position + 1])[position]
         return prediction.margin / prediction.scale
 
-    def _decode(self, method: Method, block_size: int, kind: str = GREEDY) -> list[Generation]:
-        """Every prompt through one loop; each is run once, however many checks look at it."""
+    def _decode(self, method: Method, block_size: int | None, kind: str = GREEDY) -> list[Generation]:
+        """Every prompt through one loop; each is run once, however many checks look at it. Lookahead has no n."""
         key = (method, block_size, kind)
         if key in self._decoded:
             return self._decoded[key]
@@ -405,7 +415,8 @@ class _Session:
                     seed=done,
                 )
             )
-            self._progress(f"{kind}{method}, n = {block_size}", done, len(self._prompts))
+            shape = "" if block_size is None else f", n = {block_size}"
+            self._progress(f"{kind}{method}{shape}", done, len(self._prompts))
         self._decoded[key] = generations
         return generations
 

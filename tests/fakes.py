@@ -128,14 +128,14 @@ def greedy(model: LanguageModel, prompt: Sequence[int], count: int, *, eos: Coll
 class Call(NamedTuple):
     """One call of the fake engine, as it was made."""
 
-    kind: Literal["prefill", "forward"]
+    kind: Literal["prefill", "forward", "rows"]
     input_ids: list[list[int]]
     num_committed: list[int]
     write_index: list[int]
 
 
 class FakeEngine:
-    """An ``Engine`` in pure Python. ``calls`` records every forward and prefill, ``rows`` is its cache [B][C]."""
+    """A ``LookaheadEngine`` in pure Python. ``calls`` records every call, ``rows`` is its cache [B][C]."""
 
     def __init__(
         self,
@@ -195,6 +195,42 @@ class FakeEngine:
             ]
         )
         return Forward(next_ids, accepted, logits)
+
+    def require_lookahead(self) -> None:
+        """It can do so always."""
+
+    def forward_rows(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        row_offsets: NDArray[np.int64],
+        row_mask: NDArray[np.bool_],
+    ) -> Forward:
+        call = Call("rows", [list(block) for block in input_ids], list(num_committed), list(write_index))
+        self._check(call)
+        self.calls.append(call)
+        next_ids = [
+            self._predict_rows(rows, block, start, row_offsets.tolist(), row_mask)
+            for rows, block, start in zip(self.rows, call.input_ids, call.write_index, strict=True)
+        ]
+        return Forward(next_ids, [_count_right(*slot) for slot in zip(input_ids, next_ids, num_committed, strict=True)])
+
+    def _predict_rows(
+        self, rows: list[Row], block: list[int], start: int, offsets: list[int], mask: NDArray[np.bool_]
+    ) -> list[int]:
+        """Write a block row by row, each told from the cache below it and those rows of the block that it sees."""
+        past, predicted = rows[:start], []
+        seen_by = [sorted(np.flatnonzero(mask[row]).tolist(), key=offsets.__getitem__) for row in range(len(block))]
+        for row, seen in enumerate(seen_by):
+            tokens = [*(each.token for each in past), *(block[other] for other in seen)]
+            context = self._model.context(tokens)
+            if [offsets[other] for other in seen] != list(range(offsets[row] + 1)):  # no text ends here
+                context = hash((context, *(offsets[other] for other in seen)))
+            rows[start + row] = Row(block[row], context)
+        for seen in seen_by:
+            predicted.append(self._model.predict([*past, *(rows[start + other] for other in seen)]))
+        return predicted
 
     def _logits(self, rows: Sequence[Row], predicted: int) -> NDArray[np.float32]:
         """Logits [V] told from what the model sees: random ones, the predicted token's above them all."""

@@ -16,7 +16,16 @@ from onnxscript import optimizer
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
-from cllm_export.contract import FixedShapes, Geometry, graph_inputs, graph_outputs, hidden_name
+from cllm_export.contract import (
+    POSITIONS,
+    VISIBLE,
+    FixedShapes,
+    Geometry,
+    TensorSpec,
+    graph_inputs,
+    graph_outputs,
+    hidden_name,
+)
 from cllm_export.errors import GraphError
 from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.trace import TRACE_DOMAIN
@@ -226,6 +235,19 @@ def fold_query_groups(graph: DecoderGraph) -> None:
         graph.graph.insert_after(attention, back)
 
 
+def name_replaceable_values(graph: DecoderGraph) -> None:
+    """Markers of positions and of the causal mask -> names, so that a variant of the graph finds what it replaces.
+
+    Post: one value of positions, one mask at most (a graph with a window has several and names none), no marker left.
+    """
+    for kind, name in (("Positions", POSITIONS), ("Visible", VISIBLE)):
+        markers = [node for node in graph.graph if _is_marker(node, kind)]
+        _require(len(markers) <= 1, f"name_replaceable_values found {len(markers)} {kind} markers")
+        for marker in markers:
+            _unmark(marker, name)
+    optimizer.remove_unused_nodes(graph.model)
+
+
 def name_hidden_states(graph: DecoderGraph) -> None:
     """Markers between layers -> names: ``hidden.0`` enters the first layer, ``hidden.L`` leaves the last.
 
@@ -233,14 +255,19 @@ def name_hidden_states(graph: DecoderGraph) -> None:
     """
     markers = [node for node in graph.graph if _is_marker(node, "Hidden")]
     for index, marker in enumerate(markers):
-        value = marker.inputs[0]
-        assert value is not None
-        ir.convenience.replace_all_uses_with(marker.outputs[0], value)
-        value.name = hidden_name(index)
+        _unmark(marker, hidden_name(index))
     optimizer.remove_unused_nodes(graph.model)
     layers = graph.count("TensorScatter") // 2
     _require(len(markers) == layers + 1, f"name_hidden_states found {len(markers)} markers for {layers} layers")
     graph.model.opset_imports.pop(TRACE_DOMAIN, None)
+
+
+def _unmark(marker: ir.Node, name: str) -> None:
+    """Let what reads a marker read what it marks, by that name."""
+    value = marker.inputs[0]
+    assert value is not None
+    ir.convenience.replace_all_uses_with(marker.outputs[0], value)
+    value.name = name
 
 
 PASSES: tuple[Pass, ...] = (
@@ -252,17 +279,25 @@ PASSES: tuple[Pass, ...] = (
     transpose_weights,
     pack_qkv,
     fold_query_groups,
+    name_replaceable_values,
     name_hidden_states,
 )
 
 
-def state_contract(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes | None = None) -> None:
-    """Give inputs and outputs the shapes of the contract; drop the tracer's shapes and names of everything between."""
-    specs = {
-        spec.name: spec
-        for spec in (*graph_inputs(geometry, graph.precision, fixed), *graph_outputs(geometry, graph.precision, fixed))
-    }
-    hidden = {hidden_name(index) for index in range(geometry.num_layers + 1)}
+def state_contract(
+    graph: DecoderGraph,
+    geometry: Geometry,
+    fixed: FixedShapes | None = None,
+    *,
+    inputs: Sequence[TensorSpec] | None = None,
+) -> None:
+    """Give inputs and outputs the shapes of the contract; drop the tracer's shapes and names of everything between.
+
+    ``inputs`` are those of a variant; by default the greedy graph's.
+    """
+    inputs = inputs or graph_inputs(geometry, graph.precision, fixed)
+    specs = {spec.name: spec for spec in (*inputs, *graph_outputs(geometry, graph.precision, fixed))}
+    kept = {POSITIONS, VISIBLE, *(hidden_name(index) for index in range(geometry.num_layers + 1))}
     for index, node in enumerate(graph.graph):
         node.name, node.doc_string = f"{node.op_type}_{index}", None
         node.metadata_props.clear()
@@ -270,7 +305,7 @@ def state_contract(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes |
             value.metadata_props.clear()
             if value.name in specs:
                 continue
-            if value.name not in hidden:
+            if value.name not in kept:
                 value.name = f"{node.name}_{position}"
             value.shape, value.type = None, None
     for value in (*graph.graph.inputs, *graph.graph.outputs):

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from cllm_export.bundle import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
     GREEDY_GRAPH,
+    LOOKAHEAD_GRAPH,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     Bundle,
@@ -46,6 +47,7 @@ from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.linking import LINKED_PASSES
 from cllm_export.exporter.lint import require_clean
+from cllm_export.exporter.lookahead import derive_lookahead, lookahead_obstacle
 from cllm_export.exporter.memory import plan_memory, watched_memory
 from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
 from cllm_export.exporter.stream import Use, stream_files, stream_tensors
@@ -75,7 +77,7 @@ MIN_MAX_LENGTH = 2
 _TEXT_BYTES = 1 << 16
 """What a bundle takes besides its weights, at the least."""
 
-GRAPH_FILE = "model.onnx"
+GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx"}
 TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
 
@@ -100,6 +102,8 @@ class BuildOptions:
     """The checkpoint that an adapter is for; by default the one that it names."""
     num_layers: int | None = None
     """The first so many layers alone, for debugging."""
+    lookahead: bool = False
+    """Add the lookahead graph. A model that can have none gets its greedy graph alone, and the report says why."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_length", "batch_size", "num_layers", "max_memory"):
@@ -117,6 +121,10 @@ class BuildReport:
     weights: WeightsMode
     reason: str
     """Why the weights were linked or copied."""
+    graphs: tuple[str, ...]
+    """Names of the bundle's graphs."""
+    lookahead_refused: str | None
+    """Why there is no lookahead graph, where one was asked for."""
     seconds: dict[str, float]
     """By stage. Of linked weights, ``scan`` runs alongside ``trace`` and ``passes``."""
     predicted_peak: int
@@ -225,6 +233,8 @@ class _Work:
             if mode == "link":
                 scan.start()
             graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
+            graphs = {GREEDY_GRAPH: graph}
+            refused = self._add_lookahead(graphs, checkpoint, settings)
             layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
             with staged_output(self._output, force=force) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
@@ -241,22 +251,40 @@ class _Work:
                     known = {WEIGHTS_NAME: weights.sha256()}
                 sums = scan.result()
                 with stages.stage("bundle"):
-                    attach_weights(graph, layout)
-                    _write_graph(graph, staging / GRAPH_FILE)
+                    for name, each in graphs.items():
+                        attach_weights(each, layout)
+                        _write_graph(each, name, staging)
                     _copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
-                    write_manifest(staging, _manifest(checkpoint, settings, layout, files, sums))
+                    write_manifest(staging, _manifest(checkpoint, settings, graphs, layout, files, sums))
                 written = perf_counter()
             stages.took("to disk", perf_counter() - written)
         return BuildReport(
             weights=mode,
             reason=reason,
+            graphs=tuple(graphs),
+            lookahead_refused=refused,
             seconds=stages.seconds,
             predicted_peak=memory.peak,
             peak=0,
             bytes_written=sum(entry.size for entry in files.values()),
             bytes_linked=sum(weight.length for weight in layout.linked.values()),
         )
+
+    def _add_lookahead(self, graphs: dict[str, DecoderGraph], checkpoint: Checkpoint, settings: Settings) -> str | None:
+        """Derive the lookahead graph where it was asked for; why there is none, where there can be none."""
+        if not self._options.lookahead:
+            return None
+        obstacle = lookahead_obstacle(
+            checkpoint.config, max_length=settings.max_length, fixed_shapes=settings.fixed is not None
+        )
+        if obstacle is not None:
+            self.stages.say(f"no lookahead graph: {obstacle}")
+            return obstacle
+        with self.stages.stage("lookahead"):
+            graphs[LOOKAHEAD_GRAPH] = graph = derive_lookahead(graphs[GREEDY_GRAPH], settings.geometry)
+            require_clean(ir.serde.serialize_model(graph.model))
+        return None
 
     def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo], precision: Precision) -> None:
         """Before the trace: a copy takes at least what its values take."""
@@ -422,12 +450,12 @@ def _trace(
     return graph
 
 
-def _write_graph(graph: DecoderGraph, path: Path) -> None:
-    graph.model.producer_name, graph.model.graph.name = "cllm-export", GREEDY_GRAPH
+def _write_graph(graph: DecoderGraph, name: str, directory: Path) -> None:
+    graph.model.producer_name, graph.model.graph.name = "cllm-export", name
     proto = ir.serde.serialize_model(graph.model)
     require_clean(proto)
-    onnx.save(proto, path)
-    log.info("%s: %d nodes", path.name, len(proto.graph.node))
+    onnx.save(proto, directory / GRAPH_FILES[name])
+    log.info("%s: %d nodes", GRAPH_FILES[name], len(proto.graph.node))
 
 
 def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
@@ -439,7 +467,12 @@ def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def _manifest(
-    checkpoint: Checkpoint, settings: Settings, layout: Layout, files: dict[str, FileEntry], sums: dict[Path, str]
+    checkpoint: Checkpoint,
+    settings: Settings,
+    graphs: Iterable[str],
+    layout: Layout,
+    files: dict[str, FileEntry],
+    sums: dict[Path, str],
 ) -> Manifest:
     used = {weight.file for weight in layout.linked.values()}
     linked = {
@@ -449,7 +482,7 @@ def _manifest(
     }
     return Manifest(
         family=checkpoint.family,
-        graphs={GREEDY_GRAPH: GraphEntry(file=GRAPH_FILE, fixed_shapes=settings.fixed)},
+        graphs={name: GraphEntry(file=GRAPH_FILES[name], fixed_shapes=settings.fixed) for name in graphs},
         geometry=settings.geometry,
         block_size=settings.block_size,
         max_length=settings.max_length,

@@ -31,7 +31,8 @@ from cllm_export.exporter.rotary import Tables, rotary_tables
 ATTENTION_NAME = "cllm_export_onnx"
 TRACE_DOMAIN = "cllm_export.trace"
 """Domain of the marker operators: Rotary stands for cos and sin until the rotary pass removes it, Hidden for the value
-between two layers until the last pass names it."""
+between two layers until the last pass names it, and Positions and Visible for the two values that a variant of the
+graph replaces."""
 
 HARMLESS = frozenset({"dropout", "sliding_window", "position_ids", "use_cache"})
 """What stock layers tell their attention and the graph says elsewhere, in its mask above all."""
@@ -122,7 +123,7 @@ class Masks:
         rows = positions[:, None, :, None]
         causal = kv_positions <= rows
         if self.window is None:
-            return causal
+            return _marked("Visible", causal)
         sliding = causal & (kv_positions > rows - self.window)
         return {"full_attention": causal, "sliding_attention": sliding} if self.by_layer_type else sliding
 
@@ -156,7 +157,7 @@ class GreedyGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         b, n = input_ids.shape
         rows = self.row_numbers[:n]
-        positions = write_index[:, None] + rows
+        positions = _marked("Positions", write_index[:, None] + rows)
         mask = self.masks.make(kv_positions, positions)
         cache = ScatterCache(past, write_index, kv_positions.shape[0])
         hidden = self.decoder.model(
@@ -175,19 +176,21 @@ def _mark_hidden_states(layers: nn.ModuleList) -> None:
     """Mark what each layer takes, and what the last one gives."""
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_hidden(inputs[0]), *inputs[1:])
+        return (_marked("Hidden", inputs[0]), *inputs[1:])
 
     def after(_: nn.Module, __: Any, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        return _hidden(output) if isinstance(output, Tensor) else (_hidden(output[0]), *output[1:])
+        if isinstance(output, Tensor):
+            return _marked("Hidden", output)
+        return (_marked("Hidden", output[0]), *output[1:])
 
     for layer in layers:
         layer.register_forward_pre_hook(before)
     layers[-1].register_forward_hook(after)
 
 
-def _hidden(value: Tensor) -> Tensor:
+def _marked(kind: str, value: Tensor) -> Tensor:
     marked: Tensor = torch.onnx.ops.symbolic(
-        f"{TRACE_DOMAIN}::Hidden", (value,), dtype=value.dtype, shape=list(value.shape)
+        f"{TRACE_DOMAIN}::{kind}", (value,), dtype=value.dtype, shape=list(value.shape)
     )
     return marked
 

@@ -7,7 +7,7 @@ forward and keep every loop testable without an engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,39 @@ class Engine(Protocol):
 
         Raises:
             EngineError: as ``read_rows``, or the rows have another shape or dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class LookaheadEngine(Engine, Protocol):
+    """An engine that can also run the lookahead graph, over the same KV cache."""
+
+    def require_lookahead(self) -> None:
+        """Make ready for ``forward_rows``; what takes time in it is done here.
+
+        Raises:
+            OptionError: the bundle has no lookahead graph.
+        """
+        ...
+
+    def forward_rows(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        row_offsets: NDArray[np.int64],
+        row_mask: NDArray[np.bool_],
+    ) -> Forward:
+        """Run a block [B, n] whose row i sits at ``write_index + row_offsets[i]`` and sees, of the block, row j where
+        ``row_mask[i, j]``. Offsets [n] and mask [n, n] hold for every slot.
+
+        KV is written row by row, as in ``forward``: of the leading rows whose offsets are 0, 1, 2, ... it lies where
+        later forwards look for it, of all others it is dead.
+
+        Raises:
+            OptionError: the bundle has no lookahead graph.
+            EngineError: as ``forward``.
         """
         ...
 

@@ -18,13 +18,19 @@ from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
 from cllm_export.runtime.choose import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
-from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.engine import Engine, LookaheadEngine
+from cllm_export.runtime.jacobi import Decoder
 from cllm_export.runtime.latency_file import read_latency
+from cllm_export.runtime.lookahead import Lookahead
+from cllm_export.runtime.lookahead_layout import LookaheadShape
+from cllm_export.runtime.lookahead_loop import LookaheadLoop
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.request import (
+    LOOKAHEAD,
     METHOD_OF_LOOP,
     METHODS,
     Decode,
@@ -34,7 +40,7 @@ from cllm_export.runtime.request import (
     make_decoder,
 )
 from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sampler, Sampling
-from cllm_export.runtime.scheduler import Scheduler, Task
+from cllm_export.runtime.scheduler import Scheduler, Taker, Task
 from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 from cllm_export.runtime.time_forwards import time_forwards
@@ -82,15 +88,18 @@ class Options(TypedDict, total=False):
 
     Keys:
         max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
-        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop the
-            model was trained with, else ``jacobi``.
+        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``autoregressive`` or ``lookahead``; by default
+            the loop the model was trained with, else ``jacobi``. Lookahead is for greedy requests, one at a time, of a
+            bundle that has a graph for it.
         block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
             1 included; what is learned of the model serves all its later requests. By default ``auto`` for
             ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and 1 for
             ``autoregressive``. An engine pinned to one shape has one n.
         deterministic: n is the model's own, so that a request runs the same forwards again: where it is chosen, a near
             tie may round to another token at another time.
-        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``.
+        window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
+        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``; and
+            ``prompt`` for ``lookahead``, whose window it fills.
         seed: of the noise that samples, and of the ``prompt`` fill; by default a fresh one for each sampled request,
             which ``Generation.seed`` tells.
         stop: strings to stop at; the text is cut before the first one.
@@ -104,6 +113,9 @@ class Options(TypedDict, total=False):
     max_new_tokens: int | None
     method: Method | None
     block_size: int | Literal["auto"] | None
+    window: int | None
+    ngram: int | None
+    guesses: int | None
     deterministic: bool
     fill: FillName | None
     seed: int | None
@@ -128,6 +140,7 @@ READING: Options = {"max_new_tokens": 1, "method": "autoregressive", "ignore_eos
 """Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
 
 _GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
+_SHAPE = ("window", "ngram", "guesses")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
@@ -157,6 +170,9 @@ class Prepared:
     prompt: list[int]
     method: Method
     block_size: BlockSize
+    """n of every forward, or where ``lookahead`` is set, rows of the largest."""
+    lookahead: LookaheadShape | None
+    """W, N and G where that is the method."""
     fill: FillName
     sampling: Sampling
     logprobs: int | None
@@ -318,10 +334,11 @@ class Model:
         method = options.get("method")
         if method is None:
             method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
-        require_one_of("method", method, METHODS)
+        require_one_of("method", method, (*METHODS, LOOKAHEAD))
+        shape = self._settle_lookahead(method, options)
         fill = options.get("fill")
         if fill is None:
-            fill = trained.fill if trained else "pad"
+            fill = "prompt" if shape else trained.fill if trained else "pad"
         require_one_of("fill", fill, FILLS)
         stop = options.get("stop")
         if stop is None:
@@ -343,13 +360,18 @@ class Model:
             if num_logprobs > MAX_LOGPROBS:
                 raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {num_logprobs}")
         constraint = self._compile_grammar(options)
+        if shape:
+            _refuse_beside_lookahead(sampling, num_logprobs, constraint)
         ids = self.encode(prompt)
         return Prepared(
             prompt=ids,
             method=method,
-            block_size=self.settle_block_size(
+            block_size=shape.max_rows
+            if shape
+            else self.settle_block_size(
                 options.get("block_size"), method, deterministic=bool(options.get("deterministic"))
             ),
+            lookahead=shape,
             fill=fill,
             sampling=sampling,
             logprobs=num_logprobs,
@@ -358,6 +380,25 @@ class Model:
             stop=tuple(stop),
             ignore_eos=bool(options.get("ignore_eos")),
         )
+
+    def _settle_lookahead(self, method: Method, options: Options) -> LookaheadShape | None:
+        """W, N and G where the method is lookahead, and the engine ready for it."""
+        given = {name: options[name] for name in _SHAPE if options.get(name) is not None}  # type: ignore[literal-required]
+        if method != LOOKAHEAD:
+            if given:
+                raise OptionError(f"{next(iter(given))} is for the method lookahead, and the method is {method}")
+            return None
+        if options.get("block_size") is not None:
+            raise OptionError("block_size is not for lookahead: window, ngram and guesses give the size of its block")
+        shape = LookaheadShape(**given)
+        shape.require_fitting(self.engine.geometry.max_block_size)
+        self._lookahead_engine().require_lookahead()
+        return shape
+
+    def _lookahead_engine(self) -> LookaheadEngine:
+        if not isinstance(self.engine, LookaheadEngine):
+            raise OptionError(f"{type(self.engine).__name__} runs no lookahead graph: choose another method")
+        return self.engine
 
     def _compile_grammar(self, options: Options) -> Constraint | None:
         given = [kind for kind in _GRAMMARS if options.get(kind) is not None]
@@ -382,6 +423,24 @@ class Model:
             seed=request.sampling.seed,
             pad_token_id=pad_token(self.facts),
         )
+        return self._decode_with(decoder, request, stop_cut)
+
+    def make_loop(self, request: Prepared, *, stop_cut: StopCut | None, take: Taker) -> tuple[Task, Loop]:
+        """The task of one request and what runs it, with the engine for itself."""
+        if request.lookahead is None:
+            decode = self.make_decode(request, stop_cut)
+            task = Task(request.prompt, decode, drafts=self.drafts_of(request), take=take)
+            scheduler = self.make_scheduler(request.block_size)
+            scheduler.submit(task)
+            return task, scheduler
+        pad = pad_token(self.facts)
+        fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=request.sampling.seed)
+        decoder = Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
+        task = Task(request.prompt, self._decode_with(decoder, request, stop_cut), take=take)
+        engine = self._lookahead_engine()
+        return task, LookaheadLoop(engine, task, decoder, block_size=request.lookahead.max_rows, pad_token_id=pad)
+
+    def _decode_with(self, decoder: Decoder, request: Prepared, stop_cut: StopCut | None) -> Decode:
         sampler = None
         if request.constraint or not request.sampling.is_greedy:
             sampler = Sampler(
@@ -485,6 +544,19 @@ class Model:
             self._lock.release()
 
 
+class Loop(Protocol):
+    """Runs what it was given, a forward a step."""
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def step(self) -> object: ...
+
+    def cancel(self, task: Task) -> object:
+        """End what runs, as where nobody reads on."""
+        ...
+
+
 class Stream(Iterator[str]):
     """Text deltas of one request, which starts with the first one read.
 
@@ -549,22 +621,19 @@ class _Run:
 
     def tokens(self) -> Iterator[list[int]]:
         """New tokens, one list for each forward."""
-        decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
-        self._task = task = Task(
-            self._request.prompt, decode, drafts=self._model.drafts_of(self._request), take=self._take
-        )
-        scheduler = self._model.make_scheduler(self._request.block_size)
-        scheduler.submit(task)
+        stop_cut = self._cut_at_stop if self._request.stop else None
+        task, loop = self._model.make_loop(self._request, stop_cut=stop_cut, take=self._take)
+        self._task = task
         try:
-            while not scheduler.is_idle:
-                scheduler.step()
+            while not loop.is_idle:
+                loop.step()
                 if task.error:
                     raise task.error
                 if self._new:
                     new, self._new = self._new, []
                     yield new
         finally:
-            scheduler.cancel(task)  # a stream that is closed early; nothing where it has ended
+            loop.cancel(task)  # a stream that is closed early; nothing where it has ended
 
     def result(self) -> Generation:
         if self._task is None:
@@ -638,6 +707,12 @@ def load(
         )
     codec = TextCodec.of_bundle(bundle)
     return Model(bundle.manifest, engine, codec, prompt_state=state, forward_seconds=seconds)
+
+
+def _refuse_beside_lookahead(sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:
+    given = {"sampling": not sampling.is_greedy, "logprobs": logprobs is not None, "a grammar": constraint is not None}
+    if asked := next((what for what, is_given in given.items() if is_given), None):
+        raise OptionError(f"lookahead is for greedy requests and excludes {asked}: choose another method")
 
 
 def pad_token(facts: ModelFacts) -> int:

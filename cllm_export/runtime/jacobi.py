@@ -20,13 +20,25 @@ class Block(NamedTuple):
     num_committed: int
 
 
+class Tried(NamedTuple):
+    """The text that a forward verified, where its block holds more than that."""
+
+    position: int
+    """Of its first token, which was known."""
+    tokens: list[int]
+    next_ids: list[int]
+    """The prediction after each of ``tokens``."""
+
+
 class Commit(NamedTuple):
     """What a forward's outputs came to."""
 
     tokens: list[int]
     """Tokens now known that were not known before, the bonus included."""
     num_accepted: int
-    """Rows of the block that the policy took as right."""
+    """Rows of the block, or of what it tried, that the policy took as right."""
+    tried: Tried | None = None
+    """None where the block itself is the text that was tried."""
 
 
 class Decoder(Protocol):

@@ -42,7 +42,7 @@ class MappedWeights:
                 raise EngineError(f"{path} cannot be mapped into memory: {error}") from None
 
     def hand_to(self, options: onnxruntime.SessionOptions) -> None:
-        """Make a session take these weights instead of reading files."""
+        """Make a session take these weights instead of reading files; any number of sessions share them."""
         if not self._maps:
             return
         import onnxruntime
@@ -50,9 +50,10 @@ class MappedWeights:
         maps = list(self._maps.values())
         options.add_external_initializers_from_files_in_memory(list(self._maps), maps, [each.nbytes for each in maps])
         for name, weight in self._weights.items():
-            place = self._maps[weight.file][weight.offset : weight.offset + weight.length]
-            array = place.view(NUMPY_DTYPE[weight.dtype]).reshape(weight.shape)
-            self._values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            if name not in self._values:
+                place = self._maps[weight.file][weight.offset : weight.offset + weight.length]
+                array = place.view(NUMPY_DTYPE[weight.dtype]).reshape(weight.shape)
+                self._values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             options.add_initializer(name, self._values[name])
 
     def release_pages(self) -> None:

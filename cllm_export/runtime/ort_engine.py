@@ -1,4 +1,5 @@
-"""The ONNX Runtime engine: one session, static buffers bound once for each shape, the KV cache updated in place."""
+"""The ONNX Runtime engine: a session for each graph in use, static buffers bound once for each shape, one KV cache that
+all of them update in place."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import GREEDY_GRAPH, Bundle
+from cllm_export.bundle import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle
 from cllm_export.contract import (
     LOGITS,
     FixedShapes,
@@ -22,7 +23,7 @@ from cllm_export.contract import (
     check_rows,
     require_at_least,
 )
-from cllm_export.errors import EngineError, MissingExtraError
+from cllm_export.errors import EngineError, MissingExtraError, OptionError
 from cllm_export.runtime.engine import Forward, KvRows
 from cllm_export.runtime.kv_cache import allocate, check_row_shape, kv_extent
 from cllm_export.runtime.mapped_weights import MappedWeights
@@ -50,19 +51,28 @@ class _Buffers(NamedTuple):
     logits: NDArray[np.float32] | None
 
 
+class _RowBuffers(NamedTuple):
+    """What the rows of a block are to each other: inputs of the lookahead graph."""
+
+    offsets: Int64Array
+    mask: NDArray[np.bool_]
+
+
 class _Binding(NamedTuple):
     """One ``IOBinding`` for a block size and extent, and the buffers behind it."""
 
     buffers: _Buffers
     io: Any
+    rows: _RowBuffers | None = None
 
 
 class OrtEngine:
-    """Runs one graph of a bundle on ONNX Runtime's CPU provider. See ``Engine`` for the calls. Not thread-safe.
+    """Runs a bundle on ONNX Runtime's CPU provider. See ``LookaheadEngine`` for the calls. Not thread-safe.
+
+    The lookahead graph is loaded when it is first asked for: its session packs the weights a second time.
 
     Args:
         bundle: an opened bundle.
-        graph: which of its graphs.
         num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
         threads: intra-op threads; by default as many as the process may use.
         log_severity: ONNX Runtime's own level, 2 to see its warnings.
@@ -76,7 +86,6 @@ class OrtEngine:
         self,
         bundle: Bundle,
         *,
-        graph: str = GREEDY_GRAPH,
         num_slots: int | None = None,
         threads: int | None = None,
         log_severity: int = 3,
@@ -87,14 +96,15 @@ class OrtEngine:
                 f"{bundle.path} is a bf16 bundle, and ONNX Runtime's CPU provider multiplies no bf16 matrices: "
                 "build it with --precision fp32, or run it on a GPU engine"
             )
-        path = bundle.graph_path(graph)
-        self._fixed = manifest.graphs[graph].fixed_shapes
+        self._bundle = bundle
+        self._threads = threads or available_threads()
+        self._log_severity = log_severity
+        self._fixed = manifest.graphs[GREEDY_GRAPH].fixed_shapes
         self._geometry = manifest.geometry
         self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
-        linked = MappedWeights(bundle)
-        self._session = _make_session(str(path), threads or available_threads(), log_severity, linked)
-        self._linked = linked  # the session reads them through this map
-        linked.release_pages()
+        self._linked = MappedWeights(bundle)  # sessions read them through this map
+        self._session = self._load(GREEDY_GRAPH)
+        self._lookahead: onnxruntime.InferenceSession | None = None
         self._chunk = SMALL_CHUNK if bundle.weight_bytes <= CACHE_RESIDENT_BYTES else CHUNK
         self.run_seconds = 0.0
         self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
@@ -106,6 +116,8 @@ class OrtEngine:
         self._positions = np.arange(self._geometry.cache_length, dtype=np.int64)
         self._buffers: dict[tuple[int, int, bool], _Buffers] = {}
         self._bindings: dict[tuple[int, int, int, bool], _Binding] = {}
+        self._row_buffers: dict[int, _RowBuffers] = {}
+        self._row_bindings: dict[tuple[int, int], _Binding] = {}
 
     @property
     def geometry(self) -> Geometry:
@@ -141,6 +153,40 @@ class OrtEngine:
         chunk_size = len(input_ids[0])
         self._run(input_ids, num_committed, write_index, chunk_size, chunk_size if self._fixed else 1)
 
+    def require_lookahead(self) -> None:
+        if self._lookahead is not None:
+            return
+        if LOOKAHEAD_GRAPH not in self._bundle.manifest.graphs:
+            raise OptionError(
+                f"{self._bundle.path} has no lookahead graph: build it with: cllm-export build CHECKPOINT --output "
+                f"{self._bundle.path} --lookahead --force"
+            )
+        self._lookahead = self._load(LOOKAHEAD_GRAPH)
+
+    def forward_rows(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        row_offsets: Int64Array,
+        row_mask: NDArray[np.bool_],
+    ) -> Forward:
+        self.require_lookahead()
+        block_size = len(input_ids[0])
+        self._check_slots(input_ids, num_committed, write_index)
+        binding = self._row_binding(block_size, max(write_index))
+        assert binding.rows is not None
+        if row_offsets.shape != (block_size,) or row_mask.shape != (block_size, block_size):
+            raise EngineError(
+                f"a block of {block_size} needs that many row offsets and a mask of as many rows and columns, got "
+                f"{list(row_offsets.shape)} and {list(row_mask.shape)}"
+            )
+        binding.rows.offsets[:] = row_offsets
+        binding.rows.mask[:] = row_mask
+        self._fill(binding, input_ids, num_committed, write_index)
+        self._run_binding(binding, self._lookahead)
+        return Forward(binding.buffers.next_ids.tolist(), self._num_accepted.tolist())
+
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
         return np.stack([array[slot, :, start:stop] for array in self.cache.values()])
@@ -156,7 +202,7 @@ class OrtEngine:
         timing."""
         self._write_index.fill(write_index)
         self._num_committed.fill(1)
-        self._run_binding(self._binding(block_size, block_size, write_index))
+        self._run_binding(self._binding(block_size, block_size, write_index), self._session)
 
     def _run(
         self,
@@ -168,32 +214,43 @@ class OrtEngine:
         *,
         with_logits: bool = False,
     ) -> _Buffers:
-        if not len(input_ids) == len(num_committed) == len(write_index) == self._num_slots:
+        self._check_slots(input_ids, num_committed, write_index)
+        binding = self._binding(block_size, head_size, max(write_index), with_logits=with_logits)
+        self._fill(binding, input_ids, num_committed, write_index)
+        self._run_binding(binding, self._session)
+        return binding.buffers
+
+    def _check_slots(self, *given: Sequence[Any]) -> None:
+        if any(len(each) != self._num_slots for each in given):
             raise EngineError(
                 f"a forward needs a block, num_committed and write_index for each of {self._num_slots} slots"
             )
-        binding = self._binding(block_size, head_size, max(write_index), with_logits=with_logits)
+
+    def _fill(
+        self,
+        binding: _Binding,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+    ) -> None:
         try:
             binding.buffers.input_ids[:] = input_ids
         except ValueError as error:
-            raise EngineError(f"the blocks of one forward must all have {block_size} tokens: {error}") from None
+            size = binding.buffers.input_ids.shape[1]
+            raise EngineError(f"the blocks of one forward must all have {size} tokens: {error}") from None
         self._num_committed[:] = num_committed
         self._write_index[:] = write_index
-        self._run_binding(binding)
-        return binding.buffers
 
-    def _run_binding(self, binding: _Binding) -> None:
+    def _run_binding(self, binding: _Binding, session: Any) -> None:
         started = perf_counter()
         try:
-            self._session.run_with_iobinding(binding.io)
+            session.run_with_iobinding(binding.io)
         except Exception as error:  # onnxruntime raises its own types, unrelated to each other
             raise EngineError(f"ONNX Runtime failed in a forward: {error}") from error
         self.run_seconds += perf_counter() - started
 
     def _binding(self, block_size: int, head_size: int, write_index: int, *, with_logits: bool = False) -> _Binding:
-        cache_length = self._geometry.cache_length
-        extent = self._fixed.kv_extent if self._fixed else kv_extent(write_index + block_size, cache_length)
-        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
+        extent = self._extent(block_size, write_index)
         key = (block_size, head_size, extent, with_logits)
         binding = self._bindings.get(key)
         if binding is None:
@@ -201,13 +258,37 @@ class OrtEngine:
             binding = self._bindings[key] = self._bind(*key)
         return binding
 
+    def _row_binding(self, block_size: int, write_index: int) -> _Binding:
+        extent = self._extent(block_size, write_index)
+        key = (block_size, extent)
+        if key not in self._row_bindings:
+            new = _RowBuffers(np.zeros(block_size, np.int64), np.zeros((block_size, block_size), np.bool_))
+            rows = self._row_buffers.setdefault(block_size, new)
+            buffers = self._make_buffers(block_size, block_size, False)
+            io = self._bind_io(self._lookahead, buffers, extent)
+            io.bind_ortvalue_input("row_offsets", _bindable(rows.offsets))
+            io.bind_ortvalue_input("row_mask", _bindable(rows.mask))
+            self._row_bindings[key] = _Binding(buffers, io, rows)
+        return self._row_bindings[key]
+
+    def _extent(self, block_size: int, write_index: int) -> int:
+        """S of a forward, which fits the cache."""
+        cache_length = self._geometry.cache_length
+        extent = self._fixed.kv_extent if self._fixed else kv_extent(write_index + block_size, cache_length)
+        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
+        return extent
+
     def _check_shape(self, block_size: int) -> None:
         if self._fixed and block_size != self._fixed.block_size:
             raise EngineError(f"this graph is pinned to blocks of {self._fixed.block_size}, got {block_size}")
 
     def _bind(self, block_size: int, head_size: int, extent: int, with_logits: bool) -> _Binding:
         buffers = self._make_buffers(block_size, head_size, with_logits)
-        io = self._session.io_binding()
+        return _Binding(buffers, self._bind_io(self._session, buffers, extent))
+
+    def _bind_io(self, session: Any, buffers: _Buffers, extent: int) -> Any:
+        """What every graph has, bound to the buffers and to the one cache."""
+        io = session.io_binding()
         inputs = {
             "input_ids": buffers.input_ids,
             "num_committed": self._num_committed,
@@ -225,7 +306,7 @@ class OrtEngine:
         for past, present in cache_names(self._geometry.num_layers):
             io.bind_ortvalue_input(past, self._cache_values[past])
             io.bind_ortvalue_output(present, self._cache_values[past])
-        return _Binding(buffers, io)
+        return io
 
     def _make_buffers(self, block_size: int, head_size: int, with_logits: bool) -> _Buffers:
         key = (block_size, head_size, with_logits)
@@ -238,6 +319,12 @@ class OrtEngine:
                 logits=np.zeros(logits_shape, np.float32) if with_logits else None,
             )
         return self._buffers[key]
+
+    def _load(self, graph: str) -> onnxruntime.InferenceSession:
+        path = self._bundle.graph_path(graph)
+        session = _make_session(str(path), self._threads, self._log_severity, self._linked)
+        self._linked.release_pages()
+        return session
 
     def _settle_slots(self, num_slots: int | None, batch_size: int) -> int:
         if num_slots is not None:

@@ -12,25 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.bundle import FillName, Loop
-from cllm_export.errors import EngineError
+from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import make_fill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, Decoder, SlidingJacobi
 from cllm_export.runtime.sampling import Logprob, Sampler, logprobs_of
 from cllm_export.runtime.statistics import ForwardRecord
 
-Method = Literal["jacobi", "jacobi-block", "autoregressive"]
+SlotMethod = Literal["jacobi", "jacobi-block", "autoregressive"]
+Method = Literal[SlotMethod, "lookahead"]
+LOOKAHEAD: Literal["lookahead"] = "lookahead"
 JacobiMethod = Literal["jacobi", "jacobi-block"]
 FinishReason = Literal["eos", "length", "stop", "closed"]
 
-DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
+DECODERS: dict[SlotMethod, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
     "jacobi": SlidingJacobi,
     "jacobi-block": BlockJacobi,
     "autoregressive": Autoregressive,
 }
-METHODS: tuple[Method, ...] = tuple(DECODERS)
+METHODS: tuple[SlotMethod, ...] = tuple(DECODERS)
+"""The loops that share forwards slot by slot, in the graph that every bundle has. Lookahead is none of them: what the
+rows of its forward are to each other holds for every slot, so it has the engine for itself."""
 METHOD_OF_LOOP: dict[Loop, JacobiMethod] = {"sliding": "jacobi", "block": "jacobi-block"}
 """The method that decodes in the form a model was trained for."""
+
+_ONE_AT_A_TIME = (
+    "lookahead runs one request at a time, through Model.generate or Model.stream: the size and the mask of its block "
+    "hold for the whole forward, so nothing else decodes beside it; choose another method"
+)
 
 StopCut = Callable[[list[int]], int | None]
 """How many of these new tokens are left where a stop string ends the request among them; None where none does."""
@@ -103,7 +112,7 @@ class Decode:
             raise EngineError("this request needs logits, and the engine gave none")
         if self._sampler and logits is not None:
             next_ids, num_accepted = self._sampler.draw(*self._block, write_index, logits)
-        known, num_right = self._decoder.commit(next_ids, num_accepted)
+        known, num_right, tried = self._decoder.commit(next_ids, num_accepted)
         if not known:  # a sound graph accepts one row at least; a broken one must not loop for ever
             raise EngineError(
                 f"the engine accepted {num_accepted} rows at write index {write_index}, which makes no token known: "
@@ -123,7 +132,8 @@ class Decode:
             self.finish = "length"
         if lost := len(known) - len(new):
             num_right -= lost - 1  # the bonus is lost first, and is no row of the block
-        self.records.append(ForwardRecord(write_index, self._block.tokens, next_ids, num_right, new))
+        at, tokens, predicted = tried or (write_index, self._block.tokens, next_ids)
+        self.records.append(ForwardRecord(at, tokens, predicted, num_right, new))
         return new
 
     def _cut(self, known: list[int]) -> list[int]:
@@ -137,12 +147,24 @@ class Decode:
         return new
 
 
+def require_shareable(method: Method | None) -> None:
+    """Refuse a method whose forwards no other request can share.
+
+    Raises:
+        OptionError: it is lookahead.
+    """
+    if method == LOOKAHEAD:
+        raise OptionError(_ONE_AT_A_TIME)
+
+
 def make_decoder(method: Method, prompt: Sequence[int], *, fill: FillName, seed: int, pad_token_id: int) -> Decoder:
     """The policy that decodes a prompt whose KV, less that of its last token, is written.
 
     Raises:
-        OptionError: no such fill.
+        OptionError: no such fill, or a method that has no policy of a slot of its own.
     """
+    if method == LOOKAHEAD:
+        raise OptionError(_ONE_AT_A_TIME)
     return DECODERS[method](
         last_token=prompt[-1],
         write_index=len(prompt) - 1,

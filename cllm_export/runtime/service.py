@@ -22,7 +22,7 @@ from cllm_export.errors import EngineError, OptionError, QueueFullError
 from cllm_export.runtime.batch import MIN_READING_WIDTH
 from cllm_export.runtime.generate import READING, BlockSize, Generation, Model, Options, Prepared, pad_token
 from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
-from cllm_export.runtime.request import StopCut
+from cllm_export.runtime.request import StopCut, require_shareable
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
 from cllm_export.runtime.text import Messages, TextStream
 
@@ -329,6 +329,7 @@ class Service:
         for name in ("block_size", "deterministic"):
             if name in options:
                 raise OptionError(f"{name} is the service's, one for all its requests: Service(model, block_size=...)")
+        require_shareable(options.get("method"))
         prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
         return Handle(self, prepared, self.model.eos_of(prepared))
 

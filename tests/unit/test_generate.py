@@ -221,7 +221,7 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
     [
         ("max_new_tokens", 0, "must be an integer of at least 1, got 0"),
         ("max_new_tokens", 2.5, "must be an integer"),
-        ("method", "lookahead", "must be one of jacobi, jacobi-block, autoregressive, got 'lookahead'"),
+        ("method", "medusa", "must be one of jacobi, jacobi-block, autoregressive, lookahead, got 'medusa'"),
         ("fill", "random", "must be one of pad, repeat, prompt, lookup, got 'random'"),
         ("block_size", 17, "must be at most 16 for this model, got 17"),
         ("block_size", 0, "must be an integer of at least 1, got 0"),
