@@ -13,12 +13,15 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
-from cllm_export.bundle import FILLS, FillName, TrainedWith, open_bundle, require_one_of
+from cllm_export.bundle import Bundle, TrainedWith, open_bundle, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
+from cllm_export.runtime.draft import parse_fill
+from cllm_export.runtime.draft_model import DraftModel, check_pair
 from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.ngram_pool import NgramPool
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.request import (
     METHOD_OF_LOOP,
@@ -73,10 +76,14 @@ class Options(TypedDict, total=False):
 
     Keys:
         max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
-        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's) or ``autoregressive``; by default the loop the
-            model was trained with, else ``jacobi``.
+        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``speculative`` (every block is what ``fill``
+            guesses, none of it the model's own) or ``autoregressive``; by default the loop the model was trained with,
+            else ``jacobi``.
         block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
-        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``.
+        fill: the draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` (n-grams of the texts and rejected
+            drafts of all requests that say so), ``model`` (a draft model's tokens), or several joined by ``+``, asked
+            in order: ``pool+lookup``. By default what the model was trained with, else ``pad``; for ``speculative``
+            ``model`` where there is one, else ``lookup``.
         seed: of the noise that samples, and of the ``prompt`` fill; by default a fresh one for each sampled request,
             which ``Generation.seed`` tells.
         stop: strings to stop at; the text is cut before the first one.
@@ -90,7 +97,7 @@ class Options(TypedDict, total=False):
     max_new_tokens: int | None
     method: Method | None
     block_size: int | None
-    fill: FillName | None
+    fill: str | None
     seed: int | None
     stop: Sequence[str]
     ignore_eos: bool
@@ -136,7 +143,7 @@ class Prepared:
     prompt: list[int]
     method: Method
     block_size: int
-    fill: FillName
+    fill: str
     sampling: Sampling
     logprobs: int | None
     constraint: Constraint | None
@@ -155,12 +162,20 @@ class Model:
         facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
+        draft_model: what answers the ``model`` fill, with as many lanes as the engine has slots.
+        pool: n-grams that requests with the ``pool`` fill share.
     """
 
-    def __init__(self, facts: ModelFacts, engine: Engine, codec: TextCodec) -> None:
+    def __init__(
+        self, facts: ModelFacts, engine: Engine, codec: TextCodec, *, draft_model: DraftModel | None = None
+    ) -> None:
+        if draft_model and draft_model.num_lanes < engine.num_slots:
+            raise OptionError(f"a draft model for {engine.num_slots} slots has {draft_model.num_lanes} lanes")
         self.facts = facts
         self.engine = engine
         self.codec = codec
+        self.draft_model = draft_model
+        self.pool = NgramPool()
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -231,10 +246,7 @@ class Model:
         if method is None:
             method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
         require_one_of("method", method, METHODS)
-        fill = options.get("fill")
-        if fill is None:
-            fill = trained.fill if trained else "pad"
-        require_one_of("fill", fill, FILLS)
+        fill = self._settle_fill(options.get("fill"), method)
         stop = options.get("stop")
         if stop is None:
             stop = ()
@@ -269,6 +281,17 @@ class Model:
             ignore_eos=bool(options.get("ignore_eos")),
         )
 
+    def _settle_fill(self, fill: str | None, method: Method) -> str:
+        if fill is None:
+            if method == "speculative":
+                return "model" if self.draft_model else "lookup"
+            return self.facts.trained_with.fill if self.facts.trained_with else "pad"
+        if "model" in parse_fill(fill) and not self.draft_model:
+            raise OptionError(
+                f"fill {fill!r} needs a draft model: load(path, draft_model=...), --draft-model on the command line"
+            )
+        return fill
+
     def _compile_grammar(self, options: Options) -> Constraint | None:
         given = [kind for kind in _GRAMMARS if options.get(kind) is not None]
         if not given:
@@ -291,6 +314,7 @@ class Model:
             fill=request.fill,
             seed=request.sampling.seed,
             pad_token_id=pad_token(self.facts),
+            pool=self.pool,
         )
         sampler = None
         if request.constraint or not request.sampling.is_greedy:
@@ -448,6 +472,8 @@ class _Run:
         while decode.finish == "closed":
             started, engine_started = perf_counter(), engine.run_seconds
             write_index = decode.write_index
+            if self._model.draft_model and (wish := decode.wish(size)):
+                self._model.draft_model.draft({0: wish})
             tokens, num_committed = decode.next_block(size)
             if idle:
                 blocks = [tokens] * (1 + idle)
@@ -474,7 +500,13 @@ class _Run:
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
 
-def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    num_slots: int | None = None,
+    draft_model: str | Path | None = None,
+) -> Model:
     """Load a bundle for generation on the CPU.
 
     Args:
@@ -482,8 +514,10 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
             own.
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
+        draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
 
     Raises:
+        OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
         EngineError: the engine does not take the graph.
         MissingExtraError: no engine is installed.
@@ -491,9 +525,29 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
     if threads is not None:
         require_at_least("threads", threads, 1)
     bundle = open_bundle(path)
+    draft = open_bundle(draft_model) if draft_model else None
+    if draft:
+        check_pair(bundle, draft)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
+    codec = TextCodec.of_bundle(bundle)
+    drafter = _load_draft_model(draft, engine.num_slots, threads) if draft else None
+    return Model(bundle.manifest, engine, codec, draft_model=drafter)
+
+
+def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> DraftModel:
+    pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+    if pinned and pinned.batch_size < num_slots:
+        raise OptionError(
+            f"draft model {bundle.path} is pinned to {pinned.batch_size} slots and the model has {num_slots}: "
+            f"build it with --batch-size {num_slots}, or without --fixed-shapes"
+        )
+    return DraftModel(
+        OrtEngine(bundle, num_slots=None if pinned else num_slots, threads=threads),
+        max_length=bundle.manifest.max_length,
+        pad_token_id=pad_token(bundle.manifest),
+        trained_with=bundle.manifest.trained_with,
+    )
 
 
 def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:

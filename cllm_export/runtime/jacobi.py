@@ -1,4 +1,4 @@
-"""The two Jacobi loops as policy: which block the next forward verifies, and what its outputs commit.
+"""The two Jacobi loops as policy, and their seam: which block the next forward verifies, and what its outputs commit.
 
 No tensors, no engine: ``next_block`` says what to run at ``write_index``, ``commit`` takes the outputs. Rejecting a
 draft token is nothing but moving ``write_index`` by fewer rows than the block has. Sources: CLLM (arXiv 2403.00835),
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.draft import Fill, Wish
 
 
 class Block(NamedTuple):
@@ -34,6 +34,10 @@ class Decoder(Protocol):
     write_index: int
     """Valid KV rows of the request's slot; where the next block's KV is written."""
 
+    def wish(self, size: int) -> Wish | None:
+        """What a draft model must answer before ``next_block`` of this size is called; None for nothing."""
+        ...
+
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs, ``size`` tokens. Until ``commit`` it may be asked for again."""
         ...
@@ -55,6 +59,10 @@ class SlidingJacobi:
         self._fill = fill
         self._block = [last_token]
 
+    def wish(self, size: int) -> Wish | None:
+        missing = size - len(self._block)
+        return self._fill.wish(missing, self._block[1:]) if missing > 0 else None
+
     def next_block(self, size: int) -> Block:
         if missing := size - len(self._block):
             if missing > 0:
@@ -65,8 +73,10 @@ class SlidingJacobi:
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += num_accepted
-        new, self._block = next_ids[:num_accepted], next_ids[num_accepted - 1 :]
+        new, rejected = next_ids[:num_accepted], self._block[num_accepted:]
+        self._block = next_ids[num_accepted - 1 :]
         self._fill.accept(new)
+        self._fill.reject(rejected, next_ids[num_accepted:])
         return Commit(new, num_accepted)
 
 
@@ -84,6 +94,9 @@ class BlockJacobi:
         self._last = last_token
         self._block: list[int] = []
 
+    def wish(self, size: int) -> Wish | None:
+        return None if self._block else self._fill.wish(size - 1, ())
+
     def next_block(self, size: int) -> Block:
         if not self._block:
             self._block = [self._last, *self._fill.guess(size - 1, ())]
@@ -92,6 +105,7 @@ class BlockJacobi:
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         new = next_ids[self._num_known : num_accepted]
         self._fill.accept(new)
+        self._fill.reject(self._block[num_accepted:], next_ids[num_accepted:])
         self._num_known = num_accepted
         if num_accepted == len(self._block):
             self.write_index += num_accepted

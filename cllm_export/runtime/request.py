@@ -11,21 +11,24 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import FillName, Loop
+from cllm_export.bundle import Loop
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
-from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.draft import Wish, make_fill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, Decoder, SlidingJacobi
+from cllm_export.runtime.ngram_pool import NgramPool
 from cllm_export.runtime.sampling import Logprob, Sampler, logprobs_of
+from cllm_export.runtime.speculative import Speculative
 from cllm_export.runtime.statistics import ForwardRecord
 
-Method = Literal["jacobi", "jacobi-block", "autoregressive"]
+Method = Literal["jacobi", "jacobi-block", "speculative", "autoregressive"]
 JacobiMethod = Literal["jacobi", "jacobi-block"]
 FinishReason = Literal["eos", "length", "stop", "closed"]
 
-DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
+DECODERS: dict[Method, type[SlidingJacobi] | type[BlockJacobi] | type[Speculative] | type[Autoregressive]] = {
     "jacobi": SlidingJacobi,
     "jacobi-block": BlockJacobi,
+    "speculative": Speculative,
     "autoregressive": Autoregressive,
 }
 METHODS: tuple[Method, ...] = tuple(DECODERS)
@@ -75,6 +78,10 @@ class Decode:
     def needs_logits(self) -> bool:
         """Whether ``take`` needs the logits of the forward."""
         return self._sampler is not None or self._num_logprobs is not None
+
+    def wish(self, size: int) -> Wish | None:
+        """What a draft model must answer before ``next_block`` of this size is called; None for nothing."""
+        return self._decoder.wish(size)
 
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
@@ -128,14 +135,22 @@ class Decode:
         return new
 
 
-def make_decoder(method: Method, prompt: Sequence[int], *, fill: FillName, seed: int, pad_token_id: int) -> Decoder:
-    """The policy that decodes a prompt whose KV, less that of its last token, is written.
+def make_decoder(
+    method: Method,
+    prompt: Sequence[int],
+    *,
+    fill: str,
+    seed: int,
+    pad_token_id: int,
+    pool: NgramPool | None = None,
+) -> Decoder:
+    """The policy that decodes a prompt whose KV, less that of its last token, is written; see ``make_fill``.
 
     Raises:
-        OptionError: no such fill.
+        OptionError: no such fill, or it needs a pool and there is none.
     """
     return DECODERS[method](
         last_token=prompt[-1],
         write_index=len(prompt) - 1,
-        fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed),
+        fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed, pool=pool),
     )

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
+from cllm_export.runtime.draft import Wish
+from cllm_export.runtime.draft_model import Drafter
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.request import Decode
 
@@ -73,7 +75,7 @@ class StepReport(NamedTuple):
     num_waiting: int
     new_tokens: int
     seconds: float
-    """Of the whole step; ``engine_seconds`` of them inside the engine."""
+    """Of the whole step; ``engine_seconds`` of them inside the engine, and that of a draft model."""
     engine_seconds: float
 
 
@@ -88,6 +90,7 @@ class Scheduler:
             larger than ``block_size``. At ``block_size`` every forward has one shape, which makes all of them round
             alike: a request then gives bit for bit what it gives alone.
         queue_size: tasks that may wait; None for any number.
+        drafter: answers what tasks wish for, once before each forward; with a lane for each slot.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Scheduler:
         pad_token_id: int,
         reading_width: int | None = None,
         queue_size: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         require_at_least("block_size", block_size, 1)
         if queue_size is not None:
@@ -107,6 +111,7 @@ class Scheduler:
         largest = block_size if engine.fixed_shapes else engine.geometry.max_block_size
         self._reading_width = max(block_size, min(reading_width or block_size, largest))
         self._queue_size = queue_size
+        self._drafter = drafter
         self._slots = [Slot(block_size, pad_token_id) for _ in range(engine.num_slots)]
         self._waiting: deque[Task] = deque()
 
@@ -157,8 +162,9 @@ class Scheduler:
         A task whose taker raises ends with that error, and so do all running tasks where the engine fails; neither
         is raised here, and the slots are free again.
         """
-        started, engine_started = perf_counter(), self._engine.run_seconds
+        started, engine_started = perf_counter(), self._run_seconds
         self._admit()
+        self._draft()
         running = [slot for slot in self._slots if slot.task]
         if not running:
             return None
@@ -171,7 +177,7 @@ class Scheduler:
         except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
-        engine_seconds = self._engine.run_seconds - engine_started
+        engine_seconds = self._run_seconds - engine_started
         new_tokens = sum(
             slot.take(next_ids, accepted, None if forward.logits is None else forward.logits[index])
             for index, (slot, next_ids, accepted) in enumerate(
@@ -194,6 +200,20 @@ class Scheduler:
     @property
     def _num_free(self) -> int:
         return len(self._slots) - self.num_running
+
+    @property
+    def _run_seconds(self) -> float:
+        return self._engine.run_seconds + (self._drafter.run_seconds if self._drafter else 0.0)
+
+    def _draft(self) -> None:
+        """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
+        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish())}
+        if not wishes or not self._drafter:
+            return
+        try:
+            self._drafter.draft(wishes)
+        except Exception as error:  # likewise
+            self._fail([self._slots[index] for index in wishes], error)
 
     def _admit(self) -> None:
         for slot in self._slots:
@@ -236,6 +256,10 @@ class Slot:
 
     def clear(self) -> None:
         self.task = None
+
+    def wish(self) -> Wish | None:
+        """What a draft model must answer before the next forward."""
+        return None if self.task is None or self.is_reading else self.task.decode.wish(self._block_size)
 
     def next_rows(self, width: int) -> tuple[list[int], int, int]:
         """The slot's block [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0."""

@@ -203,7 +203,12 @@ class Service:
         self.block_size = model.settle_block_size(block_size)
         self._queue_size = queue_size
         self._watch = watch
-        self._scheduler = Scheduler(model.engine, block_size=self.block_size, pad_token_id=self.pad_token_id)
+        self._scheduler = Scheduler(
+            model.engine,
+            block_size=self.block_size,
+            pad_token_id=self.pad_token_id,
+            drafter=model.draft_model,
+        )
         self._inbox: deque[Handle] = deque()
         self._cancelled: deque[Handle] = deque()
         lock = threading.Lock()
