@@ -221,9 +221,7 @@ def parse_fill(fill: str) -> tuple[SourceName, ...]:
     return tuple(known) if known[-1] in ALWAYS_KNOW else (*known, "pad")
 
 
-def make_fill(
-    fill: str, *, prompt: Sequence[int], pad_token_id: int, seed: int, pool: NgramPool | None = None
-) -> Fill:
+def make_fill(fill: str, *, prompt: Sequence[int], pad_token_id: int, seed: int, pool: NgramPool | None = None) -> Fill:
     """The fill of this name or chain for one request. It always guesses as many tokens as it is asked for.
 
     Raises:
@@ -233,9 +231,7 @@ def make_fill(
     return fills[0] if len(fills) == 1 else ChainFill(fills)
 
 
-def _make_source(
-    name: SourceName, prompt: Sequence[int], pad_token_id: int, seed: int, pool: NgramPool | None
-) -> Fill:
+def _make_source(name: SourceName, prompt: Sequence[int], pad_token_id: int, seed: int, pool: NgramPool | None) -> Fill:
     if name == "pool":
         if pool is None:
             raise OptionError("fill pool needs a pool that requests share, and there is none here: leave it out")

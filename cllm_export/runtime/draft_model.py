@@ -119,9 +119,7 @@ class Rows(NamedTuple):
 class Lane:
     """One text in one slot: the tokens wished for, then those that the model itself goes on with."""
 
-    def __init__(
-        self, *, block_size: int, max_width: int, fill: FillName, pad_token_id: int, max_length: int
-    ) -> None:
+    def __init__(self, *, block_size: int, max_width: int, fill: FillName, pad_token_id: int, max_length: int) -> None:
         self._block_size = block_size
         self._max_width = max_width
         self._fill = fill

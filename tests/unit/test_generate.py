@@ -220,8 +220,12 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
     [
         ("max_new_tokens", 0, "must be an integer of at least 1, got 0"),
         ("max_new_tokens", 2.5, "must be an integer"),
-        ("method", "lookahead", "must be one of jacobi, jacobi-block, autoregressive, got 'lookahead'"),
-        ("fill", "random", "must be one of pad, repeat, prompt, lookup, got 'random'"),
+        ("method", "lookahead", "must be one of jacobi, jacobi-block, speculative, autoregressive, got 'lookahead'"),
+        (
+            "fill",
+            "random",
+            "must be one of pad, repeat, prompt, lookup, pool, model, or several joined by \\+, got 'random'",
+        ),
         ("block_size", 17, "must be at most 16 for this model, got 17"),
         ("block_size", 0, "must be an integer of at least 1, got 0"),
         ("stop", ";", "must be a list of non-empty strings, got ';'"),
