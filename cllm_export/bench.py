@@ -16,10 +16,12 @@ from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
+from cllm_export.runtime.generate import Generation, Method, Model, load
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
 from cllm_export.verify import random_prompts, require_source
 
+DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
+"""The loops that need no draft source but the one a model was trained with."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
 SHORT_FORWARD_SECONDS = 0.02
@@ -29,8 +31,11 @@ SHORT_FORWARD_SECONDS = 0.02
 class BenchOptions:
     """What ``cllm-export bench`` lets the user choose."""
 
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = DEFAULT_METHODS
     block_size: int | None = None
+    fill: str | None = None
+    """Draft sources of every loop but autoregressive; by default each loop's own."""
+    draft_model: Path | None = None
     max_new_tokens: int = 128
     threads: int | None = None
     repeats: int = 3
@@ -48,6 +53,8 @@ class BenchOptions:
             raise OptionError(f"--sweep is for the sliding loop; leave it out with --method {self.methods[0]}")
         if self.block_size and self.methods == ("autoregressive",):
             raise OptionError("--block-size is for the Jacobi loops; leave it out with --method autoregressive")
+        if self.fill and self.methods == ("autoregressive",):
+            raise OptionError("--fill is for loops that draft; leave it out with --method autoregressive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ def run_bench(
     options = options or BenchOptions()
     if checkpoint:
         require_source(bundle, checkpoint)
-    model = load(bundle.path, threads=options.threads)
+    model = load(bundle.path, threads=options.threads, draft_model=options.draft_model)
     if too_large := [size for size in options.sweep if size > model.engine.geometry.max_block_size]:
         largest = model.engine.geometry.max_block_size
         raise OptionError(f"--sweep {too_large[0]}: block_size must be at most {largest} for this bundle")
@@ -95,6 +102,8 @@ def run_bench(
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
         "block_size": options.block_size or bundle.manifest.block_size,
+        "fill": options.fill,
+        "draft_model": options.draft_model.name if options.draft_model else None,
         "autoregressive_block_size": pinned.block_size if (pinned := model.engine.fixed_shapes) else 1,
     }
     baseline = runs.get(("autoregressive", None))
@@ -160,6 +169,7 @@ def _interleaved(
     runs: dict[tuple[Method, int | None], list[_Run]] = {setting: [] for setting in settings}
     for repeat in range(options.repeats + 1):
         for index, (method, size) in enumerate(settings):
+            model.pool.clear()  # it would know the answers from the pass before
             done = [_generate(model, prompt, method, size, options) for prompt in prompts]
             if repeat:
                 runs[method, size].append(_collect(done))
@@ -172,8 +182,9 @@ def _generate(model: Model, prompt: list[int], method: Method, size: int | None,
     if limit < 1:
         raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
     block_size = None if method == "autoregressive" else size or options.block_size
+    fill = None if method == "autoregressive" else options.fill
     return model.generate(
-        prompt, max_new_tokens=limit, method=method, block_size=block_size, ignore_eos=options.ignore_eos
+        prompt, max_new_tokens=limit, method=method, block_size=block_size, fill=fill, ignore_eos=options.ignore_eos
     )
 
 

@@ -20,6 +20,7 @@ from cllm_export.evaluation.task import TaskName
 from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
@@ -37,6 +38,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _check_fill(fill: str | None) -> str | None:
+    try:
+        if fill is not None:
+            parse_fill(fill)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from None
+    return fill
+
+
 BundleArgument = Annotated[Path, typer.Argument(help="A directory that `cllm-export build` wrote.", show_default=False)]
 PromptsOption = Annotated[
     Path | None,
@@ -46,6 +57,18 @@ CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The
 BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
+SourcesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fill",
+        metavar="SOURCES",
+        help=f"Draft sources, asked in order: {', '.join(SOURCES)}, joined by +.",
+        callback=_check_fill,
+    ),
+]
+DraftModelOption = Annotated[
+    Path | None, typer.Option("--draft-model", help="Another bundle with the same tokenizer, for --fill model.")
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most.")]
 
@@ -185,7 +208,8 @@ def generate(
         Method | None, typer.Option("--method", help="By default the loop the model was trained with.")
     ] = None,
     block_size: BlockSizeOption = None,
-    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    fill: SourcesOption = None,
+    draft_model: DraftModelOption = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of sampling and the prompt fill; fresh for each sampled prompt.")
     ] = None,
@@ -224,8 +248,9 @@ def generate(
         raise OptionError("--json excludes --show-blocks and --stats: its lines have the statistics")
     if logprobs is not None and not as_json:
         raise OptionError("--logprobs needs --json: they stand in its lines")
+    _require_use(draft_model, method, fill)
     given = _gather_prompts(prompt, prompts, limit)
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, draft_model=draft_model)
     options: dict[str, Any] = {
         "method": method,
         "block_size": block_size,
@@ -270,9 +295,11 @@ def bench(
     prompts: PromptsOption = None,
     checkpoint: CheckpointOption = None,
     method: Annotated[
-        Method | None, typer.Option("--method", help="Only this loop, beside autoregressive; by default all.")
+        Method | None, typer.Option("--method", help="Only this one, beside autoregressive; by default every loop.")
     ] = None,
     block_size: BlockSizeOption = None,
+    fill: SourcesOption = None,
+    draft_model: DraftModelOption = None,
     sweep: Annotated[str, typer.Option("--sweep", help="Further block sizes for the sliding loop: 4,8,12.")] = "",
     max_new_tokens: MaxNewTokensOption = 128,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes; medians are reported.")] = 3,
@@ -285,9 +312,12 @@ def bench(
 
     if limit is not None and prompts is None:
         raise OptionError("--limit needs --prompts")
+    _require_use(draft_model, method or "speculative", fill)
     options = BenchOptions(
-        methods=_with_baseline(method),
+        methods=_methods_to_time(method, has_draft_model=draft_model is not None),
         block_size=block_size,
+        fill=fill,
+        draft_model=draft_model,
         max_new_tokens=max_new_tokens,
         threads=threads,
         repeats=repeats,
@@ -587,8 +617,20 @@ def _lora_options(rank: int | None, alpha: float | None) -> LoraOptions | None:
     return LoraOptions(rank=rank, alpha=2 * rank if alpha is None else alpha)
 
 
-def _with_baseline(method: Method | None) -> tuple[Method, ...]:
-    return tuple(name for name in METHODS if method in (None, name) or name == "autoregressive")
+def _require_use(draft_model: Path | None, method: Method | None, fill: str | None) -> None:
+    """Refuse a draft model that nothing would ask."""
+    is_asked = "model" in parse_fill(fill) if fill else method == "speculative"
+    if draft_model and not is_asked:
+        raise OptionError("--draft-model needs --method speculative, or --fill with model among its sources")
+
+
+def _methods_to_time(method: Method | None, *, has_draft_model: bool) -> tuple[Method, ...]:
+    """The baseline and the method asked for, else every loop: speculative decoding where a draft model is given."""
+    from cllm_export.bench import DEFAULT_METHODS
+
+    if method:
+        return tuple(name for name in METHODS if name in (method, "autoregressive"))
+    return METHODS if has_draft_model else DEFAULT_METHODS
 
 
 def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:

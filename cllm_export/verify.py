@@ -24,7 +24,8 @@ from cllm_export.bundle import MANIFEST_NAME, PARITY_NAME, Bundle, Progress
 from cllm_export.contract import BYTES, KV_DTYPE, Precision
 from cllm_export.errors import BundleError, ChecksumError, EngineError, GraphError, OptionError, OutputError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import METHODS, Generation, Method, load, prefill
+from cllm_export.runtime.engine import prefill
+from cllm_export.runtime.generate import METHODS, Generation, Method, load
 from cllm_export.runtime.kv_cache import kv_extent
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
 

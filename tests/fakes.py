@@ -33,8 +33,8 @@ from cllm_export.contract import FixedShapes, Geometry, check_forward
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import Fill
-from cllm_export.runtime.engine import Engine, Forward
-from cllm_export.runtime.generate import Model, prefill
+from cllm_export.runtime.engine import Engine, Forward, prefill
+from cllm_export.runtime.generate import Model
 from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
 from cllm_export.runtime.kv_cache import kv_extent
 from cllm_export.runtime.statistics import ForwardRecord

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 from cllm_export.bundle import FILLS, FillName
 from cllm_export.errors import OptionError

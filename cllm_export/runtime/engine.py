@@ -71,3 +71,18 @@ class Engine(Protocol):
     ) -> None:
         """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
         ...
+
+
+def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
+    """Write the KV of the prompt minus its last token into slot 0, chunk by chunk; the other slots are empty.
+
+    In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
+    """
+    fixed = engine.fixed_shapes
+    size = engine.prefill_chunk
+    for start in range(0, len(tokens), size):
+        chunk = list(tokens[start : start + size])
+        num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
+        num_committed[0], write_index[0] = len(chunk), start
+        padded = chunk + [pad_token_id] * (size - len(chunk)) if fixed else chunk
+        engine.prefill([padded] * engine.num_slots, num_committed, write_index)

@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
@@ -33,7 +32,8 @@ from cllm_export.runtime.request import (
     make_decoder,
 )
 from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sampler, Sampling
-from cllm_export.runtime.statistics import ForwardRecord, Statistics, summarize
+from cllm_export.runtime.scheduler import Scheduler, Task
+from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "Stream",
     "load",
     "pad_token",
-    "prefill",
 ]
 
 
@@ -333,6 +332,16 @@ class Model:
             num_logprobs=request.logprobs,
         )
 
+    def make_scheduler(self, block_size: int) -> Scheduler:
+        """A scheduler for one request: it reads the prompt in the engine's own chunks."""
+        return Scheduler(
+            self.engine,
+            block_size=block_size,
+            pad_token_id=pad_token(self.facts),
+            reading_width=self.engine.prefill_chunk,
+            drafter=self.draft_model,
+        )
+
     def eos_of(self, request: Prepared) -> frozenset[int]:
         """The tokens that end a request."""
         return frozenset(() if request.ignore_eos else self.facts.eos_token_ids)
@@ -412,19 +421,17 @@ class Stream(Iterator[str]):
 
 
 class _Run:
-    """One request on its way: prefill, then forwards until it ends."""
+    """One request on its way: a scheduler with nothing else to do, and the text of what it gives."""
 
     def __init__(self, model: Model, request: Prepared) -> None:
         self._model = model
-        self._engine = model.engine
         self._request = request
         self._eos = model.eos_of(request)
-        self._pad = pad_token(model.facts)
         self._stream = TextStream(model.codec, request.stop)
         self._num_read = 0
         self._delta = ""
-        self._decode: Decode | None = None
-        self._prefill_seconds = self._decode_seconds = self._engine_seconds = 0.0
+        self._new: list[int] = []
+        self._task: Task | None = None
 
     def text(self) -> Iterator[str]:
         """Text deltas, one for each forward."""
@@ -437,55 +444,37 @@ class _Run:
 
     def tokens(self) -> Iterator[list[int]]:
         """New tokens, one list for each forward."""
-        started = perf_counter()
-        prefill(self._engine, self._request.prompt[:-1], self._pad)
-        self._prefill_seconds = perf_counter() - started
-        self._decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
-        yield from self._forwards(self._decode)
+        decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
+        self._task = task = Task(self._request.prompt, decode, take=self._take)
+        scheduler = self._model.make_scheduler(self._request.block_size)
+        scheduler.submit(task)
+        while not scheduler.is_idle:
+            scheduler.step()
+            if task.error:
+                raise task.error
+            if self._new:
+                new, self._new = self._new, []
+                yield new
 
     def result(self) -> Generation:
-        if self._decode is None:
+        if self._task is None:
             raise EngineError("this request never ran: its model was busy, or it was closed before its first forward")
-        token_ids = [token for record in self._decode.records for token in record.new]
+        decode = self._task.decode
+        token_ids = [token for record in decode.records for token in record.new]
         self._read(token_ids[self._num_read :])
         self._stream.flush()
         return Generation(
             text=self._stream.text,
             token_ids=tuple(token_ids),
-            finish_reason=self._decode.finish,
+            finish_reason=decode.finish,
             seed=self._request.sampling.seed,
-            logprobs=None if self._request.logprobs is None else tuple(self._decode.logprobs),
-            forwards=tuple(self._decode.records),
-            statistics=summarize(
-                self._decode.records,
-                prompt_tokens=len(self._request.prompt),
-                prefill_seconds=self._prefill_seconds,
-                decode_seconds=self._decode_seconds,
-                engine_seconds=self._engine_seconds,
-            ),
+            logprobs=None if self._request.logprobs is None else tuple(decode.logprobs),
+            forwards=tuple(decode.records),
+            statistics=self._task.statistics(),
         )
 
-    def _forwards(self, decode: Decode) -> Iterator[list[int]]:
-        """The loop: next block, one forward, commit, cut."""
-        engine, idle = self._engine, self._engine.num_slots - 1
-        with_logits, size = decode.needs_logits, self._request.block_size
-        while decode.finish == "closed":
-            started, engine_started = perf_counter(), engine.run_seconds
-            write_index = decode.write_index
-            if self._model.draft_model and (wish := decode.wish(size)):
-                self._model.draft_model.draft({0: wish})
-            tokens, num_committed = decode.next_block(size)
-            if idle:
-                blocks = [tokens] * (1 + idle)
-                committed, indices = [num_committed] + [0] * idle, [write_index] + [0] * idle
-                forward = engine.forward(blocks, committed, indices, with_logits=with_logits)
-            else:
-                forward = engine.forward((tokens,), (num_committed,), (write_index,), with_logits=with_logits)
-            logits = None if forward.logits is None else forward.logits[0]
-            new = decode.take(forward.next_ids[0], forward.num_accepted[0], logits)
-            self._engine_seconds += engine.run_seconds - engine_started
-            self._decode_seconds += perf_counter() - started
-            yield new
+    def _take(self, new: list[int]) -> None:
+        self._new = new
 
     def _cut_at_stop(self, new: list[int]) -> int | None:
         for index in range(len(new)):
@@ -548,21 +537,6 @@ def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> Dr
         pad_token_id=pad_token(bundle.manifest),
         trained_with=bundle.manifest.trained_with,
     )
-
-
-def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
-    """Write the KV of the prompt minus its last token into slot 0, chunk by chunk; the other slots are empty.
-
-    In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
-    """
-    fixed = engine.fixed_shapes
-    size = engine.prefill_chunk
-    for start in range(0, len(tokens), size):
-        chunk = list(tokens[start : start + size])
-        num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
-        num_committed[0], write_index[0] = len(chunk), start
-        padded = chunk + [pad_token_id] * (size - len(chunk)) if fixed else chunk
-        engine.prefill([padded] * engine.num_slots, num_committed, write_index)
 
 
 def pad_token(facts: ModelFacts) -> int:

@@ -1,8 +1,8 @@
 """A pool of n-grams that requests share: which token came after the last few ones, in texts and in rejected drafts.
 
-Fed by accepted text and by what forwards predicted beyond it, as Lookahead decoding (arXiv 2402.02057) and the rejection
-recycling of Jacobi Forcing (2512.14681) do, but walked token by token: one window needs one guess. Bounded, the least
-recently used out. Not thread-safe: it belongs to whoever runs the forwards.
+Fed by accepted text and by what forwards predicted beyond it, as Lookahead decoding (arXiv 2402.02057) and the
+rejection recycling of Jacobi Forcing (2512.14681) do, but walked token by token: one window needs one guess. Bounded,
+the least recently used out. Not thread-safe: it belongs to whoever runs the forwards.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class NgramPool:
 
     def __len__(self) -> int:
         return len(self._next)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._next.clear()
 
     def learn(self, tokens: Sequence[int], first: int) -> None:
         """Take ``tokens[first:]`` as text that stood after the tokens before it."""

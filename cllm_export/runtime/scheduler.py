@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
 from cllm_export.runtime.draft import Wish
 from cllm_export.runtime.draft_model import Drafter
-from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.engine import Engine, Forward
 from cllm_export.runtime.request import Decode
+from cllm_export.runtime.statistics import Statistics, summarize
 
 Taker = Callable[[list[int]], None]
 """Takes a task's new tokens after each of its decode forwards."""
@@ -55,6 +53,16 @@ class Task:
         self._take = take
         self._ended = ended
 
+    def statistics(self) -> Statistics:
+        """What it took so far."""
+        return summarize(
+            self.decode.records,
+            prompt_tokens=len(self.prompt),
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            engine_seconds=self.engine_seconds,
+        )
+
     def give(self, tokens: list[int]) -> None:
         if self._take:
             self._take(tokens)
@@ -86,9 +94,10 @@ class Scheduler:
         engine: its ``num_slots`` is B.
         block_size: n of every decode forward.
         pad_token_id: fills rows that nobody uses.
-        reading_width: n of a forward in which some slot reads its prompt, where the engine lets n vary and this is
-            larger than ``block_size``. At ``block_size`` every forward has one shape, which makes all of them round
-            alike: a request then gives bit for bit what it gives alone.
+        reading_width: tokens of a prompt that a forward may take, where the engine lets n vary; a forward is then as
+            wide as its prompts need, and as ``block_size`` while some slot decodes. By default every forward is
+            ``block_size`` wide, which makes all of them round alike: a request then gives bit for bit what it gives
+            alone.
         queue_size: tasks that may wait; None for any number.
         drafter: answers what tasks wish for, once before each forward; with a lane for each slot.
     """
@@ -108,11 +117,11 @@ class Scheduler:
             require_at_least("queue_size", queue_size, 1)
         self._engine = engine
         self._block_size = block_size
-        largest = block_size if engine.fixed_shapes else engine.geometry.max_block_size
-        self._reading_width = max(block_size, min(reading_width or block_size, largest))
+        self._reading_width = None if engine.fixed_shapes else reading_width
         self._queue_size = queue_size
         self._drafter = drafter
-        self._slots = [Slot(block_size, pad_token_id) for _ in range(engine.num_slots)]
+        self._slots = [Slot(pad_token_id) for _ in range(engine.num_slots)]
+        self._width = block_size
         self._waiting: deque[Task] = deque()
 
     @property
@@ -169,26 +178,17 @@ class Scheduler:
         if not running:
             return None
         reading = [slot for slot in running if slot.is_reading]
-        width = self._reading_width if reading else self._block_size
-        blocks, num_committed, write_index = zip(*(slot.next_rows(width) for slot in self._slots), strict=True)
         try:
-            needs_logits = any(slot.needs_logits for slot in running)
-            forward = self._engine.forward(blocks, num_committed, write_index, with_logits=needs_logits)
+            new_tokens = self._forward(running, reading)
         except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
         engine_seconds = self._run_seconds - engine_started
-        new_tokens = sum(
-            slot.take(next_ids, accepted, None if forward.logits is None else forward.logits[index])
-            for index, (slot, next_ids, accepted) in enumerate(
-                zip(self._slots, forward.next_ids, forward.num_accepted, strict=True)
-            )
-        )
         seconds = perf_counter() - started
         for slot in running:
             slot.settle(slot in reading, seconds, engine_seconds)
         return StepReport(
-            width=width,
+            width=self._width,
             num_reading=len(reading),
             num_decoding=len(running) - len(reading),
             num_waiting=len(self._waiting),
@@ -196,6 +196,26 @@ class Scheduler:
             seconds=seconds,
             engine_seconds=engine_seconds,
         )
+
+    def _forward(self, running: Sequence[Slot], reading: Sequence[Slot]) -> int:
+        """One forward of every slot, without the head where all of them read their prompts; the new tokens it made."""
+        self._width = width = self._settle_width(reading, num_decoding=len(running) - len(reading))
+        rows = [slot.next_rows(width, self._block_size) for slot in self._slots]
+        blocks, num_committed, write_index = zip(*rows, strict=True)
+        if len(reading) == len(running):
+            self._engine.prefill(blocks, num_committed, write_index)
+            for slot in reading:
+                slot.has_read()
+            return 0
+        with_logits = any(slot.needs_logits for slot in running)
+        forward = self._engine.forward(blocks, num_committed, write_index, with_logits=with_logits)
+        return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
+
+    def _settle_width(self, reading: Sequence[Slot], *, num_decoding: int) -> int:
+        if not reading or self._reading_width is None:
+            return self._block_size
+        wanted = min(self._reading_width, max(slot.num_to_read for slot in reading))
+        return max(wanted, self._block_size) if num_decoding else wanted
 
     @property
     def _num_free(self) -> int:
@@ -207,7 +227,7 @@ class Scheduler:
 
     def _draft(self) -> None:
         """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
-        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish())}
+        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(self._block_size))}
         if not wishes or not self._drafter:
             return
         try:
@@ -232,19 +252,23 @@ class Scheduler:
 class Slot:
     """One row of the batch: idle, reading its prompt, or decoding. What it held before is dead rows."""
 
-    def __init__(self, block_size: int, pad_token_id: int) -> None:
-        self._block_size = block_size
+    def __init__(self, pad_token_id: int) -> None:
         self._pad = pad_token_id
         self.task: Task | None = None
-        self._num_read = self._num_reading = 0
+        self._num_read = self._num_reading = self._num_rows = 0
 
     @property
     def is_idle(self) -> bool:
         return self.task is None
 
     @property
+    def num_to_read(self) -> int:
+        """Tokens of the prompt whose KV is not written yet, the last one never counted: it is the first block's."""
+        return 0 if self.task is None else len(self.task.prompt) - 1 - self._num_read
+
+    @property
     def is_reading(self) -> bool:
-        return self.task is not None and self._num_read < len(self.task.prompt) - 1
+        return self.num_to_read > 0
 
     @property
     def needs_logits(self) -> bool:
@@ -257,33 +281,45 @@ class Slot:
     def clear(self) -> None:
         self.task = None
 
-    def wish(self) -> Wish | None:
+    def wish(self, block_size: int) -> Wish | None:
         """What a draft model must answer before the next forward."""
-        return None if self.task is None or self.is_reading else self.task.decode.wish(self._block_size)
+        return None if self.task is None or self.is_reading else self.task.decode.wish(block_size)
 
-    def next_rows(self, width: int) -> tuple[list[int], int, int]:
-        """The slot's block [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0."""
+    def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
+        """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
+
+        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can.
+        """
         task = self.task
         if task is None:
             return [self._pad] * width, 0, 0
-        if self.is_reading:
-            chunk = list(task.prompt[self._num_read : min(self._num_read + width, len(task.prompt) - 1)])
-            self._num_reading = len(chunk)
-            return self._padded(chunk, width), len(chunk), self._num_read
-        tokens, num_committed = task.decode.next_block(self._block_size)
+        if to_read := self.num_to_read:
+            self._num_reading = min(width, to_read)
+            chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
+            return self._padded(chunk, width), self._num_reading, self._num_read
+        tokens, num_committed = task.decode.next_block(block_size)
+        self._num_rows = len(tokens)
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
-    def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None) -> int:
-        """Take the outputs for the slot; how many tokens they made known."""
+    def has_read(self) -> None:
+        """The chunk of the prompt has its KV."""
+        self._num_read += self._num_reading
+
+    def take(self, forward: Forward, index: int) -> int:
+        """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
         task = self.task
         if task is None:
             return 0
         if self.is_reading:
-            self._num_read += self._num_reading
+            self.has_read()
             return 0
+        size, logits = self._num_rows, forward.logits
         try:
-            size = self._block_size
-            new = task.decode.take(next_ids[:size], min(num_accepted, size), None if logits is None else logits[:size])
+            new = task.decode.take(
+                forward.next_ids[index][:size],
+                min(forward.num_accepted[index], size),
+                None if logits is None else logits[index, :size],
+            )
             task.give(new)
         except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
             self.task = None
@@ -305,5 +341,5 @@ class Slot:
             self.task = None
             task.end()
 
-    def _padded(self, tokens: Sequence[int], width: int) -> list[int]:
-        return [*tokens, *[self._pad] * (width - len(tokens))]
+    def _padded(self, tokens: list[int], width: int) -> list[int]:
+        return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]

@@ -20,7 +20,6 @@ from cllm_export.errors import EngineError, OptionError, QueueFullError
 from cllm_export.runtime.generate import Generation, Model, Options, Prepared, pad_token
 from cllm_export.runtime.request import StopCut
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
-from cllm_export.runtime.statistics import summarize
 from cllm_export.runtime.text import Messages, TextStream
 
 log = logging.getLogger(__name__)
@@ -161,13 +160,7 @@ class Handle:
             seed=self._prepared.sampling.seed,
             logprobs=None if self._prepared.logprobs is None else tuple(task.decode.logprobs),
             forwards=tuple(task.decode.records),
-            statistics=summarize(
-                task.decode.records,
-                prompt_tokens=len(task.prompt),
-                prefill_seconds=task.prefill_seconds,
-                decode_seconds=task.decode_seconds,
-                engine_seconds=task.engine_seconds,
-            ),
+            statistics=task.statistics(),
         )
 
 

@@ -9,7 +9,8 @@ import pytest
 from cllm_export.bundle import Bundle
 from cllm_export.contract import cache_names, graph_inputs, graph_outputs
 from cllm_export.errors import EngineError
-from cllm_export.runtime.generate import Model, prefill
+from cllm_export.runtime.engine import prefill
+from cllm_export.runtime.generate import Model
 from cllm_export.runtime.ort_engine import OrtEngine
 from tests.checkpoints import PAD, VARIANTS
 from tests.conftest import THREADS, Workshop

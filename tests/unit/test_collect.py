@@ -243,7 +243,7 @@ def test_another_model_batch_size_or_prompt_file_is_refused_too(bundle, prompts,
 def test_a_damaged_shard_is_found_before_a_collection_goes_on(bundle, prompts, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(EngineError):
-        collect(make_source(bundle, model=Failing(after=1500)), prompts, output, small())
+        collect(make_source(bundle, model=Failing(after=1000)), prompts, output, small())
     (output / "shard-00000.parquet").write_bytes(b"")
     with pytest.raises(TrajectoryError, match=r"shard-00000\.parquet is corrupted"):
         collect(make_source(bundle), prompts, output, small())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cllm_export.bundle import TrainedWith
 from cllm_export.contract import FixedShapes
 from cllm_export.errors import EngineError, OptionError, PromptError
-from cllm_export.runtime.generate import METHODS, Model, prefill
+from cllm_export.runtime.engine import prefill
+from cllm_export.runtime.generate import METHODS, Model
 from cllm_export.runtime.text import TextCodec
 from tests.fakes import (
     EOS,

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cllm_export.runtime.draft import PadFill, PlainFill, PromptFill, RepeatFill, make_fill
-from cllm_export.runtime.generate import prefill
+from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, SlidingJacobi
 from tests.fakes import (
     EOS,

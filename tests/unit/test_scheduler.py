@@ -185,7 +185,7 @@ def test_prompts_are_read_in_wider_forwards_where_that_is_asked_for():
     scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, reading_width=8)
     scheduler.submit(make_task(list(range(8)) * 2, count=3, method="autoregressive"))
     reports = run(scheduler)
-    assert [report.width for report in reports] == [8, 8, 1, 1, 1]
+    assert [report.width for report in reports] == [8, 7, 1, 1, 1]
     assert [report.num_reading for report in reports] == [1, 1, 0, 0, 0]
 
 
