@@ -33,6 +33,7 @@ from cllm_export.contract import FixedShapes, Geometry, check_forward
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.draft_model import DraftModel
 from cllm_export.runtime.engine import Engine, Forward, prefill
 from cllm_export.runtime.generate import Model
 from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
@@ -365,7 +366,9 @@ def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, **changes))
 
 
-def make_model(bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1) -> Model:
+def make_model(
+    bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1, draft_model: DraftModel | None = None
+) -> Model:
     """A model that runs the fake engine in the place of ONNX Runtime."""
     manifest = bundle.manifest
     engine = FakeEngine(
@@ -374,7 +377,7 @@ def make_model(bundle: Bundle, language_model: LanguageModel, *, num_slots: int 
         num_slots=num_slots,
         fixed_shapes=manifest.graphs[GREEDY_GRAPH].fixed_shapes,
     )
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
+    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), draft_model=draft_model)
 
 
 def calls_of(model: Model) -> list[Call]:
