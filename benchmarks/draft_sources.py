@@ -118,7 +118,7 @@ def main() -> None:
         "bundles": {},
     }
     first, *others = args.bundles
-    drafts = {path: first for path in others} | ({first: others[0]} if others else {})
+    drafts = dict.fromkeys(others, first) | ({first: others[0]} if others else {})
     for path in args.bundles:
         draft = drafts.get(path)
         model = load(path, threads=args.threads, draft_model=draft)

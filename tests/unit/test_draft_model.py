@@ -75,7 +75,7 @@ def test_accepted_tokens_stay_and_rejected_ones_are_overwritten():
     engine.calls.clear()
     text = [*PROMPT, *draft[:2], 99]
     assert ask(drafter, text, 5) == greedy(model, text, 5)
-    assert [call.input_ids for call in engine.calls][0] == [[99]], "nothing before it is computed again"
+    assert engine.calls[0].input_ids == [[99]], "nothing before it is computed again"
     assert [call.write_index[0] for call in engine.calls] == [6, 7, 8, 9, 10]
 
 
@@ -86,7 +86,7 @@ def test_after_full_acceptance_one_forward_takes_the_last_draft_token_and_the_bo
     engine.calls.clear()
     text = [*PROMPT, *draft, 99]
     assert ask(drafter, text, 3) == greedy(model, text, 3)
-    assert [call.input_ids[0] for call in engine.calls][0] == [draft[-1], 99]
+    assert engine.calls[0].input_ids == [[draft[-1], 99]]
     assert len(engine.calls) == 3
 
 
@@ -229,7 +229,9 @@ def test_a_pair_that_does_not_fit_is_refused_with_what_differs(tmp_path):
         check_pair(ours, write_bundle(tmp_path / "theirs", tokenizer=byte_fallback_tokenizer()))
     geometry = make_geometry(vocab_size=byte_level_tokenizer().get_vocab_size())
     other = write_bundle(tmp_path / "other", tokenizer=byte_fallback_tokenizer(), geometry=geometry)
-    with pytest.raises(OptionError, match="another tokenizer .tokenizer.json differs in decoder, model, pre_tokenizer"):
+    with pytest.raises(
+        OptionError, match=r"another tokenizer \(tokenizer\.json differs in decoder, model, pre_tokenizer"
+    ):
         check_pair(ours, other)
     with pytest.raises(OptionError, match="holds 32 tokens and the model 64: build it with --max-length 64"):
         check_pair(ours, write_bundle(tmp_path / "short", max_length=32))
