@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cllm_export.runtime.draft import Fill, Wish
 from cllm_export.runtime.jacobi import Block, Commit
 
@@ -10,7 +12,8 @@ class Autoregressive:
     """One token a forward, whatever the block size.
 
     With blocks of 1 it is ordinary decoding. With n it runs the n-shaped forward of Jacobi decoding and keeps
-    one token of it, so that both use the same engine and shape and must agree exactly.
+    one token of it, so that both use the same engine and shape and must agree exactly. Tokens that a grammar forces are
+    decoded like any others, which makes it what forced ones are compared with.
     """
 
     def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
@@ -19,10 +22,10 @@ class Autoregressive:
         self._fill = fill
         self._is_filled = False
 
-    def wish(self, size: int) -> Wish | None:
+    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
         return None  # whatever fills the block is thrown away
 
-    def next_block(self, size: int) -> Block:
+    def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         self._is_filled = size > 1
         return Block([self._last, *self._fill.guess(size - 1, ())] if self._is_filled else [self._last], 1)
 

@@ -99,6 +99,28 @@ class Constraint:
         if tokens and not self._matcher.consume_tokens(list(tokens)):
             raise EngineError(f"the grammar does not go on with tokens {list(tokens)}: {self._matcher.get_error()}")
 
+    def forced(self, known: Sequence[int], limit: int) -> list[int]:
+        """Tokens, up to ``limit``, that must follow the text and ``known`` behind it: each is the only one allowed.
+
+        An end-of-sequence token is never among them: a request ends with a forward's own. Not llguidance's own
+        fast-forward tokens: those are the usual tokens of text that is certain, which decoding token by token may
+        spell otherwise.
+
+        Raises:
+            EngineError: the grammar does not go on with ``known``.
+        """
+        matcher, forced = self._matcher, list[int]()
+        if len(known) and matcher.try_consume_tokens(list(known)) != len(known):
+            raise EngineError(f"the grammar does not go on with tokens {list(known)}: {matcher.get_error()}")
+        while len(forced) < limit and not matcher.is_stopped():
+            allowed = np.flatnonzero(self._mask())
+            if len(allowed) != 1 or matcher.try_consume_tokens([int(allowed[0])]) != 1:
+                break
+            forced.append(int(allowed[0]))
+        if num_consumed := len(known) + len(forced):
+            matcher.rollback(num_consumed)
+        return forced
+
     def allowed(self, draft: Sequence[int]) -> NDArray[np.bool_]:
         """Which tokens may follow the text, and each token of a draft behind it, bool [1 + len(draft), V].
 

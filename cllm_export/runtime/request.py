@@ -81,12 +81,16 @@ class Decode:
 
     def wish(self, size: int) -> Wish | None:
         """What a draft model must answer before ``next_block`` of this size is called; None for nothing."""
-        return self._decoder.wish(size)
+        return self._decoder.wish(size, self._forced(size))
 
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
-        self._block = self._decoder.next_block(size)
+        self._block = self._decoder.next_block(size, self._forced(size))
         return self._block
+
+    def _forced(self, size: int) -> Sequence[int]:
+        """What a grammar leaves no choice about, as far as a block of this size has room."""
+        return self._sampler.forced(self.write_index, size - 1) if self._sampler else ()
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:
         """Take the outputs of that forward for this slot; the new tokens, cut at the end of the request.

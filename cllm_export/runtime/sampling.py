@@ -126,6 +126,27 @@ class Sampler:
         """The text goes on with these tokens."""
         self._text += tokens
 
+    def forced(self, write_index: int, limit: int) -> list[int]:
+        """Tokens, up to ``limit``, that a grammar leaves no choice about after the text so far.
+
+        They are what ``draw`` would draw, whatever the logits; ``write_index`` is that of the next block.
+
+        Raises:
+            EngineError: the grammar does not go on with the text.
+        """
+        if not self._constraint or limit < 1:
+            return []
+        self._constrain(write_index)
+        forced = self._constraint.forced(self._text[write_index + 1 :], limit)
+        banned = (index for index, token in enumerate(forced) if self._sampling.logit_bias.get(token) == -math.inf)
+        return forced[: next(banned, len(forced))]
+
+    def _constrain(self, write_index: int) -> None:
+        """Bring the grammar to the state after the token at ``write_index``, the first of a block there."""
+        if self._constraint:
+            self._constraint.advance(self._text[self._num_constrained : write_index + 1])
+            self._num_constrained = max(self._num_constrained, write_index + 1)
+
     def draw(self, block: Sequence[int], num_committed: int, write_index: int, logits: Float32Array) -> DrawnBlock:
         """The token after each row of a block, and how many rows are right.
 
@@ -143,6 +164,7 @@ class Sampler:
         if np.isnan(best).any():
             raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
         scores = self._adjusted(block, write_index, logits)
+        dead = self._first_dead(scores, num_known=len(self._text) - write_index - 1)
         if self._sampling.temperature:
             scores = scores / np.float32(self._sampling.temperature)
             scores = np.where(
@@ -152,7 +174,7 @@ class Sampler:
         right = num_committed
         while right < len(block) and block[right] == next_ids[right - 1]:
             right += 1
-        return DrawnBlock(next_ids, right)
+        return DrawnBlock(next_ids, min(right, dead))
 
     def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
         """Scores [n, V] after bias and penalty; row i is penalised for the text up to and with its own token."""
@@ -164,13 +186,23 @@ class Sampler:
             seen = self._seen_by_row(block, write_index)
             scores = np.where(seen, np.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self._constraint:
-            end = write_index + 1
-            self._constraint.advance(self._text[self._num_constrained : end])
-            self._num_constrained = max(self._num_constrained, end)
+            self._constrain(write_index)
             scores = np.where(self._constraint.allowed(block[1:]), scores, -np.inf).astype(np.float32, copy=False)
-        if (self._constraint or self._bias is not None) and np.isneginf(scores[0].max()):
-            raise OptionError("logit_bias and grammar leave no token to go on with: allow one at least")
         return scores
+
+    def _first_dead(self, scores: Float32Array, *, num_known: int) -> int:
+        """The first row that no token may follow, the number of rows if there is none. No row is accepted from it on.
+
+        Raises:
+            OptionError: it is the row of the last token of the text, ``num_known`` rows behind the block's first.
+        """
+        if not self._constraint and self._bias is None:
+            return len(scores)
+        is_dead = np.isneginf(scores.max(axis=-1))
+        dead = int(is_dead.argmax()) if is_dead.any() else len(scores)
+        if dead <= num_known:
+            raise OptionError("logit_bias and grammar leave no token to go on with: allow one at least")
+        return dead
 
     def _seen_by_row(self, block: Sequence[int], write_index: int) -> NDArray[np.bool_]:
         self._seen[self._text[self._num_seen : write_index + 1]] = True

@@ -227,8 +227,10 @@ class Scheduler:
 
     def _draft(self) -> None:
         """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
+        if not self._drafter:
+            return
         wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(self._block_size))}
-        if not wishes or not self._drafter:
+        if not wishes:
             return
         try:
             self._drafter.draft(wishes)
@@ -282,15 +284,33 @@ class Slot:
         self.task = None
 
     def wish(self, block_size: int) -> Wish | None:
-        """What a draft model must answer before the next forward."""
-        return None if self.task is None or self.is_reading else self.task.decode.wish(block_size)
+        """What a draft model must answer before the next forward. A task that fails to say it ends alone."""
+        task = self.task
+        if task is None or self.is_reading:
+            return None
+        try:
+            return task.decode.wish(block_size)
+        except Exception as error:  # as of its block
+            self.task = None
+            task.end(error)
+            return None
 
     def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
 
-        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can.
+        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can. A task that fails
+        to say its block (a grammar's failure, say) ends alone.
         """
         task = self.task
+        try:
+            return self._rows_of(task, width, block_size)
+        except Exception as error:
+            self.task = None
+            if task:
+                task.end(error)
+            return self._rows_of(None, width, block_size)
+
+    def _rows_of(self, task: Task | None, width: int, block_size: int) -> tuple[list[int], int, int]:
         if task is None:
             return [self._pad] * width, 0, 0
         if to_read := self.num_to_read:

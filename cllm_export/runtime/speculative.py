@@ -7,32 +7,11 @@ distribution of the draft model is needed. Unlike the Jacobi loops it keeps noth
 
 from __future__ import annotations
 
-from cllm_export.runtime.draft import Fill, Wish
-from cllm_export.runtime.jacobi import Block, Commit
+from cllm_export.runtime.jacobi import Commit, Window
 
 
-class Speculative:
-    """Every block is what the source guesses for the text so far. The block size may change at any forward."""
-
-    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
-        self.write_index = write_index
-        self._fill = fill
-        self._block = [last_token]
-
-    def wish(self, size: int) -> Wish | None:
-        missing = size - len(self._block)
-        return self._fill.wish(missing, self._block[1:]) if missing > 0 else None
-
-    def next_block(self, size: int) -> Block:
-        if missing := max(0, size - len(self._block)):
-            self._block += self._fill.guess(missing, self._block[1:])
-        del self._block[size:]
-        return Block(self._block, 1)
+class Speculative(Window):
+    """Every draft is what the fill guesses for the text so far."""
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
-        self.write_index += num_accepted
-        new, rejected = next_ids[:num_accepted], self._block[num_accepted:]
-        self._block = new[-1:]
-        self._fill.accept(new)
-        self._fill.reject(rejected, next_ids[num_accepted:])
-        return Commit(new, num_accepted)
+        return self._move(next_ids, num_accepted, slice(num_accepted - 1, num_accepted))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cllm_export.errors import MissingExtraError, OptionError
 from cllm_export.runtime.generate import Model
 from cllm_export.runtime.service import Service
-from tests.fakes import HashModel, make_model, properties, write_bundle
+from tests.fakes import EOS, HashModel, calls_of, make_model, properties, write_bundle
 
 pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
 
@@ -22,7 +22,13 @@ SCHEMA = {
     "required": ["name", "count"],
     "additionalProperties": False,
 }
-REGEXES = ["(a|b)+c", "the (cat|dog) sat [0-9]{2,4}", "[a-z ]{5,30}\\."]
+FORCING = "[ab]\u00e9\u00e9\u00e9\u00e9[cd]{1,3}\u20ac\u20ac"
+REGEXES = ["(a|b)+c", "the (cat|dog) sat [0-9]{2,4}", "[a-z ]{5,30}\\.", FORCING]
+"""The last one leaves no choice at most bytes of its text: its letters are of several tokens."""
+
+
+def compile_regex(model, regex):
+    return model.prepare([5], regex=regex).constraint
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,65 @@ def test_constrained_decoding_gives_the_same_tokens_by_every_loop(model, regex, 
     assert jacobi.token_ids == plain.token_ids
     if plain.finish_reason == "eos":
         assert re.fullmatch(regex, plain.text)
+
+
+@properties
+@given(
+    regex=st.sampled_from(REGEXES),
+    seed=st.integers(0, 2**62),
+    num_known=st.integers(0, 3),
+    limit=st.integers(1, 12),
+)
+def test_forced_tokens_are_those_that_single_token_masks_leave_no_choice_about(model, regex, seed, num_known, limit):
+    """Walks the grammar a token and a mask at a time, with matchers that nothing was rolled back in."""
+    generation = model.generate([5], regex=regex, temperature=1.0, seed=seed, method="autoregressive")
+    text = [token for token in generation.token_ids if token != EOS]
+    start = seed % len(text)
+    known = text[start : start + num_known]
+    expected = []
+    while len(expected) < limit:
+        fresh = compile_regex(model, regex)
+        fresh.advance([*text[:start], *known, *expected])
+        if fresh._matcher.is_stopped():
+            break
+        allowed = [token for token, may in enumerate(fresh.allowed(())[0]) if may]
+        if len(allowed) != 1 or allowed == [EOS]:
+            break
+        expected += allowed
+    constraint = compile_regex(model, regex)
+    constraint.advance(text[:start])
+    before = constraint.allowed(())
+    assert constraint.forced(known, limit) == expected
+    assert (constraint.allowed(()) == before).all()
+
+
+@pytest.mark.parametrize("method", ["jacobi", "jacobi-block"])
+def test_forced_tokens_are_committed_rows_of_the_block_and_save_forwards(bundle, method):
+    model = make_model(bundle, HashModel(vocab_size=bundle.manifest.geometry.vocab_size, window=None))
+    generation = model.generate([5], regex=FORCING, method=method, block_size=8)
+    plain = model.generate([5], regex=FORCING, method="autoregressive", block_size=8)
+    assert generation.token_ids == plain.token_ids
+    assert max(call.num_committed[0] for call in calls_of(model) if call.kind == "forward") >= 6
+    assert generation.statistics.forwards <= plain.statistics.forwards / 2
+
+
+def test_a_forced_token_that_is_banned_ends_the_request_as_it_does_one_by_one(model):
+    banned = {model.codec.encode("\u00e9")[0]: float("-inf")}
+    for method in ("jacobi", "jacobi-block", "autoregressive"):
+        with pytest.raises(OptionError, match="leave no token to go on with"):
+            model.generate([5], regex=FORCING, logit_bias=banned, method=method, block_size=8)
+
+
+def test_a_request_whose_grammar_fails_ends_alone(bundle):
+    vocabulary = bundle.manifest.geometry.vocab_size
+    with Service(make_model(bundle, HashModel(vocab_size=vocabulary), num_slots=2), block_size=4) as service:
+        broken = service.submit([5], regex=REGEXES[0], max_new_tokens=20)
+        broken._task.decode._sampler._constraint = None
+        broken._task.decode._sampler.forced = lambda *_: 1 / 0
+        sound = service.submit([5], max_new_tokens=6, ignore_eos=True)
+        with pytest.raises(ZeroDivisionError):
+            broken.result(timeout=10)
+        assert len(sound.result(timeout=10).token_ids) == 6
 
 
 def test_a_text_under_a_schema_is_json_of_that_schema(model):
