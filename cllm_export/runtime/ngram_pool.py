@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cllm_export.contract import require_at_least
 
 DEFAULT_MAX_ENTRIES = 1 << 16
+"""Some 18 MB once it is full."""
 DEFAULT_MAX_KEY = 3
 
 
