@@ -28,6 +28,7 @@ from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.generate import METHODS, Generation, Method, load
 from cllm_export.runtime.kv_cache import kv_extent
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
+from cllm_export.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from cllm_export.exporter.reference import Reference
@@ -46,6 +47,9 @@ MAX_TIE_SHARE = 0.02
 POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0, "bf16": 100.0}
 """What dead rows are set to. In fp16 a score over a larger one overflows to infinity before the mask is applied, and
 no row that a decoder ever wrote is that large."""
+
+GREEDY, SAMPLED = "", "sampled "
+"""What a check's name begins with."""
 
 DEFAULT_NUM_PROMPTS = 16
 HELD_BYTES = 10
@@ -271,7 +275,7 @@ class _Session:
         self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
         self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
         self._ignore_eos = not prompts  # random tokens end at once, and would try nothing
-        self._decoded: dict[tuple[Method, int], list[Generation]] = {}
+        self._decoded: dict[tuple[Method, int, str], list[Generation]] = {}
         own = bundle.manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
         self._block_sizes = options.block_sizes or (own,)
@@ -286,16 +290,20 @@ class _Session:
                 name = f"{method} == autoregressive, n = {block_size}"
                 checks.append(_failing_with_the_engine(name, self._lossless, method, block_size))
         first = self._block_sizes[0]
-        if self._model.engine.fixed_shapes:
-            checks.append(Check(name="across shapes", passed=None, detail="the bundle is pinned to one shape"))
-        else:
-            checks.append(_failing_with_the_engine("across shapes", self._across_shapes, first))
+        name = f"{SAMPLED}jacobi == autoregressive, n = {first}"
+        checks.append(_failing_with_the_engine(name, self._lossless, METHODS[0], first, SAMPLED))
+        for kind in (GREEDY, SAMPLED):
+            if self._model.engine.fixed_shapes:
+                detail = "the bundle is pinned to one shape"
+                checks.append(Check(name=f"{kind}across shapes", passed=None, detail=detail))
+            else:
+                checks.append(_failing_with_the_engine(f"{kind}across shapes", self._across_shapes, first, kind))
         checks.append(_failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first))
         checks.append(self._tokenization())
         return checks
 
-    def _lossless(self, method: Method, block_size: int) -> Check:
-        expected, actual = self._decode("autoregressive", block_size), self._decode(method, block_size)
+    def _lossless(self, method: Method, block_size: int, kind: str = GREEDY) -> Check:
+        expected, actual = self._decode("autoregressive", block_size, kind), self._decode(method, block_size, kind)
         differences = [
             {"prompt": prompt_id, "position": first_difference(a.token_ids, e.token_ids)}
             for prompt_id, a, e in zip(self._prompts, actual, expected, strict=True)
@@ -307,25 +315,44 @@ class _Session:
         vacuous = tokens == forwards and block_size > 1
         detail = f"{equal} of {len(actual)} prompts equal, {tokens} tokens, {tokens / forwards:.2f} per forward"
         return Check(
-            name=f"{method} == autoregressive, n = {block_size}",
+            name=f"{kind}{method} == autoregressive, n = {block_size}",
             passed=False if differences else None if vacuous else True,
             detail=detail + ("; no draft was accepted, which proves little: give --prompts" if vacuous else ""),
             data={"prompts": len(actual), "equal": equal, "new_tokens": tokens, "differences": differences},
         )
 
-    def _across_shapes(self, block_size: int) -> Check:
-        name = f"across shapes, n = 1 against {block_size}"
+    def _across_shapes(self, block_size: int, kind: str = GREEDY) -> Check:
+        name = f"{kind}across shapes, n = 1 against {block_size}"
         if block_size == 1:
             return Check(name=name, passed=None, detail="only one shape was asked for")
-        one, many = self._decode("autoregressive", 1), self._decode("autoregressive", block_size)
+        one, many = self._decode("autoregressive", 1, kind), self._decode("autoregressive", block_size, kind)
         ties = _Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         for (prompt_id, prompt), a, b in zip(self._prompts.items(), one, many, strict=True):
             position = first_difference(a.token_ids, b.token_ids)
             ties.count_prompt(len(a.token_ids))
             if position is not None:
-                margins = [self._margin(prompt, tokens.token_ids, position) for tokens in (a, b)]
+                margins = [self._margin_of(kind, prompt, found, position) for found in (a, b)]
                 ties.add(prompt_id, position, None if None in margins else max(m for m in margins if m is not None))
         return ties.check(name)
+
+    def _margin_of(self, kind: str, prompt: list[int], generation: Generation, position: int) -> float | None:
+        if kind == GREEDY:
+            return self._margin(prompt, generation.token_ids, position)
+        return self._sampled_margin(prompt, generation, position)
+
+    def _sampled_margin(self, prompt: list[int], generation: Generation, position: int) -> float | None:
+        """How far the score of the token drawn there is below the best one's, in standard deviations of the logits."""
+        if position >= len(generation.token_ids):
+            return None
+        engine, text = self._model.engine, [*prompt, *generation.token_ids[:position]]
+        prefill(engine, text[:-1], 0)
+        forward = engine.forward([text[-1:]], [1], [len(text) - 1], with_logits=True)
+        if forward.logits is None:
+            return None
+        logits = forward.logits[0]
+        sampler = Sampler(_sampling(generation.seed), prompt=text, vocab_size=logits.shape[1])
+        scores = sampler.scores(text[-1:], len(text) - 1, logits)[0]
+        return float((scores.max() - scores[generation.token_ids[position]]) / logits.std())
 
     def _against_checkpoint(self, block_size: int) -> Check:
         name = "against the PyTorch checkpoint"
@@ -359,20 +386,27 @@ class _Session:
         prediction = self._reference.predict(prompt, tokens[: position + 1])[position]
         return prediction.margin / prediction.scale
 
-    def _decode(self, method: Method, block_size: int) -> list[Generation]:
+    def _decode(self, method: Method, block_size: int, kind: str = GREEDY) -> list[Generation]:
         """Every prompt through one loop; each is run once, however many checks look at it."""
-        if (method, block_size) in self._decoded:
-            return self._decoded[method, block_size]
+        key = (method, block_size, kind)
+        if key in self._decoded:
+            return self._decoded[key]
         generations = []
         for done, prompt in enumerate(self._prompts.values(), start=1):
             limit = min(self._max_new_tokens, self._bundle.manifest.max_length - len(prompt))
             generations.append(
                 self._model.generate(
-                    prompt, max_new_tokens=limit, method=method, block_size=block_size, ignore_eos=self._ignore_eos
+                    prompt,
+                    max_new_tokens=limit,
+                    method=method,
+                    block_size=block_size,
+                    ignore_eos=self._ignore_eos,
+                    temperature=_sampling(done).temperature if kind == SAMPLED else None,
+                    seed=done,
                 )
             )
-            self._progress(f"{method}, n = {block_size}", done, len(self._prompts))
-        self._decoded[method, block_size] = generations
+            self._progress(f"{kind}{method}, n = {block_size}", done, len(self._prompts))
+        self._decoded[key] = generations
         return generations
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, list[int]]:
@@ -384,6 +418,11 @@ class _Session:
                 raise OptionError(f"prompt {key} has {len(ids)} tokens, too long for this bundle; leave it out")
             encoded[key] = ids
         return encoded
+
+
+def _sampling(seed: int) -> Sampling:
+    """How prompts are sampled: from the plain softmax, whose margins need no account of filters."""
+    return Sampling(temperature=1.0, seed=seed)
 
 
 def _failing_with_the_engine(name: str, run: Callable[..., Check], *arguments: object) -> Check:

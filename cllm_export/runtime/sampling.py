@@ -160,21 +160,27 @@ class Sampler:
             EngineError: logits are NaN.
             OptionError: bias and grammar leave no token.
         """
-        best = logits.max(axis=-1)
-        if np.isnan(best).any():
-            raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
-        scores = self._adjusted(block, write_index, logits)
+        scores = self.scores(block, write_index, logits)
         dead = self._first_dead(scores, num_known=len(self._text) - write_index - 1)
-        if self._sampling.temperature:
-            scores = scores / np.float32(self._sampling.temperature)
-            scores = np.where(
-                scores >= self._threshold(scores), scores + self._noise_of(write_index, len(block)), -np.inf
-            )
         next_ids: list[int] = scores.argmax(axis=-1).tolist()
         right = num_committed
         while right < len(block) and block[right] == next_ids[right - 1]:
             right += 1
         return DrawnBlock(next_ids, min(right, dead))
+
+    def scores(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
+        """What the drawn tokens are the argmax of, [n, V]: adjusted logits over temperature, filtered, and their noise.
+
+        Arguments and errors are those of ``draw``.
+        """
+        if np.isnan(logits.max(axis=-1)).any():
+            raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
+        scores = self._adjusted(block, write_index, logits)
+        if self._sampling.temperature:
+            scores = scores / np.float32(self._sampling.temperature)
+            noisy = scores + self._noise_of(write_index, len(block))
+            scores = np.where(scores >= self._threshold(scores), noisy, -np.inf)
+        return scores
 
     def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
         """Scores [n, V] after bias and penalty; row i is penalised for the text up to and with its own token."""

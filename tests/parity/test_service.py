@@ -64,9 +64,29 @@ def test_sampled_and_greedy_requests_share_a_batch(model: Model):
 
 
 @pytest.mark.slow
+def test_two_hundred_requests_decode_as_alone_at_every_occupancy_and_in_every_order(model: Model):
+    """Every other one is sampled. Alone, then as 2, 3 and 4 clients that send one after another, then all at once."""
+    prompts = questions(200)
+    requests = [
+        (prompt, {**OPTIONS, "temperature": 0.8 * (index % 2), "seed": index}) for index, prompt in enumerate(prompts)
+    ]
+    with Service(model) as service:
+        alone = [service.submit(prompt, **options).result().token_ids for prompt, options in requests]
+        for clients in (2, 3, NUM_SLOTS, len(requests)):
+            order = random.Random(clients).sample(range(len(requests)), len(requests))
+            handles: dict[int, Handle] = {}
+            for place, index in enumerate(order):
+                if place >= clients:
+                    handles[order[place - clients]].result()
+                handles[index] = service.submit(requests[index][0], **requests[index][1])
+            found = [handles[index].result().token_ids for index in range(len(requests))]
+            assert found == alone, f"{clients} clients"
+
+
+@pytest.mark.slow
 def test_twenty_thousand_short_requests_leave_slots_and_memory_clean(model: Model):
-    """Random lengths, stop strings, loops and cancels; every hundredth request that ran to its end is compared with
-    the same one alone."""
+    """Random lengths, stop strings, loops, seeds and cancels; every hundredth request that ran to its end is compared
+    with the same one alone."""
     import psutil
 
     generator = random.Random(0)
@@ -80,6 +100,8 @@ def test_twenty_thousand_short_requests_leave_slots_and_memory_clean(model: Mode
                 "max_new_tokens": generator.randint(1, 12),
                 "stop": generator.choice([(), ("FROM",), (",", "COUNT(")]),
                 "method": generator.choice(["jacobi", "jacobi-block", "autoregressive"]),
+                "temperature": generator.choice([0.0, 0.0, 0.9]),
+                "seed": generator.randint(0, 1 << 40),
             }
             while service.num_open >= NUM_SLOTS + 32:
                 kept[-1][2].result()
