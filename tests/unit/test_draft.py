@@ -9,6 +9,7 @@ from cllm_export.runtime.draft import (
     ALWAYS_KNOW,
     SOURCES,
     LookupFill,
+    ModelFill,
     PadFill,
     PromptFill,
     RepeatFill,
@@ -127,6 +128,15 @@ def test_a_draft_model_is_asked_for_what_the_sources_before_it_do_not_know():
     assert chain.wish(2, ()) is None, "the pool knows them all"
     chain.accept([20])
     assert chain.guess(3, [21]) == [0, 0, 0], "an answer holds for the text it was asked for"
+
+
+def test_an_answer_of_a_draft_model_holds_for_the_draft_it_was_asked_for():
+    fill = ModelFill(PROMPT)
+    assert fill.guess(2, ()) == [], "nobody has asked"
+    fill.wish(3, [9]).found = [30, 31]
+    assert fill.guess(3, [9]) == [30, 31]
+    assert fill.guess(1, [9]) == [30]
+    assert fill.guess(3, [8]) == fill.guess(3, ()) == []
 
 
 def test_lookup_goes_on_as_the_longest_matching_end_last_did():

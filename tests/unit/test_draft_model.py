@@ -161,6 +161,35 @@ def test_a_text_at_the_end_of_what_it_holds_is_drafted_no_further():
     assert not engine.calls
 
 
+def test_a_lane_that_ran_ahead_of_what_it_holds_lies_idle_within_the_cache():
+    model = HashModel(vocab_size=VOCABULARY, window=0)
+    drafter, engine = make(model, num_slots=2, trained_with=TrainedWith(block_size=8, fill="pad", loop="sliding"))
+    text = [*range(20)] * 3
+    ask(drafter, text, 4)
+    assert ask(drafter, [*range(20)] * 2, 2, lane=1) == greedy(model, [*range(20)] * 2, 2)
+    assert max(len(call.input_ids[0]) for call in engine.calls) == 16, "as wide as a forward may be"
+    assert ask(drafter, text, 4) == greedy(model, text, 4)
+
+
+def test_a_failure_leaves_a_lane_idle_until_it_is_asked_again():
+    class FailsOnce(FakeEngine):
+        has_failed = False
+
+        def forward(self, *arguments, **options):
+            if not self.has_failed:
+                self.has_failed = True
+                raise EngineError("out of memory")
+            return super().forward(*arguments, **options)
+
+    model = HashModel(vocab_size=VOCABULARY)
+    drafter, engine = make(model, num_slots=2, engine_type=FailsOnce)
+    with pytest.raises(EngineError, match="out of memory"):
+        ask(drafter, PROMPT, 3)
+    assert ask(drafter, PROMPT[:2], 3, lane=1) == greedy(model, PROMPT[:2], 3)
+    assert all(call.num_committed[0] == 0 for call in engine.calls)
+    assert ask(drafter, PROMPT, 3) == greedy(model, PROMPT, 3)
+
+
 def test_an_engine_that_accepts_nothing_is_an_error_and_not_an_endless_loop():
     class Broken(FakeEngine):
         def forward(self, *arguments, **options):
