@@ -121,7 +121,7 @@ def main() -> None:
     drafts = dict.fromkeys(others, first) | ({first: others[0]} if others else {})
     for path in args.bundles:
         draft = drafts.get(path)
-        model = load(path, threads=args.threads, draft_model=draft)
+        model = load(path, threads=args.threads, draft_model=draft, prefix_cache_bytes=0)
         prompts = [model.encode(prompt.content) for prompt in read_prompts(args.prompts, limit=args.limit)]
         rows = measure(model, prompts, args)
         show(path.name, draft.name if draft else None, rows)

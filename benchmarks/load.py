@@ -92,7 +92,7 @@ def measure(
 def run(bundle: Path, texts: Sequence[str], clients: int, threads: int, method: Method, max_new_tokens: int) -> Round:
     """Send every text through a service of as many slots as there are clients."""
     reports: list[StepReport] = []
-    model = load(bundle, threads=threads, num_slots=clients)
+    model = load(bundle, threads=threads, num_slots=clients, prefix_cache_bytes=0)
     block_size = 1 if method == "autoregressive" else model.facts.block_size
     waiting, lock = list(enumerate(texts)), threading.Lock()
     first, whole = [0.0] * len(texts), [0.0] * len(texts)

@@ -86,7 +86,7 @@ def run_bench(
     options = options or BenchOptions()
     if checkpoint:
         require_source(bundle, checkpoint)
-    model = load(bundle.path, threads=options.threads, draft_model=options.draft_model)
+    model = load(bundle.path, threads=options.threads, draft_model=options.draft_model, prefix_cache_bytes=0)
     if too_large := [size for size in options.sweep if size > model.engine.geometry.max_block_size]:
         largest = model.engine.geometry.max_block_size
         raise OptionError(f"--sweep {too_large[0]}: block_size must be at most {largest} for this bundle")

@@ -22,6 +22,7 @@ from cllm_export.linked import WeightsMode
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
+from cllm_export.runtime.prefix_snapshot import check_target
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
 
@@ -237,6 +238,12 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="By default whatever fits.")
     ] = None,
+    load_prefix: Annotated[
+        Path | None, typer.Option("--load-prefix", help="Start from a prompt's state that --save-prefix wrote.")
+    ] = None,
+    save_prefix: Annotated[
+        Path | None, typer.Option("--save-prefix", help="Keep the prompt's state in this file, for --load-prefix.")
+    ] = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
@@ -250,7 +257,13 @@ def generate(
         raise OptionError("--logprobs needs --json: they stand in its lines")
     _require_use(draft_model, method, fill)
     given = _gather_prompts(prompt, prompts, limit)
+    if save_prefix is not None:
+        if len(given) != 1:
+            raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
+        check_target(save_prefix)
     model = load(bundle, threads=threads, draft_model=draft_model)
+    if load_prefix is not None:
+        model.load_prefix(load_prefix)
     options: dict[str, Any] = {
         "method": method,
         "block_size": block_size,
@@ -275,6 +288,8 @@ def generate(
                 _print_json_line(entry, model.generate(entry.content, **options))
             else:
                 _print_text(model, entry, options, stats=stats, blocks=blocks)
+            if save_prefix is not None:
+                model.save_prefix(save_prefix, entry.content)
 
 
 @app.command()

@@ -162,6 +162,18 @@ def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry
         raise EngineError(f"KV extent {kv_extent} is below write index {write_index} + block {block_size}")
 
 
+def check_rows(*, slot: int, start: int, stop: int, num_slots: int, geometry: Geometry) -> None:
+    """Check that rows ``start`` to ``stop`` of a slot exist, before they are copied.
+
+    Raises:
+        EngineError: no such slot, or rows outside the cache.
+    """
+    if not 0 <= slot < num_slots:
+        raise EngineError(f"there is no slot {slot}: the engine has {num_slots}, from 0")
+    if not 0 <= start <= stop <= geometry.cache_length:
+        raise EngineError(f"rows {start} to {stop} are no rows of a cache of {geometry.cache_length}")
+
+
 def require_at_least(name: str, value: int, minimum: int) -> None:
     """Raise OptionError unless ``value`` is an int of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

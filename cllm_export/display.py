@@ -259,10 +259,11 @@ def show_tuning(path: str, report: Mapping[str, Any]) -> None:
 def show_statistics(generation: Generation) -> None:
     """One line of statistics, on standard error: the text on standard output stays clean."""
     entry = generation.statistics
+    reused = f" ({entry.reused_tokens} of {entry.prompt_tokens} tokens reused)" if entry.reused_tokens else ""
     ERR.print(
         f"[dim]{entry.new_tokens} tokens in {entry.forwards} forwards ({entry.tokens_per_forward:.2f} per forward), "
         f"{entry.tokens_per_second:,.0f} tokens/s, fast-forwarded {entry.fast_forwarded}, stationary "
-        f"{entry.stationary}, prefill {entry.prefill_seconds * 1e3:.1f} ms, {generation.finish_reason}[/dim]"
+        f"{entry.stationary}, prefill {entry.prefill_seconds * 1e3:.1f} ms{reused}, {generation.finish_reason}[/dim]"
     )
 
 

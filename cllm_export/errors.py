@@ -9,6 +9,7 @@
     ├── BundleError               a bundle that is missing, partial or damaged
     │   ├── BundleVersionError    written by another schema or contract version
     │   └── ChecksumError         a file that differs from its manifest
+    ├── SnapshotError             a snapshot of a prompt's state that is missing, damaged or of another bundle
     ├── PromptError               a prompt that is empty, too long or malformed
     ├── DataError                 a data file of a task that is missing, damaged or of another task
     ├── TuningError               a tuning run that cannot start, go on or be resumed
@@ -58,6 +59,10 @@ class BundleVersionError(BundleError):
 
 class ChecksumError(BundleError):
     """A file of a bundle differs from what its manifest says."""
+
+
+class SnapshotError(CllmExportError):
+    """A snapshot of a prompt's state is missing, damaged, of another bundle or of another version."""
 
 
 class PromptError(CllmExportError, ValueError):

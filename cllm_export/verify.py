@@ -268,7 +268,7 @@ class _Session:
         progress: Progress,
     ) -> None:
         self._bundle = bundle
-        self._model = load(bundle.path, threads=options.threads)
+        self._model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
         self._reference = reference
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens

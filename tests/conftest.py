@@ -64,7 +64,7 @@ class Workshop:
     def model(self, name: str, **options: Any) -> Model:
         """The bundle, loaded."""
         key = ("model", name, *sorted(options.items()))
-        return self._once(key, lambda: load(self.bundle(name, **options).path, threads=THREADS))
+        return self._once(key, lambda: load(self.bundle(name, **options).path, threads=THREADS, prefix_cache_bytes=0))
 
     def reference(self, name: str) -> Reference:
         """The checkpoint in PyTorch, which tells the margin of every token."""

@@ -29,15 +29,16 @@ from cllm_export.bundle import (
     open_bundle,
     write_manifest,
 )
-from cllm_export.contract import FixedShapes, Geometry, check_forward
+from cllm_export.contract import FixedShapes, Geometry, check_forward, check_rows
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import Fill
 from cllm_export.runtime.draft_model import DraftModel
-from cllm_export.runtime.engine import Engine, Forward, prefill
+from cllm_export.runtime.engine import Engine, Forward, KvRows, prefill
 from cllm_export.runtime.generate import Model
 from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
-from cllm_export.runtime.kv_cache import kv_extent
+from cllm_export.runtime.kv_cache import check_row_shape, kv_extent
+from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.statistics import ForwardRecord
 from cllm_export.runtime.text import TextCodec
 
@@ -151,6 +152,7 @@ class FakeEngine:
         self._num_slots = fixed_shapes.batch_size if fixed_shapes else num_slots
         self.run_seconds = 0.0
         self.calls: list[Call] = []
+        self.num_rows_restored = 0
         self.rows = [[UNWRITTEN] * geometry.cache_length for _ in range(self._num_slots)]
 
     @property
@@ -206,6 +208,22 @@ class FakeEngine:
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> None:
         self._write(Call("prefill", [list(chunk) for chunk in input_ids], list(num_committed), list(write_index)))
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        """Token and context of each row, in every tensor of the cache alike."""
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        g = self._geometry
+        array = np.zeros((2 * g.num_layers, g.num_kv_heads, stop - start, g.head_dim), np.int64)
+        for index, row in enumerate(self.rows[slot][start:stop]):
+            assert row != UNWRITTEN, f"row {start + index} of slot {slot} was never written"
+            array[:, :, index, :2] = row
+        return array
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=np.dtype(np.int64))
+        self.num_rows_restored += stop - start
+        self.rows[slot][start:stop] = [Row(*map(int, row)) for row in rows[0, 0, :, :2]]
 
     def _write(self, call: Call) -> None:
         """Write the tokens of every slot, then what each of them sees, as a decoder does layer by layer."""
@@ -367,9 +385,14 @@ def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
 
 
 def make_model(
-    bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1, draft_model: DraftModel | None = None
+    bundle: Bundle,
+    language_model: LanguageModel,
+    *,
+    num_slots: int = 1,
+    draft_model: DraftModel | None = None,
+    prefix_cache_bytes: int = 0,
 ) -> Model:
-    """A model that runs the fake engine in the place of ONNX Runtime."""
+    """A model that runs the fake engine in the place of ONNX Runtime; it keeps no prompts unless told to."""
     manifest = bundle.manifest
     engine = FakeEngine(
         language_model,
@@ -377,7 +400,12 @@ def make_model(
         num_slots=num_slots,
         fixed_shapes=manifest.graphs[GREEDY_GRAPH].fixed_shapes,
     )
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), draft_model=draft_model)
+    state = None
+    if prefix_cache_bytes:
+        state = PromptState(
+            engine, max_bytes=prefix_cache_bytes, fingerprint=bundle.fingerprint, max_length=manifest.max_length
+        )
+    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), draft_model=draft_model, prompt_state=state)
 
 
 def calls_of(model: Model) -> list[Call]:

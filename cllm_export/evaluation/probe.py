@@ -60,7 +60,7 @@ def probe(
     """
     options = options or ProbeOptions()
     with _as_bundle(source, progress) as bundle:
-        model = load(bundle.path, threads=options.threads)
+        model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
         if model.engine.fixed_shapes:
             raise OptionError(f"{source} is pinned to one block size: probe a bundle built without --fixed-shapes")
         sample = list(prompts)[: options.limit]

@@ -40,7 +40,7 @@ def open_source(path: Path, *, threads: int | None = None) -> Model:
         MissingExtraError: a checkpoint, and the extra ``train`` is not installed.
     """
     if kind_of(path) == "bundle":
-        return load(path, threads=threads)
+        return load(path, threads=threads, prefix_cache_bytes=0)
     if threads is not None:
         require_at_least("threads", threads, 1)
     with needs_extra("train"):

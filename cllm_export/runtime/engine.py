@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 from cllm_export.contract import FixedShapes, Geometry
 
+KvRows = NDArray[np.generic]
+"""KV rows of one slot [2L, K, rows, D], key and value of layer 0, of layer 1, ...: every tensor of the cache has one
+shape, so one array holds all. In the engine's dtype; bfloat16, which numpy lacks, as its bits in uint16."""
+
 
 class Forward(NamedTuple):
     """What one forward gives: ``next_ids`` [B, h], ``num_accepted`` [B], and ``logits`` [B, h, V] if asked for."""
@@ -70,6 +74,22 @@ class Engine(Protocol):
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> None:
         """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
+        ...
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        """A copy of the KV rows ``start`` to ``stop`` of one slot.
+
+        Raises:
+            EngineError: no such slot, rows outside the cache, or the engine failed.
+        """
+        ...
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        """Put rows that ``read_rows`` gave into a slot, at the positions that they were read at: keys are rotated.
+
+        Raises:
+            EngineError: as ``read_rows``, or the rows have another shape or dtype.
+        """
         ...
 
 

@@ -22,6 +22,9 @@ from cllm_export.runtime.draft_model import DraftModel, check_pair
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.ngram_pool import NgramPool
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.prefix_cache import PrefixCache
+from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
+from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.request import (
     METHOD_OF_LOOP,
     METHODS,
@@ -112,6 +115,12 @@ class Options(TypedDict, total=False):
     grammar: str | None
 
 
+PREFIX_CACHE_BYTES = 256 << 20
+"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
+
+READING: Options = {"max_new_tokens": 1, "method": "autoregressive", "ignore_eos": True}
+"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
+
 _GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
@@ -163,10 +172,17 @@ class Model:
         codec: tokenizer and chat template.
         draft_model: what answers the ``model`` fill, with as many lanes as the engine has slots.
         pool: n-grams that requests with the ``pool`` fill share.
+        prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
     """
 
     def __init__(
-        self, facts: ModelFacts, engine: Engine, codec: TextCodec, *, draft_model: DraftModel | None = None
+        self,
+        facts: ModelFacts,
+        engine: Engine,
+        codec: TextCodec,
+        *,
+        draft_model: DraftModel | None = None,
+        prompt_state: PromptState | None = None,
     ) -> None:
         if draft_model and draft_model.num_lanes < engine.num_slots:
             raise OptionError(f"a draft model for {engine.num_slots} slots has {draft_model.num_lanes} lanes")
@@ -175,6 +191,7 @@ class Model:
         self.codec = codec
         self.draft_model = draft_model
         self.pool = NgramPool()
+        self.prompt_state = prompt_state
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -201,6 +218,57 @@ class Model:
     def stream(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Stream:
         """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
         return Stream(self, self.prepare(prompt, **options))
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """The KV of texts that were read before; its ``statistics`` tell what it is worth."""
+        return self.prompt_state.cache if self.prompt_state else None
+
+    def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
+        """Write the KV of a prompt to a file, for ``load_prefix`` of the same bundle; the number of its tokens.
+
+        What is kept of it is used, the rest is computed. A snapshot that is there is replaced, in one step.
+
+        Raises:
+            PromptError: the prompt is empty or too long.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            OutputError: the file is something else, or cannot be written.
+            EngineError: the engine failed, or another request is running.
+        """
+        state = self.require_prompt_state()
+        check_target(path)
+        tokens = self.encode(prompt)
+        self.generate(tokens, **READING)
+        with self.in_use():
+            snapshot = state.snapshot(tokens)
+        write_snapshot(path, snapshot)
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Keep the KV that ``save_prefix`` wrote, so that prompts that begin so need not read it; the number of tokens.
+
+        It is dropped for room like everything else in the prefix cache: the least recently used first.
+
+        Raises:
+            SnapshotError: missing, damaged, or of another bundle or version.
+            OptionError: the model keeps no prompts, or not as much as this one.
+            EngineError: another request is running.
+        """
+        state = self.require_prompt_state()
+        snapshot = state.read(path)
+        with self.in_use():
+            state.keep(snapshot)
+        return len(snapshot.tokens)
+
+    def require_prompt_state(self) -> PromptState:
+        """What it keeps of prompts.
+
+        Raises:
+            OptionError: nothing.
+        """
+        if self.prompt_state is None:
+            raise OptionError("this model keeps no prompts: load its bundle with prefix_cache_bytes above 0")
+        return self.prompt_state
 
     def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
         """Token ids of a prompt in any of its forms.
@@ -340,6 +408,7 @@ class Model:
             pad_token_id=pad_token(self.facts),
             reading_width=self.engine.prefill_chunk,
             drafter=self.draft_model,
+            prefix_cache=self.prefix_cache,
         )
 
     def eos_of(self, request: Prepared) -> frozenset[int]:
@@ -448,13 +517,16 @@ class _Run:
         self._task = task = Task(self._request.prompt, decode, take=self._take)
         scheduler = self._model.make_scheduler(self._request.block_size)
         scheduler.submit(task)
-        while not scheduler.is_idle:
-            scheduler.step()
-            if task.error:
-                raise task.error
-            if self._new:
-                new, self._new = self._new, []
-                yield new
+        try:
+            while not scheduler.is_idle:
+                scheduler.step()
+                if task.error:
+                    raise task.error
+                if self._new:
+                    new, self._new = self._new, []
+                    yield new
+        finally:
+            scheduler.cancel(task)  # a stream that is closed early; nothing where it has ended
 
     def result(self) -> Generation:
         if self._task is None:
@@ -495,6 +567,7 @@ def load(
     threads: int | None = None,
     num_slots: int | None = None,
     draft_model: str | Path | None = None,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
 ) -> Model:
     """Load a bundle for generation on the CPU.
 
@@ -504,6 +577,8 @@ def load(
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
         draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
+        prefix_cache_bytes: KV to keep of texts that were read and given, in memory of its own, so that a prompt that
+            begins alike is read from where they part; 0 reads every prompt anew.
 
     Raises:
         OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
@@ -513,6 +588,7 @@ def load(
     """
     if threads is not None:
         require_at_least("threads", threads, 1)
+    require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)
     draft = open_bundle(draft_model) if draft_model else None
     if draft:
@@ -520,8 +596,16 @@ def load(
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
     codec = TextCodec.of_bundle(bundle)
+    state = None
+    if prefix_cache_bytes:
+        state = PromptState(
+            engine,
+            max_bytes=prefix_cache_bytes,
+            fingerprint=bundle.fingerprint,
+            max_length=bundle.manifest.max_length,
+        )
     drafter = _load_draft_model(draft, engine.num_slots, threads) if draft else None
-    return Model(bundle.manifest, engine, codec, draft_model=drafter)
+    return Model(bundle.manifest, engine, codec, draft_model=drafter, prompt_state=state)
 
 
 def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> DraftModel:

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.contract import KV_DTYPE, Geometry, Precision, cache_names
+from cllm_export.errors import EngineError
+from cllm_export.runtime.engine import KvRows
 
 MIN_EXTENT_STEP = 16
 
@@ -25,3 +27,14 @@ def allocate(geometry: Geometry, precision: Precision, num_slots: int) -> dict[s
     shape = (num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
     dtype = np.dtype(KV_DTYPE[precision])
     return {past: np.zeros(shape, dtype) for past, _ in cache_names(geometry.num_layers)}
+
+
+def check_row_shape(rows: KvRows, count: int, *, geometry: Geometry, dtype: np.dtype[np.generic]) -> None:
+    """Check rows that are to be put into a cache of this geometry and dtype.
+
+    Raises:
+        EngineError: they are not ``count`` rows of it.
+    """
+    expected = (2 * geometry.num_layers, geometry.num_kv_heads, count, geometry.head_dim)
+    if rows.shape != expected or rows.dtype != dtype:
+        raise EngineError(f"this engine takes rows {list(expected)} of {dtype}, got {list(rows.shape)} of {rows.dtype}")

@@ -13,10 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.bundle import GREEDY_GRAPH, Bundle
-from cllm_export.contract import LOGITS, FixedShapes, Geometry, cache_names, check_forward, require_at_least
+from cllm_export.contract import (
+    LOGITS,
+    FixedShapes,
+    Geometry,
+    cache_names,
+    check_forward,
+    check_rows,
+    require_at_least,
+)
 from cllm_export.errors import EngineError, MissingExtraError
-from cllm_export.runtime.engine import Forward
-from cllm_export.runtime.kv_cache import allocate, kv_extent
+from cllm_export.runtime.engine import Forward, KvRows
+from cllm_export.runtime.kv_cache import allocate, check_row_shape, kv_extent
 from cllm_export.runtime.mapped_weights import MappedWeights
 
 if TYPE_CHECKING:
@@ -132,6 +140,16 @@ class OrtEngine:
     ) -> None:
         chunk_size = len(input_ids[0])
         self._run(input_ids, num_committed, write_index, chunk_size, chunk_size if self._fixed else 1)
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        return np.stack([array[slot, :, start:stop] for array in self.cache.values()])
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=next(iter(self.cache.values())).dtype)
+        for array, tensor_rows in zip(self.cache.values(), rows, strict=True):
+            array[slot, :, start:stop] = tensor_rows
 
     def run_bound(self, block_size: int, write_index: int) -> None:
         """One forward over whatever the buffers hold, every slot at the same write index: the bare engine, for

@@ -75,6 +75,14 @@ class Decode:
         return self._decoder.write_index
 
     @property
+    def num_rows(self) -> int:
+        """KV rows of the slot that are those of known tokens: of the block loop's unfinished block as well."""
+        if not self.records:
+            return self.write_index
+        last = self.records[-1]
+        return last.write_index + last.num_accepted
+
+    @property
     def needs_logits(self) -> bool:
         """Whether ``take`` needs the logits of the forward."""
         return self._sampler is not None or self._num_logprobs is not None

@@ -18,6 +18,7 @@ from cllm_export.errors import CllmExportError, EngineError, QueueFullError
 from cllm_export.runtime.draft import Wish
 from cllm_export.runtime.draft_model import Drafter
 from cllm_export.runtime.engine import Engine, Forward
+from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.request import Decode
 from cllm_export.runtime.statistics import Statistics, summarize
 
@@ -48,6 +49,8 @@ class Task:
         self.error: Exception | None = None
         """Why it ended, where it did not end by its own rules."""
         self.is_cancelled = False
+        self.reused_tokens = 0
+        """Of the prompt, those whose KV was kept from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
         """Of the forwards it took part in, by the clock; the last is the decode's share inside the engine."""
         self._take = take
@@ -58,6 +61,7 @@ class Task:
         return summarize(
             self.decode.records,
             prompt_tokens=len(self.prompt),
+            reused_tokens=self.reused_tokens,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             engine_seconds=self.engine_seconds,
@@ -82,6 +86,8 @@ class StepReport(NamedTuple):
     num_decoding: int
     num_waiting: int
     new_tokens: int
+    reused_tokens: int
+    """Of the prompts admitted in this step, tokens whose KV was kept from earlier texts."""
     seconds: float
     """Of the whole step; ``engine_seconds`` of them inside the engine, and that of a draft model."""
     engine_seconds: float
@@ -100,6 +106,8 @@ class Scheduler:
             alone.
         queue_size: tasks that may wait; None for any number.
         drafter: answers what tasks wish for, once before each forward; with a lane for each slot.
+        prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
+            they part.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class Scheduler:
         reading_width: int | None = None,
         queue_size: int | None = None,
         drafter: Drafter | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         require_at_least("block_size", block_size, 1)
         if queue_size is not None:
@@ -120,7 +129,10 @@ class Scheduler:
         self._reading_width = None if engine.fixed_shapes else reading_width
         self._queue_size = queue_size
         self._drafter = drafter
-        self._slots = [Slot(pad_token_id) for _ in range(engine.num_slots)]
+        memories = [
+            SlotMemory(engine, slot, prefix_cache) if prefix_cache else None for slot in range(engine.num_slots)
+        ]
+        self._slots = [Slot(pad_token_id, memory) for memory in memories]
         self._width = block_size
         self._waiting: deque[Task] = deque()
 
@@ -150,14 +162,14 @@ class Scheduler:
     def cancel(self, task: Task) -> bool:
         """End a task at once, wherever it is; False where it had ended already. The slot is free for the next step."""
         slot = next((slot for slot in self._slots if slot.task is task), None)
-        if slot is not None:
-            slot.clear()
-        elif task in self._waiting:
-            self._waiting.remove(task)
-        else:
+        if slot is None and task not in self._waiting:
             return False
         task.is_cancelled = True
-        task.end()
+        if slot is not None:
+            slot.leave()
+        else:
+            self._waiting.remove(task)
+            task.end()
         return True
 
     def cancel_all(self) -> None:
@@ -172,7 +184,7 @@ class Scheduler:
         is raised here, and the slots are free again.
         """
         started, engine_started = perf_counter(), self._run_seconds
-        self._admit()
+        reused_tokens = self._admit()
         self._draft()
         running = [slot for slot in self._slots if slot.task]
         if not running:
@@ -193,7 +205,8 @@ class Scheduler:
             num_decoding=len(running) - len(reading),
             num_waiting=len(self._waiting),
             new_tokens=new_tokens,
-            seconds=seconds,
+            reused_tokens=reused_tokens,
+            seconds=perf_counter() - started,
             engine_seconds=engine_seconds,
         )
 
@@ -237,13 +250,21 @@ class Scheduler:
         except Exception as error:  # likewise
             self._fail([self._slots[index] for index in wishes], error)
 
-    def _admit(self) -> None:
+    def _admit(self) -> int:
+        """Fill free slots; how many tokens of the prompts need not be read."""
+        reused_tokens = 0
         for slot in self._slots:
             if slot.is_idle and self._waiting:
-                slot.admit(self._waiting.popleft())
+                task = self._waiting.popleft()
+                try:
+                    slot.admit(task)
+                except Exception as error:  # the engine did not take the rows that were kept
+                    self._fail([slot], error)
+                reused_tokens += task.reused_tokens
+        return reused_tokens
 
     def _fail(self, slots: Sequence[Slot], error: Exception) -> None:
-        failure = error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")
+        failure = _engine_failure(error)
         for slot in slots:
             task = slot.task
             slot.clear()
@@ -251,11 +272,32 @@ class Scheduler:
                 task.end(failure)
 
 
+class SlotMemory:
+    """What one slot of an engine takes from a prefix cache, and gives to it."""
+
+    def __init__(self, engine: Engine, slot: int, cache: PrefixCache) -> None:
+        self._engine = engine
+        self._slot = slot
+        self._cache = cache
+
+    def restore(self, tokens: Sequence[int]) -> int:
+        """Write the rows of the longest beginning that was kept; how many tokens it has."""
+        match, start = self._cache.match(tokens), 0
+        for rows in match.pieces:
+            self._engine.write_rows(self._slot, start, start := start + rows.shape[2], rows)
+        return match.length
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Keep the rows of the tokens that the slot holds from position 0."""
+        self._cache.insert(tokens, lambda start, stop: self._engine.read_rows(self._slot, start, stop))
+
+
 class Slot:
     """One row of the batch: idle, reading its prompt, or decoding. What it held before is dead rows."""
 
-    def __init__(self, pad_token_id: int) -> None:
+    def __init__(self, pad_token_id: int, memory: SlotMemory | None) -> None:
         self._pad = pad_token_id
+        self._memory = memory
         self.task: Task | None = None
         self._num_read = self._num_reading = self._num_rows = 0
 
@@ -278,7 +320,10 @@ class Slot:
         return self.task is not None and not self.is_reading and self.task.decode.needs_logits
 
     def admit(self, task: Task) -> None:
+        """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
         self.task, self._num_read = task, 0
+        if self._memory:
+            self._num_read = task.reused_tokens = self._memory.restore(task.prompt[:-1])
 
     def clear(self) -> None:
         self.task = None
@@ -291,9 +336,20 @@ class Slot:
         try:
             return task.decode.wish(block_size)
         except Exception as error:  # as of its block
-            self.task = None
-            task.end(error)
+            self.leave(error)
             return None
+
+    def leave(self, error: Exception | None = None) -> None:
+        """End the task, and keep what it read and gave, as far as its KV is written."""
+        task = self.task
+        if task is None:
+            return
+        try:
+            self._keep(task)
+        except Exception as failure:  # an engine that cannot give its rows has failed
+            error = error or _engine_failure(failure)
+        self.task = None
+        task.end(error)
 
     def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
@@ -305,9 +361,7 @@ class Slot:
         try:
             return self._rows_of(task, width, block_size)
         except Exception as error:
-            self.task = None
-            if task:
-                task.end(error)
+            self.leave(error)
             return self._rows_of(None, width, block_size)
 
     def _rows_of(self, task: Task | None, width: int, block_size: int) -> tuple[list[int], int, int]:
@@ -324,6 +378,8 @@ class Slot:
     def has_read(self) -> None:
         """The chunk of the prompt has its KV."""
         self._num_read += self._num_reading
+        if self.task and not self.is_reading:
+            self._keep(self.task)  # for those that come while this one still decodes
 
     def take(self, forward: Forward, index: int) -> int:
         """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
@@ -342,8 +398,7 @@ class Slot:
             )
             task.give(new)
         except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
-            self.task = None
-            task.end(error)
+            self.leave(error)
             return 0
         return len(new)
 
@@ -358,8 +413,18 @@ class Slot:
         task.decode_seconds += seconds
         task.engine_seconds += engine_seconds
         if task.decode.finish != "closed":
-            self.task = None
-            task.end()
+            self.leave()
+
+    def _keep(self, task: Task) -> None:
+        if self._memory is None:
+            return
+        num_rows = self._num_read if self.is_reading else task.decode.num_rows
+        text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
+        self._memory.keep(text[:num_rows])
 
     def _padded(self, tokens: list[int], width: int) -> list[int]:
         return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]
+
+
+def _engine_failure(error: Exception) -> CllmExportError:
+    return error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")

@@ -11,13 +11,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import Any, TypeVar, Unpack
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, QueueFullError
-from cllm_export.runtime.generate import Generation, Model, Options, Prepared, pad_token
+from cllm_export.runtime.generate import READING, Generation, Model, Options, Prepared, pad_token
+from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.request import StopCut
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
 from cllm_export.runtime.text import Messages, TextStream
@@ -25,6 +28,7 @@ from cllm_export.runtime.text import Messages, TextStream
 log = logging.getLogger(__name__)
 
 DEFAULT_QUEUE_SIZE = 256
+T = TypeVar("T")
 Watcher = Callable[[StepReport], None]
 
 
@@ -201,9 +205,11 @@ class Service:
             block_size=self.block_size,
             pad_token_id=self.pad_token_id,
             drafter=model.draft_model,
+            prefix_cache=model.prefix_cache,
         )
         self._inbox: deque[Handle] = deque()
         self._cancelled: deque[Handle] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         lock = threading.Lock()
         self._work, self._room = threading.Condition(lock), threading.Condition(lock)
         self._num_open = 0
@@ -268,6 +274,37 @@ class Service:
         """
         self.submit([self.pad_token_id], max_new_tokens=1, ignore_eos=True).result()
 
+    def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
+        """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request.
+
+        Safe from any thread but the worker's, which a watcher runs in.
+
+        Raises:
+            PromptError, OptionError, OutputError: as there.
+            QueueFullError: as many requests wait as may.
+            EngineError: the engine failed, or the service is closed.
+        """
+        state = self.model.require_prompt_state()
+        check_target(path)
+        tokens = self.model.encode(prompt)
+        self.submit(tokens, **READING).result()
+        write_snapshot(path, self._call(lambda: state.snapshot(tokens)))
+        return len(tokens)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Like ``Model.load_prefix``, between two forwards of whatever is running.
+
+        Safe from any thread but the worker's, which a watcher runs in.
+
+        Raises:
+            SnapshotError, OptionError: as there.
+            EngineError: the service is closed.
+        """
+        state = self.model.require_prompt_state()
+        snapshot = state.read(path)
+        self._call(lambda: state.keep(snapshot))
+        return len(snapshot.tokens)
+
     def close(self) -> None:
         """Cancel what runs and waits, stop the worker, and free the model. Safe to call again."""
         with self._work:
@@ -287,6 +324,15 @@ class Service:
         self._inbox.append(handle)
         self._num_open += 1
         self._work.notify_all()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """What a function gives that the worker runs between two forwards."""
+        future: Future[T] = Future()
+        with self._work:
+            self._require_open()
+            self._calls.append((function, future))
+            self._work.notify_all()
+        return future.result()
 
     def _require_open(self) -> None:
         if self._is_closed:
@@ -321,19 +367,28 @@ class Service:
         """Wait for work and take it in; False once the service is closed."""
         with self._work:
             self._work.wait_for(
-                lambda: self._is_closed or self._inbox or self._cancelled or not self._scheduler.is_idle
+                lambda: self._is_closed or self._inbox or self._cancelled or self._calls or not self._scheduler.is_idle
             )
-            arrived, cancelled = list(self._inbox), list(self._cancelled)
-            self._inbox.clear()
-            self._cancelled.clear()
+            arrived, cancelled, calls = list(self._inbox), list(self._cancelled), list(self._calls)
+            for queue in (self._inbox, self._cancelled, self._calls):
+                queue.clear()
             is_closed = self._is_closed
         for handle in arrived:
             self._scheduler.submit(handle._task)
         for handle in cancelled:
             self._scheduler.cancel(handle._task)
+        for function, future in calls:
+            _run_call(function, future)
         if is_closed:
             self._scheduler.cancel_all()
         return not is_closed
+
+
+def _run_call(function: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(function())
+    except Exception as error:  # it is the caller's, in whose thread it is raised
+        future.set_exception(error)
 
 
 def _stop_cut(watch: TextStream, eos: frozenset[int]) -> StopCut:

@@ -27,6 +27,8 @@ class Statistics:
     """What one request took. Prefill, the prompt minus its last token, is never counted as forwards."""
 
     prompt_tokens: int
+    reused_tokens: int
+    """Of the prompt's tokens, those whose KV was in the prefix cache and was not computed."""
     new_tokens: int
     forwards: int
     """Decode forwards, the one that confirms a fixed point counted."""
@@ -62,6 +64,7 @@ class Statistics:
         histogram = {str(matched): count for matched, count in sorted(self.acceptance_histogram.items())}
         return {
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "new_tokens": self.new_tokens,
             "forwards": self.forwards,
             "tokens_per_forward": round(self.tokens_per_forward, 4),
@@ -79,6 +82,7 @@ def summarize(
     records: Sequence[ForwardRecord],
     *,
     prompt_tokens: int,
+    reused_tokens: int = 0,
     prefill_seconds: float,
     decode_seconds: float,
     engine_seconds: float,
@@ -86,6 +90,7 @@ def summarize(
     """Statistics of one request from the record of its forwards."""
     return Statistics(
         prompt_tokens=prompt_tokens,
+        reused_tokens=reused_tokens,
         new_tokens=sum(len(record.new) for record in records),
         forwards=len(records),
         acceptance_histogram=dict(Counter(record.num_accepted - 1 for record in records)),

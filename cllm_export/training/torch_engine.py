@@ -15,21 +15,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cllm_export.bundle import TrainedWith
-from cllm_export.contract import FixedShapes, Geometry, check_forward, require_at_least
+from cllm_export.contract import FixedShapes, Geometry, check_forward, check_rows, require_at_least
 from cllm_export.errors import CheckpointError, EngineError
 from cllm_export.exporter.checkpoint import Checkpoint, default_max_length, open_checkpoint, refuse_in_torch
 from cllm_export.exporter.pipeline import BuildOptions, Settings, settle
 from cllm_export.exporter.rotary import settle_rope
 from cllm_export.exporter.trace import check_tensors
-from cllm_export.runtime.engine import Forward
+from cllm_export.runtime.engine import Forward, KvRows
 from cllm_export.runtime.generate import Model
-from cllm_export.runtime.kv_cache import kv_extent
+from cllm_export.runtime.kv_cache import check_row_shape, kv_extent
 from cllm_export.runtime.text import TextCodec
 from cllm_export.training.attention import CPU_ATTENTION
 
@@ -121,6 +122,22 @@ class TorchEngine:
         with self._running():
             self._logits(packed.to(self._device), extent, num_rows=1)
 
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        rows = self._cache.read(slot, start, stop).cpu()
+        found: KvRows = (
+            (rows.view(torch.int16).numpy().view(np.uint16)) if rows.dtype == torch.bfloat16 else rows.numpy()
+        )
+        return found
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        dtype = self.read_rows(slot, start, start).dtype
+        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=dtype)
+        is_bits = dtype == np.uint16
+        given = torch.from_numpy(np.ascontiguousarray(rows.view(np.int16) if is_bits else rows))
+        self._cache.write(slot, start, stop, given.view(torch.bfloat16) if is_bits else given)
+
     def _logits(self, packed: Tensor, extent: int, *, num_rows: int) -> Tensor:
         """Logits of the last rows of packed blocks [B, n + 2], of all for 0. Writes the KV."""
         input_ids, write_index = packed[:, :-2], packed[:, -1]
@@ -187,6 +204,15 @@ class SlotCache:
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the block of one layer; its keys and values [B, K, S, D]."""
         return self._write(2 * layer, key), self._write(2 * layer + 1, value)
+
+    def read(self, slot: int, start: int, stop: int) -> Tensor:
+        """Rows of one slot [2L, K, rows, D]."""
+        return torch.stack([buffer[slot, :, start:stop] for buffer in self._buffers])
+
+    def write(self, slot: int, start: int, stop: int, rows: Tensor) -> None:
+        """Put rows of one slot [2L, K, rows, D] into it."""
+        for buffer, tensor_rows in zip(self._buffers, rows, strict=True):
+            buffer[slot, :, start:stop] = tensor_rows
 
     def get_seq_length(self, *_: Any) -> int:
         """None of its rows is the decoder's to count: positions and mask are given."""

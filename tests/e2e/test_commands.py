@@ -21,6 +21,7 @@ LOOPS = ("autoregressive", "jacobi", "jacobi-block")
 LOOP_KEYS = {"tokens_per_second", "tokens_per_forward", "forwards", "new_tokens", "speedup", "overhead"}
 STATS_KEYS = {
     "prompt_tokens",
+    "reused_tokens",
     "new_tokens",
     "forwards",
     "tokens_per_forward",
@@ -178,6 +179,31 @@ def test_statistics_go_to_standard_error_and_the_text_stays_clean(bundle: Path):
     assert ESCAPE not in outcome.err
     for word in ("tokens in", "forwards", "per forward", "fast-forwarded", "stationary", "prefill"):
         assert word in outcome.err
+
+
+def test_a_prompts_state_is_saved_and_the_next_command_starts_with_it(bundle: Path, cli: Cli, tmp_path: Path):
+    longer = "the cat sat on the mat"
+    [plain] = lines_of(cli("generate", bundle, longer, "--json", *FEW))
+    [first] = lines_of(cli("generate", bundle, "the cat sat", "--save-prefix", tmp_path / "prefix", "--json", *FEW))
+    [line] = lines_of(cli("generate", bundle, longer, "--load-prefix", tmp_path / "prefix", "--json", *FEW))
+    assert plain["stats"]["reused_tokens"] == first["stats"]["reused_tokens"] == 0
+    assert line["stats"]["reused_tokens"] > 0
+    assert line["token_ids"] == plain["token_ids"]
+    outcome = cli("generate", bundle, longer, "--load-prefix", tmp_path / "prefix", "--stats", *FEW)
+    assert "tokens reused)" in " ".join(outcome.err.split())
+
+
+def test_a_prompts_state_is_refused_by_name(bundle: Path, cli: Cli, tmp_path: Path, prompt_file: Path):
+    (tmp_path / "text").write_text("mine")
+    outcome = cli("generate", bundle, "the cat", "--load-prefix", tmp_path / "text", *FEW)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "is no snapshot of a prompt" in " ".join(outcome.err.split())
+    outcome = cli("generate", bundle, "the cat", "--save-prefix", tmp_path / "text", *FEW)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert (tmp_path / "text").read_text() == "mine"
+    outcome = cli("generate", bundle, "--prompts", prompt_file, "--save-prefix", tmp_path / "new", *FEW)
+    assert outcome.code == 2
+    assert "keeps the state of one prompt" in " ".join(outcome.err.split())
 
 
 def test_show_blocks_gives_a_line_for_each_forward_without_colour_in_a_pipe(bundle: Path):

@@ -181,6 +181,51 @@ def test_a_forward_of_the_wrong_shape_or_place_is_refused(
         engine.forward(blocks, committed, write_index)
 
 
+def test_rows_move_from_one_slot_to_another_and_decode_goes_on_as_if_they_were_computed_there(workshop: Workshop):
+    engine = new_engine(workshop, "llama", num_slots=2)
+    [prompt] = random_prompts(engine.geometry.vocab_size, [50])
+    fill_slots(engine, [prompt, prompt[:20]], chunk=16)
+    block = [prompt[-1], *prompt[:7]]
+    expected = engine.forward([block] * 2, [1, 0], [49, 0])
+    rows = engine.read_rows(0, 0, 49)
+    engine.write_rows(1, 0, 20, rows[:, :, :20])
+    engine.write_rows(1, 20, 49, rows[:, :, 20:])
+    found = engine.forward([block] * 2, [0, 1], [0, 49])
+    assert found.next_ids[1] == expected.next_ids[0]
+    assert found.num_accepted == [0, expected.num_accepted[0]]
+    assert np.array_equal(engine.read_rows(1, 0, 57), np.concatenate((rows, engine.read_rows(1, 49, 57)), axis=2))
+
+
+def test_rows_that_were_read_are_a_copy_in_graph_order(workshop: Workshop):
+    engine = new_engine(workshop, "llama", num_slots=2)
+    [prompt] = random_prompts(engine.geometry.vocab_size, [30])
+    fill_slots(engine, [prompt, prompt], chunk=16)
+    rows = engine.read_rows(1, 3, 9)
+    before = rows.copy()
+    for array, expected in zip(engine.cache.values(), before, strict=True):
+        assert np.array_equal(array[1, :, 3:9], expected)
+        array.fill(1)
+    assert np.array_equal(rows, before)
+
+
+@pytest.mark.parametrize(("slot", "start", "stop"), [(-1, 0, 4), (2, 0, 4), (0, -1, 4), (0, 4, 3), (0, 0, 10_000)])
+def test_rows_that_do_not_exist_are_refused(workshop: Workshop, slot: int, start: int, stop: int):
+    engine = new_engine(workshop, "llama", num_slots=2)
+    rows = engine.read_rows(0, 0, 4)
+    with pytest.raises(EngineError, match=r"no slot|are no rows of a cache"):
+        engine.read_rows(slot, start, stop)
+    with pytest.raises(EngineError, match=r"no slot|are no rows of a cache"):
+        engine.write_rows(slot, start, stop, rows)
+
+
+def test_rows_of_another_shape_or_dtype_are_refused(workshop: Workshop):
+    engine = new_engine(workshop, "llama")
+    rows = engine.read_rows(0, 0, 4)
+    for wrong in (rows[:, :, :3], rows[1:], rows.astype(np.float16)):
+        with pytest.raises(EngineError, match="this engine takes rows"):
+            engine.write_rows(0, 0, 4, wrong)
+
+
 def test_past_and_present_on_one_buffer_make_no_copy(workshop: Workshop, capfd: pytest.CaptureFixture[str]):
     engine = new_engine(workshop, "llama", num_slots=2, log_severity=2)
     addresses = {past: array.ctypes.data for past, array in engine.cache.items()}

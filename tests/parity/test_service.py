@@ -18,7 +18,7 @@ OPTIONS = {"max_new_tokens": 96}
 
 @pytest.fixture(scope="module")
 def model(workshop: Workshop) -> Model:
-    return load(workshop.bundle("demo").path, threads=THREADS, num_slots=NUM_SLOTS)
+    return load(workshop.bundle("demo").path, threads=THREADS, num_slots=NUM_SLOTS, prefix_cache_bytes=0)
 
 
 def questions(count: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,6 +136,26 @@ def test_slots_do_not_see_each_other(workshop: Workshop):
         engine = TorchEngine(module, model.engine.geometry, num_slots=3)
         forwards.append(engine.forward(others, [16, 1, 1], [0, 0, 0]))
     assert forwards[0].next_ids[0] == forwards[1].next_ids[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_move_from_one_slot_to_another(workshop: Workshop, dtype: torch.dtype):
+    """bfloat16 rows travel as bits, since numpy has no such numbers."""
+    checkpoint = open_checkpoint(workshop.checkpoint("llama"))
+    geometry = geometry_of(checkpoint.config, max_length=64, max_block_size=32)
+    engine = TorchEngine(load_weights(checkpoint, dtype=dtype), geometry, num_slots=2)
+    [prompt] = random_prompts(engine.geometry.vocab_size, [20])
+    expected = engine.forward([prompt] * 2, [20, 0], [0, 0])
+    rows = engine.read_rows(0, 0, 16)
+    engine.write_rows(1, 0, 16, rows)
+    assert rows.any()
+    assert np.array_equal(engine.read_rows(1, 0, 16), rows)
+    found = engine.forward([prompt[16:]] * 2, [0, 4], [0, 16])
+    assert found.next_ids[1] == expected.next_ids[0][16:]
+    with pytest.raises(EngineError, match="this engine takes rows"):
+        engine.write_rows(1, 0, 15, rows)
+    with pytest.raises(EngineError, match="no slot 2"):
+        engine.read_rows(2, 0, 1)
 
 
 def test_committed_tokens_count_as_right_and_an_idle_slot_accepts_nothing(workshop: Workshop):
