@@ -5,6 +5,7 @@ Everything is compared in one run, pass after pass in turn, by medians: machines
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,16 @@ from typing import Any
 
 from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import require_at_least
-from cllm_export.errors import OptionError
+from cllm_export.errors import OptionError, OutputError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import Generation, Method, Model, load
+from cllm_export.runtime.generate import BlockSize, Generation, Method, Model, load
+from cllm_export.runtime.latency_file import write_latency
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
 from cllm_export.verify import random_prompts, require_source
 
+log = logging.getLogger(__name__)
+
+_Setting = tuple[Method, BlockSize | None]
 DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
 """The loops that need no draft source but the one a model was trained with."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -80,8 +85,9 @@ def run_bench(
 
     ``loops`` holds, for each method, tokens_per_second (decode only), tokens_per_forward, forwards, new_tokens,
     speedup (against the autoregressive loop of the same run, prefill excluded), speedup_with_prefill, and overhead
-    (decode wall-clock over time inside the engine). ``sweep`` holds the same for further block sizes, ``latency`` the
-    milliseconds T(n) of one forward and its ratio to T(1).
+    (decode wall-clock over time inside the engine). ``sweep`` holds the same for further block sizes, ``auto`` for n
+    chosen forward by forward, ``latency`` the milliseconds T(n) of one forward and its ratio to T(1). T(n) is left in
+    the bundle as ``latency.json``, where the bundle can be written to, and the runtime begins with it.
     """
     options = options or BenchOptions()
     if checkpoint:
@@ -93,7 +99,7 @@ def run_bench(
     encoded = [model.encode(prompt.content) for prompt in prompts]
     if not encoded:
         encoded, options = list(random_prompts(bundle, 16).values()), replace(options, ignore_eos=True)
-    settings = _settings(options)
+    settings = _settings(options, can_choose=model.engine.fixed_shapes is None)
     runs = _interleaved(model, encoded, settings, options, progress or (lambda *_: None))
     report: dict[str, Any] = {
         "machine": describe_machine(options.threads),
@@ -109,8 +115,10 @@ def run_bench(
     baseline = runs.get(("autoregressive", None))
     report["loops"] = {method: _summary(runs[method, None], baseline) for method in options.methods}
     report["sweep"] = {str(size): _summary(runs["jacobi", size], baseline) for size in options.sweep}
+    report["auto"] = _summary(runs["jacobi", "auto"], baseline) if ("jacobi", "auto") in runs else None
     if not model.engine.fixed_shapes:
         report["latency"] = measure_latency(bundle, encoded, options.threads)
+        _leave_latency(bundle, report["latency"], options.threads)
     if checkpoint:
         report["transformers"] = _bench_transformers(bundle, checkpoint, encoded, options)
     return report
@@ -149,24 +157,33 @@ def _time_forward(engine: OrtEngine, block_size: int, past: int) -> float:
     return (engine.run_seconds - started) / 5
 
 
-def _settings(options: BenchOptions) -> list[tuple[Method, int | None]]:
-    settings: list[tuple[Method, int | None]] = [(method, None) for method in options.methods]
-    return settings + [("jacobi", size) for size in options.sweep]
+def _leave_latency(bundle: Bundle, latency: list[dict[str, float]], threads: int | None) -> None:
+    seconds = {int(entry["block_size"]): entry["milliseconds"] / 1e3 for entry in latency}
+    try:
+        write_latency(bundle, seconds, num_slots=1, threads=threads)
+    except OutputError as error:
+        log.warning("the times of forwards are not kept: %s", error)
+
+
+def _settings(options: BenchOptions, *, can_choose: bool) -> list[_Setting]:
+    settings: list[_Setting] = [(method, None) for method in options.methods]
+    settings += [("jacobi", size) for size in options.sweep]
+    return settings + ([("jacobi", "auto")] if can_choose and "jacobi" in options.methods else [])
 
 
 def _interleaved(
     model: Model,
     prompts: list[list[int]],
-    settings: list[tuple[Method, int | None]],
+    settings: list[_Setting],
     options: BenchOptions,
     progress: Progress,
-) -> dict[tuple[Method, int | None], list[_Run]]:
+) -> dict[_Setting, list[_Run]]:
     """Pass by pass through every setting, again and again, after one that warms up.
 
     A pass is all prompts in one setting, as a service would run them: switching from request to request would charge
     the light forwards of one loop for the caches that the heavy ones of another have emptied.
     """
-    runs: dict[tuple[Method, int | None], list[_Run]] = {setting: [] for setting in settings}
+    runs: dict[_Setting, list[_Run]] = {setting: [] for setting in settings}
     for repeat in range(options.repeats + 1):
         for index, (method, size) in enumerate(settings):
             model.pool.clear()  # it would know the answers from the pass before
@@ -177,14 +194,22 @@ def _interleaved(
     return runs
 
 
-def _generate(model: Model, prompt: list[int], method: Method, size: int | None, options: BenchOptions) -> Generation:
+def _generate(
+    model: Model, prompt: list[int], method: Method, size: BlockSize | None, options: BenchOptions
+) -> Generation:
     limit = min(options.max_new_tokens, model.facts.max_length - len(prompt))
     if limit < 1:
         raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
     block_size = None if method == "autoregressive" else size or options.block_size
     fill = None if method == "autoregressive" else options.fill
     return model.generate(
-        prompt, max_new_tokens=limit, method=method, block_size=block_size, fill=fill, ignore_eos=options.ignore_eos
+        prompt,
+        max_new_tokens=limit,
+        method=method,
+        block_size=block_size,
+        fill=fill,
+        deterministic=block_size is None,
+        ignore_eos=options.ignore_eos,
     )
 
 

@@ -57,6 +57,9 @@ PromptsOption = Annotated[
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
 BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
+ChosenBlockSizeOption = Annotated[
+    str | None, typer.Option("--block-size", help="n, or auto: chosen forward by forward, the default of jacobi.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
 SourcesOption = Annotated[
     str | None,
@@ -208,7 +211,10 @@ def generate(
     method: Annotated[
         Method | None, typer.Option("--method", help="By default the loop the model was trained with.")
     ] = None,
-    block_size: BlockSizeOption = None,
+    block_size: ChosenBlockSizeOption = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="n is the bundle's own, never chosen.")
+    ] = False,
     fill: SourcesOption = None,
     draft_model: DraftModelOption = None,
     seed: Annotated[
@@ -266,7 +272,8 @@ def generate(
         model.load_prefix(load_prefix)
     options: dict[str, Any] = {
         "method": method,
-        "block_size": block_size,
+        "block_size": _parse_block_size(block_size),
+        "deterministic": deterministic,
         "fill": fill,
         "seed": seed,
         "temperature": temperature,
@@ -612,6 +619,14 @@ def _naming(prompt: Prompt, total: int) -> Iterator[None]:
         yield
     except PromptError as error:
         raise PromptError(f"prompt {prompt.id}: {error}" if total > 1 else str(error)) from None
+
+
+def _parse_block_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"--block-size must be an integer or auto, got {text!r}")
+    return int(text)
 
 
 def _trained_with(block_size: int | None, fill: FillName | None, loop: Loop | None) -> TrainedWith | None:

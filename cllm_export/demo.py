@@ -61,7 +61,7 @@ def _verify(bundle: Bundle, prompts: list[Prompt], checkpoint: Path, threads: in
 def _decode(model: Model, prompts: list[Prompt]) -> None:
     display.OUT.rule("decode")
     for prompt in prompts:
-        generation = model.generate(prompt.content)
+        generation = model.generate(prompt.content, deterministic=True)
         display.OUT.print(str(prompt.content).rsplit("Question:", 1)[-1].strip(), style="dim", markup=False)
         display.show_blocks(model, generation)
         display.show_statistics(generation)

@@ -320,6 +320,8 @@ def _loops_table(report: Mapping[str, Any]) -> Table:
         )
     for size, entry in report["sweep"].items():
         table.add_row(*_loop_cells("jacobi", size, entry))
+    if report["auto"]:
+        table.add_row(*_loop_cells("jacobi", "auto", report["auto"]))
     return table
 
 

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -16,10 +16,12 @@ from cllm_export.bundle import Bundle, TrainedWith, open_bundle, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
+from cllm_export.runtime.choose import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
 from cllm_export.runtime.draft import parse_fill
 from cllm_export.runtime.draft_model import DraftModel, check_pair
 from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.latency_file import read_latency
 from cllm_export.runtime.ngram_pool import NgramPool
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.prefix_cache import PrefixCache
@@ -38,6 +40,7 @@ from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sample
 from cllm_export.runtime.scheduler import Scheduler, Task
 from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
+from cllm_export.runtime.time_forwards import time_forwards
 
 __all__ = [
     "METHODS",
@@ -52,6 +55,10 @@ __all__ = [
     "load",
     "pad_token",
 ]
+
+
+BlockSize = int | Literal["auto"]
+"""n, or n chosen forward by forward."""
 
 
 class ModelFacts(Protocol):
@@ -81,7 +88,12 @@ class Options(TypedDict, total=False):
         method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``speculative`` (every block is what ``fill``
             guesses, none of it the model's own) or ``autoregressive``; by default the loop the model was trained with,
             else ``jacobi``.
-        block_size: n, 1 to the model's largest; by default the model's, and 1 for ``autoregressive``.
+        block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
+            1 included; what is learned of the model serves all its later requests. By default ``auto`` for
+            ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and for
+            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n.
+        deterministic: n is the model's own, so that a request runs the same forwards again: where it is chosen, a near
+            tie may round to another token at another time.
         fill: the draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` (n-grams of the texts and rejected
             drafts of all requests that say so), ``model`` (a draft model's tokens), or several joined by ``+``, asked
             in order: ``pool+lookup``. By default what the model was trained with, else ``pad``; for ``speculative``
@@ -98,7 +110,8 @@ class Options(TypedDict, total=False):
 
     max_new_tokens: int | None
     method: Method | None
-    block_size: int | None
+    block_size: int | Literal["auto"] | None
+    deterministic: bool
     fill: str | None
     seed: int | None
     stop: Sequence[str]
@@ -137,7 +150,7 @@ class Generation:
     """``closed`` is that of a stream that was closed before its end."""
     statistics: Statistics
     seed: int
-    """What it was drawn with; the same request with it gives the same tokens."""
+    """What it was drawn with; the same request with it and the same n gives the same tokens."""
     logprobs: tuple[Logprob, ...] | None = field(repr=False)
     """One for each of ``token_ids``, where they were asked for."""
     forwards: tuple[ForwardRecord, ...] = field(repr=False)
@@ -150,7 +163,7 @@ class Prepared:
 
     prompt: list[int]
     method: Method
-    block_size: int
+    block_size: BlockSize
     fill: str
     sampling: Sampling
     logprobs: int | None
@@ -173,6 +186,10 @@ class Model:
         draft_model: what answers the ``model`` fill, with as many lanes as the engine has slots.
         pool: n-grams that requests with the ``pool`` fill share.
         prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
+
+    Args:
+        forward_seconds: seconds of a forward by block size, where they are known; else they are measured before the
+            first request for which n is chosen.
     """
 
     def __init__(
@@ -183,6 +200,7 @@ class Model:
         *,
         draft_model: DraftModel | None = None,
         prompt_state: PromptState | None = None,
+        forward_seconds: Mapping[int, float] | None = None,
     ) -> None:
         if draft_model and draft_model.num_lanes < engine.num_slots:
             raise OptionError(f"a draft model for {engine.num_slots} slots has {draft_model.num_lanes} lanes")
@@ -192,6 +210,8 @@ class Model:
         self.draft_model = draft_model
         self.pool = NgramPool()
         self.prompt_state = prompt_state
+        self._forward_seconds = forward_seconds
+        self._chooser: SizeChooser | None = None
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -338,7 +358,9 @@ class Model:
         return Prepared(
             prompt=ids,
             method=method,
-            block_size=self.settle_block_size(options.get("block_size"), method),
+            block_size=self.settle_block_size(
+                options.get("block_size"), method, deterministic=bool(options.get("deterministic"))
+            ),
             fill=fill,
             sampling=sampling,
             logprobs=num_logprobs,
@@ -400,11 +422,18 @@ class Model:
             num_logprobs=request.logprobs,
         )
 
-    def make_scheduler(self, block_size: int) -> Scheduler:
+    def drafts_of(self, request: Prepared) -> str | None:
+        """What kind of drafts a request decodes with: those of a kind are worth much the same. None for no drafts."""
+        if request.method == "autoregressive":
+            return None
+        is_greedy = request.sampling.is_greedy and not request.constraint
+        return f"{request.method}, {request.fill}, {'greedy' if is_greedy else 'drawn'}"
+
+    def make_scheduler(self, block_size: BlockSize) -> Scheduler:
         """A scheduler for one request: it reads the prompt in the engine's own chunks."""
         return Scheduler(
             self.engine,
-            block_size=block_size,
+            block_size=self.size_policy(block_size),
             pad_token_id=pad_token(self.facts),
             reading_width=self.engine.prefill_chunk,
             drafter=self.draft_model,
@@ -415,16 +444,30 @@ class Model:
         """The tokens that end a request."""
         return frozenset(() if request.ignore_eos else self.facts.eos_token_ids)
 
-    def settle_block_size(self, block_size: int | None, method: Method = "jacobi") -> int:
-        """n of a request's forwards.
+    def settle_block_size(
+        self, block_size: BlockSize | None, method: Method = "jacobi", *, deterministic: bool = False
+    ) -> BlockSize:
+        """n of a request's forwards, or that it is to be chosen.
 
         Raises:
-            OptionError: out of range for the model.
+            OptionError: out of range for the model, or not to be chosen.
         """
+        if isinstance(block_size, str) and block_size != "auto":
+            raise OptionError(f"block_size must be an integer or 'auto', got {block_size!r}")
+        if block_size == "auto" and deterministic:
+            raise OptionError("block_size 'auto' and deterministic exclude each other: leave one out")
+        if block_size == "auto" and method == "jacobi-block":
+            raise OptionError("block_size 'auto' is for jacobi: a block of jacobi-block keeps its size; give a number")
+        if isinstance(block_size, int):
+            return self._check_block_size(block_size)
+        if self.engine.fixed_shapes:
+            return self.engine.fixed_shapes.block_size
+        if method == "autoregressive":
+            return 1
+        return "auto" if method == "jacobi" and not deterministic else self.facts.block_size
+
+    def _check_block_size(self, block_size: int) -> int:
         fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
-        if block_size is None:
-            pinned = fixed.block_size if fixed else None
-            return pinned or (1 if method == "autoregressive" else self.facts.block_size)
         require_at_least("block_size", block_size, 1)
         if fixed and block_size != fixed.block_size:
             raise OptionError(
@@ -433,6 +476,23 @@ class Model:
         if block_size > largest:
             raise OptionError(f"block_size must be at most {largest} for this model, got {block_size}")
         return block_size
+
+    def size_policy(self, block_size: BlockSize) -> SizePolicy:
+        """Who says n. The chooser is one for all requests; where T(n) is not known, it is measured here, once.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        if isinstance(block_size, int):
+            return PinnedSize(block_size)
+        if self._chooser is None:
+            trained, largest = self.facts.trained_with, self.engine.geometry.max_block_size
+            first = min(trained.block_size, largest) if trained else 1
+            others = (size for size in BLOCK_SIZES if size <= largest and size not in (1, first))
+            sizes = (1, *([first] if first > 1 else []), *others)
+            seconds = self._forward_seconds or time_forwards(self.engine, sizes, pad_token_id=pad_token(self.facts))
+            self._chooser = SizeChooser(sizes, first=first, known_times=seconds)
+        return self._chooser
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -514,7 +574,9 @@ class _Run:
     def tokens(self) -> Iterator[list[int]]:
         """New tokens, one list for each forward."""
         decode = self._model.make_decode(self._request, self._cut_at_stop if self._request.stop else None)
-        self._task = task = Task(self._request.prompt, decode, take=self._take)
+        self._task = task = Task(
+            self._request.prompt, decode, drafts=self._model.drafts_of(self._request), take=self._take
+        )
         scheduler = self._model.make_scheduler(self._request.block_size)
         scheduler.submit(task)
         try:
@@ -595,6 +657,7 @@ def load(
         check_pair(bundle, draft)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
+    seconds = read_latency(bundle, num_slots=engine.num_slots, threads=threads)
     codec = TextCodec.of_bundle(bundle)
     state = None
     if prefix_cache_bytes:
@@ -605,7 +668,7 @@ def load(
             max_length=bundle.manifest.max_length,
         )
     drafter = _load_draft_model(draft, engine.num_slots, threads) if draft else None
-    return Model(bundle.manifest, engine, codec, draft_model=drafter, prompt_state=state)
+    return Model(bundle.manifest, engine, codec, draft_model=drafter, prompt_state=state, forward_seconds=seconds)
 
 
 def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> DraftModel:

@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
+from cllm_export.runtime.acceptance import DraftRecord
+from cllm_export.runtime.choose import PinnedSize, SizePolicy
 from cllm_export.runtime.draft import Wish
 from cllm_export.runtime.draft_model import Drafter
 from cllm_export.runtime.engine import Engine, Forward
+from cllm_export.runtime.jacobi import Block
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.request import Decode
 from cllm_export.runtime.statistics import Statistics, summarize
@@ -32,6 +35,8 @@ class Task:
     Args:
         prompt: token ids, at least one.
         decode: what decodes it once all but its last token is read.
+        drafts: what kind of drafts it decodes with, for whoever chooses n by what drafts of a kind are worth; None for
+            none.
         take: called with new tokens; what it raises ends this task alone.
         ended: called once when it ends, however it ends.
     """
@@ -41,11 +46,13 @@ class Task:
         prompt: Sequence[int],
         decode: Decode,
         *,
+        drafts: str | None = None,
         take: Taker | None = None,
         ended: Callable[[Task], None] | None = None,
     ) -> None:
         self.prompt = prompt
         self.decode = decode
+        self.drafts = DraftRecord(drafts, with_logits=decode.needs_logits)
         self.error: Exception | None = None
         """Why it ended, where it did not end by its own rules."""
         self.is_cancelled = False
@@ -98,7 +105,7 @@ class Scheduler:
 
     Args:
         engine: its ``num_slots`` is B.
-        block_size: n of every decode forward.
+        block_size: n of every decode forward, or who chooses it, forward by forward.
         pad_token_id: fills rows that nobody uses.
         reading_width: tokens of a prompt that a forward may take, where the engine lets n vary; a forward is then as
             wide as its prompts need, and as ``block_size`` while some slot decodes. By default every forward is
@@ -114,18 +121,20 @@ class Scheduler:
         self,
         engine: Engine,
         *,
-        block_size: int,
+        block_size: int | SizePolicy,
         pad_token_id: int,
         reading_width: int | None = None,
         queue_size: int | None = None,
         drafter: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        require_at_least("block_size", block_size, 1)
+        if isinstance(block_size, int):
+            require_at_least("block_size", block_size, 1)
+            block_size = PinnedSize(block_size)
         if queue_size is not None:
             require_at_least("queue_size", queue_size, 1)
         self._engine = engine
-        self._block_size = block_size
+        self._sizes = block_size
         self._reading_width = None if engine.fixed_shapes else reading_width
         self._queue_size = queue_size
         self._drafter = drafter
@@ -133,7 +142,7 @@ class Scheduler:
             SlotMemory(engine, slot, prefix_cache) if prefix_cache else None for slot in range(engine.num_slots)
         ]
         self._slots = [Slot(pad_token_id, memory) for memory in memories]
-        self._width = block_size
+        self._size = self._width = 0
         self._waiting: deque[Task] = deque()
 
     @property
@@ -185,7 +194,6 @@ class Scheduler:
         """
         started, engine_started = perf_counter(), self._run_seconds
         reused_tokens = self._admit()
-        self._draft()
         running = [slot for slot in self._slots if slot.task]
         if not running:
             return None
@@ -197,6 +205,8 @@ class Scheduler:
             return None
         engine_seconds = self._run_seconds - engine_started
         seconds = perf_counter() - started
+        if self._size:
+            self._tell(running, seconds if self._size == self._width else 0.0)
         for slot in running:
             slot.settle(slot in reading, seconds, engine_seconds)
         return StepReport(
@@ -212,8 +222,12 @@ class Scheduler:
 
     def _forward(self, running: Sequence[Slot], reading: Sequence[Slot]) -> int:
         """One forward of every slot, without the head where all of them read their prompts; the new tokens it made."""
-        self._width = width = self._settle_width(reading, num_decoding=len(running) - len(reading))
-        rows = [slot.next_rows(width, self._block_size) for slot in self._slots]
+        decoding = [slot.task.drafts for slot in running if slot.task and not slot.is_reading]
+        self._size = self._sizes.choose(decoding) if decoding else 0
+        self._draft()
+        widest = max(1, *(slot.draft(self._size) for slot in self._slots)) if decoding else 0
+        self._width = width = max(widest, self._reading_rows(reading))
+        rows = [slot.next_rows(width) for slot in self._slots]
         blocks, num_committed, write_index = zip(*rows, strict=True)
         if len(reading) == len(running):
             self._engine.prefill(blocks, num_committed, write_index)
@@ -224,11 +238,18 @@ class Scheduler:
         forward = self._engine.forward(blocks, num_committed, write_index, with_logits=with_logits)
         return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
 
-    def _settle_width(self, reading: Sequence[Slot], *, num_decoding: int) -> int:
-        if not reading or self._reading_width is None:
-            return self._block_size
-        wanted = min(self._reading_width, max(slot.num_to_read for slot in reading))
-        return max(wanted, self._block_size) if num_decoding else wanted
+    def _reading_rows(self, reading: Sequence[Slot]) -> int:
+        """Rows that the slots which read their prompts want of a forward."""
+        if not reading:
+            return 0
+        if self._reading_width is None:
+            return self._size or self._sizes.choose([slot.task.drafts for slot in reading if slot.task])
+        return min(self._reading_width, max(slot.num_to_read for slot in reading))
+
+    def _tell(self, running: Sequence[Slot], seconds: float) -> None:
+        """Let the policy hear of a forward; one that was wider, for a prompt's sake, tells nothing of T(n)."""
+        accepted = [(slot.task.drafts, slot.num_new) for slot in running if slot.task and slot.num_new]
+        self._sizes.observe(self._size, seconds, accepted)
 
     @property
     def _num_free(self) -> int:
@@ -242,7 +263,7 @@ class Scheduler:
         """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
         if not self._drafter:
             return
-        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(self._block_size))}
+        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(self._size))}
         if not wishes:
             return
         try:
@@ -299,7 +320,10 @@ class Slot:
         self._pad = pad_token_id
         self._memory = memory
         self.task: Task | None = None
-        self._num_read = self._num_reading = self._num_rows = 0
+        self._block = Block([], 0)
+        self._num_read = self._num_reading = 0
+        self.num_new = 0
+        """Tokens that the last forward made known."""
 
     @property
     def is_idle(self) -> bool:
@@ -339,6 +363,20 @@ class Slot:
             self.leave(error)
             return None
 
+    def draft(self, block_size: int) -> int:
+        """Make up the block of a slot that decodes, ``block_size`` tokens or as many as it is bound to; its length.
+
+        A task that fails to say its block (a grammar's failure, say) ends alone.
+        """
+        if self.task is None or self.is_reading:
+            return 0
+        try:
+            self._block = self.task.decode.next_block(block_size)
+        except Exception as error:
+            self.leave(error)
+            return 0
+        return len(self._block.tokens)
+
     def leave(self, error: Exception | None = None) -> None:
         """End the task, and keep what it read and gave, as far as its KV is written."""
         task = self.task
@@ -351,28 +389,19 @@ class Slot:
         self.task = None
         task.end(error)
 
-    def next_rows(self, width: int, block_size: int) -> tuple[list[int], int, int]:
+    def next_rows(self, width: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
 
-        A slot that decodes fills ``block_size`` of them, one that reads its prompt as many as it can. A task that fails
-        to say its block (a grammar's failure, say) ends alone.
+        A slot that decodes fills as many of them as its block has, one that reads its prompt as many as it can.
         """
         task = self.task
-        try:
-            return self._rows_of(task, width, block_size)
-        except Exception as error:
-            self.leave(error)
-            return self._rows_of(None, width, block_size)
-
-    def _rows_of(self, task: Task | None, width: int, block_size: int) -> tuple[list[int], int, int]:
         if task is None:
             return [self._pad] * width, 0, 0
         if to_read := self.num_to_read:
             self._num_reading = min(width, to_read)
             chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
             return self._padded(chunk, width), self._num_reading, self._num_read
-        tokens, num_committed = task.decode.next_block(block_size)
-        self._num_rows = len(tokens)
+        tokens, num_committed = self._block
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
     def has_read(self) -> None:
@@ -383,13 +412,13 @@ class Slot:
 
     def take(self, forward: Forward, index: int) -> int:
         """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
-        task = self.task
+        self.num_new, task = 0, self.task
         if task is None:
             return 0
         if self.is_reading:
             self.has_read()
             return 0
-        size, logits = self._num_rows, forward.logits
+        size, logits = len(self._block.tokens), forward.logits
         try:
             new = task.decode.take(
                 forward.next_ids[index][:size],
@@ -400,7 +429,8 @@ class Slot:
         except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
             self.leave(error)
             return 0
-        return len(new)
+        self.num_new = len(new)
+        return self.num_new
 
     def settle(self, was_reading: bool, seconds: float, engine_seconds: float) -> None:
         """Account for the step's time, and end the task where it has ended."""

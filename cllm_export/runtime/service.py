@@ -19,7 +19,8 @@ from typing import Any, TypeVar, Unpack
 
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, QueueFullError
-from cllm_export.runtime.generate import READING, Generation, Model, Options, Prepared, pad_token
+from cllm_export.runtime.batch import MIN_READING_WIDTH
+from cllm_export.runtime.generate import READING, BlockSize, Generation, Model, Options, Prepared, pad_token
 from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.request import StopCut
 from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
@@ -51,7 +52,9 @@ class Handle:
         self._is_done = False
         watch = TextStream(service.codec, prepared.stop) if prepared.stop else None
         decode = service.model.make_decode(prepared, _stop_cut(watch, eos) if watch else None)
-        self._task = Task(prepared.prompt, decode, take=self._take, ended=self._end)
+        self._task = Task(
+            prepared.prompt, decode, drafts=service.model.drafts_of(prepared), take=self._take, ended=self._end
+        )
 
     @property
     def done(self) -> bool:
@@ -171,12 +174,14 @@ class Handle:
 class Service:
     """Decodes many requests at once on a loaded model, each as it would decode alone.
 
-    Every forward has the same n and B, so a request gives bit for bit what it gives alone in this service, whatever
-    else is running. Use it in a ``with``, or ``close`` it. While it is open, ``Model.generate`` is refused.
+    With one n for all forwards, as by default, a request gives bit for bit what it gives alone in this service,
+    whatever else is running. With ``auto`` n is chosen for the batch, forward by forward, to make most tokens a second:
+    a request then gives the same tokens but where rounding turns a near tie. Use it in a ``with``, or ``close`` it.
+    While it is open, ``Model.generate`` is refused.
 
     Args:
         model: loaded with as many slots as requests should run at once (``load(path, num_slots=8)``).
-        block_size: n of every forward; by default the model's.
+        block_size: n of every forward, by default the model's; or ``auto``.
         queue_size: requests that may wait for a slot.
         watch: called after each forward, in the worker thread, for metrics; must be quick and not raise.
 
@@ -189,7 +194,7 @@ class Service:
         self,
         model: Model,
         *,
-        block_size: int | None = None,
+        block_size: BlockSize | None = None,
         queue_size: int = DEFAULT_QUEUE_SIZE,
         watch: Watcher | None = None,
     ) -> None:
@@ -197,16 +202,9 @@ class Service:
         self.model = model
         self.codec = model.codec
         self.pad_token_id = pad_token(model.facts)
-        self.block_size = model.settle_block_size(block_size)
+        self.block_size = model.settle_block_size(block_size, deterministic=block_size is None)
         self._queue_size = queue_size
         self._watch = watch
-        self._scheduler = Scheduler(
-            model.engine,
-            block_size=self.block_size,
-            pad_token_id=self.pad_token_id,
-            drafter=model.draft_model,
-            prefix_cache=model.prefix_cache,
-        )
         self._inbox: deque[Handle] = deque()
         self._cancelled: deque[Handle] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -215,8 +213,10 @@ class Service:
         self._num_open = 0
         self._capacity = model.engine.num_slots + queue_size
         self._is_closed = False
-        self._closing = ExitStack()
-        self._closing.enter_context(model.in_use())
+        with ExitStack() as stack:
+            stack.enter_context(model.in_use())
+            self._scheduler = self._make_scheduler()
+            self._closing = stack.pop_all()
         self._worker = threading.Thread(target=self._run, name="cllm-export service", daemon=True)
         self._worker.start()
 
@@ -314,9 +314,22 @@ class Service:
             self._worker.join()
             self._closing.close()
 
+    def _make_scheduler(self) -> Scheduler:
+        """One n reads prompts in chunks of it; a chosen one, which may be 1, in chunks of some more."""
+        largest = self.model.engine.geometry.max_block_size
+        return Scheduler(
+            self.model.engine,
+            block_size=self.model.size_policy(self.block_size),
+            pad_token_id=self.pad_token_id,
+            drafter=self.model.draft_model,
+            prefix_cache=self.model.prefix_cache,
+            reading_width=min(MIN_READING_WIDTH, largest) if self.block_size == "auto" else None,
+        )
+
     def _make_handle(self, prompt: str | Sequence[int] | Messages, options: Options) -> Handle:
-        if "block_size" in options:
-            raise OptionError("block_size is the service's, one for all its requests: Service(model, block_size=...)")
+        for name in ("block_size", "deterministic"):
+            if name in options:
+                raise OptionError(f"{name} is the service's, one for all its requests: Service(model, block_size=...)")
         prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
         return Handle(self, prepared, self.model.eos_of(prepared))
 

@@ -147,7 +147,7 @@ def test_a_prompt_of_one_token_needs_no_prefill(model):
 
 
 def test_the_last_token_of_the_prompt_is_decoded_not_prefilled(model):
-    generated = model.generate([7, 8, 9], max_new_tokens=1)
+    generated = model.generate([7, 8, 9], max_new_tokens=1, block_size=4)
     assert calls_of(model)[0].input_ids == [[7, 8]]
     assert generated.forwards[0].block[0] == 9
     assert generated.forwards[0].write_index == 2
@@ -267,32 +267,67 @@ def test_a_pinned_bundle_decodes_with_its_own_block_size(fixed_bundle, method):
 def test_the_default_method_is_the_loop_the_model_was_trained_with(bundle, loop, method):
     trained = TrainedWith(block_size=4, fill="pad", loop=loop) if loop else None
     reciter = make_reciter(with_manifest(bundle, trained_with=trained))
-    runs = {name: reciter.generate(PROMPT, method=name).forwards for name in ("jacobi", "jacobi-block")}
+    runs = {
+        name: reciter.generate(PROMPT, method=name, deterministic=True).forwards for name in ("jacobi", "jacobi-block")
+    }
     assert runs["jacobi"] != runs["jacobi-block"]
-    assert reciter.generate(PROMPT).forwards == runs[method]
+    assert reciter.generate(PROMPT, deterministic=True).forwards == runs[method]
 
 
 def test_the_default_fill_is_what_the_model_was_trained_with(bundle):
     trained = TrainedWith(block_size=4, fill="repeat", loop="sliding")
     model = make_model(with_manifest(bundle, trained_with=trained), HashModel(vocab_size=200))
-    assert model.generate([5, 6], max_new_tokens=1).forwards[0].block == [6, 6, 6, 6]
-    assert model.generate([5, 6], max_new_tokens=1, fill="pad").forwards[0].block == [6, PAD, PAD, PAD]
+    assert model.generate([5, 6], max_new_tokens=1, block_size=4).forwards[0].block == [6, 6, 6, 6]
+    assert model.generate([5, 6], max_new_tokens=1, block_size=3, fill="pad").forwards[0].block == [6, PAD, PAD]
 
 
 @pytest.mark.parametrize(("pad", "eos", "filled"), [(3, (EOS,), 3), (None, (8, 9), 8), (None, (), 0), (0, (8,), 0)])
 def test_a_block_is_filled_with_the_pad_token_or_another_where_there_is_none(bundle, pad, eos, filled):
     model = make_model(with_manifest(bundle, pad_token_id=pad, eos_token_ids=eos), HashModel(vocab_size=200))
-    assert model.generate([5, 6], max_new_tokens=1).forwards[0].block == [6, filled, filled, filled]
+    assert model.generate([5, 6], max_new_tokens=1, block_size=3).forwards[0].block == [6, filled, filled]
 
 
-def test_the_default_block_size_is_the_bundles_and_one_for_autoregressive(model):
-    assert {len(record.block) for record in model.generate([5, 6], max_new_tokens=6).forwards} == {4}
+def test_the_deterministic_block_size_is_the_bundles_and_that_of_autoregressive_is_one(model):
+    for method in ("jacobi", "jacobi-block"):
+        pinned = model.generate([5, 6], method=method, max_new_tokens=6, deterministic=True)
+        assert {len(record.block) for record in pinned.forwards} == {4}
     alone = model.generate([5, 6], max_new_tokens=6, method="autoregressive")
     assert {len(record.block) for record in alone.forwards} == {1}
 
 
+def test_a_model_that_was_trained_with_blocks_begins_with_its_own_size_and_another_with_one(bundle):
+    trained = TrainedWith(block_size=8, fill="pad", loop="sliding")
+    for known, size in ((trained, 8), (None, 1)):
+        model = make_model(with_manifest(bundle, trained_with=known), HashModel(vocab_size=200))
+        assert len(model.generate([5, 6], max_new_tokens=1).forwards[0].block) == size
+
+
+def test_a_chosen_size_gives_the_models_own_tokens_and_serves_the_next_request(bundle):
+    model = make_model(bundle, HashModel(vocab_size=200, window=0))
+    for start in range(12):
+        generated = model.generate([5, start], max_new_tokens=40, ignore_eos=True)
+        assert list(generated.token_ids) == greedy(HashModel(vocab_size=200, window=0), [5, start], 40)
+    measured = [call for call in calls_of(model) if call.num_committed == [0]]
+    assert calls_of(model)[: len(measured)] == measured, "T(n) is measured before the first request, once"
+
+
+def test_a_chosen_size_is_only_for_the_loop_that_can_change_it(model, fixed_bundle):
+    with pytest.raises(OptionError, match="a block of jacobi-block keeps its size"):
+        model.generate([5, 6], method="jacobi-block", block_size="auto")
+    with pytest.raises(OptionError, match="exclude each other"):
+        model.generate([5, 6], block_size="auto", deterministic=True)
+    with pytest.raises(OptionError, match="must be an integer or 'auto', got 'best'"):
+        model.generate([5, 6], block_size="best")
+    alone = model.generate([5, 6], method="autoregressive", block_size="auto", max_new_tokens=3)
+    assert {len(record.block) for record in alone.forwards} == {1}
+    pinned = make_model(fixed_bundle, HashModel(vocab_size=200)).generate([5, 6], block_size="auto", max_new_tokens=3)
+    assert {len(record.block) for record in pinned.forwards} == {4}
+
+
 def test_a_seeded_request_can_be_repeated(model):
-    first, again, other = (model.generate([5, 6, 7], fill="prompt", seed=seed, max_new_tokens=9) for seed in (1, 1, 2))
+    first, again, other = (
+        model.generate([5, 6, 7], fill="prompt", seed=seed, max_new_tokens=9, deterministic=True) for seed in (1, 1, 2)
+    )
     assert first.forwards == again.forwards != other.forwards
     assert first.token_ids == other.token_ids
 
@@ -400,8 +435,8 @@ def test_a_stop_string_wins_over_an_eos_behind_it(bundle):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [[], ["; DROP"], ["🙂🙂"]], ids=["no stop", "stop", "stop that never comes"])
 def test_a_stream_gives_the_text_of_generate(reciter, method, stop):
-    whole = reciter.generate(PROMPT, method=method, stop=stop)
-    stream = reciter.stream(PROMPT, method=method, stop=stop)
+    whole = reciter.generate(PROMPT, method=method, stop=stop, deterministic=True)
+    stream = reciter.stream(PROMPT, method=method, stop=stop, deterministic=True)
     assert "".join(stream) == whole.text
     result = stream.result()
     assert (result.text, result.token_ids, result.finish_reason) == (whole.text, whole.token_ids, whole.finish_reason)

@@ -234,3 +234,26 @@ def test_a_watcher_sees_every_forward_and_its_failure_harms_nobody(model):
         assert reports[0].width == 4
         assert service.submit([5], max_new_tokens=30, ignore_eos=True).result(10).token_ids
     assert len(reports) == 3
+
+
+def test_a_service_that_chooses_n_gives_every_request_its_own_tokens(model, bundle):
+    methods = ["jacobi", "autoregressive", "jacobi", "jacobi", "autoregressive", "jacobi", "jacobi"]
+    with Service(model, block_size="auto") as service:
+        handles = [
+            service.submit(prompt, method=method, max_new_tokens=20)
+            for prompt, method in zip(PROMPTS, methods, strict=True)
+        ]
+        found = [handle.result(timeout=30).token_ids for handle in handles]
+        with pytest.raises(OptionError, match="deterministic is the service's"):
+            service.submit([5], deterministic=True)
+        with pytest.raises(OptionError, match="a block of jacobi-block keeps its size"):
+            service.submit([5], method="jacobi-block")
+    assert found == [alone(bundle, prompt, max_new_tokens=20).token_ids for prompt in PROMPTS]
+
+
+def test_a_service_that_cannot_measure_its_engine_leaves_the_model_free(model):
+    model.engine.forward = None
+    with pytest.raises(TypeError):
+        Service(model, block_size="auto")
+    with model.in_use():
+        pass
