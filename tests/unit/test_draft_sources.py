@@ -222,3 +222,19 @@ def test_ragged_slots_with_every_source_give_what_each_request_gives_alone(bundl
             assert found == expected[: len(found)]
             assert len(found) == count or handle.result().finish_reason == "closed"
     assert sum(handle.result().finish_reason == "length" for _, _, handle in handles) > 80
+
+
+@pytest.mark.parametrize("method", ["jacobi", "speculative"])
+def test_a_block_size_that_is_chosen_forward_by_forward_changes_no_token(bundle, method):
+    language_model = HashModel(vocab_size=VOCABULARY, window=1)
+    drafter, engine = make_drafter(language_model, bundle)
+    model = make_model(bundle, language_model, draft_model=drafter)
+    for fill in ("model", "pool+model"):
+        found = model.generate(PROMPT, method=method, fill=fill, block_size="auto", max_new_tokens=40)
+        assert list(found.token_ids) == greedy(language_model, PROMPT, 40)
+    assert engine.calls
+
+
+def test_speculative_decoding_has_the_models_own_block_size_unless_told_otherwise(bundle):
+    model = make_model(bundle, HashModel(vocab_size=VOCABULARY))
+    assert model.prepare(PROMPT, method="speculative").block_size == model.facts.block_size
