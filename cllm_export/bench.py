@@ -17,7 +17,7 @@ from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import METHODS, BlockSize, Generation, Method, Model, Options, load
+from cllm_export.runtime.generate import BlockSize, Generation, Method, Model, Options, load
 from cllm_export.runtime.latency_file import write_latency
 from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
 from cllm_export.runtime.request import LOOKAHEAD
@@ -26,7 +26,8 @@ from cllm_export.verify import random_prompts, require_source
 log = logging.getLogger(__name__)
 
 _Setting = tuple[Method, BlockSize | None]
-
+DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
+"""The loops that need no draft source but the one a model was trained with."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
 SHORT_FORWARD_SECONDS = 0.02
@@ -36,10 +37,13 @@ SHORT_FORWARD_SECONDS = 0.02
 class BenchOptions:
     """What ``cllm-export bench`` lets the user choose."""
 
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = DEFAULT_METHODS
     block_size: int | None = None
     lookahead: Mapping[str, int] = field(default_factory=dict)
     """Of ``window``, ``ngram`` and ``guesses``, what shall not be as by default."""
+    fill: str | None = None
+    """Draft sources of every loop but autoregressive; by default each loop's own."""
+    draft_model: Path | None = None
     max_new_tokens: int = 128
     threads: int | None = None
     repeats: int = 3
@@ -59,6 +63,8 @@ class BenchOptions:
             raise OptionError(f"--block-size is for the Jacobi loops; leave it out with --method {self.methods[0]}")
         if self.lookahead and LOOKAHEAD not in self.methods:
             raise OptionError(f"--{next(iter(self.lookahead))} is for lookahead; give --method lookahead")
+        if self.fill and self.methods == ("autoregressive",):
+            raise OptionError("--fill is for loops that draft; leave it out with --method autoregressive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +97,7 @@ def run_bench(
     options = options or BenchOptions()
     if checkpoint:
         require_source(bundle, checkpoint)
-    model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
+    model = load(bundle.path, threads=options.threads, draft_model=options.draft_model, prefix_cache_bytes=0)
     if too_large := [size for size in options.sweep if size > model.engine.geometry.max_block_size]:
         largest = model.engine.geometry.max_block_size
         raise OptionError(f"--sweep {too_large[0]}: block_size must be at most {largest} for this bundle")
@@ -108,6 +114,8 @@ def run_bench(
         "repeats": options.repeats,
         "block_size": options.block_size or bundle.manifest.block_size,
         "lookahead": dict(options.lookahead),
+        "fill": options.fill,
+        "draft_model": options.draft_model.name if options.draft_model else None,
         "autoregressive_block_size": pinned.block_size if (pinned := model.engine.fixed_shapes) else 1,
     }
     baseline = runs.get(("autoregressive", None))
@@ -184,6 +192,7 @@ def _interleaved(
     runs: dict[_Setting, list[_Run]] = {setting: [] for setting in settings}
     for repeat in range(options.repeats + 1):
         for index, (method, size) in enumerate(settings):
+            model.pool.clear()  # it would know the answers from the pass before
             done = [_generate(model, prompt, method, size, options) for prompt in prompts]
             if repeat:
                 runs[method, size].append(_collect(done))
@@ -203,6 +212,8 @@ def _generate(
     else:
         block_size = None if method == "autoregressive" else size or options.block_size
         settings |= {"block_size": block_size, "deterministic": block_size is None}
+    if method != "autoregressive":
+        settings |= {"fill": options.fill}
     return model.generate(prompt, **settings)
 
 

@@ -20,6 +20,7 @@ from cllm_export.evaluation.task import TaskName
 from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.prefix_snapshot import check_target
 from cllm_export.runtime.request import JacobiMethod
@@ -38,6 +39,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _check_fill(fill: str | None) -> str | None:
+    try:
+        if fill is not None:
+            parse_fill(fill)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from None
+    return fill
+
+
 BundleArgument = Annotated[Path, typer.Argument(help="A directory that `cllm-export build` wrote.", show_default=False)]
 PromptsOption = Annotated[
     Path | None,
@@ -50,6 +61,18 @@ ChosenBlockSizeOption = Annotated[
     str | None, typer.Option("--block-size", help="n, or auto: chosen forward by forward, the default of jacobi.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
+SourcesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fill",
+        metavar="SOURCES",
+        help=f"Draft sources, asked in order: {', '.join(SOURCES)}, joined by +.",
+        callback=_check_fill,
+    ),
+]
+DraftModelOption = Annotated[
+    Path | None, typer.Option("--draft-model", help="Another bundle with the same tokenizer, for --fill model.")
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
 WindowOption = Annotated[int | None, typer.Option("--window", help="W of lookahead: columns of its window.")]
 NGramOption = Annotated[int | None, typer.Option("--ngram", help="N of lookahead: tokens of an n-gram.")]
@@ -202,7 +225,8 @@ def generate(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="n is the bundle's own, never chosen.")
     ] = False,
-    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    fill: SourcesOption = None,
+    draft_model: DraftModelOption = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of sampling and the prompt fill; fresh for each sampled prompt.")
     ] = None,
@@ -247,12 +271,13 @@ def generate(
         raise OptionError("--json excludes --show-blocks and --stats: its lines have the statistics")
     if logprobs is not None and not as_json:
         raise OptionError("--logprobs needs --json: they stand in its lines")
+    _require_use(draft_model, method, fill)
     given = _gather_prompts(prompt, prompts, limit)
     if save_prefix is not None:
         if len(given) != 1:
             raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
         check_target(save_prefix)
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, draft_model=draft_model)
     if load_prefix is not None:
         model.load_prefix(load_prefix)
     options: dict[str, Any] = {
@@ -306,9 +331,11 @@ def bench(
     checkpoint: CheckpointOption = None,
     method: Annotated[
         Method | None,
-        typer.Option("--method", help="Only this loop, beside autoregressive; by default all but lookahead."),
+        typer.Option("--method", help="Only this one, beside autoregressive; by default every loop but lookahead."),
     ] = None,
     block_size: BlockSizeOption = None,
+    fill: SourcesOption = None,
+    draft_model: DraftModelOption = None,
     window: WindowOption = None,
     ngram: NGramOption = None,
     guesses: GuessesOption = None,
@@ -324,14 +351,17 @@ def bench(
 
     if limit is not None and prompts is None:
         raise OptionError("--limit needs --prompts")
+    _require_use(draft_model, method or "speculative", fill)
     options = BenchOptions(
-        methods=_with_baseline(method),
+        methods=_methods_to_time(method, has_draft_model=draft_model is not None),
         block_size=block_size,
         lookahead={
             name: given
             for name, given in (("window", window), ("ngram", ngram), ("guesses", guesses))
             if given is not None
         },
+        fill=fill,
+        draft_model=draft_model,
         max_new_tokens=max_new_tokens,
         threads=threads,
         repeats=repeats,
@@ -639,10 +669,20 @@ def _lora_options(rank: int | None, alpha: float | None) -> LoraOptions | None:
     return LoraOptions(rank=rank, alpha=2 * rank if alpha is None else alpha)
 
 
-def _with_baseline(method: Method | None) -> tuple[Method, ...]:
-    if method is None:
-        return METHODS
-    return (method,) if method == "autoregressive" else (method, "autoregressive")
+def _require_use(draft_model: Path | None, method: Method | None, fill: str | None) -> None:
+    """Refuse a draft model that nothing would ask."""
+    is_asked = "model" in parse_fill(fill) if fill else method == "speculative"
+    if draft_model and not is_asked:
+        raise OptionError("--draft-model needs --method speculative, or --fill with model among its sources")
+
+
+def _methods_to_time(method: Method | None, *, has_draft_model: bool) -> tuple[Method, ...]:
+    """The baseline and the method asked for, else every loop: speculative decoding where a draft model is given."""
+    from cllm_export.bench import DEFAULT_METHODS
+
+    if method:
+        return (method,) if method == "autoregressive" else (method, "autoregressive")
+    return METHODS if has_draft_model else DEFAULT_METHODS
 
 
 def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:

@@ -33,6 +33,7 @@ from cllm_export.contract import FixedShapes, Geometry, check_forward, check_row
 from cllm_export.errors import EngineError
 from cllm_export.runtime.autoregressive import Autoregressive
 from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.draft_model import DraftModel
 from cllm_export.runtime.engine import Engine, Forward, KvRows, prefill
 from cllm_export.runtime.generate import Model
 from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
@@ -420,7 +421,13 @@ def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
 
 
 def make_model(
-    bundle: Bundle, language_model: LanguageModel, *, num_slots: int = 1, prefix_cache_bytes: int = 0
+    bundle: Bundle,
+    language_model: LanguageModel,
+    *,
+    num_slots: int = 1,
+    draft_model: DraftModel | None = None,
+    prefix_cache_bytes: int = 0,
+    forward_seconds: Mapping[int, float] | None = None,
 ) -> Model:
     """A model that runs the fake engine in the place of ONNX Runtime; it keeps no prompts unless told to."""
     manifest = bundle.manifest
@@ -435,7 +442,14 @@ def make_model(
         state = PromptState(
             engine, max_bytes=prefix_cache_bytes, fingerprint=bundle.fingerprint, max_length=manifest.max_length
         )
-    return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle), prompt_state=state)
+    return Model(
+        bundle.manifest,
+        engine,
+        TextCodec.of_bundle(bundle),
+        draft_model=draft_model,
+        prompt_state=state,
+        forward_seconds=forward_seconds,
+    )
 
 
 def calls_of(model: Model) -> list[Call]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.draft import Fill, Wish
 from cllm_export.runtime.jacobi import Block, Commit
 
 
@@ -21,6 +21,9 @@ class Autoregressive:
         self._last = last_token
         self._fill = fill
         self._is_filled = False
+
+    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+        return None  # whatever fills the block is thrown away
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         self._is_filled = size > 1

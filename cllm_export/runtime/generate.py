@@ -12,19 +12,21 @@ from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 
-from cllm_export.bundle import FILLS, FillName, TrainedWith, open_bundle, require_one_of
+from cllm_export.bundle import Bundle, TrainedWith, open_bundle, require_one_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import check_messages
 from cllm_export.runtime.choose import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
-from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.draft import make_fill, parse_fill
+from cllm_export.runtime.draft_model import DraftModel, check_pair
 from cllm_export.runtime.engine import Engine, LookaheadEngine
 from cllm_export.runtime.jacobi import Decoder
 from cllm_export.runtime.latency_file import read_latency
 from cllm_export.runtime.lookahead import Lookahead
 from cllm_export.runtime.lookahead_layout import LookaheadShape
 from cllm_export.runtime.lookahead_loop import LookaheadLoop
+from cllm_export.runtime.ngram_pool import NgramPool
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
@@ -88,18 +90,21 @@ class Options(TypedDict, total=False):
 
     Keys:
         max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
-        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``autoregressive`` or ``lookahead``; by default
-            the loop the model was trained with, else ``jacobi``. Lookahead is for greedy requests, one at a time, of a
-            bundle that has a graph for it.
+        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``speculative`` (every block is what ``fill``
+            guesses, none of it the model's own), ``autoregressive`` or ``lookahead``; by default the loop the model was
+            trained with, else ``jacobi``. Lookahead is for greedy requests, one at a time, of a bundle that has a graph
+            for it.
         block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
             1 included; what is learned of the model serves all its later requests. By default ``auto`` for
-            ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and 1 for
-            ``autoregressive``. An engine pinned to one shape has one n.
+            ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and for
+            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n.
         deterministic: n is the model's own, so that a request runs the same forwards again: where it is chosen, a near
             tie may round to another token at another time.
         window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
-        fill: ``pad``, ``repeat``, ``prompt`` or ``lookup``; by default what it was trained with, else ``pad``; and
-            ``prompt`` for ``lookahead``, whose window it fills.
+        fill: the draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` (n-grams of the texts and rejected
+            drafts of all requests that say so), ``model`` (a draft model's tokens), or several joined by ``+``, asked
+            in order: ``pool+lookup``. By default what the model was trained with, else ``pad``; for ``speculative``
+            ``model`` where there is one, else ``lookup``; for ``lookahead``, whose window it fills once, ``prompt``.
         seed: of the noise that samples, and of the ``prompt`` fill; by default a fresh one for each sampled request,
             which ``Generation.seed`` tells.
         stop: strings to stop at; the text is cut before the first one.
@@ -117,7 +122,7 @@ class Options(TypedDict, total=False):
     ngram: int | None
     guesses: int | None
     deterministic: bool
-    fill: FillName | None
+    fill: str | None
     seed: int | None
     stop: Sequence[str]
     ignore_eos: bool
@@ -173,7 +178,7 @@ class Prepared:
     """n of every forward, or where ``lookahead`` is set, rows of the largest."""
     lookahead: LookaheadShape | None
     """W, N and G where that is the method."""
-    fill: FillName
+    fill: str
     sampling: Sampling
     logprobs: int | None
     constraint: Constraint | None
@@ -192,6 +197,8 @@ class Model:
         facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
+        draft_model: what answers the ``model`` fill, with as many lanes as the engine has slots.
+        pool: n-grams that requests with the ``pool`` fill share.
         prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
 
     Args:
@@ -205,12 +212,17 @@ class Model:
         engine: Engine,
         codec: TextCodec,
         *,
+        draft_model: DraftModel | None = None,
         prompt_state: PromptState | None = None,
         forward_seconds: Mapping[int, float] | None = None,
     ) -> None:
+        if draft_model and draft_model.num_lanes < engine.num_slots:
+            raise OptionError(f"a draft model for {engine.num_slots} slots has {draft_model.num_lanes} lanes")
         self.facts = facts
         self.engine = engine
         self.codec = codec
+        self.draft_model = draft_model
+        self.pool = NgramPool()
         self.prompt_state = prompt_state
         self._forward_seconds = forward_seconds
         self._chooser: SizeChooser | None = None
@@ -336,10 +348,7 @@ class Model:
             method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
         require_one_of("method", method, (*METHODS, LOOKAHEAD))
         shape = self._settle_lookahead(method, options)
-        fill = options.get("fill")
-        if fill is None:
-            fill = "prompt" if shape else trained.fill if trained else "pad"
-        require_one_of("fill", fill, FILLS)
+        fill = self._settle_fill(options.get("fill"), method)
         stop = options.get("stop")
         if stop is None:
             stop = ()
@@ -400,6 +409,22 @@ class Model:
             raise OptionError(f"{type(self.engine).__name__} runs no lookahead graph: choose another method")
         return self.engine
 
+    def _settle_fill(self, fill: str | None, method: Method) -> str:
+        if fill is None:
+            if method == LOOKAHEAD:
+                return "prompt"
+            if method == "speculative":
+                return "model" if self.draft_model else "lookup"
+            return self.facts.trained_with.fill if self.facts.trained_with else "pad"
+        asks_model = "model" in parse_fill(fill)
+        if asks_model and method == LOOKAHEAD:
+            raise OptionError(f"fill {fill!r} is not for lookahead, whose window is filled once: leave model out")
+        if asks_model and not self.draft_model:
+            raise OptionError(
+                f"fill {fill!r} needs a draft model: load(path, draft_model=...), --draft-model on the command line"
+            )
+        return fill
+
     def _compile_grammar(self, options: Options) -> Constraint | None:
         given = [kind for kind in _GRAMMARS if options.get(kind) is not None]
         if not given:
@@ -422,6 +447,7 @@ class Model:
             fill=request.fill,
             seed=request.sampling.seed,
             pad_token_id=pad_token(self.facts),
+            pool=self.pool,
         )
         return self._decode_with(decoder, request, stop_cut)
 
@@ -434,7 +460,8 @@ class Model:
             scheduler.submit(task)
             return task, scheduler
         pad = pad_token(self.facts)
-        fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=request.sampling.seed)
+        seed = request.sampling.seed
+        fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=seed, pool=self.pool)
         decoder = Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
         task = Task(request.prompt, self._decode_with(decoder, request, stop_cut), take=take)
         engine = self._lookahead_engine()
@@ -472,6 +499,7 @@ class Model:
             block_size=self.size_policy(block_size),
             pad_token_id=pad_token(self.facts),
             reading_width=self.engine.prefill_chunk,
+            drafter=self.draft_model,
             prefix_cache=self.prefix_cache,
         )
 
@@ -499,7 +527,7 @@ class Model:
             return self.engine.fixed_shapes.block_size
         if method == "autoregressive":
             return 1
-        return self.facts.block_size if deterministic or method == "jacobi-block" else "auto"
+        return "auto" if method == "jacobi" and not deterministic else self.facts.block_size
 
     def _check_block_size(self, block_size: int) -> int:
         fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
@@ -673,6 +701,7 @@ def load(
     *,
     threads: int | None = None,
     num_slots: int | None = None,
+    draft_model: str | Path | None = None,
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
 ) -> Model:
     """Load a bundle for generation on the CPU.
@@ -682,10 +711,12 @@ def load(
             own.
         path: a directory that ``cllm-export build`` wrote.
         threads: threads inside the engine; by default as many as the process may use.
+        draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
         prefix_cache_bytes: KV to keep of texts that were read and given, in memory of its own, so that a prompt that
             begins alike is read from where they part; 0 reads every prompt anew.
 
     Raises:
+        OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
         EngineError: the engine does not take the graph.
         MissingExtraError: no engine is installed.
@@ -694,9 +725,13 @@ def load(
         require_at_least("threads", threads, 1)
     require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)
+    draft = open_bundle(draft_model) if draft_model else None
+    if draft:
+        check_pair(bundle, draft)
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
     seconds = read_latency(bundle, num_slots=engine.num_slots, threads=threads)
+    codec = TextCodec.of_bundle(bundle)
     state = None
     if prefix_cache_bytes:
         state = PromptState(
@@ -705,8 +740,23 @@ def load(
             fingerprint=bundle.fingerprint,
             max_length=bundle.manifest.max_length,
         )
-    codec = TextCodec.of_bundle(bundle)
-    return Model(bundle.manifest, engine, codec, prompt_state=state, forward_seconds=seconds)
+    drafter = _load_draft_model(draft, engine.num_slots, threads) if draft else None
+    return Model(bundle.manifest, engine, codec, draft_model=drafter, prompt_state=state, forward_seconds=seconds)
+
+
+def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> DraftModel:
+    pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+    if pinned and pinned.batch_size < num_slots:
+        raise OptionError(
+            f"draft model {bundle.path} is pinned to {pinned.batch_size} slots and the model has {num_slots}: "
+            f"build it with --batch-size {num_slots}, or without --fixed-shapes"
+        )
+    return DraftModel(
+        OrtEngine(bundle, num_slots=None if pinned else num_slots, threads=threads),
+        max_length=bundle.manifest.max_length,
+        pad_token_id=pad_token(bundle.manifest),
+        trained_with=bundle.manifest.trained_with,
+    )
 
 
 def _refuse_beside_lookahead(sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:

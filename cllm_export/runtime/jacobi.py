@@ -1,4 +1,4 @@
-"""The two Jacobi loops as policy: which block the next forward verifies, and what its outputs commit.
+"""The two Jacobi loops as policy, and their seam: which block the next forward verifies, and what its outputs commit.
 
 No tensors, no engine: ``next_block`` says what to run at ``write_index``, ``commit`` takes the outputs. Rejecting a
 draft token is nothing but moving ``write_index`` by fewer rows than the block has. Sources: CLLM (arXiv 2403.00835),
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.draft import Fill, Wish
 
 
 class Block(NamedTuple):
@@ -47,6 +47,10 @@ class Decoder(Protocol):
     write_index: int
     """Valid KV rows of the request's slot; where the next block's KV is written."""
 
+    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+        """What a draft model must answer before ``next_block`` with the same arguments; None for nothing."""
+        ...
+
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         """The block that the next forward runs, ``size`` tokens. Until ``commit`` it may be asked for again.
 
@@ -59,17 +63,21 @@ class Decoder(Protocol):
         ...
 
 
-class SlidingJacobi:
-    """Sliding Jacobi: after each forward the window moves past what was accepted and is filled up again.
+class Window:
+    """A block that begins with the last committed token, and goes on with a draft that the fill makes long enough.
 
-    With m draft tokens right, one forward commits m + 1 tokens: the last is the bonus, the model's own token after
-    the last right one. The predictions beyond it are the next draft. The block size may change at any forward.
+    What a policy keeps of a forward's predictions is its own matter. The block size may change at any forward.
     """
 
     def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
         self.write_index = write_index
         self._fill = fill
         self._block = [last_token]
+
+    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+        self._block[1 : 1 + len(forced)] = forced
+        missing = size - len(self._block)
+        return self._fill.wish(missing, self._block[1:]) if missing > 0 else None
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         self._block[1 : 1 + len(forced)] = forced
@@ -80,11 +88,25 @@ class SlidingJacobi:
                 del self._block[size:]
         return Block(self._block, min(1 + len(forced), size))
 
-    def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
+    def _move(self, next_ids: list[int], num_accepted: int, kept: slice) -> Commit:
+        """Commit what was accepted, tell the fill, and keep these predictions for the next block."""
         self.write_index += num_accepted
-        new, self._block = next_ids[:num_accepted], next_ids[num_accepted - 1 :]
+        new, rejected = next_ids[:num_accepted], self._block[num_accepted:]
+        self._block = next_ids[kept]
         self._fill.accept(new)
+        self._fill.reject(rejected, next_ids[num_accepted:])
         return Commit(new, num_accepted)
+
+
+class SlidingJacobi(Window):
+    """Sliding Jacobi: after each forward the window moves past what was accepted and is filled up again.
+
+    With m draft tokens right, one forward commits m + 1 tokens: the last is the bonus, the model's own token after
+    the last right one. The predictions beyond it are the next draft.
+    """
+
+    def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
+        return self._move(next_ids, num_accepted, slice(num_accepted - 1, None))
 
 
 class BlockJacobi:
@@ -101,6 +123,9 @@ class BlockJacobi:
         self._last = last_token
         self._block: list[int] = []
 
+    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+        return None if self._block else self._fill.wish(size - 1, ())
+
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         if not self._block:
             self._block = [self._last, *self._fill.guess(size - 1, ())]
@@ -112,6 +137,7 @@ class BlockJacobi:
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         new = next_ids[self._num_known : num_accepted]
         self._fill.accept(new)
+        self._fill.reject(self._block[num_accepted:], next_ids[num_accepted:])
         self._num_known = num_accepted
         if num_accepted == len(self._block):
             self.write_index += num_accepted

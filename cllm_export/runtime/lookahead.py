@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cllm_export.runtime.draft import Fill
+from cllm_export.runtime.draft import Fill, Wish
 from cllm_export.runtime.jacobi import Block, Commit, Tried
 from cllm_export.runtime.lookahead_layout import Layout, LookaheadShape, layout_of
 from cllm_export.runtime.lookahead_pool import NGramPool
@@ -65,6 +65,10 @@ class Lookahead:
     def layout(self) -> Layout:
         """Of the block that ``next_block`` gives."""
         return layout_of(self._shape, len(self._head))
+
+    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+        """Nothing: a draft model is refused before it gets here."""
+        return None
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         """The block that the next forward runs, of at most ``size`` tokens: as many as its layout has rows.

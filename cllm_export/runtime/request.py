@@ -11,23 +11,26 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import FillName, Loop
+from cllm_export.bundle import Loop
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.autoregressive import Autoregressive
-from cllm_export.runtime.draft import make_fill
+from cllm_export.runtime.draft import Wish, make_fill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, Decoder, SlidingJacobi
+from cllm_export.runtime.ngram_pool import NgramPool
 from cllm_export.runtime.sampling import Logprob, Sampler, logprobs_of
+from cllm_export.runtime.speculative import Speculative
 from cllm_export.runtime.statistics import ForwardRecord
 
-SlotMethod = Literal["jacobi", "jacobi-block", "autoregressive"]
+SlotMethod = Literal["jacobi", "jacobi-block", "speculative", "autoregressive"]
 Method = Literal[SlotMethod, "lookahead"]
 LOOKAHEAD: Literal["lookahead"] = "lookahead"
 JacobiMethod = Literal["jacobi", "jacobi-block"]
 FinishReason = Literal["eos", "length", "stop", "closed"]
 
-DECODERS: dict[SlotMethod, type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive]] = {
+DECODERS: dict[SlotMethod, type[SlidingJacobi] | type[BlockJacobi] | type[Speculative] | type[Autoregressive]] = {
     "jacobi": SlidingJacobi,
     "jacobi-block": BlockJacobi,
+    "speculative": Speculative,
     "autoregressive": Autoregressive,
 }
 METHODS: tuple[SlotMethod, ...] = tuple(DECODERS)
@@ -93,11 +96,18 @@ class Decode:
         """Whether ``take`` needs the logits of the forward."""
         return self._sampler is not None or self._num_logprobs is not None
 
+    def wish(self, size: int) -> Wish | None:
+        """What a draft model must answer before ``next_block`` of this size is called; None for nothing."""
+        return self._decoder.wish(size, self._forced(size))
+
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
-        forced = self._sampler.forced(self.write_index, size - 1) if self._sampler else ()
-        self._block = self._decoder.next_block(size, forced)
+        self._block = self._decoder.next_block(size, self._forced(size))
         return self._block
+
+    def _forced(self, size: int) -> Sequence[int]:
+        """What a grammar leaves no choice about, as far as a block of this size has room."""
+        return self._sampler.forced(self.write_index, size - 1) if self._sampler else ()
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:
         """Take the outputs of that forward for this slot; the new tokens, cut at the end of the request.
@@ -157,16 +167,25 @@ def require_shareable(method: Method | None) -> None:
         raise OptionError(_ONE_AT_A_TIME)
 
 
-def make_decoder(method: Method, prompt: Sequence[int], *, fill: FillName, seed: int, pad_token_id: int) -> Decoder:
-    """The policy that decodes a prompt whose KV, less that of its last token, is written.
+def make_decoder(
+    method: Method,
+    prompt: Sequence[int],
+    *,
+    fill: str,
+    seed: int,
+    pad_token_id: int,
+    pool: NgramPool | None = None,
+) -> Decoder:
+    """The policy that decodes a prompt whose KV, less that of its last token, is written; see ``make_fill``.
 
     Raises:
-        OptionError: no such fill, or a method that has no policy of a slot of its own.
+        OptionError: no such fill, or it needs a pool and there is none; or a method that has no policy of a slot of its
+            own.
     """
     if method == LOOKAHEAD:
         raise OptionError(_ONE_AT_A_TIME)
     return DECODERS[method](
         last_token=prompt[-1],
         write_index=len(prompt) - 1,
-        fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed),
+        fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed, pool=pool),
     )

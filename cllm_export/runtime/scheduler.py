@@ -17,6 +17,8 @@ from cllm_export.contract import require_at_least
 from cllm_export.errors import CllmExportError, EngineError, QueueFullError
 from cllm_export.runtime.acceptance import DraftRecord
 from cllm_export.runtime.choose import PinnedSize, SizePolicy
+from cllm_export.runtime.draft import Wish
+from cllm_export.runtime.draft_model import Drafter
 from cllm_export.runtime.engine import Engine, Forward
 from cllm_export.runtime.jacobi import Block
 from cllm_export.runtime.prefix_cache import PrefixCache
@@ -94,7 +96,7 @@ class StepReport(NamedTuple):
     reused_tokens: int
     """Of the prompts admitted in this step, tokens whose KV was kept from earlier texts."""
     seconds: float
-    """Of the whole step; ``engine_seconds`` of them inside the engine."""
+    """Of the whole step; ``engine_seconds`` of them inside the engine, and that of a draft model."""
     engine_seconds: float
 
 
@@ -110,6 +112,7 @@ class Scheduler:
             ``block_size`` wide, which makes all of them round alike: a request then gives bit for bit what it gives
             alone.
         queue_size: tasks that may wait; None for any number.
+        drafter: answers what tasks wish for, once before each forward; with a lane for each slot.
         prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
             they part.
     """
@@ -122,6 +125,7 @@ class Scheduler:
         pad_token_id: int,
         reading_width: int | None = None,
         queue_size: int | None = None,
+        drafter: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         if isinstance(block_size, int):
@@ -133,6 +137,7 @@ class Scheduler:
         self._sizes = block_size
         self._reading_width = None if engine.fixed_shapes else reading_width
         self._queue_size = queue_size
+        self._drafter = drafter
         memories = [
             SlotMemory(engine, slot, prefix_cache) if prefix_cache else None for slot in range(engine.num_slots)
         ]
@@ -187,7 +192,7 @@ class Scheduler:
         A task whose taker raises ends with that error, and so do all running tasks where the engine fails; neither
         is raised here, and the slots are free again.
         """
-        started, engine_started = perf_counter(), self._engine.run_seconds
+        started, engine_started = perf_counter(), self._run_seconds
         reused_tokens = self._admit()
         running = [slot for slot in self._slots if slot.task]
         if not running:
@@ -198,7 +203,7 @@ class Scheduler:
         except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
-        engine_seconds = self._engine.run_seconds - engine_started
+        engine_seconds = self._run_seconds - engine_started
         seconds = perf_counter() - started
         if self._size:
             self._tell(running, seconds if self._size == self._width else 0.0)
@@ -219,6 +224,7 @@ class Scheduler:
         """One forward of every slot, without the head where all of them read their prompts; the new tokens it made."""
         decoding = [slot.task.drafts for slot in running if slot.task and not slot.is_reading]
         self._size = self._sizes.choose(decoding) if decoding else 0
+        self._draft()
         widest = max(1, *(slot.draft(self._size) for slot in self._slots)) if decoding else 0
         self._width = width = max(widest, self._reading_rows(reading))
         rows = [slot.next_rows(width) for slot in self._slots]
@@ -248,6 +254,22 @@ class Scheduler:
     @property
     def _num_free(self) -> int:
         return len(self._slots) - self.num_running
+
+    @property
+    def _run_seconds(self) -> float:
+        return self._engine.run_seconds + (self._drafter.run_seconds if self._drafter else 0.0)
+
+    def _draft(self) -> None:
+        """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
+        if not self._drafter:
+            return
+        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(self._size))}
+        if not wishes:
+            return
+        try:
+            self._drafter.draft(wishes)
+        except Exception as error:  # likewise
+            self._fail([self._slots[index] for index in wishes], error)
 
     def _admit(self) -> int:
         """Fill free slots; how many tokens of the prompts need not be read."""
@@ -329,6 +351,17 @@ class Slot:
 
     def clear(self) -> None:
         self.task = None
+
+    def wish(self, block_size: int) -> Wish | None:
+        """What a draft model must answer before the next forward. A task that fails to say it ends alone."""
+        task = self.task
+        if task is None or self.is_reading:
+            return None
+        try:
+            return task.decode.wish(block_size)
+        except Exception as error:  # as of its block
+            self.leave(error)
+            return None
 
     def draft(self, block_size: int) -> int:
         """Make up the block of a slot that decodes, ``block_size`` tokens or as many as it is bound to; its length.

@@ -321,6 +321,7 @@ class Service:
             self.model.engine,
             block_size=self.model.size_policy(self.block_size),
             pad_token_id=self.pad_token_id,
+            drafter=self.model.draft_model,
             prefix_cache=self.model.prefix_cache,
             reading_width=min(MIN_READING_WIDTH, largest) if self.block_size == "auto" else None,
         )

@@ -308,3 +308,23 @@ def test_the_demo_prompts_come_with_their_answers_through_json(cli: Cli, worksho
     lines = lines_of(cli("generate", path, *options))
     assert all("select" in line["text"].lower() for line in lines)
     assert all(line["finish_reason"] == "eos" for line in lines)
+
+
+def test_a_draft_model_and_other_sources_change_forwards_and_not_the_text(cli: Cli, bundle: Path):
+    """The bundle drafts for itself, so that every draft is right."""
+    [plain] = lines_of(cli("generate", bundle, "the cat", "--json", "--method", "autoregressive", *FEW))
+    for options in (("--draft-model", bundle), ("--draft-model", bundle, "--fill", "lookup+model"), ("--fill", "pool")):
+        [line] = lines_of(cli("generate", bundle, "the cat", "--json", "--method", "speculative", *options, *FEW))
+        assert line["token_ids"] == plain["token_ids"]
+        if options == ("--draft-model", bundle):
+            assert line["stats"]["forwards"] < plain["stats"]["forwards"]
+
+
+def test_bench_times_speculative_decoding_where_a_draft_model_is_given(cli: Cli, workshop: Workshop, tmp_path: Path):
+    pinned = workshop.bundle("llama", **PINNED).path
+    options = ("--draft-model", pinned, "--repeats", 1, "--json", tmp_path / "r.json")
+    assert cli("bench", pinned, *options, *FEW).code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert set(report["loops"]) == {*LOOPS, "speculative"}
+    assert report["draft_model"] == pinned.name
+    assert report["loops"]["speculative"]["tokens_per_forward"] > 2

@@ -221,8 +221,16 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
     [
         ("max_new_tokens", 0, "must be an integer of at least 1, got 0"),
         ("max_new_tokens", 2.5, "must be an integer"),
-        ("method", "medusa", "must be one of jacobi, jacobi-block, autoregressive, lookahead, got 'medusa'"),
-        ("fill", "random", "must be one of pad, repeat, prompt, lookup, got 'random'"),
+        (
+            "method",
+            "medusa",
+            "must be one of jacobi, jacobi-block, speculative, autoregressive, lookahead, got 'medusa'",
+        ),
+        (
+            "fill",
+            "random",
+            "must be one of pad, repeat, prompt, lookup, pool, model, or several joined by \\+, got 'random'",
+        ),
         ("block_size", 17, "must be at most 16 for this model, got 17"),
         ("block_size", 0, "must be an integer of at least 1, got 0"),
         ("stop", ";", "must be a list of non-empty strings, got ';'"),
@@ -294,7 +302,8 @@ def test_the_deterministic_block_size_is_the_bundles_and_that_of_autoregressive_
 def test_a_model_that_was_trained_with_blocks_begins_with_its_own_size_and_another_with_one(bundle):
     trained = TrainedWith(block_size=8, fill="pad", loop="sliding")
     for known, size in ((trained, 8), (None, 1)):
-        model = make_model(with_manifest(bundle, trained_with=known), HashModel(vocab_size=200))
+        times = {1: 1.0, 2: 1.5, 4: 1.7, 8: 2.0, 12: 4.0, 16: 6.0}
+        model = make_model(with_manifest(bundle, trained_with=known), HashModel(vocab_size=200), forward_seconds=times)
         assert len(model.generate([5, 6], max_new_tokens=1).forwards[0].block) == size
 
 

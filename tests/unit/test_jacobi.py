@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cllm_export.runtime.draft import PadFill, PromptFill, RepeatFill, make_fill
+from cllm_export.runtime.draft import PadFill, PlainFill, PromptFill, RepeatFill, make_fill
 from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.jacobi import Block, BlockJacobi, SlidingJacobi
 from tests.fakes import (
@@ -53,7 +53,7 @@ def run(loop, *, block_size, count, window=None, fill=None, prompt=PROMPT, scrip
     return decode(loop, engine, prompt, block_size=block_size, fill=fill or PadFill(31), count=count)
 
 
-class OracleFill:
+class OracleFill(PlainFill):
     """Guesses what the script says next, so that every draft is right."""
 
     def __init__(self) -> None:
