@@ -111,6 +111,8 @@ class Scheduler:
             wide as its prompts need, and as ``block_size`` while some slot decodes. By default every forward is
             ``block_size`` wide, which makes all of them round alike: a request then gives bit for bit what it gives
             alone.
+        turn_width: instead, tokens of a prompt that a forward takes in which no slot decodes, in turn with forwards in
+            which none reads: for a ``block_size`` too small to read prompts with, and round alike they still do.
         queue_size: tasks that may wait; None for any number.
         drafter: answers what tasks wish for, once before each forward; with a lane for each slot.
         prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
@@ -124,6 +126,7 @@ class Scheduler:
         block_size: int | SizePolicy,
         pad_token_id: int,
         reading_width: int | None = None,
+        turn_width: int | None = None,
         queue_size: int | None = None,
         drafter: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
@@ -136,6 +139,8 @@ class Scheduler:
         self._engine = engine
         self._sizes = block_size
         self._reading_width = None if engine.fixed_shapes else reading_width
+        self._turn_width = None if engine.fixed_shapes else turn_width
+        self._is_reading_turn = False
         self._queue_size = queue_size
         self._drafter = drafter
         memories = [
@@ -197,9 +202,12 @@ class Scheduler:
         running = [slot for slot in self._slots if slot.task]
         if not running:
             return None
-        reading = [slot for slot in running if slot.is_reading]
+        self._take_turns(running)
+        active = [slot for slot in running if not slot.is_paused]
+        reading = [slot for slot in active if slot.is_reading]
+        was_reading = [slot.is_reading for slot in running]
         try:
-            new_tokens = self._forward(running, reading)
+            new_tokens = self._forward(active, reading)
         except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
             self._fail(running, error)
             return None
@@ -207,12 +215,12 @@ class Scheduler:
         seconds = perf_counter() - started
         if self._size:
             self._tell(running, seconds if self._size == self._width else 0.0)
-        for slot in running:
-            slot.settle(slot in reading, seconds, engine_seconds)
+        for slot, was in zip(running, was_reading, strict=True):
+            slot.settle(was, seconds, engine_seconds)
         return StepReport(
             width=self._width,
             num_reading=len(reading),
-            num_decoding=len(running) - len(reading),
+            num_decoding=len(active) - len(reading),
             num_waiting=len(self._waiting),
             new_tokens=new_tokens,
             reused_tokens=reused_tokens,
@@ -220,21 +228,29 @@ class Scheduler:
             engine_seconds=engine_seconds,
         )
 
-    def _forward(self, running: Sequence[Slot], reading: Sequence[Slot]) -> int:
-        """One forward of every slot, without the head where all of them read their prompts; the new tokens it made."""
-        decoding = [slot.task.drafts for slot in running if slot.task and not slot.is_reading]
+    def _take_turns(self, running: Sequence[Slot]) -> None:
+        """Where forwards either read or decode, and there is something of both, pause the slots of one kind."""
+        kinds = {slot.is_reading for slot in running}
+        takes_turns = self._turn_width is not None and len(kinds) == 2
+        self._is_reading_turn = not self._is_reading_turn if takes_turns else kinds == {True}
+        for slot in running:
+            slot.is_paused = takes_turns and slot.is_reading != self._is_reading_turn
+
+    def _forward(self, active: Sequence[Slot], reading: Sequence[Slot]) -> int:
+        """One forward, without the head where all active slots read their prompts; the new tokens it made."""
+        decoding = [slot.task.drafts for slot in active if slot.task and not slot.is_reading]
         self._size = self._sizes.choose(decoding) if decoding else 0
         self._draft()
         widest = max(1, *(slot.draft(self._size) for slot in self._slots)) if decoding else 0
         self._width = width = max(widest, self._reading_rows(reading))
         rows = [slot.next_rows(width) for slot in self._slots]
         blocks, num_committed, write_index = zip(*rows, strict=True)
-        if len(reading) == len(running):
+        if len(reading) == len(active):
             self._engine.prefill(blocks, num_committed, write_index)
             for slot in reading:
                 slot.has_read()
             return 0
-        with_logits = any(slot.needs_logits for slot in running)
+        with_logits = any(slot.needs_logits for slot in active)
         forward = self._engine.forward(blocks, num_committed, write_index, with_logits=with_logits)
         return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
 
@@ -242,6 +258,8 @@ class Scheduler:
         """Rows that the slots which read their prompts want of a forward."""
         if not reading:
             return 0
+        if self._turn_width is not None:
+            return self._turn_width
         if self._reading_width is None:
             return self._size or self._sizes.choose([slot.task.drafts for slot in reading if slot.task])
         return min(self._reading_width, max(slot.num_to_read for slot in reading))
@@ -324,6 +342,8 @@ class Slot:
         self._num_read = self._num_reading = 0
         self.num_new = 0
         """Tokens that the last forward made known."""
+        self.is_paused = False
+        """Whether the next forward passes it over."""
 
     @property
     def is_idle(self) -> bool:
@@ -345,7 +365,7 @@ class Slot:
 
     def admit(self, task: Task) -> None:
         """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
-        self.task, self._num_read = task, 0
+        self.task, self._num_read, self.is_paused = task, 0, False
         if self._memory:
             self._num_read = task.reused_tokens = self._memory.restore(task.prompt[:-1])
 
@@ -355,7 +375,7 @@ class Slot:
     def wish(self, block_size: int) -> Wish | None:
         """What a draft model must answer before the next forward. A task that fails to say it ends alone."""
         task = self.task
-        if task is None or self.is_reading:
+        if task is None or self.is_reading or self.is_paused:
             return None
         try:
             return task.decode.wish(block_size)
@@ -368,7 +388,7 @@ class Slot:
 
         A task that fails to say its block (a grammar's failure, say) ends alone.
         """
-        if self.task is None or self.is_reading:
+        if self.task is None or self.is_reading or self.is_paused:
             return 0
         try:
             self._block = self.task.decode.next_block(block_size)
@@ -392,11 +412,14 @@ class Slot:
     def next_rows(self, width: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
 
-        A slot that decodes fills as many of them as its block has, one that reads its prompt as many as it can.
+        A slot that decodes fills as many of them as its block has, one that reads its prompt as many as it can; one
+        that is paused is idle above the rows it holds.
         """
         task = self.task
         if task is None:
             return [self._pad] * width, 0, 0
+        if self.is_paused:
+            return [self._pad] * width, 0, self._num_rows(task)
         if to_read := self.num_to_read:
             self._num_reading = min(width, to_read)
             chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
@@ -413,7 +436,7 @@ class Slot:
     def take(self, forward: Forward, index: int) -> int:
         """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
         self.num_new, task = 0, self.task
-        if task is None:
+        if task is None or self.is_paused:
             return 0
         if self.is_reading:
             self.has_read()
@@ -448,9 +471,12 @@ class Slot:
     def _keep(self, task: Task) -> None:
         if self._memory is None:
             return
-        num_rows = self._num_read if self.is_reading else task.decode.num_rows
         text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
-        self._memory.keep(text[:num_rows])
+        self._memory.keep(text[: self._num_rows(task)])
+
+    def _num_rows(self, task: Task) -> int:
+        """KV rows that it holds of the task's text."""
+        return self._num_read if self.is_reading else task.decode.num_rows
 
     def _padded(self, tokens: list[int], width: int) -> list[int]:
         return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]

@@ -315,15 +315,18 @@ class Service:
             self._closing.close()
 
     def _make_scheduler(self) -> Scheduler:
-        """One n reads prompts in chunks of it; a chosen one, which may be 1, in chunks of some more."""
-        largest = self.model.engine.geometry.max_block_size
+        """One n reads prompts in chunks of it, but a small one in turn with wider forwards; a chosen one, which may be
+        1, in chunks of some more."""
+        wide = min(MIN_READING_WIDTH, self.model.engine.geometry.max_block_size)
+        is_small = self.block_size != "auto" and self.block_size <= wide // 2
         return Scheduler(
             self.model.engine,
             block_size=self.model.size_policy(self.block_size),
             pad_token_id=self.pad_token_id,
             drafter=self.model.draft_model,
             prefix_cache=self.model.prefix_cache,
-            reading_width=min(MIN_READING_WIDTH, largest) if self.block_size == "auto" else None,
+            reading_width=wide if self.block_size == "auto" else None,
+            turn_width=wide if is_small else None,
         )
 
     def _make_handle(self, prompt: str | Sequence[int] | Messages, options: Options) -> Handle:

@@ -65,12 +65,14 @@ class FailingEngine(FakeEngine):
     num_slots=st.integers(1, 4),
     block_size=st.integers(1, 8),
     cancelled=st.sets(st.tuples(st.integers(0, 7), st.integers(0, 20)), max_size=4),
+    turn_width=st.sampled_from([None, 6]),
 )
 def test_whatever_arrives_beside_it_and_is_cancelled_a_task_gives_the_models_own_tokens(
-    data, num_slots, block_size, cancelled
+    data, num_slots, block_size, cancelled, turn_width
 ):
     """Tasks arrive at any step; some are cancelled at any step."""
-    scheduler = Scheduler(make_engine(num_slots), block_size=block_size, pad_token_id=PAD)
+    engine = make_engine(num_slots)
+    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=PAD, turn_width=turn_width)
     tasks = [make_task(prompt, count=count, method=method, eos=(EOS,)) for prompt, count, method, _ in data]
     model = HashModel(vocab_size=VOCABULARY, seed=0, window=2)
     step = 0
@@ -178,6 +180,38 @@ def test_every_forward_has_one_shape_unless_told_otherwise():
     scheduler.submit(make_task([5]))
     run(scheduler)
     assert {len(row) for call in engine.calls for row in call.input_ids} == {4}
+
+
+def test_where_reading_takes_turns_every_forward_has_one_of_two_shapes_and_neither_kind_starves():
+    engine = make_engine(2)
+    scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, turn_width=8)
+    scheduler.submit(make_task([5, 6], count=6, method="autoregressive"))
+    scheduler.submit(make_task(list(range(8)) * 4, count=3, method="autoregressive"))
+    scheduler.step()
+    reports = run(scheduler)
+    assert [(call.kind, len(call.input_ids[0])) for call in engine.calls[1:]] == [
+        *[("forward", 1), ("prefill", 8)] * 3,
+        *[("forward", 1)] * 3,
+    ]
+    assert [(report.num_reading, report.num_decoding) for report in reports[:3]] == [(0, 1), (1, 0), (0, 1)]
+
+
+def test_a_paused_slot_keeps_its_rows_whatever_its_neighbours_read():
+    engine = make_engine(2)
+    scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD, turn_width=8)
+    first = make_task([5, 6], count=30, method="jacobi-block")
+    scheduler.submit(first)
+    scheduler.step()
+    for _ in range(6):
+        held = first.decode.num_rows
+        before = engine.rows[0][:held]
+        scheduler.submit(make_task(list(range(8)) * 2, count=1))
+        scheduler.step()
+        assert engine.calls[-1].kind == "prefill" and engine.calls[-1].num_committed[0] == 0
+        assert engine.rows[0][:held] == before
+        while scheduler.num_running > 1:
+            scheduler.step()
+    assert held > 6
 
 
 def test_prompts_are_read_in_wider_forwards_where_that_is_asked_for():
