@@ -31,11 +31,27 @@ class Nonconforming(BaseException):
     """Code under test used the bindings as no such version can be used."""
 
 
-class EnumDouble(enum.Enum):
-    """A pybind11 enum: neither an int nor equal to one, but ``int()`` takes it."""
+class EnumDouble:
+    """A member of a pybind11 enum: neither an int nor equal to one, but ``int()`` takes it."""
+
+    def __init__(self, name: str, value: int) -> None:
+        self.name = name
+        self.value = value
 
     def __int__(self) -> int:
-        return int(self.value)
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}.{self.name}: {self.value}>"
+
+
+def make_enum(name: str, members: Mapping[str, int]) -> type[EnumDouble]:
+    """The class of a pybind11 enum, which can be neither subscripted nor iterated over."""
+    made: Any = type(name, (EnumDouble,), {})
+    made.__members__ = {member: made(member, value) for member, value in members.items()}
+    for member, each in made.__members__.items():
+        setattr(made, member, each)
+    return made
 
 
 @functools.cache
@@ -64,10 +80,10 @@ class TensorRtDouble:
         self.behaviour = behaviour
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.__version__ = api["version"]
-        self._enums: dict[str, type[EnumDouble]] = {}
+        self._enums: dict[str, Any] = {}
         for name, members in api["enums"].items():
             plain = name.split(".")[-1]  # a class that inherits an enum of another has the very same one
-            self._enums[name] = self._enums.setdefault(plain, EnumDouble(plain, members))
+            self._enums[name] = self._enums.setdefault(plain, make_enum(plain, members))
         self._classes: dict[str, type] = {}
         for name in api["classes"]:
             self._make_class(name)
@@ -80,7 +96,7 @@ class TensorRtDouble:
             raise AttributeError(name)
         raise Nonconforming(f"tensorrt {self.__version__} has no {name}")
 
-    def make(self, name: str, **values: Any) -> Any:
+    def make(self, name: str, /, **values: Any) -> Any:
         """An object of a class that has no constructor; ``values`` are what its properties give."""
         double = object.__new__(self._classes[name])
         vars(double)["_values"] = values
@@ -97,7 +113,7 @@ class TensorRtDouble:
             bases = tuple(self._make_class(base) for base in nearest if base in self._api["classes"]) or (ObjectDouble,)
             members: dict[str, Any] = {"_module": self, "_described": described, "_name": name}
             for constant, (kind, value) in described["constants"].items():
-                members[constant] = self._enums[kind](value)
+                members[constant] = next(each for each in self._enums[kind].__members__.values() if each.value == value)
             for inner, each in self._enums.items():
                 if inner.startswith(f"{name}."):
                     members[inner.split(".")[1]] = each
@@ -261,7 +277,7 @@ class CudaDouble:
             raise AttributeError(name)
         raise Nonconforming(f"cuda.bindings.runtime {self.version} has no {name}")
 
-    def structure(self, name: str, **values: Any) -> SimpleNamespace:
+    def structure(self, name: str, /, **values: Any) -> SimpleNamespace:
         """A structure of the bindings with these members, all of which it must have."""
         if unknown := set(values) - set(self._api["structures"][name]):
             raise Nonconforming(f"{name} has no {sorted(unknown)[0]}")
