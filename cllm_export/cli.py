@@ -378,6 +378,35 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
 
 
 @app.command()
+def trace(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.", show_default=False)],
+    method: Annotated[Method | None, typer.Option("--method", help="Only this loop; by default all.")] = None,
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName, typer.Option("--fill", help="pad or repeat.")] = "pad",
+    max_new_tokens: MaxNewTokensOption = 32,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
+    from cllm_export.traces import DEFAULT_METHODS, record_traces
+
+    given = read_prompts(prompts, limit=limit)
+    traces = record_traces(
+        open_bundle(bundle),
+        load(bundle, threads=threads),
+        given,
+        methods=(method,) if method else DEFAULT_METHODS,
+        block_size=block_size,
+        fill=fill,
+        max_new_tokens=max_new_tokens,
+    )
+    _write_text(output, json.dumps(traces) + "\n")
+    typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
+
+
+@app.command()
 def bench(
     bundle: BundleArgument,
     prompts: PromptsOption = None,

@@ -28,6 +28,7 @@ ALLOWED = {
     "tensorrt_library": {"cuda", "errors"},
     "plans": {"bundle", "contract", "errors"},
     "device_memory": {"bundle", "contract", "errors"},
+    "traces": {"bundle", "contract", "errors", "prompts", "runtime"},
     "doctor": {"cuda", "errors", "tensorrt_library"},
     "runtime": {"bundle", "contract", "cuda", "errors", "plans", "prompts", "runtime", "tensorrt_library"},
     "evaluation": {
