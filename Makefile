@@ -44,6 +44,10 @@ bindings: setup
 tests: setup bindings
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slow and not gpu and not tensorrt"
 
+# The acceptance suite, slow tests included; what this machine lacks is skipped with the reason.
+test-gpu: setup bindings
+	$(BIN)/python -m pytest tests/acceptance -rs
+
 slow: setup
 	$(BIN)/python -m pytest -m slow
 

@@ -22,6 +22,7 @@ from cllm_export.linked import WeightsMode
 from cllm_export.plans import Hardware
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
+from cllm_export.runtime.providers import Provider
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.sizes import parse_size
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
@@ -285,6 +286,9 @@ def generate(
     ] = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
+    provider: Annotated[
+        Provider, typer.Option("--provider", help="cpu, cuda (both ONNX Runtime), or tensorrt (the bundle's plan).")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Statistics on standard error.")] = False,
     blocks: Annotated[bool, typer.Option("--show-blocks", help="Every block, coloured by what became of it.")] = False,
@@ -295,7 +299,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise OptionError("--logprobs needs --json: they stand in its lines")
     given = _gather_prompts(prompt, prompts, limit)
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, provider=provider)
     options: dict[str, Any] = {
         "method": method,
         "block_size": block_size,

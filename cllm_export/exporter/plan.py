@@ -263,6 +263,7 @@ def _configure(bundle: Bundle, settings: PlanSettings, tensorrt: Any, builder: A
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
     if settings.workspace is not None:
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, settings.workspace)
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 is a promise of precision; who wants speed builds fp16 or bf16
     for flag in _flags(settings):
         config.set_flag(getattr(tensorrt.BuilderFlag, flag))
     if settings.hardware != "same":

@@ -20,6 +20,7 @@ from cllm_export.prompts import check_messages
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.providers import Provider, open_engine
 from cllm_export.runtime.request import (
     METHOD_OF_LOOP,
     METHODS,
@@ -474,16 +475,20 @@ class _Run:
         self._delta += self._stream.push([token for token in tokens if token not in self._eos])
 
 
-def load(path: str | Path, *, threads: int | None = None, num_slots: int | None = None) -> Model:
-    """Load a bundle for generation on the CPU.
+def load(
+    path: str | Path, *, threads: int | None = None, num_slots: int | None = None, provider: Provider = "cpu"
+) -> Model:
+    """Load a bundle for generation.
 
     Args:
         num_slots: B, the requests that a ``Service`` decodes at once; 1 by default. A bundle with fixed shapes has its
             own.
         path: a directory that ``cllm-export build`` wrote.
-        threads: threads inside the engine; by default as many as the process may use.
+        threads: threads inside the engine; by default as many as the process may use. Of the CPU alone.
+        provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
 
     Raises:
+        GpuError, PlanError: no GPU, or no plan that runs on it.
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
         EngineError: the engine does not take the graph.
         MissingExtraError: no engine is installed.
@@ -491,6 +496,8 @@ def load(path: str | Path, *, threads: int | None = None, num_slots: int | None 
     if threads is not None:
         require_at_least("threads", threads, 1)
     bundle = open_bundle(path)
+    if provider != "cpu":
+        return Model(bundle.manifest, open_engine(bundle, provider, num_slots), TextCodec.of_bundle(bundle))
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
     return Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))

@@ -159,26 +159,34 @@ class TrtEngine:
         *,
         with_logits: bool = False,
     ) -> Forward:
-        block_size = len(input_ids[0])
-        if block_size not in self.block_sizes:
-            sizes = ", ".join(map(str, self.block_sizes))
-            raise EngineError(
-                f"this plan has profiles for blocks of {sizes}, got {block_size}; build one with: "
-                f"cllm-export plan BUNDLE --block-size {block_size}"
-            )
         if with_logits and not self._settings.logits:
             raise EngineError("this plan was built with --no-logits, and this request needs them: build it without")
-        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(block_size)
-        extent = self._extent(block_size, write_index)
-        shape = _Shape(profile=profile, block_size=block_size, head_size=block_size, extent=extent)
+        size, slots = len(input_ids[0]), self.num_slots
+        padded = self._padded_size(size)
+        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(padded)
+        extent = self._extent(padded, write_index)
+        shape = _Shape(profile=profile, block_size=padded, head_size=padded, extent=extent)
         self._run(shape, input_ids, num_committed, write_index, with_logits=with_logits)
-        slots = self.num_slots
-        next_ids = self._host["next_ids"].array[: slots * block_size].reshape(slots, block_size)
-        logits = self._host[LOGITS].array if with_logits else None
-        if logits is not None:
-            logits = logits[: slots * block_size * self._geometry.vocab_size]
-            logits = logits.reshape(slots, block_size, self._geometry.vocab_size)
-        return Forward(next_ids.tolist(), self._host["num_accepted"].array.tolist(), logits)
+        next_ids = self._host["next_ids"].array[: slots * padded].reshape(slots, padded)[:, :size]
+        num_accepted = np.minimum(self._host["num_accepted"].array, size)
+        logits = None
+        if with_logits:
+            vocab_size = self._geometry.vocab_size
+            logits = (
+                self._host[LOGITS].array[: slots * padded * vocab_size].reshape(slots, padded, vocab_size)[:, :size]
+            )
+        return Forward(next_ids.tolist(), num_accepted.tolist(), logits)
+
+    def _padded_size(self, size: int) -> int:
+        """n of the profile that runs a block: its own, or the next larger one, filled up with tokens that count for
+        nothing. Their rows lie above the block's and are dead, and the cache has room for the largest block."""
+        found = next((each for each in self.block_sizes if each >= size), None)
+        if found is None or (self._fixed and found != size):
+            raise EngineError(
+                f"this plan has profiles for blocks of {', '.join(map(str, self.block_sizes))}, got {size}; build one "
+                f"with: cllm-export plan BUNDLE --block-size {size}"
+            )
+        return found
 
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
@@ -354,9 +362,11 @@ class TrtEngine:
         if not len(input_ids) == len(num_committed) == len(write_index) == slots:
             raise EngineError(f"a forward needs a block, num_committed and write_index for each of {slots} slots")
         try:
-            blocks = np.array(input_ids, np.int64).reshape(slots, size)
+            blocks = np.zeros((slots, size), np.int64)
+            blocks[:, : len(input_ids[0])] = input_ids
         except ValueError as error:
-            raise EngineError(f"the blocks of one forward must all have {size} tokens: {error}") from None
+            given = len(input_ids[0])
+            raise EngineError(f"the blocks of one forward must all have {given} tokens: {error}") from None
         if blocks.min() < 0 or blocks.max() >= vocabulary:  # a row of the table that is not there would be read
             raise EngineError(f"tokens must be 0 to {vocabulary - 1}, got {blocks.min()} to {blocks.max()}")
         self._host["input_ids"].array[: slots * size] = blocks.ravel()

@@ -151,7 +151,7 @@ def test_a_cache_starts_as_zeros_and_can_be_replaced(engine: TrtEngine):
         ([[1] * 8, [1] * 7], [1, 1], [0, 0], "must all have 8 tokens"),
         ([[1] * 8, [1] * 7 + [10_000]], [1, 1], [0, 0], "tokens must be 0 to"),
         ([[1] * 8, [1] * 7 + [-1]], [1, 1], [0, 0], "tokens must be 0 to"),
-        ([[1] * 3] * 2, [1, 1], [0, 0], "profiles for blocks of 1, 8, got 3.*--block-size 3"),
+        ([[1] * 9] * 2, [1, 1], [0, 0], "profiles for blocks of 1, 8, got 9.*--block-size 9"),
     ],
 )
 def test_a_forward_that_cannot_be_right_is_refused_before_anything_is_enqueued(
@@ -174,6 +174,19 @@ def test_a_plan_without_logits_refuses_a_request_that_needs_them(bundle: Bundle)
         pytest.raises(EngineError, match="built with --no-logits"),
     ):
         engine.forward([[1]], [1], [0], with_logits=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_a_block_between_two_profiles_runs_in_the_larger_one(engine: TrtEngine, bundle: Bundle, size: int):
+    """The tokens that fill it up change nothing and are never accepted, though the model may predict just them."""
+    cpu = OrtEngine(bundle, num_slots=2, threads=THREADS)
+    blocks = [[3, 1, 4, 1, 5, 9, 2, 6][:size], [0] * size]
+    for committed in ([1, 1], [size, 0]):
+        given, expected = (each.forward(blocks, committed, [0, 3], with_logits=True) for each in (engine, cpu))
+        assert given[:2] == expected[:2]
+        assert given.logits is not None
+        assert given.logits.shape == (2, size, bundle.manifest.geometry.vocab_size)
+        np.testing.assert_allclose(given.logits, expected.logits, rtol=0, atol=1e-4)  # shapes differ by rounding
 
 
 @pytest.mark.parametrize("broken", ["deserialize", "alias", "refit", "execute"])
