@@ -32,6 +32,7 @@ from cllm_export.plans import (
     plan_key,
     plans_of,
 )
+from cllm_export.runtime.batch import MIN_READING_WIDTH
 from cllm_export.runtime.trt_engine import TrtEngine, platform_of
 from cllm_export.runtime.trt_graph import GraphSource, errors_of
 from cllm_export.tensorrt_library import Gpu, Log, open_gpu, version_numbers
@@ -62,7 +63,7 @@ class PlanOptions:
 
     batch_size: int | None = None
     block_sizes: tuple[int, ...] = ()
-    """n of each decode profile; by default 1, for autoregressive decoding, and the bundle's block size."""
+    """n of each decode profile; by default 1, the bundle's block size, and 16, with which batches read prompts."""
     prefill_chunk: int | None = None
     extents: tuple[int, ...] = ()
     """KV extents; by default 256 and each double of it, up to the whole cache."""
@@ -88,7 +89,7 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
         OptionError: an option is out of range for it.
     """
     fixed, geometry = manifest.graphs[GREEDY_GRAPH].fixed_shapes, manifest.geometry
-    sizes = tuple(sorted(set(options.block_sizes))) or tuple(sorted({1, manifest.block_size}))
+    sizes = tuple(sorted(set(options.block_sizes))) or _default_sizes(manifest)
     extents = tuple(sorted(set(options.extents) | {geometry.cache_length})) if options.extents else ()
     batch, chunk = options.batch_size or manifest.batch_size, options.prefill_chunk
     if fixed:
@@ -112,6 +113,12 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
         version_compatible=options.version_compatible,
         hardware=options.hardware,
     )
+
+
+def _default_sizes(manifest: Manifest) -> tuple[int, ...]:
+    """1 for autoregressive decoding, the bundle's own, and what a batch reads prompts with."""
+    reading = min(max(manifest.block_size, MIN_READING_WIDTH), manifest.geometry.max_block_size)
+    return tuple(sorted({1, manifest.block_size, reading}))
 
 
 def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> None:

@@ -8,7 +8,6 @@ slot out. Contexts share one scratch buffer, since one stream runs one forward a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 from collections.abc import Sequence
 from time import perf_counter
@@ -32,6 +31,7 @@ from cllm_export.contract import (
 from cllm_export.cuda import Cuda
 from cllm_export.errors import EngineError
 from cllm_export.plans import Plan, Platform, find_plan, require_fit
+from cllm_export.runtime.device_buffers import DeviceMemory
 from cllm_export.runtime.engine import Forward
 from cllm_export.runtime.trt_graph import GraphSource, errors_of
 from cllm_export.tensorrt_library import Gpu, Log, open_gpu
@@ -49,13 +49,6 @@ class _Shape(NamedTuple):
     block_size: int
     head_size: int
     extent: int
-
-
-class _HostBuffer(NamedTuple):
-    """Page-locked host memory and an array over it."""
-
-    address: int
-    array: NDArray[Any]
 
 
 def platform_of(gpu: Gpu) -> Platform:
@@ -108,7 +101,7 @@ class TrtEngine:
             self._engine = self._load(bundle, plan)
             owned.callback(self._drop_engine)
             self._check_engine()
-            self._allocate(_Memory(self._cuda, owned))
+            self._allocate(DeviceMemory(self._cuda, owned))
             owned.callback(self._drop_contexts)
             self._owned = owned.pop_all()
         self._closed = False
@@ -199,6 +192,37 @@ class TrtEngine:
         shape = _Shape(profile=PREFILL, block_size=size, head_size=head_size, extent=extent)
         self._run(shape, input_ids, num_committed, write_index)
 
+    @property
+    def cuda(self) -> Cuda:
+        return self._cuda
+
+    @property
+    def stream(self) -> Any:
+        """What every forward is enqueued on."""
+        return self._stream
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where on the device every input and output lies, by name."""
+        return dict(self._addresses)
+
+    def extent_for(self, needed: int) -> int:
+        """The bucket S that holds so many rows.
+
+        Raises:
+            EngineError: the cache has fewer.
+        """
+        found = next((each for each in self._settings.extents if each >= needed), None)
+        if found is None:
+            raise EngineError(f"{needed} cache rows are needed, this plan reads {self._settings.extents[-1]} at most")
+        return found
+
+    def enqueue_decode(self, block_size: int, extent: int) -> None:
+        """Enqueue a decode forward over what the buffers on the device hold, with no copy and no wait: for a loop that
+        stays there. The caller sees to it that every slot's rows lie inside the extent."""
+        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(block_size)
+        self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, extent=extent))
+
     def read_cache(self, past: str) -> NDArray[np.generic]:
         """A cache tensor [B, K, C, D] copied to the host; bf16 comes as its bits, uint16. For tests and diagnosis."""
         spec = next(spec for spec in self._inputs if spec.name == past)
@@ -266,7 +290,7 @@ class TrtEngine:
 
     # Memory.
 
-    def _allocate(self, memory: _Memory) -> None:
+    def _allocate(self, memory: DeviceMemory) -> None:
         slots, geometry, settings = self.num_slots, self._geometry, self._settings
         widest = max(settings.prefill_chunk, *settings.block_sizes)
         positions = max(geometry.cache_length, widest)
@@ -293,7 +317,7 @@ class TrtEngine:
         self._cuda.copy(address, counting.ctypes.data, counting.nbytes, "to device", self._stream)
         self._cuda.synchronize(self._stream)
 
-    def _allocate_cache(self, memory: _Memory) -> None:
+    def _allocate_cache(self, memory: DeviceMemory) -> None:
         """Zeroed once: a NaN in a dead row would leak, 0 * NaN being NaN."""
         specs = {spec.name: spec for spec in self._inputs}
         for past, present in cache_names(self._geometry.num_layers):
@@ -375,16 +399,20 @@ class TrtEngine:
 
     def _enqueue(self, shape: _Shape) -> None:
         """Copies in, the forward, copies out, in the order of the stream."""
-        context, slots = self._context(shape), self.num_slots
+        slots = self.num_slots
         sizes = {"input_ids": slots * shape.block_size, "num_committed": slots, "write_index": slots}
         for name, count in sizes.items():
             host, device = self._host[name].address, self._addresses[name]
             self._cuda.copy(device, host, count * INT64, "to device", self._stream)
-        if not context.execute_async_v3(int(self._stream)):
-            raise EngineError(self._log.explain(f"TensorRT failed in a forward of {shape}"))
+        self._execute(shape)
         for name, count in {"next_ids": slots * shape.head_size, "num_accepted": slots}.items():
             host, device = self._host[name].address, self._addresses[name]
             self._cuda.copy(host, device, count * INT64, "to host", self._stream)
+
+    def _execute(self, shape: _Shape) -> None:
+        """The forward alone, over what its buffers on the device will hold by then."""
+        if not self._context(shape).execute_async_v3(int(self._stream)):
+            raise EngineError(self._log.explain(f"TensorRT failed in a forward of {shape}"))
 
     def _capture(self, shape: _Shape) -> None:
         """Record the forward that was just enqueued, which TensorRT must have done once before.
@@ -428,24 +456,3 @@ class TrtEngine:
             dims = tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
             if not context.set_input_shape(spec.name, dims):
                 raise EngineError(self._log.explain(f"the plan does not take {spec.name} of shape {list(dims)}"))
-
-
-class _Memory:
-    """Allocates what is freed when a stack unwinds."""
-
-    def __init__(self, cuda: Cuda, owned: contextlib.ExitStack) -> None:
-        self._cuda = cuda
-        self._owned = owned
-
-    def device(self, size: int) -> int:
-        address = self._cuda.allocate(size)
-        self._owned.callback(self._cuda.free, address)
-        return address
-
-    def host(self, count: int, dtype: np.dtype[Any]) -> _HostBuffer:
-        """Page-locked memory for so many items."""
-        size = count * dtype.itemsize
-        address = self._cuda.allocate_host(size)
-        self._owned.callback(self._cuda.free_host, address)
-        content = (ctypes.c_uint8 * size).from_address(address)
-        return _HostBuffer(address, np.frombuffer(memoryview(content), dtype))

@@ -69,7 +69,7 @@ def random_blocks(engine: Engine, size: int, seed: int) -> list[list[int]]:
 
 
 def run(engine: Engine, size: int, *, seed: int = 0) -> tuple[Forward, list[int]]:
-    """One forward of random blocks after a chunk of the prompt, every other slot a row behind; and the write indices."""
+    """One forward of random blocks after a chunk of the prompt, every other slot a row behind; and where it wrote."""
     slots = engine.num_slots
     engine.prefill(random_blocks(engine, CHUNK, seed), [CHUNK] * slots, [0] * slots)
     write_index = [CHUNK - slot % 2 for slot in range(slots)]

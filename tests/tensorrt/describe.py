@@ -25,6 +25,8 @@ STAND_INS = ("libnvinfer", "libnvonnxparser")
 """Libraries that the bindings ask for and that a machine without a GPU lacks."""
 SYMBOLS = re.compile(r".*(_INTERNAL|PluginRegistry|OnnxParserVersion)|initLibNvInferPlugins")
 """What the bindings take from those libraries."""
+CUDA_MODULES = {"runtime": "cuda", "driver": "cu", "nvrtc": "nvrtc"}
+"""Modules of cuda.bindings, and what the names of their functions begin with."""
 SECTION, ENTRY, SYMBOL = "<IIQQQQIIQQ", "<qQ", "<IBBHQQ"
 SHT_DYNAMIC, SHT_DYNSYM, DT_NEEDED, STB_GLOBAL = 6, 11, 1, 1
 
@@ -130,27 +132,26 @@ def split(text: str) -> list[str]:
     return [*parts, current.strip()] if current.strip() else parts
 
 
-def describe_cuda(module: ModuleType) -> dict[str, Any]:
-    """Every function, enum and structure of ``cuda.bindings.runtime``; of a structure the names of its members."""
+def describe_cuda(name: str, prefix: str) -> dict[str, Any]:
+    """Every function, enum and structure of a module of ``cuda.bindings``; of a structure the names of its members."""
     import cuda.bindings
 
+    module = importlib.import_module(f"cuda.bindings.{name}")
     functions, enums, structures = {}, {}, {}
-    for name, value in vars(module).items():
+    for each, value in vars(module).items():
         if inspect.isclass(value) and hasattr(value, "__members__"):
-            enums[name] = {member: int(each) for member, each in value.__members__.items()}
+            enums[each] = {member: int(number) for member, number in value.__members__.items()}
         elif inspect.isclass(value):
-            structures[name] = [member for member in dir(value) if not member.startswith("_")]
-        elif name.startswith("cuda") and callable(value):
-            functions[name] = [describe_argument(each) for each in inspect.signature(value).parameters.values()]
-    constants = {
-        name: value for name, value in vars(module).items() if isinstance(value, int) and name.islower() is False
-    }
+            structures[each] = [member for member in dir(value) if not member.startswith("_")]
+        elif each.startswith(prefix) and callable(value):
+            functions[each] = [describe_argument(one) for one in inspect.signature(value).parameters.values()]
     return {
+        "name": name,
         "version": cuda.bindings.__version__,
         "functions": functions,
         "enums": enums,
         "structures": structures,
-        "constants": constants,
+        "constants": {each: int(value) for each, value in vars(module).items() if isinstance(value, int)},
     }
 
 
@@ -165,7 +166,7 @@ def main() -> None:
         described = describe_tensorrt(import_tensorrt(directory))
     else:
         sys.path.insert(0, str(directory))
-        described = describe_cuda(importlib.import_module("cuda.bindings.runtime"))
+        described = {name: describe_cuda(name, prefix) for name, prefix in CUDA_MODULES.items()}
     json.dump(described, sys.stdout)
 
 

@@ -1,4 +1,4 @@
-"""Doubles of ``tensorrt`` and ``cuda.bindings.runtime`` made from what real bindings offer, as ``describe`` read it.
+"""Doubles of ``tensorrt`` and ``cuda.bindings``, made from what the real bindings offer, as ``describe`` read it.
 
 An unknown name, an unknown or repeated keyword, a missing or surplus argument, a value of the wrong kind or enum, and
 a write to a property that cannot be set all raise ``Nonconforming``, which no ``except Exception`` swallows. What a
@@ -253,8 +253,16 @@ class ObjectDouble:
         return run(self, **arguments) if run else self._module.default(returns)
 
 
+SUCCESS = {
+    "runtime": ("cudaError_t", "cudaSuccess"),
+    "driver": ("CUresult", "CUDA_SUCCESS"),
+    "nvrtc": ("nvrtcResult", "NVRTC_SUCCESS"),
+}
+"""Module of cuda.bindings -> the enum of its error codes, and the member that is none."""
+
+
 class CudaDouble:
-    """``from cuda.bindings import runtime``, as of one version.
+    """``from cuda.bindings import runtime`` (or ``driver``, or ``nvrtc``), as of one version.
 
     The behaviour's functions give what comes after the error code: nothing, a value or several, or an error's name.
     """
@@ -275,7 +283,7 @@ class CudaDouble:
             return self._api["constants"][name]
         if name.startswith("__"):
             raise AttributeError(name)
-        raise Nonconforming(f"cuda.bindings.runtime {self.version} has no {name}")
+        raise Nonconforming(f"cuda.bindings.{self._api['name']} {self.version} has no {name}")
 
     def structure(self, name: str, /, **values: Any) -> SimpleNamespace:
         """A structure of the bindings with these members, all of which it must have."""
@@ -288,11 +296,12 @@ class CudaDouble:
         arguments, _ = bind(name, [overload], positional, keywords, fits=self._fits)
         self.calls.append((name, arguments))
         given = getattr(self.behaviour, name)(self, **arguments)
-        errors = self._enums["cudaError_t"]
+        kind, success = SUCCESS[self._api["name"]]
+        errors = self._enums[kind]
         if isinstance(given, errors):
             return (given,)
         values = given if isinstance(given, tuple) else () if given is None else (given,)
-        return (errors["cudaSuccess"], *values)
+        return (errors[success], *values)
 
     def _fits(self, value: Any, kind: str) -> bool:
         return type(value) is self._enums[kind] if kind in self._enums else True

@@ -21,8 +21,12 @@ TENSORRT = ("10.15.1.29", "11.0.0.114", "11.4.0.106")
 CUDA = ("12.8.0", "13.5.0")
 """The oldest and the newest cuda-python that the extra ``tensorrt`` takes."""
 
+NVRTC = "13.5.37"
+"""CUDA's run-time compiler, which needs no GPU: kernels are compiled for real devices with it."""
+
 PACKAGES = {
     **{BUILD / "tensorrt" / version: (f"tensorrt_cu13_bindings=={version}",) for version in TENSORRT},
+    BUILD / "nvrtc" / NVRTC: (f"nvidia-cuda-nvrtc=={NVRTC}",),
     **{BUILD / "cuda" / version: (f"cuda-bindings=={version}", "cuda-pathfinder") for version in CUDA},
 }
 """Directory -> what pip puts into it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ class HostMemory(bytes):
     @property
     def nbytes(self) -> int:
         return len(self)
+
+
+class Handle:
+    """A stream or graph: an object of the bindings', of which TensorRT takes the number alone."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __int__(self) -> int:
+        return self._number
 
 
 class SimulatedCuda:
@@ -65,17 +76,17 @@ class SimulatedCuda:
                 return
         raise Nonconforming(f"{size} bytes at {address:#x} are not in live device memory")
 
-    def enqueue(self, stream: int, thunk: Thunk) -> None:
-        self.captures.get(stream, self.queues[stream]).append(thunk)
+    def enqueue(self, stream: Any, thunk: Thunk) -> None:
+        self.captures.get(int(stream), self.queues[int(stream)]).append(thunk)
 
-    def _take(self, owner: dict[int, Any], what: str, handle: int) -> Any:
-        if handle not in owner:
-            raise Nonconforming(f"there is no {what} {handle:#x}")
-        return owner.pop(handle)
+    def _take(self, owner: dict[int, Any], what: str, handle: Any) -> Any:
+        if int(handle) not in owner:
+            raise Nonconforming(f"there is no {what} {int(handle):#x}")
+        return owner.pop(int(handle))
 
-    def _handle(self) -> int:
+    def _handle(self) -> Handle:
         self._last += 1
-        return self._last
+        return Handle(self._last)
 
     def cudaSetDevice(self, cuda: CudaDouble, device: int) -> Any:
         return None if device == 0 else cuda.cudaError_t.cudaErrorInvalidDevice
@@ -119,14 +130,14 @@ class SimulatedCuda:
     def cudaFreeHost(self, cuda: CudaDouble, ptr: int) -> None:
         self._take(self.host, "host memory", ptr)
 
-    def cudaMemsetAsync(self, cuda: CudaDouble, devPtr: int, value: int, count: int, stream: int) -> None:
+    def cudaMemsetAsync(self, cuda: CudaDouble, devPtr: int, value: int, count: int, stream: Any) -> None:
         self.require_device(devPtr, count)
         self.enqueue(stream, lambda: ctypes.memset(devPtr, value, count))
 
-    def cudaMemcpyAsync(self, cuda: CudaDouble, dst: int, src: int, count: int, kind: Any, stream: int) -> None:
+    def cudaMemcpyAsync(self, cuda: CudaDouble, dst: int, src: int, count: int, kind: Any, stream: Any) -> None:
         to_device = kind == cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         device, host = (dst, src) if to_device else (src, dst)
-        if stream in self.captures and host not in self.host:
+        if int(stream) in self.captures and host not in self.host:
             raise Nonconforming("a captured copy must be of page-locked memory")
 
         def run() -> None:
@@ -136,46 +147,131 @@ class SimulatedCuda:
 
         self.enqueue(stream, run)
 
-    def cudaStreamCreateWithFlags(self, cuda: CudaDouble, flags: int) -> int:
+    def cudaStreamCreateWithFlags(self, cuda: CudaDouble, flags: int) -> Handle:
         if flags != cuda.cudaStreamNonBlocking:
             raise Nonconforming("a stream that waits for the default stream cannot be captured beside others")
         handle = self._handle()
-        self.queues[handle] = []
+        self.queues[int(handle)] = []
         return handle
 
-    def cudaStreamSynchronize(self, cuda: CudaDouble, stream: int) -> None:
-        if stream in self.captures:
+    def cudaStreamSynchronize(self, cuda: CudaDouble, stream: Any) -> None:
+        if int(stream) in self.captures:
             raise Nonconforming("a capturing stream was synchronized")
-        queue = self.queues[stream]
+        queue = self.queues[int(stream)]
         while queue:
             queue.pop(0)()
 
-    def cudaStreamDestroy(self, cuda: CudaDouble, stream: int) -> None:
+    def cudaStreamDestroy(self, cuda: CudaDouble, stream: Any) -> None:
         self._take(self.queues, "stream", stream)
 
-    def cudaStreamBeginCapture(self, cuda: CudaDouble, stream: int, mode: Any) -> None:
-        self.captures[stream] = []
+    def cudaStreamBeginCapture(self, cuda: CudaDouble, stream: Any, mode: Any) -> None:
+        self.captures[int(stream)] = []
 
-    def cudaStreamEndCapture(self, cuda: CudaDouble, stream: int) -> int:
+    def cudaStreamEndCapture(self, cuda: CudaDouble, stream: Any) -> Handle:
         handle = self._handle()
-        self.graphs[handle] = self._take(self.captures, "capture on stream", stream)
+        self.graphs[int(handle)] = self._take(self.captures, "capture on stream", stream)
         return handle
 
-    def cudaGraphInstantiate(self, cuda: CudaDouble, graph: int, flags: int) -> int:
+    def cudaGraphInstantiate(self, cuda: CudaDouble, graph: Any, flags: int) -> Handle:
         handle = self._handle()
-        self.graphs[handle] = list(self.graphs[graph])
+        self.graphs[int(handle)] = list(self.graphs[int(graph)])
         return handle
 
-    def cudaGraphLaunch(self, cuda: CudaDouble, graphExec: int, stream: int) -> None:
+    def cudaGraphLaunch(self, cuda: CudaDouble, graphExec: Any, stream: Any) -> None:
         self.launches += 1
-        for thunk in self.graphs[graphExec]:
+        for thunk in self.graphs[int(graphExec)]:
             self.enqueue(stream, thunk)
 
-    def cudaGraphDestroy(self, cuda: CudaDouble, graph: int) -> None:
+    def cudaGraphDestroy(self, cuda: CudaDouble, graph: Any) -> None:
         self._take(self.graphs, "graph", graph)
 
-    def cudaGraphExecDestroy(self, cuda: CudaDouble, graphExec: int) -> None:
+    def cudaGraphExecDestroy(self, cuda: CudaDouble, graphExec: Any) -> None:
         self._take(self.graphs, "executable graph", graphExec)
+
+
+class SimulatedDriver:
+    """Behaviour of ``cuda.bindings.driver``: kernels are the libraries that ``SimulatedNvrtc`` made of their source."""
+
+    def __init__(self, cuda: SimulatedCuda) -> None:
+        self.cuda = cuda
+        self.modules: dict[int, Any] = {}
+
+    def cuModuleLoadData(self, driver: CudaDouble, image: bytes) -> Handle:
+        handle = self.cuda._handle()
+        self.modules[int(handle)] = ctypes.CDLL(image.decode())
+        return handle
+
+    def cuModuleGetFunction(self, driver: CudaDouble, hmod: Any, name: bytes) -> Any:
+        return getattr(self.modules[int(hmod)], name.decode())
+
+    def cuModuleUnload(self, driver: CudaDouble, hmod: Any) -> None:
+        del self.modules[int(hmod)]
+
+    def cuLaunchKernel(
+        self, driver: CudaDouble, f: Any, hStream: int, kernelParams: Any, extra: int, **grid: int
+    ) -> None:
+        if grid.pop("sharedMemBytes") or set(grid.values()) - {1, grid["blockDimX"]}:
+            raise Nonconforming(f"the simulation launches one block along x, got {grid}")
+        values, kinds = kernelParams
+        for value, kind in zip(values, kinds, strict=True):
+            if kind is ctypes.c_void_p:
+                self.cuda.require_device(value, 1)
+
+        def run() -> None:
+            for thread in range(grid["blockDimX"]):
+                f(ctypes.c_int(thread), *(kind(value) for value, kind in zip(values, kinds, strict=True)))
+
+        self.cuda.enqueue(hStream, run)
+
+
+class SimulatedNvrtc:
+    """Behaviour of ``cuda.bindings.nvrtc``: the kernel's own source, compiled for the CPU; the image is a path."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.options: list[bytes] = []
+        self.source = b""
+
+    def nvrtcCreateProgram(
+        self, nvrtc: CudaDouble, src: bytes, name: bytes, numHeaders: int, headers: Any, includeNames: Any
+    ) -> Handle:
+        self.source = src
+        return Handle(1)
+
+    def nvrtcCompileProgram(self, nvrtc: CudaDouble, prog: Any, numOptions: int, options: list[bytes]) -> Any:
+        self.options = options
+        return None if compile_for_cpu(self.source, self._path) else nvrtc.nvrtcResult.NVRTC_ERROR_COMPILATION
+
+    @property
+    def _path(self) -> Path:
+        return self.directory / "kernel.so"
+
+    def nvrtcGetProgramLogSize(self, nvrtc: CudaDouble, prog: Any) -> int:
+        return 8
+
+    def nvrtcGetProgramLog(self, nvrtc: CudaDouble, prog: Any, log: bytes) -> None:
+        ctypes.memmove(log, b"no such ", 8)
+
+    def nvrtcGetCUBINSize(self, nvrtc: CudaDouble, prog: Any) -> int:
+        return len(str(self._path))
+
+    def nvrtcGetCUBIN(self, nvrtc: CudaDouble, prog: Any, cubin: bytes) -> None:
+        ctypes.memmove(cubin, str(self._path).encode(), len(cubin))
+
+    def nvrtcDestroyProgram(self, nvrtc: CudaDouble, prog: Any) -> None:
+        return None
+
+
+def compile_for_cpu(source: bytes, path: Path) -> bool:
+    """Make a library of a kernel whose first parameter is the thread's number; False where it does not compile."""
+    words = (
+        "struct place { int x; };\n"
+        "static struct place blockIdx = {0}, blockDim = {0}, threadIdx = {0};\n" + source.decode()
+    )
+    words = words.replace('extern "C" __global__ ', "").replace("(\n", "(\n    int thread,\n", 1)
+    words = words.replace("{\n    int slot", "{\n    threadIdx.x = thread;\n    int slot", 1)
+    command = ["cc", "-shared", "-fPIC", "-Werror", "-x", "c", "-o", str(path), "-"]
+    return subprocess.run(command, input=words.encode(), check=False).returncode == 0
 
 
 class SimulatedTensorRt:
@@ -442,9 +538,15 @@ class SimulatedGpu:
         self.tensorrt = SimulatedTensorRt(self.cuda)
         self.trt = TensorRtDouble(describe("tensorrt", tensorrt), self.tensorrt)
         self.tensorrt.module = self.trt
-        self.runtime = CudaDouble(describe("cuda", cuda), self.cuda)
+        modules = describe("cuda", cuda)
+        self.runtime = CudaDouble(modules["runtime"], self.cuda)
+        self.driver = CudaDouble(modules["driver"], SimulatedDriver(self.cuda))
         checked = Cuda(self.runtime)
         self.gpu = Gpu(tensorrt=self.trt, cuda=checked, facts=checked.facts())
+
+    def compiler(self, directory: Path, cuda: str = CUDA[-1]) -> tuple[CudaDouble, CudaDouble]:
+        """``nvrtc`` and ``driver``, the former making libraries in a directory."""
+        return CudaDouble(describe("cuda", cuda)["nvrtc"], SimulatedNvrtc(directory)), self.driver
 
 
 def versions() -> Iterator[tuple[str, str]]:

@@ -31,7 +31,7 @@ def cuda(request: pytest.FixtureRequest) -> CudaDouble:
         def cudaMemcpyAsync(self, cuda: CudaDouble, **arguments: Any) -> None:
             return None
 
-    return CudaDouble(describe("cuda", request.param), Behaviour())
+    return CudaDouble(describe("cuda", request.param)["runtime"], Behaviour())
 
 
 MISTAKES: dict[str, Callable[[Any], Any]] = {

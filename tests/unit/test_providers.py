@@ -1,4 +1,4 @@
-"""Engines on a device: what is refused and why, and that buffers stay where they are; tokens are in tests/acceptance."""
+"""Engines on a device: what is refused and why. That their tokens are right is shown in tests/acceptance."""
 
 from __future__ import annotations
 
