@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test setup lint types tests slow train-demo tune clean
+.PHONY: help demo test setup lint types bindings tests slow test-gpu train-demo tune clean
 
 help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
+	@echo "make test-gpu   the acceptance suite, on whatever engines this machine has"
 	@echo "make tune    ten minutes: make a CLLM of the committed parent, and compare the two"
 	@echo "make train-demo   two hours and a half: the demo's model, from nothing"
 
@@ -35,8 +36,17 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-tests: setup
+# Published Python bindings that the doubles of TensorRT and CUDA are generated from; NVIDIA's licence, so they stay below
+# build/. Tests that need one that pip could not get are skipped with that reason.
+bindings: setup
+	$(BIN)/python -m tests.tensorrt.install
+
+tests: setup bindings
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slow and not gpu and not tensorrt"
+
+# The acceptance suite, slow tests included; what this machine lacks is skipped with the reason.
+test-gpu: setup bindings
+	$(BIN)/python -m pytest tests/acceptance -rs
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

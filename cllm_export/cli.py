@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,17 +19,21 @@ from cllm_export.errors import CllmExportError, OptionError, OutputError, Prompt
 from cllm_export.evaluation.task import TaskName
 from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
+from cllm_export.plans import Hardware
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.prefix_snapshot import check_target
+from cllm_export.runtime.providers import Provider
 from cllm_export.runtime.request import JacobiMethod
+from cllm_export.sizes import parse_size
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
 
 if TYPE_CHECKING:
     from cllm_export.training.lora import LoraOptions
 
 EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT = 1, 2, 3
+Target = Literal["onnx", "tensorrt"]
 
 app = typer.Typer(
     name="cllm-export",
@@ -136,11 +140,18 @@ def build(
     trained_fill: Annotated[FillName | None, typer.Option("--trained-fill", help="Fill, likewise.")] = None,
     trained_loop: Annotated[Loop | None, typer.Option("--trained-loop", help="Loop, likewise.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    target: Annotated[
+        Target, typer.Option("--target", help="tensorrt also builds this machine's plan, as `plan` does.")
+    ] = "onnx",
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write stages, memory and bytes here.")] = None,
 ) -> None:
     """Export a checkpoint into a bundle."""
+    gpu = None
+    if target == "tensorrt":
+        from cllm_export.tensorrt_library import open_gpu
+
+        gpu = open_gpu()  # before the export, which takes longer
     with needs_extra("export"):
-        from cllm_export.exporter.memory import parse_size
         from cllm_export.exporter.pipeline import BuildOptions, export
     options = BuildOptions(
         block_size=block_size,
@@ -150,7 +161,7 @@ def build(
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
         weights=weights,
-        max_memory=parse_size(max_memory) if max_memory is not None else None,
+        max_memory=parse_size(max_memory, flag="--max-memory") if max_memory is not None else None,
         base=base,
         num_layers=num_layers,
         lookahead=lookahead,
@@ -162,6 +173,66 @@ def build(
     typer.echo(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
     if as_json is not None:
         _write_text(as_json, json.dumps(vars(done.report), indent=2) + "\n")
+    if gpu is not None:
+        from cllm_export.exporter.plan import build_plan
+
+        typer.echo(f"wrote {build_plan(done.bundle, gpu=gpu, say=display.say).path}")
+
+
+@app.command()
+def plan(
+    bundle: BundleArgument,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Slots; by default the bundle's.")] = None,
+    block_sizes: Annotated[
+        list[int] | None, typer.Option("--block-size", help="n; repeatable. By default 1 and the bundle's own.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option("--prefill-chunk", help="Tokens of the prompt a forward; by default 128.")
+    ] = None,
+    extents: Annotated[
+        list[int] | None,
+        typer.Option("--extent", help="KV rows that attention reads; repeatable. By default 256 and its doubles."),
+    ] = None,
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", help="Scratch that the builder may use, such as 512MB; by default all.")
+    ] = None,
+    optimization_level: Annotated[
+        int, typer.Option("--optimization-level", help="0 to 5: how long to look for faster kernels.")
+    ] = 3,
+    hardware: Annotated[
+        Hardware, typer.Option("--hardware", help="GPUs it runs on; the wider, the fewer kernels fit.")
+    ] = "same",
+    logits: Annotated[
+        bool, typer.Option("--logits/--no-logits", help="Without them no sampling, grammar or logprobs.")
+    ] = True,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory; slower.")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="A small plan, which takes its weights from the bundle at load.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Runs on later versions of TensorRT; larger, maybe slower.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build it even if it is there.")] = False,
+) -> None:
+    """Build a bundle's TensorRT plan for this machine. Needs a GPU, TensorRT and no torch."""
+    from cllm_export.exporter.plan import PlanOptions, build_plan
+
+    options = PlanOptions(
+        batch_size=batch_size,
+        block_sizes=tuple(block_sizes or ()),
+        prefill_chunk=prefill_chunk,
+        extents=tuple(extents or ()),
+        workspace=parse_size(workspace, flag="--workspace") if workspace is not None else None,
+        optimization_level=optimization_level,
+        hardware=hardware,
+        logits=logits,
+        weight_streaming=weight_streaming,
+        strip_weights=strip_weights,
+        version_compatible=version_compatible,
+    )
+    typer.echo(f"wrote {build_plan(open_bundle(bundle), options, force=force, say=display.say).path}")
 
 
 @app.command()
@@ -262,6 +333,9 @@ def generate(
     ] = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
+    provider: Annotated[
+        Provider, typer.Option("--provider", help="cpu, cuda (both ONNX Runtime), or tensorrt (the bundle's plan).")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Statistics on standard error.")] = False,
     blocks: Annotated[bool, typer.Option("--show-blocks", help="Every block, coloured by what became of it.")] = False,
@@ -277,7 +351,7 @@ def generate(
         if len(given) != 1:
             raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
         check_target(save_prefix)
-    model = load(bundle, threads=threads, draft_model=draft_model)
+    model = load(bundle, threads=threads, draft_model=draft_model, provider=provider)
     if load_prefix is not None:
         model.load_prefix(load_prefix)
     options: dict[str, Any] = {
@@ -322,6 +396,78 @@ def inspect(bundle: BundleArgument, as_json: Annotated[bool, typer.Option("--jso
         typer.echo(json.dumps(description, indent=2))
     else:
         display.show_description(description)
+
+
+@app.command()
+def plan_memory(
+    bundle: BundleArgument,
+    precision: Annotated[Precision | None, typer.Option("--precision", help="By default the bundle's own.")] = None,
+    block_size: BlockSizeOption = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="By default the bundle's own.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Slots; by default the bundle's.")] = None,
+    prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", help="Tokens of the prompt a forward.")] = 128,
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", help="Scratch that the builder may use, such as 512MB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what memory a device needs for a bundle and for building its plan, and how each figure is computed."""
+    from cllm_export.device_memory import MemoryOptions, memory_figures
+
+    options = MemoryOptions(
+        precision=precision,
+        block_size=block_size,
+        max_length=max_length,
+        batch_size=batch_size,
+        prefill_chunk=prefill_chunk,
+        workspace=parse_size(workspace, flag="--workspace") if workspace is not None else None,
+    )
+    figures = memory_figures(open_bundle(bundle), options)
+    if as_json:
+        typer.echo(json.dumps([vars(figure) for figure in figures], indent=2))
+    else:
+        display.show_memory(figures)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Say what of the GPU stack is here, what is missing or mismatched, and what fixes it."""
+    from cllm_export.doctor import examine, report
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(report(findings), indent=2))
+    else:
+        display.show_findings(findings, report(findings))
+
+
+@app.command()
+def trace(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.", show_default=False)],
+    method: Annotated[Method | None, typer.Option("--method", help="Only this loop; by default all.")] = None,
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName, typer.Option("--fill", help="pad or repeat.")] = "pad",
+    max_new_tokens: MaxNewTokensOption = 32,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
+    from cllm_export.traces import DEFAULT_METHODS, record_traces
+
+    given = read_prompts(prompts, limit=limit)
+    traces = record_traces(
+        open_bundle(bundle),
+        load(bundle, threads=threads),
+        given,
+        methods=(method,) if method else DEFAULT_METHODS,
+        block_size=block_size,
+        fill=fill,
+        max_new_tokens=max_new_tokens,
+    )
+    _write_text(output, json.dumps(traces) + "\n")
+    typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
 
 
 @app.command()

@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cllm_export.bundle import Progress as ProgressCallback
+from cllm_export.device_memory import Figure
+from cllm_export.doctor import Finding
 from cllm_export.runtime.generate import Generation, Model
 from cllm_export.runtime.statistics import ForwardRecord, stationary_positions
 from cllm_export.verify import Parity
@@ -61,6 +63,25 @@ def show_description(description: Mapping[str, Any]) -> None:
     OUT.print(Text(description["path"], "bold"))
     for name, value in _description_lines(description):
         OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
+
+
+def show_memory(figures: Sequence[Figure]) -> None:
+    """Each figure and, below it, how it is computed."""
+    for figure in figures:
+        OUT.print(Text.assemble((f"{figure.name:<16} ", "bold"), f"{bytes_text(figure.bytes):>10}"))
+        OUT.print(Text(f"    {figure.how}", "dim"))
+
+
+def show_findings(findings: Sequence[Finding], report: Mapping[str, Any]) -> None:
+    """What ``doctor`` found, and below each finding what mends it."""
+    OUT.print(Text(report["system"], "bold"))
+    for finding in findings:
+        style = {"ok": "green", "not needed": "dim"}.get(finding.state, "bold red")
+        OUT.print(Text.assemble(f"{finding.name:<13} ", (f"{finding.state:<11} ", style), finding.detail))
+        if finding.fix:
+            OUT.print(Text(f"    fix: {finding.fix}", "yellow"))
+    usable = [name for name, works in report["engines"].items() if works]
+    OUT.print(f"engines that can be used here: {', '.join(usable) or 'none'}")
 
 
 def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,8 @@
     ├── TuningError               a tuning run that cannot start, go on or be resumed
     ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
+    ├── GpuError                  a GPU, its driver or a library for it that is missing or too old
+    ├── PlanError                 a TensorRT plan that is missing, damaged, cannot be built or was built for elsewhere
     ├── QueueFullError            a service that takes no more requests for now
     └── MissingExtraError         a command that needs an extra that is not installed
 
@@ -83,6 +85,14 @@ class TrajectoryError(CllmExportError):
 
 class EngineError(CllmExportError, RuntimeError):
     """An engine failed, or was asked for a forward it cannot run."""
+
+
+class GpuError(CllmExportError):
+    """A GPU, its driver or a library that runs on it is missing or too old."""
+
+
+class PlanError(CllmExportError):
+    """A TensorRT plan is missing or damaged, could not be built, or was built for another bundle or machine."""
 
 
 class QueueFullError(CllmExportError):

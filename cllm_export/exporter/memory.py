@@ -1,4 +1,4 @@
-"""What a build needs of memory: the size a user may bound it by, a prediction, and what it really took.
+"""What a build needs of memory: a prediction, and what it really took.
 
 Anonymous memory is what counts: pages of mapped files are the system's to drop, and so are those of the file that is
 written.
@@ -6,7 +6,6 @@ written.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cllm_export.errors import OptionError
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 TRACE_BYTES = 180_000_000
 """What tracing, passes and lint add to the imported libraries: 110 MB were measured on models of 16 to 32 layers."""
@@ -35,18 +32,6 @@ STAGE_BYTES = 256_000_000
 does not fit is put into the file's own pages a piece at a time, which is slower."""
 
 SAMPLE_SECONDS = 0.02
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 512MB, 1GB or 1GiB.
-
-    Raises:
-        OptionError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
-    if match is None:
-        raise OptionError(f"--max-memory must be a size such as 512MB or 1GB, got {text!r}")
-    return int(float(match[1]) * UNITS[match[2] or ""])
 
 
 def anonymous_bytes() -> int | None:

@@ -76,6 +76,11 @@ class Engine(Protocol):
         """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
         ...
 
+
+@runtime_checkable
+class RowEngine(Engine, Protocol):
+    """An engine that hands out KV rows and takes them back: what prefix reuse rests on."""
+
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         """A copy of the KV rows ``start`` to ``stop`` of one slot.
 

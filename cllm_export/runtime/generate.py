@@ -20,7 +20,7 @@ from cllm_export.runtime.choose import BLOCK_SIZES, PinnedSize, SizeChooser, Siz
 from cllm_export.runtime.constraint import Constraint, GrammarCompiler, GrammarKind
 from cllm_export.runtime.draft import make_fill, parse_fill
 from cllm_export.runtime.draft_model import DraftModel, check_pair
-from cllm_export.runtime.engine import Engine, LookaheadEngine
+from cllm_export.runtime.engine import Engine, LookaheadEngine, RowEngine
 from cllm_export.runtime.jacobi import Decoder
 from cllm_export.runtime.latency_file import read_latency
 from cllm_export.runtime.lookahead import Lookahead
@@ -31,6 +31,7 @@ from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.prompt_state import PromptState
+from cllm_export.runtime.providers import Provider, open_engine
 from cllm_export.runtime.request import (
     LOOKAHEAD,
     METHOD_OF_LOOP,
@@ -702,49 +703,65 @@ def load(
     threads: int | None = None,
     num_slots: int | None = None,
     draft_model: str | Path | None = None,
-    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+    prefix_cache_bytes: int | None = None,
+    provider: Provider = "cpu",
 ) -> Model:
-    """Load a bundle for generation on the CPU.
+    """Load a bundle for generation.
 
     Args:
         num_slots: B, the requests that a ``Service`` decodes at once; 1 by default. A bundle with fixed shapes has its
             own.
         path: a directory that ``cllm-export build`` wrote.
-        threads: threads inside the engine; by default as many as the process may use.
+        threads: threads inside the engine; by default as many as the process may use. Of the CPU alone.
         draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
-        prefix_cache_bytes: KV to keep of texts that were read and given, in memory of its own, so that a prompt that
-            begins alike is read from where they part; 0 reads every prompt anew.
+        prefix_cache_bytes: KV to keep of texts that were read and given, in the host's memory, so that a prompt that
+            begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB, and none where the
+            engine cannot hand out its rows (``cuda``).
+        provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
 
     Raises:
         OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
+        GpuError, PlanError: no GPU, or no plan that runs on it.
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
         EngineError: the engine does not take the graph.
         MissingExtraError: no engine is installed.
     """
     if threads is not None:
         require_at_least("threads", threads, 1)
-    require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
+    if prefix_cache_bytes is not None:
+        require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)
     draft = open_bundle(draft_model) if draft_model else None
     if draft:
         check_pair(bundle, draft)
-    pinned = bundle.manifest.graphs["greedy"].fixed_shapes
-    engine = OrtEngine(bundle, num_slots=num_slots or (None if pinned else 1), threads=threads)
-    seconds = read_latency(bundle, num_slots=engine.num_slots, threads=threads)
-    codec = TextCodec.of_bundle(bundle)
-    state = None
-    if prefix_cache_bytes:
-        state = PromptState(
-            engine,
-            max_bytes=prefix_cache_bytes,
-            fingerprint=bundle.fingerprint,
-            max_length=bundle.manifest.max_length,
-        )
-    drafter = _load_draft_model(draft, engine.num_slots, threads) if draft else None
-    return Model(bundle.manifest, engine, codec, draft_model=drafter, prompt_state=state, forward_seconds=seconds)
+    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads)
+    is_cpu = isinstance(engine, OrtEngine)
+    return Model(
+        bundle.manifest,
+        engine,
+        TextCodec.of_bundle(bundle),
+        draft_model=_load_draft_model(draft, engine.num_slots, threads, provider) if draft else None,
+        prompt_state=_make_prompt_state(bundle, engine, prefix_cache_bytes),
+        forward_seconds=read_latency(bundle, num_slots=engine.num_slots, threads=threads) if is_cpu else None,
+    )
 
 
-def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> DraftModel:
+def _make_prompt_state(bundle: Bundle, engine: Engine, max_bytes: int | None) -> PromptState | None:
+    if not isinstance(engine, RowEngine):
+        if max_bytes:
+            raise OptionError(f"{type(engine).__name__} keeps no prompts: leave prefix_cache_bytes out, or give 0")
+        return None
+    if max_bytes == 0:
+        return None
+    return PromptState(
+        engine,
+        max_bytes=PREFIX_CACHE_BYTES if max_bytes is None else max_bytes,
+        fingerprint=bundle.fingerprint,
+        max_length=bundle.manifest.max_length,
+    )
+
+
+def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None, provider: Provider) -> DraftModel:
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     if pinned and pinned.batch_size < num_slots:
         raise OptionError(
@@ -752,7 +769,7 @@ def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None) -> Dr
             f"build it with --batch-size {num_slots}, or without --fixed-shapes"
         )
     return DraftModel(
-        OrtEngine(bundle, num_slots=None if pinned else num_slots, threads=threads),
+        open_engine(bundle, provider, num_slots=None if pinned else num_slots, threads=threads),
         max_length=bundle.manifest.max_length,
         pad_token_id=pad_token(bundle.manifest),
         trained_with=bundle.manifest.trained_with,

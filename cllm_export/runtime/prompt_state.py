@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm_export.errors import OptionError
-from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.engine import RowEngine
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.prefix_snapshot import Expected, Snapshot, read_snapshot
 
@@ -21,7 +21,7 @@ class PromptState:
         max_length: prompt plus new tokens.
     """
 
-    def __init__(self, engine: Engine, *, max_bytes: int, fingerprint: str, max_length: int) -> None:
+    def __init__(self, engine: RowEngine, *, max_bytes: int, fingerprint: str, max_length: int) -> None:
         self.cache = PrefixCache(max_bytes)
         self._expected = Expected(
             fingerprint=fingerprint,

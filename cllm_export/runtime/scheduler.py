@@ -19,7 +19,7 @@ from cllm_export.runtime.acceptance import DraftRecord
 from cllm_export.runtime.choose import PinnedSize, SizePolicy
 from cllm_export.runtime.draft import Wish
 from cllm_export.runtime.draft_model import Drafter
-from cllm_export.runtime.engine import Engine, Forward
+from cllm_export.runtime.engine import Engine, Forward, RowEngine
 from cllm_export.runtime.jacobi import Block
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.request import Decode
@@ -143,10 +143,7 @@ class Scheduler:
         self._is_reading_turn = False
         self._queue_size = queue_size
         self._drafter = drafter
-        memories = [
-            SlotMemory(engine, slot, prefix_cache) if prefix_cache else None for slot in range(engine.num_slots)
-        ]
-        self._slots = [Slot(pad_token_id, memory) for memory in memories]
+        self._slots = [Slot(pad_token_id, _memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
         self._size = self._width = 0
         self._waiting: deque[Task] = deque()
 
@@ -314,7 +311,7 @@ class Scheduler:
 class SlotMemory:
     """What one slot of an engine takes from a prefix cache, and gives to it."""
 
-    def __init__(self, engine: Engine, slot: int, cache: PrefixCache) -> None:
+    def __init__(self, engine: RowEngine, slot: int, cache: PrefixCache) -> None:
         self._engine = engine
         self._slot = slot
         self._cache = cache
@@ -480,6 +477,14 @@ class Slot:
 
     def _padded(self, tokens: list[int], width: int) -> list[int]:
         return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]
+
+
+def _memory_of(engine: Engine, slot: int, cache: PrefixCache | None) -> SlotMemory | None:
+    if cache is None:
+        return None
+    if not isinstance(engine, RowEngine):
+        raise EngineError(f"{type(engine).__name__} cannot hand out its rows: run it without a prefix cache")
+    return SlotMemory(engine, slot, cache)
 
 
 def _engine_failure(error: Exception) -> CllmExportError:

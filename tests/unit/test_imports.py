@@ -14,7 +14,7 @@ import cllm_export
 
 PACKAGE = Path(cllm_export.__file__).parent
 ROOT = PACKAGE.parent
-HEAVY = {"torch", "transformers", "onnx", "onnxruntime"}
+HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "tensorrt", "cuda"}
 EXPORT_ONLY = {"torch", "transformers", "onnx"}
 ALLOWED = {
     "errors": set(),
@@ -23,7 +23,14 @@ ALLOWED = {
     "bundle": {"contract", "errors", "linked"},
     "extras": {"errors"},
     "prompts": {"errors"},
-    "runtime": {"bundle", "contract", "errors", "prompts", "runtime"},
+    "sizes": {"errors"},
+    "cuda": {"errors"},
+    "tensorrt_library": {"cuda", "errors"},
+    "plans": {"bundle", "contract", "errors"},
+    "device_memory": {"bundle", "contract", "errors"},
+    "traces": {"bundle", "contract", "errors", "prompts", "runtime"},
+    "doctor": {"cuda", "errors", "tensorrt_library"},
+    "runtime": {"bundle", "contract", "cuda", "errors", "plans", "prompts", "runtime", "tensorrt_library"},
     "evaluation": {
         "bench",
         "bundle",
@@ -93,6 +100,12 @@ def test_imports_point_one_way(place):
     assert files
     for path in files:
         assert places_imported(path) <= ALLOWED[place], path
+
+
+def test_plans_are_built_without_torch_or_onnx():
+    code = "import sys, cllm_export.exporter.plan; print(*sorted({'torch', 'onnx', 'tensorrt'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
 
 
 def test_the_exporter_never_imports_the_command_line():

@@ -1,0 +1,42 @@
+"""Which engine a device's name stands for. A GPU's is imported only where it is asked for."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from cllm_export.bundle import GREEDY_GRAPH, Bundle, require_one_of
+from cllm_export.errors import OptionError
+from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.ort_engine import OrtEngine
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+def open_engine(
+    bundle: Bundle, provider: Provider, *, num_slots: int | None = None, threads: int | None = None
+) -> Engine:
+    """A bundle's engine on a device, with one slot unless the bundle or the plan has its own number.
+
+    Raises:
+        OptionError: no such provider, or slots that the plan has not.
+        GpuError, PlanError, EngineError, MissingExtraError: see the engine.
+    """
+    require_one_of("provider", provider, PROVIDERS)
+    fixed = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
+    if provider == "cpu":
+        return OrtEngine(bundle, num_slots=num_slots or (None if fixed else 1), threads=threads)
+    if provider == "cuda":
+        from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
+
+        return OrtDeviceEngine(bundle, num_slots=num_slots or (None if fixed else 1))
+    from cllm_export.runtime.trt_engine import TrtEngine
+
+    engine = TrtEngine(bundle)
+    if num_slots not in (None, engine.num_slots):
+        slots = engine.num_slots
+        engine.close()
+        raise OptionError(
+            f"the plan was built for {slots} slots, got num_slots={num_slots}: build one with --batch-size"
+        )
+    return engine

@@ -1,0 +1,156 @@
+"""The engines that the acceptance suite is for, each with what a test must do beyond the ``Engine`` protocol.
+
+``cpu`` runs everywhere and proves the suite itself; ``simulated`` is the TensorRT engine over a simulated GPU. The
+others need what their markers say, and are skipped with the reason where it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+
+from cllm_export.bundle import Bundle
+from cllm_export.cuda import probe_driver
+from cllm_export.runtime.engine import Engine
+from cllm_export.runtime.ort_engine import OrtEngine
+from tests.conftest import THREADS
+
+BLOCK_SIZES = (1, 8, 16, 32, 64)
+
+
+class Subject(Protocol):
+    """An engine under test. ``close`` gives back what it took; ``free_memory`` is of its device, None of a host."""
+
+    engine: Engine
+
+    def read_cache(self) -> dict[str, np.ndarray]: ...
+
+    def write_cache(self, cache: dict[str, np.ndarray]) -> None: ...
+
+    def addresses(self) -> dict[str, int]: ...
+
+    def close(self) -> None: ...
+
+    def free_memory(self) -> int | None: ...
+
+
+class CpuSubject:
+    def __init__(self, bundle: Bundle, num_slots: int) -> None:
+        self.engine: Any = OrtEngine(bundle, num_slots=num_slots, threads=THREADS)
+
+    def read_cache(self) -> dict[str, np.ndarray]:
+        return {past: array.copy() for past, array in self.engine.cache.items()}
+
+    def write_cache(self, cache: dict[str, np.ndarray]) -> None:
+        for past, array in cache.items():
+            self.engine.cache[past][...] = array
+
+    def addresses(self) -> dict[str, int]:
+        return {past: array.ctypes.data for past, array in self.engine.cache.items()}
+
+    def close(self) -> None:
+        """Nothing of a device to give back."""
+
+    def free_memory(self) -> int | None:
+        return None
+
+
+class OrtDeviceSubject:
+    def __init__(self, bundle: Bundle, num_slots: int, device: Any) -> None:
+        from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
+
+        self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device)
+        self._on_gpu = device == "cuda"
+
+    def read_cache(self) -> dict[str, np.ndarray]:
+        return {past: value.numpy().copy() for past, value in self.engine.cache.items()}
+
+    def write_cache(self, cache: dict[str, np.ndarray]) -> None:
+        for past, array in cache.items():
+            self.engine.cache[past].update_inplace(array)
+
+    def addresses(self) -> dict[str, int]:
+        return {past: value.data_ptr() for past, value in self.engine.cache.items()}
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def free_memory(self) -> int | None:
+        """ONNX Runtime's arena keeps what it once took, so that nothing can be told from the device."""
+        return None
+
+
+class TrtSubject:
+    def __init__(self, bundle: Bundle, num_slots: int, gpu: Any) -> None:
+        from cllm_export.exporter.plan import PlanOptions, build_plan
+        from cllm_export.runtime.trt_engine import TrtEngine
+
+        plan = build_plan(bundle, PlanOptions(batch_size=num_slots, block_sizes=BLOCK_SIZES), gpu=gpu)
+        self._gpu = gpu
+        self.engine: Any = TrtEngine(bundle, plan=plan, gpu=gpu)
+
+    def read_cache(self) -> dict[str, np.ndarray]:
+        return {past: self.engine.read_cache(past) for past in self.engine.cache_addresses}
+
+    def write_cache(self, cache: dict[str, np.ndarray]) -> None:
+        for past, array in cache.items():
+            self.engine.write_cache(past, array)
+
+    def addresses(self) -> dict[str, int]:
+        return self.engine.cache_addresses
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def free_memory(self) -> int | None:
+        return self._gpu.cuda.free_memory()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of engine, and the GPU that those of one test share."""
+
+    name: str
+    gpu: Any = None
+
+    def open(self, bundle: Bundle, num_slots: int) -> Subject:
+        if self.name == "cpu":
+            return CpuSubject(bundle, num_slots)
+        if self.name in ("cuda", "device-cpu"):
+            return OrtDeviceSubject(bundle, num_slots, self.name.removeprefix("device-"))
+        return TrtSubject(bundle, num_slots, self.gpu)
+
+
+KINDS = [
+    "cpu",
+    "device-cpu",
+    "simulated",
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("tensorrt", marks=[pytest.mark.gpu, pytest.mark.tensorrt]),
+]
+
+
+def open_kind(name: str) -> Kind:
+    """The kind of this name; skips the test, and says why, where this machine lacks it."""
+    if name == "simulated":
+        from tests.tensorrt.simulation import SimulatedGpu
+
+        return Kind(name=name, gpu=SimulatedGpu().gpu)
+    if name in ("cuda", "tensorrt") and (reason := probe_driver()):
+        pytest.skip(f"no GPU: {reason}")
+    if name == "cuda":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has no CUDA provider: install onnxruntime-gpu")
+    if name == "tensorrt":
+        if missing := [each for each in ("tensorrt", "cuda") if importlib.util.find_spec(each) is None]:
+            pytest.skip(f"{missing[0]} is not installed: pip install 'cllm-export[tensorrt]'")
+        from cllm_export.tensorrt_library import open_gpu
+
+        return Kind(name=name, gpu=open_gpu())
+    return Kind(name=name)

@@ -1,0 +1,73 @@
+"""The commands for a GPU on a machine that has none, and those about GPUs that run anywhere."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm_export.cuda import DRIVER_LIBRARY
+from tests.e2e.conftest import Cli
+from tests.fakes import write_bundle
+
+
+@pytest.fixture(autouse=True)
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without NVIDIA's driver, whatever this one has."""
+    load = ctypes.CDLL
+
+    def load_but_the_driver(name: Any, *arguments: Any, **options: Any) -> Any:
+        if name == DRIVER_LIBRARY:
+            raise OSError(name)
+        return load(name, *arguments, **options)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_but_the_driver)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "BUNDLE"],
+        ["generate", "BUNDLE", "--provider", "tensorrt", "a prompt"],
+        ["generate", "BUNDLE", "--provider", "cuda", "a prompt"],
+        ["build", "CHECKPOINT", "--output", "OUTPUT", "--target", "tensorrt"],
+    ],
+    ids=["plan", "generate by TensorRT", "generate by CUDA", "build"],
+)
+def test_without_a_gpu_a_command_for_one_ends_in_one_sentence_and_writes_nothing(
+    cli: Cli, tmp_path: Path, arguments: list[str]
+):
+    write_bundle(tmp_path / "BUNDLE")
+    before = sorted(tmp_path.rglob("*"))
+    outcome = cli(*(tmp_path / word if word.isupper() else word for word in arguments))
+    assert outcome.code == 2
+    [line] = outcome.err.splitlines()
+    assert line == (
+        f"error: this needs an NVIDIA GPU, and the driver's library {DRIVER_LIBRARY} is not on this machine; "
+        "see what this machine has with: cllm-export doctor"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_doctor_reports_on_a_machine_without_a_gpu(cli: Cli):
+    outcome = cli("doctor")
+    assert outcome.code == 0
+    assert "driver" in outcome.out
+    assert "fix: install NVIDIA's driver" in outcome.out
+    report = json.loads(cli("doctor", "--json").out)
+    assert report["engines"] == {"cpu": True, "tensorrt": False}
+    assert {finding["name"] for finding in report["findings"]} >= {"driver", "GPU", "TensorRT", "ONNX Runtime", "cuDNN"}
+
+
+def test_plan_memory_shows_each_figure_and_how_it_comes_about(cli: Cli, tmp_path: Path):
+    write_bundle(tmp_path / "bundle")
+    shown = cli("plan-memory", tmp_path / "bundle", "--precision", "fp16", "--workspace", "512MB")
+    assert shown.code == 0
+    assert "x 2 / 4 for fp16" in shown.out
+    figures = json.loads(cli("plan-memory", tmp_path / "bundle", "--json").out)
+    assert [figure["name"] for figure in figures][:2] == ["weights", "KV cache"]
+    assert cli("plan-memory", tmp_path / "bundle", "--block-size", "99").code == 2
+    assert "--workspace must be a size" in cli("plan-memory", tmp_path / "bundle", "--workspace", "much").err

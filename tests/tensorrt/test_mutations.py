@@ -1,0 +1,157 @@
+"""The check of the checks: deliberate mistakes in the code for a GPU, each of which the doubles must find.
+
+A source file is taken with one line made wrong, and a plan is built and run with it. A mistake that gave the right
+tokens and no error here could be made for real, and nobody would see it before a GPU does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+from cllm_export import cuda
+from cllm_export.bundle import Bundle
+from cllm_export.exporter import plan as plan_module
+from cllm_export.runtime import trt_engine, trt_graph
+from tests.conftest import Workshop
+from tests.tensorrt.doubles import Nonconforming
+from tests.tensorrt.simulation import SimulatedGpu
+
+
+class Mutation(NamedTuple):
+    """What stands in a module, and what a mistake would make of it."""
+
+    module: ModuleType
+    right: str
+    wrong: str
+
+
+MUTATIONS = [
+    Mutation(plan_module, "1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)", "0"),
+    Mutation(plan_module, "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "NetworkFlag.STRONGLY_TYPED"),
+    Mutation(plan_module, "tensorrt.OnnxParser(network, log.logger)", "tensorrt.OnnxParser(network, log)"),
+    Mutation(plan_module, "ignore_mismatch=False", "ignore=False"),
+    Mutation(plan_module, "config.builder_optimization_level", "config.optimization_level"),
+    Mutation(plan_module, "tensorrt.MemoryPoolType.WORKSPACE", "tensorrt.BuilderFlag.REFIT"),
+    Mutation(plan_module, "set_memory_pool_limit(", "set_max_workspace_size("),
+    Mutation(plan_module, "profile.set_shape(name, *shapes)", "profile.set_shape(name, *shapes[:2])"),
+    Mutation(plan_module, "config.add_optimization_profile(profile)", "builder.add_optimization_profile(profile)"),
+    Mutation(plan_module, "network.unmark_output(", "network.unmark("),
+    Mutation(plan_module, "create_timing_cache(known)", "create_timing_cache(str(path))"),
+    Mutation(plan_module, "build_serialized_network(network, config)", "build_serialized_network(config, network)"),
+    Mutation(plan_module, "build_serialized_network(network, config)", "build_engine(network, config)"),
+    Mutation(plan_module, '"AMPERE_PLUS"', '"AMPERE"'),
+    Mutation(plan_module, '"STRIP_PLAN"', '"STRIP"'),
+    Mutation(plan_module, "config.get_timing_cache()", "config.timing_cache"),
+    Mutation(plan_module, '"n": n[index]', '"n": n[0]'),
+    Mutation(trt_graph, "parser.parse_from_file(str(self.path))", "parser.parse_from_file(self.path)"),
+    Mutation(trt_graph, "reader.num_errors", "reader.nb_errors"),
+    Mutation(trt_engine, "self._trt.Runtime(self._log.logger)", "self._trt.Runtime()"),
+    Mutation(trt_engine, "engine_host_code_allowed", "host_code_allowed"),
+    Mutation(trt_engine, "weight_streaming_budget_v2 =", "weight_streaming_budget ="),
+    Mutation(trt_engine, "get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"),
+    Mutation(trt_engine, "strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED", "strategy = 2"),
+    Mutation(trt_engine, "AllocationStrategy.USER_MANAGED", "AllocationStrategy.STATIC"),
+    Mutation(trt_engine, "set_device_memory(self._scratch, self._scratch_size)", "set_device_memory(self._scratch)"),
+    Mutation(trt_engine, "set_optimization_profile_async(profile, ", "set_optimization_profile_async("),
+    Mutation(trt_engine, "context.set_input_shape(spec.name, dims)", "context.set_binding_shape(spec.name, dims)"),
+    Mutation(trt_engine, "context.set_input_shape(spec.name, dims)", "context.set_input_shape(spec.name, *dims)"),
+    Mutation(trt_engine, "execute_async_v3(int(self._stream))", "execute_async_v2(int(self._stream))"),
+    Mutation(trt_engine, "execute_async_v3(int(self._stream))", "execute_async_v3(self._stream)"),
+    Mutation(trt_engine, "refitter.refit_cuda_engine()", "refitter.refit_engine()"),
+    Mutation(trt_engine, "if self._settings.strip_weights:", "if False:"),
+    Mutation(plan_module, "config.clear_flag(tensorrt.BuilderFlag.TF32)", "config.clear_flag(tensorrt.TF32)"),
+    Mutation(trt_engine, "self._addresses[past] = self._addresses[present] = memory.device(size)",
+             "self._addresses[past], self._addresses[present] = memory.device(size), memory.device(size)"),
+    Mutation(trt_engine, "self._cuda.clear(self._addresses[past], size, self._stream)", "pass"),
+    Mutation(trt_engine, "self._cuda.synchronize(self._stream)\n        self.num_syncs += 1", "self.num_syncs += 1"),
+    Mutation(trt_engine, "count * INT64, \"to device\"", "count * 4, \"to device\""),
+    Mutation(trt_engine, '"n": shape.block_size', '"n": self.block_sizes[-1]'),
+    Mutation(trt_engine, "self._owned = owned.pop_all()", "owned.pop_all(); self._owned = owned"),
+    Mutation(cuda, "getattr(self.runtime.cudaMemcpyKind, _KINDS[direction])", "1"),
+    Mutation(cuda, "cudaStreamCaptureModeThreadLocal", "cudaStreamCaptureThreadLocal"),
+    Mutation(cuda, 'self._call("cudaGraphInstantiate", graph, 0)', 'self._call("cudaGraphInstantiate", graph)'),
+    Mutation(cuda, '"cudaMemsetAsync", address, 0, size, stream', '"cudaMemsetAsync", address, size, stream'),
+    Mutation(cuda, 'self._call("cudaFree", address)', "pass"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return workshop.copy(workshop.bundle("small"), tmp_path_factory.mktemp("mutations") / "bundle")
+
+
+def run(bundle: Bundle) -> list[Any]:
+    """What a plan with every option set gives, built and run by the modules as they are now."""
+    simulated = SimulatedGpu()
+    build, options = sys.modules[plan_module.__name__], sys.modules[plan_module.__name__].PlanOptions
+    asked = options(
+        block_sizes=(1, 8),
+        prefill_chunk=16,
+        extents=(32, 64),
+        workspace=1 << 20,
+        strip_weights=True,
+        weight_streaming=True,
+        version_compatible=True,
+        hardware="ampere+",
+        logits=False,
+    )
+    checked = simulated.gpu.__class__(
+        tensorrt=simulated.trt, cuda=sys.modules[cuda.__name__].Cuda(simulated.runtime), facts=simulated.gpu.facts
+    )
+    built = build.build_plan(bundle, asked, gpu=checked, force=True)
+    given = []
+    with sys.modules[trt_engine.__name__].TrtEngine(bundle, plan=built, gpu=checked) as engine:
+        for start in (0, 11):
+            engine.prefill([[*range(2, 13)]], [11], [start])
+        for start, size in ((22, 8), (22, 8), (23, 1), (40, 8)):
+            given.append(engine.forward([[*range(size)]], [1], [start]))
+        reader = simulated.trt.make("OnnxParser")
+        given.append(sys.modules[trt_graph.__name__].errors_of(reader))
+    assert simulated.cuda.is_empty(), "something was left on the device"
+    return given
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    modules = (cuda, trt_graph, trt_engine, plan_module)
+    yield
+    for module in modules:
+        importlib.reload(module)
+
+
+def apply(mutation: Mutation) -> None:
+    """Run the module's source anew with the mistake in it, then what imports names from it."""
+    order = [cuda, trt_graph, trt_engine, plan_module]
+    path = Path(str(mutation.module.__file__))
+    source = path.read_text(encoding="utf-8")
+    assert mutation.right in source, f"{path.name} no longer holds {mutation.right!r}: this mutation tests nothing"
+    exec(compile(source.replace(mutation.right, mutation.wrong), str(path), "exec"), vars(mutation.module))
+    for module in order[order.index(mutation.module) + 1 :]:
+        importlib.reload(module)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle) -> list[Any]:
+    """What comes without a mistake."""
+    return run(bundle)
+
+
+def test_without_a_mistake_nothing_fails(bundle: Bundle, expected: list[Any], restored: None):
+    assert run(bundle) == expected
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.wrong[:60] for mutation in MUTATIONS])
+def test_a_mistake_is_found(bundle: Bundle, expected: list[Any], restored: None, mutation: Mutation):
+    apply(mutation)
+    try:
+        given = run(bundle)
+    except (Nonconforming, Exception):
+        return
+    assert given != expected, "the mistake went unseen"

@@ -1,0 +1,304 @@
+"""Plans: built from real bundles through doubles of every supported TensorRT, and kept under what they depend on.
+
+Nothing here ran on a GPU. What is proved is that every call has the form that this TensorRT takes, that the profiles,
+flags and files are those that were asked for, and that each way to fail ends in a sentence and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cllm_export.bundle import Bundle
+from cllm_export.errors import GpuError, OptionError, PlanError
+from cllm_export.exporter.plan import PlanOptions, build_plan, default_extents, profiles_of, settle
+from cllm_export.plans import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
+from cllm_export.runtime.trt_engine import TrtEngine, platform_of
+from tests.conftest import PINNED, Workshop
+from tests.fakes import with_manifest
+from tests.tensorrt.simulation import SimulatedGpu, versions
+
+
+@pytest.fixture(params=list(versions()), ids=[version for version, _ in versions()])
+def simulated(request: pytest.FixtureRequest) -> SimulatedGpu:
+    tensorrt, cuda = request.param
+    return SimulatedGpu(tensorrt=tensorrt, cuda=cuda)
+
+
+@pytest.fixture
+def bundle(workshop: Workshop, tmp_path: Path) -> Bundle:
+    return workshop.copy(workshop.bundle("small"), tmp_path / "bundle")
+
+
+def test_a_plan_has_a_profile_for_chunks_and_one_for_each_block_size(simulated: SimulatedGpu, bundle: Bundle):
+    plan = build_plan(bundle, PlanOptions(block_sizes=(16, 1, 8), prefill_chunk=32), gpu=simulated.gpu)
+    profiles = json.loads(plan.file.read_bytes())["profiles"]
+    assert [profile["input_ids"] for profile in profiles] == [
+        [[1, 1], [1, 32], [1, 32]],
+        [[1, 1]] * 3,
+        [[1, 8]] * 3,
+        [[1, 16]] * 3,
+    ]
+    assert [profile["head_rows"][2] for profile in profiles] == [[1], [1], [8], [16]]
+    rows = bundle.manifest.geometry.cache_length
+    assert {tuple(profile["kv_positions"][2]) for profile in profiles} == {(rows,)}
+    assert plan.manifest.settings.block_sizes == (1, 8, 16)
+    assert simulated.cuda.is_empty(), "the smoke forward left something on the device"
+    assert simulated.tensorrt.executions == 1 + 3 * 1
+
+
+def test_every_option_reaches_the_builder(simulated: SimulatedGpu, bundle: Bundle):
+    options = PlanOptions(
+        workspace=1 << 28,
+        optimization_level=5,
+        logits=False,
+        weight_streaming=True,
+        strip_weights=True,
+        version_compatible=True,
+        hardware="ampere+",
+    )
+    plan = build_plan(bundle, options, gpu=simulated.gpu)
+    trt, content = simulated.trt, json.loads(plan.file.read_bytes())
+    flags = {"WEIGHT_STREAMING", "STRIP_PLAN", "REFIT_IDENTICAL", "VERSION_COMPATIBLE"}
+    assert set(content["flags"]) == flags, "REFIT alone may lose biases"
+    assert "logits" not in content["outputs"]
+    assert trt.called("set IBuilderConfig.builder_optimization_level") == [{"value": 5}]
+    assert trt.called("IBuilderConfig.set_memory_pool_limit")[0]["pool_size"] == 1 << 28
+    [level] = trt.called("set IBuilderConfig.hardware_compatibility_level")
+    assert level["value"] is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert trt.called("OnnxParserRefitter.refit_from_file"), "a stripped plan gets its weights from the bundle"
+    assert trt.called("set ICudaEngine.weight_streaming_budget_v2")
+
+
+def test_a_pinned_bundle_gives_a_plan_without_profiles(simulated: SimulatedGpu, workshop: Workshop, tmp_path: Path):
+    bundle = workshop.copy(workshop.bundle("small", **PINNED), tmp_path / "bundle")
+    plan = build_plan(bundle, gpu=simulated.gpu)
+    assert json.loads(plan.file.read_bytes())["profiles"] == []
+    assert plan.manifest.settings.block_sizes == (PINNED["block_size"],)
+    assert profiles_of(bundle.manifest, plan.manifest.settings) == []
+    with pytest.raises(OptionError, match="pinned to 1 slots and blocks of 8"):
+        build_plan(bundle, PlanOptions(block_sizes=(4,)), gpu=simulated.gpu)
+
+
+def test_the_weights_of_a_linked_bundle_are_handed_over(simulated: SimulatedGpu, workshop: Workshop, tmp_path: Path):
+    linked = workshop.bundle("small", weights="link")
+    bundle = workshop.copy(linked, tmp_path / "bundle")
+    build_plan(bundle, PlanOptions(strip_weights=True), gpu=simulated.gpu)
+    sizes = {name: weight.length for name, weight in bundle.manifest.linked_weights.items()}
+    assert len(sizes) > 5
+    for reader in ("OnnxParser", "OnnxParserRefitter"):
+        handed = simulated.trt.called(f"{reader}.load_initializer")
+        assert {call["name"]: call["size"] for call in handed} == sizes
+
+
+def test_a_plan_that_is_there_is_not_built_again_unless_forced(bundle: Bundle):
+    simulated, said = SimulatedGpu(), []
+    first = build_plan(bundle, gpu=simulated.gpu)
+    again = build_plan(bundle, gpu=simulated.gpu, say=said.append)
+    assert again == first
+    assert len(simulated.trt.called("Builder.build_serialized_network")) == 1
+    assert "is there already" in said[0]
+    build_plan(bundle, gpu=simulated.gpu, force=True)
+    assert len(simulated.trt.called("Builder.build_serialized_network")) == 2
+
+
+def test_the_memory_that_a_build_is_expected_to_take_is_said_first(bundle: Bundle):
+    said: list[str] = []
+    build_plan(bundle, gpu=SimulatedGpu().gpu, say=said.append)
+    assert [line.split(":")[0] for line in said[:6]] == [
+        "predicted weights",
+        "predicted KV cache",
+        "predicted activations",
+        "predicted running engine",
+        "predicted build, host",
+        "predicted build, device",
+    ]
+    assert [line.split(" in ")[0] for line in said[6:]] == ["parsed", "built", "loaded and ran"]
+
+
+def test_what_kernels_took_is_kept_for_the_next_build_on_the_same_gpu(bundle: Bundle):
+    simulated = SimulatedGpu()
+    for size in (2, 4):
+        build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=simulated.gpu)
+    build_plan(bundle, gpu=SimulatedGpu(name="Another").gpu)
+    contents = {path.name: path.read_bytes() for path in plans_of(bundle).glob("timing-*.cache")}
+    assert sorted(contents.values()) == [b"measured;", b"measured;measured;"]
+
+
+def test_a_timing_cache_that_does_not_fit_is_started_anew(bundle: Bundle):
+    build_plan(bundle, gpu=SimulatedGpu().gpu)
+    [path] = plans_of(bundle).glob("timing-*.cache")
+    path.write_bytes(b"of another GPU")
+    build_plan(bundle, PlanOptions(block_sizes=(2,)), gpu=SimulatedGpu().gpu)
+    assert path.read_bytes() == b"measured;"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("parse", r"does not take .*model.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed"),
+        ("build", r"could not build a plan of .*; TensorRT says: \[simulated\] build failed"),
+        ("deserialize", r"was built and does not run: TensorRT does not load .*simulated\] deserialize failed"),
+        ("execute", r"was built and does not run: TensorRT failed in a forward .*simulated\] execute failed"),
+        ("alias", "was built and does not run: the plan does not write present_key.0 in place of past_key.0"),
+        ("kv_positions", "takes kv_positions for a shape, which must lie in host memory"),
+    ],
+)
+def test_a_build_that_fails_says_why_in_tensorrts_words_and_leaves_nothing(bundle: Bundle, broken: str, message: str):
+    simulated = SimulatedGpu()
+    simulated.tensorrt.broken.add(broken)
+    with pytest.raises(PlanError, match=message):
+        build_plan(bundle, gpu=simulated.gpu)
+    assert simulated.cuda.is_empty()
+    assert [path.name for path in plans_of(bundle).rglob("*") if path.suffix != ".cache"] == []
+
+
+def test_a_build_that_fails_keeps_the_plan_that_was_there(bundle: Bundle):
+    simulated = SimulatedGpu()
+    plan = build_plan(bundle, gpu=simulated.gpu)
+    simulated.tensorrt.broken.add("build")
+    with pytest.raises(PlanError):
+        build_plan(bundle, gpu=simulated.gpu, force=True)
+    open_plan(plan.path).check_file()
+
+
+def test_a_bf16_bundle_is_refused_on_a_gpu_without_bf16(bundle: Bundle):
+    bf16 = with_manifest(bundle, precision="bf16")
+    with pytest.raises(GpuError, match=r"compute capability 7.5\) has no bf16.*--precision fp16"):
+        build_plan(bf16, gpu=SimulatedGpu(capability=(7, 5)).gpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_sizes": (10_000,)}, "block_size must be at most"),
+        ({"block_sizes": (0,)}, "block_sizes must be positive"),
+        ({"extents": (10_000,)}, "extent must be at most the cache's"),
+        ({"optimization_level": 6}, "optimization_level must be 0 to 5"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        ({"hardware": "any"}, "hardware must be one of same, compute-capability, ampere+"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(bundle: Bundle, options: dict[str, Any], message: str):
+    with pytest.raises(OptionError, match=message.replace("+", r"\+")):
+        settle(PlanOptions(**options), bundle.manifest)
+
+
+def test_extents_double_up_to_the_whole_cache():
+    assert default_extents(2111) == (256, 512, 1024, 2048, 2111)
+    assert default_extents(256) == (256,)
+    assert default_extents(100) == (100,)
+
+
+HERE = Platform(gpu="Simulated GPU", compute_capability="9.0", tensorrt="11.4.0.106", driver="13.0")
+ELSEWHERE: dict[str, Callable[[Platform], Platform]] = {
+    "GPU": lambda here: replace(here, gpu="Another GPU"),
+    "compute capability": lambda here: replace(here, gpu="Another GPU", compute_capability="8.6"),
+    "TensorRT": lambda here: replace(here, tensorrt="11.0.0.114"),
+    "driver (CUDA)": lambda here: replace(here, driver="13.1"),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_plan_for_another_machine_says_exactly_what_differs_and_how_to_rebuild(bundle: Bundle, what: str):
+    build_plan(bundle, PlanOptions(block_sizes=(4,), strip_weights=True), gpu=SimulatedGpu().gpu)
+    assert find_plan(bundle, HERE)
+    with pytest.raises(PlanError) as raised:
+        find_plan(bundle, ELSEWHERE[what](HERE))
+    message = str(raised.value)
+    assert f"{what}: built for " in message
+    assert all(f"{other}: built" not in message for other in ELSEWHERE if other not in (what, "GPU"))
+    assert f"rebuild with: cllm-export plan {bundle.path} --batch-size 1 --block-size 4" in message
+    assert "--strip-weights" in message
+
+
+def test_a_bundle_that_was_built_again_has_no_plan(bundle: Bundle):
+    plan = build_plan(bundle, gpu=SimulatedGpu().gpu)
+    rebuilt = replace(bundle, fingerprint="f" * 64)
+    with pytest.raises(PlanError, match=f"bundle: built for {bundle.fingerprint}, here is ffff"):
+        require_fit(plan, rebuilt, HERE)
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "runs"),
+    [
+        ({"hardware": "compute-capability"}, {"gpu": "Another GPU"}, True),
+        ({"hardware": "compute-capability"}, {"gpu": "Another GPU", "compute_capability": "8.6"}, False),
+        ({"hardware": "ampere+"}, {"gpu": "Another GPU", "compute_capability": "8.6"}, True),
+        ({"hardware": "ampere+"}, {"gpu": "Another GPU", "compute_capability": "7.5"}, False),
+        ({"version_compatible": True}, {"tensorrt": "11.5.0.1"}, True),
+        ({"version_compatible": True}, {"tensorrt": "11.3.0.1"}, False),
+        ({"version_compatible": True}, {"tensorrt": "12.0.0.1"}, False),
+    ],
+)
+def test_compatibility_flags_let_a_plan_run_where_they_say(
+    bundle: Bundle, options: dict[str, Any], there: dict[str, str], runs: bool
+):
+    plan = build_plan(bundle, PlanOptions(**options), gpu=SimulatedGpu().gpu)
+    assert (not plan.manifest.differences(bundle.fingerprint, replace(HERE, **there))) == runs
+
+
+def test_the_key_follows_from_everything_a_plan_depends_on(bundle: Bundle):
+    settings = settle(PlanOptions(), bundle.manifest)
+    keys = {plan_key(bundle.fingerprint, HERE, settings), plan_key("f" * 64, HERE, settings)}
+    keys |= {plan_key(bundle.fingerprint, change(HERE), settings) for change in ELSEWHERE.values()}
+    keys |= {
+        plan_key(bundle.fingerprint, HERE, settle(PlanOptions(**options), bundle.manifest))
+        for options in (
+            {"batch_size": 2},
+            {"block_sizes": (2,)},
+            {"prefill_chunk": 8},
+            {"extents": (64,)},
+            {"workspace": 1},
+            {"optimization_level": 4},
+            {"logits": False},
+            {"weight_streaming": True},
+            {"strip_weights": True},
+            {"version_compatible": True},
+            {"hardware": "ampere+"},
+        )
+    }
+    assert len(keys) == 2 + len(ELSEWHERE) + 11
+
+
+def test_two_plans_that_run_here_must_be_told_apart(bundle: Bundle):
+    gpu = SimulatedGpu().gpu
+    plans = [build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=gpu) for size in (2, 4)]
+    with pytest.raises(PlanError, match="several plans that run here"):
+        TrtEngine(bundle, gpu=gpu)
+    with TrtEngine(bundle, plan=plans[1], gpu=gpu) as engine:
+        assert engine.block_sizes == (4,)
+
+
+def test_a_bundle_without_a_plan_names_the_command(bundle: Bundle):
+    with pytest.raises(PlanError, match="has no plan; build one on this machine with: cllm-export plan"):
+        find_plan(bundle, HERE)
+
+
+def test_a_damaged_plan_is_found_out(bundle: Bundle):
+    plan = build_plan(bundle, gpu=SimulatedGpu().gpu)
+    content = bytearray(plan.file.read_bytes())
+    content[len(content) // 2] ^= 1
+    plan.file.write_bytes(content)
+    with pytest.raises(PlanError, match="is corrupted: its sha256 is"):
+        build_plan(bundle, gpu=SimulatedGpu().gpu)
+    plan.file.write_bytes(content[:-1])
+    with pytest.raises(PlanError, match=f"has {len(content) - 1} bytes, its manifest says {len(content)}"):
+        open_plan(plan.path)
+    (plan.path / "plan.json").write_text("{}")
+    with pytest.raises(PlanError, match="is damaged"):
+        open_plan(plan.path)
+    shutil.rmtree(plan.path)
+    with pytest.raises(PlanError, match="holds no plan"):
+        open_plan(plan.path)
+
+
+def test_the_platform_is_what_gpu_and_bindings_say(simulated: SimulatedGpu):
+    assert replace(platform_of(simulated.gpu), tensorrt=HERE.tensorrt) == HERE
+    assert platform_of(simulated.gpu).tensorrt == simulated.trt.__version__
