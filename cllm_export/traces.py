@@ -111,7 +111,12 @@ def record_traces(
         for method in methods:
             recorder.forwards = []
             options = recorded.prepare(
-                prompt.content, method=method, block_size=block_size, fill=fill, max_new_tokens=max_new_tokens
+                prompt.content,
+                method=method,
+                block_size=block_size,
+                deterministic=block_size is None,
+                fill=fill,
+                max_new_tokens=max_new_tokens,
             )
             generation = recorded.generate(
                 options.prompt, method=method, block_size=options.block_size, fill=fill, max_new_tokens=max_new_tokens

@@ -17,7 +17,8 @@ import pytest
 from cllm_export.bundle import Bundle
 from cllm_export.errors import EngineError
 from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.runtime.generate import METHODS, Model, prefill
+from cllm_export.runtime.engine import prefill
+from cllm_export.runtime.generate import METHODS, Model
 from cllm_export.runtime.ort_engine import OrtEngine
 from cllm_export.runtime.text import TextCodec
 from cllm_export.runtime.trt_engine import TrtEngine

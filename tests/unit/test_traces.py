@@ -10,8 +10,7 @@ import pytest
 
 from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import METHODS
-from cllm_export.traces import record_traces
+from cllm_export.traces import DEFAULT_METHODS, record_traces
 from tests.fakes import HashModel, make_model, write_bundle
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "traces.json"
@@ -61,7 +60,7 @@ def replay(file: dict[str, Any], trace: dict[str, Any]) -> tuple[list[int], str]
 
 def test_the_committed_traces_are_what_the_written_rules_give():
     file = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    assert {trace["method"] for trace in file["traces"]} == set(METHODS)
+    assert {trace["method"] for trace in file["traces"]} == set(DEFAULT_METHODS)
     assert {trace["finish_reason"] for trace in file["traces"]} >= {"length"}
     assert any(forward.get("num_accepted", 0) > 1 for trace in file["traces"] for forward in trace["forwards"])
     assert any(forward["kind"] == "prefill" for trace in file["traces"] for forward in trace["forwards"])
@@ -85,7 +84,7 @@ def test_a_recorded_trace_is_what_the_written_rules_give(tmp_path: Path, fill: A
     model = make_model(bundle, HashModel(vocab_size=vocabulary, window=window, seed=seed))
     prompts = [Prompt(id="short", content="a"), Prompt(id="long", content="the cat sat on the mat " * 2)]
     file = record_traces(bundle, model, prompts, fill=fill, block_size=1 + 3 * (seed % 3), max_new_tokens=9)
-    assert len(file["traces"]) == len(prompts) * len(METHODS)
+    assert len(file["traces"]) == len(prompts) * len(DEFAULT_METHODS)
     assert json.loads(json.dumps(file)) == file
     for trace in file["traces"]:
         assert replay(file, trace) == (trace["token_ids"], trace["finish_reason"])
