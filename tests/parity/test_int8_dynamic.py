@@ -35,21 +35,25 @@ FAMILIES = ("llama", "llama-linear-bias-mqa", "qwen3", "gemma2", "phi3")
 NUM_NEW_TOKENS = 24
 MIN_SHARE_OF_TPF = 0.97
 
-TYPICAL, LARGEST = 1e-3, 0.15
+TYPICAL, LARGEST = 1e-5, 0.15
 """Median and largest difference of a logit from the same arithmetic in PyTorch, in standard deviations of the logits.
 
-Integer products are exact on both sides. What differs in the last bit before an activation is rounded moves few of
-them by one step of 1 / 127 of their row's largest: most logits agree as fp32 does, and a few carry such a step through
-the layers behind it. The distance to the unquantised model is several times the second figure.
+Integer products are exact on both sides: most logits agree as fp32 does, to 2e-7. What differs in the last bit before
+an activation is rounded may move it by one step, 1 / 127 of its row's largest, which a row of logits then carries. The
+unquantised model is 0.03 away in the median.
 """
 
 
 def int8_linear(rows: Tensor, layer: nn.Linear) -> Tensor:
-    """What an 8-bit layer computes, in float64: scales from each row and each output channel, integers between."""
-    weight, rows = layer.weight.double(), rows.double()
+    """What an 8-bit layer computes: scales from each row and each output channel, exact sums of integers between.
+
+    Weights are divided in fp32, as they are when a bundle is built: of bf16 weights many are half of their channel's
+    largest to the bit, and lie between two integers.
+    """
+    weight, rows = layer.weight, rows.double()
     w_scale, a_scale = weight.abs().amax(1, keepdim=True) / 127, rows.abs().amax(-1, keepdim=True) / 127
-    codes = torch.round(torch.nan_to_num(rows / a_scale)), torch.round(torch.nan_to_num(weight / w_scale))
-    product = functional.linear(*codes) * a_scale * w_scale[:, 0]
+    codes = torch.round(torch.nan_to_num(rows / a_scale)), torch.round(torch.nan_to_num(weight / w_scale)).double()
+    product = functional.linear(*codes) * a_scale * w_scale[:, 0].double()
     return (product if layer.bias is None else product + layer.bias.double()).float()
 
 
@@ -96,7 +100,7 @@ def test_the_arithmetic_is_that_of_integers_with_a_scale_for_each_row_and_channe
     apart = differences(ours, stock_logits(checkpoint, tokens, quantized=True))
     assert np.median(apart) < TYPICAL and apart.max() < LARGEST, (np.median(apart), apart.max())
     plain = differences(ours, stock_logits(checkpoint, tokens, quantized=False))
-    assert np.median(plain) > 3 * TYPICAL, "nothing was quantised, or the tolerance sees nothing"
+    assert np.median(plain) > 100 * TYPICAL, "nothing was quantised, or the tolerance sees nothing"
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"], ids=["tied", "untied"])
