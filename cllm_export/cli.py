@@ -82,11 +82,18 @@ def build(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
     precision: Annotated[
         PrecisionName,
-        typer.Option("--precision", help="fp16 and bf16 are for GPU engines; int8-dynamic is for CPUs."),
+        typer.Option("--precision", help="fp16 and bf16 are for GPU engines; int8-dynamic and int4 for CPUs."),
     ] = "fp32",
     quantize_head: Annotated[
         bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
     ] = False,
+    quantize_block: Annotated[
+        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", help="Checkpoint tensor of a linear layer not to quantise; repeatable."),
+    ] = None,
     weights: Annotated[
         WeightsMode | None,
         typer.Option(
@@ -122,7 +129,7 @@ def build(
         max_length=max_length,
         batch_size=batch_size,
         precision=dtype,
-        quantize=quantize_options(scheme, head=quantize_head),
+        quantize=quantize_options(scheme, head=quantize_head, block_size=quantize_block, keep=tuple(keep or ())),
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
         weights=weights,

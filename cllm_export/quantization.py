@@ -12,10 +12,13 @@ from typing import Literal, get_args
 
 from cllm_export.contract import PRECISIONS, Precision
 
-Scheme = Literal["int8-dynamic"]
+Scheme = Literal["int8-dynamic", "int4"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic"]
+PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int4"]
 """What ``--precision`` takes: a dtype, or a scheme over fp32."""
+
+BLOCK_SIZES = (32, 64, 128)
+"""Input channels that may share a scale of a 4-bit weight."""
 
 Engine = Literal["onnxruntime", "tensorrt"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)

@@ -121,8 +121,8 @@ REFUSED: dict[str, str] = {
 }
 """Operators that are easily met, and what to do instead."""
 
-ONNXRUNTIME_OPERATORS = frozenset({"MatMulInteger", "QuantizeLinear"})
-"""What a bundle for ONNX Runtime alone may quantise with: integers without a sign, scales made at run time."""
+ONNXRUNTIME_OPERATORS = frozenset({"MatMulInteger", "QuantizeLinear", "MatMulNBits"})
+"""What a bundle for ONNX Runtime alone may quantise with: integers without a sign, operators of its own."""
 
 TYPED_VALUES: dict[str, Callable[[NodeProto], Sequence[str]]] = {
     "Where": lambda node: node.input[1:2],

@@ -63,3 +63,61 @@ class ChannelRounding:
         divisor = torch.where(scales > 0, scales, 1.0)
         codes = rows.div_(divisor[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).add_(UINT8_ZERO).to(torch.uint8)
         return Rounded(codes, scales * self.scale_factor)
+
+
+INT4_ZERO = 8
+"""What stands for 0 where 4-bit integers are stored without a sign; they reach from -8 to 7."""
+
+STEPS = (7.0, 7.5, 8.0, 8.5)
+"""Steps from 0 to the largest magnitude of a block: of these, the one with the least squared error is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRounding:
+    """4 bits, round to nearest, one scale for each block of a row. As ONNX Runtime's MatMulNBits takes them: codes
+    [r, blocks, block / 2], two in a byte, the first one low; scales [r, blocks]. Zeros fill the last block."""
+
+    block_size: int
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        blocks = -(-width // self.block_size)
+        return (blocks, self.block_size // 2), (blocks,)
+
+    def __call__(self, rows: Tensor) -> Rounded:
+        blocks = in_blocks(rows, self.block_size)
+        scales = block_scales(blocks)
+        return Rounded(packed(int4_codes(blocks, scales)), scales)
+
+
+def in_blocks(rows: Tensor, block_size: int) -> Tensor:
+    """Rows [r, in] as [r, blocks, block], with zeros at the end."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))
+    return padded.view(rows.shape[0], -1, block_size)
+
+
+def block_scales(blocks: Tensor) -> Tensor:
+    """The scale of each block [..., block] -> [...], 0 where it is zeros."""
+    largest = blocks.abs().amax(dim=-1)
+    best, least = largest / STEPS[0], torch.full_like(largest, torch.inf)
+    for steps in STEPS:
+        scales = largest / steps
+        error = (int4_codes(blocks, scales) * scales[..., None] - blocks).square_().sum(dim=-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def int4_codes(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Integers from -8 to 7, as floats."""
+    divisor = torch.where(scales > 0, scales, 1.0)
+    return torch.round(blocks / divisor[..., None]).clamp_(-8, 7)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Integers from -8 to 7 [..., block] as bytes [..., block / 2]."""
+    shifted = (codes + INT4_ZERO).to(torch.uint8)
+    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)

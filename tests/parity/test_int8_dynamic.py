@@ -17,8 +17,7 @@ from torch.nn import functional  # noqa: E402
 
 from cllm_export.bundle import WEIGHTS_NAME, Bundle  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
-from cllm_export.exporter import quantize as quantize_module  # noqa: E402
-from cllm_export.exporter import rounding  # noqa: E402
+from cllm_export.exporter import int8_dynamic, rounding  # noqa: E402
 from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
 from cllm_export.inspect import describe  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
@@ -124,7 +123,7 @@ def test_jacobi_decoding_is_lossless_and_rows_stay_apart(workshop: Workshop, nam
 
 
 def test_a_scale_that_rows_share_is_found_out(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quantize_module, "SCALED_OVER", [0, 1, 2])  # of the whole tensor, as DynamicQuantizeLinear does
+    monkeypatch.setattr(int8_dynamic, "SCALED_OVER", [0, 1, 2])  # of the whole tensor, as DynamicQuantizeLinear does
     check = check_rows_are_isolated(workshop.build(workshop.checkpoint("small"), **INT8), THREADS)
     assert check.passed is False
 
