@@ -351,6 +351,48 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.", show_default=False)],
+    mix: Annotated[
+        float, typer.Option("--mix", help="Share of the rows that come from block states; the rest is clean text.")
+    ] = 0.5,
+    num_rows: Annotated[int, typer.Option("--rows", help="Rows to observe, at most.")] = 16384,
+    gram: Annotated[bool, typer.Option("--gram", help="Gram matrices too, for GPTQ: a large file.")] = False,
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the rows that are drawn, and of fills.")] = 0,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing scales file.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+) -> None:
+    """See what the linear layers see while a bundle decodes, for `build --scales`. Run it again to go on."""
+    from cllm_export.calibration.calibrate import CalibrateOptions
+    from cllm_export.calibration.calibrate import calibrate as run
+    from cllm_export.calibration.display import show_calibration
+
+    options = CalibrateOptions(
+        mix=mix,
+        num_rows=num_rows,
+        gram=gram,
+        block_size=block_size,
+        fill=fill,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        threads=threads,
+    )
+    with display.progress_bar() as progress:
+        report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
+    if as_json:
+        _write_text(as_json, json.dumps(report, indent=2) + "\n")
+    show_calibration(report)
+
+
+@app.command()
 def collect(
     source: Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face directory.", show_default=False)],
     prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
