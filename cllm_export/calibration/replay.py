@@ -45,9 +45,13 @@ def replay_text(engine: Engine, recording: Recording, size: int, pad: int) -> It
         yield Replayed(state, _run(engine, state))
 
 
-def _run(engine: Engine, state: State) -> list[int]:
-    """One forward in slot 0; the others are idle."""
+def as_block(
+    engine: Engine, tokens: Sequence[int], num_committed: int, write_index: int
+) -> tuple[list[Sequence[int]], list[int], list[int]]:
+    """Arguments of a forward over a block in slot 0; the other slots are idle."""
     idle = engine.num_slots - 1
-    blocks: Sequence[Sequence[int]] = [state.tokens] * (1 + idle)
-    committed, indices = [state.num_committed] + [0] * idle, [state.write_index] + [0] * idle
-    return list(engine.forward(blocks, committed, indices).next_ids[0])
+    return [tokens] * (1 + idle), [num_committed] + [0] * idle, [write_index] + [0] * idle
+
+
+def _run(engine: Engine, state: State) -> list[int]:
+    return list(engine.forward(*as_block(engine, state.tokens, state.num_committed, state.write_index)).next_ids[0])
