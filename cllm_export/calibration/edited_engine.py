@@ -3,7 +3,7 @@ weights are others. The bundle's files stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cllm_export.bundle import Bundle
 from cllm_export.extras import needs_extra
-from cllm_export.runtime.ort_engine import OrtEngine, make_session
+from cllm_export.runtime.ort_engine import OrtEngine, bindable, make_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,12 +34,20 @@ class EditedEngine(OrtEngine):
 
     Args:
         model: an edited copy of the bundle's graph, with the same inputs and outputs.
+        weights: values that stand for initializers of these names.
         observed: values of the graph, beside its outputs, that each forward hands out.
     """
 
     def __init__(
-        self, bundle: Bundle, model: ModelProto, *, observed: Sequence[str] = (), threads: int | None = None
+        self,
+        bundle: Bundle,
+        model: ModelProto,
+        *,
+        weights: Mapping[str, NDArray[np.float32]] | None = None,
+        observed: Sequence[str] = (),
+        threads: int | None = None,
     ) -> None:
+        self._weights = {name: bindable(np.ascontiguousarray(value)) for name, value in (weights or {}).items()}
         self._bytes = _with_outputs(model, observed)
         self._folder = bundle.path
         self._observed = tuple(observed)
@@ -57,6 +65,8 @@ class EditedEngine(OrtEngine):
 
     def _open_session(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         options.add_session_config_entry(FOLDER_KEY, str(self._folder.absolute()))
+        for name, value in self._weights.items():
+            options.add_initializer(name, value)
         session = make_session(self._bytes, options, name=path)
         self._bytes = b""
         return session

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 _TRANSPOSED, _PACKED = ".T", ".qkv_proj.weight"
+HEADS = ("lm_head.weight", "model.embed_tokens.weight")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -38,6 +39,16 @@ class LinearLayer:
     def width(self) -> int:
         """Input channels."""
         return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        return self.weight if self.transposed else self.weight.removesuffix(_TRANSPOSED)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it makes the logits, by a matrix of its own or by the embedding table."""
+        return not set(self.tensors).isdisjoint(HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.decoding import Settings, decode_prompts, default_settings
 from cllm_export.evaluation.questions import Question
 from cllm_export.evaluation.score_prompts import score_prompts
-from cllm_export.evaluation.scores import Scores
 from cllm_export.runtime.generate import Model
 
 
@@ -47,8 +46,9 @@ class HeldOutOptions:
 class Measured:
     """The decode of every prompt that could be."""
 
+    questions: tuple[Question, ...]
     recordings: tuple[Recording, ...]
-    scores: Scores
+    texts: tuple[str, ...]
 
     @property
     def new_tokens(self) -> int:
@@ -64,13 +64,14 @@ class Measured:
         return self.new_tokens / self.forwards
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready, with the scores of what has an answer: SQL is executed for them, which takes longer than to
+        decode it."""
         return {
             "prompts": len(self.recordings),
             "new_tokens": self.new_tokens,
             "forwards": self.forwards,
             "tokens_per_forward": round(self.tokens_per_forward, 4),
-            "scores": self.scores.to_dict()["all"],
+            "scores": score_prompts(self.questions, self.texts).to_dict()["all"],
         }
 
 
@@ -81,7 +82,7 @@ def measure_decode(
     progress: Progress | None = None,
     stage: str = "prompts",
 ) -> Measured:
-    """Decode held-out prompts and score what has an answer.
+    """Decode held-out prompts.
 
     Raises:
         OptionError: the settings do not suit the model.
@@ -89,19 +90,14 @@ def measure_decode(
     """
     prompts = [question.prompt for question in questions]
     decoded = decode_prompts(model, prompts, settings, compare=False, progress=progress, stage=stage)
-    answers = decoded.answers
+    chosen = [questions[answer.index] for answer in decoded.answers]
     return Measured(
+        questions=tuple(chosen),
         recordings=tuple(
-            recording_of(
-                prompts[answer.index].id,
-                model.encode(prompts[answer.index].content),
-                answer.generation.forwards,
-            )
-            for answer in answers
+            recording_of(question.prompt.id, model.encode(question.prompt.content), answer.generation.forwards)
+            for question, answer in zip(chosen, decoded.answers, strict=True)
         ),
-        scores=score_prompts(
-            [questions[answer.index] for answer in answers], [answer.generation.text for answer in answers]
-        ),
+        texts=tuple(answer.generation.text for answer in decoded.answers),
     )
 
 

@@ -92,7 +92,7 @@ class OrtEngine:
         self.run_seconds = 0.0
         self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
         """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
-        self._cache_values = {name: _bindable(array) for name, array in self.cache.items()}
+        self._cache_values = {name: bindable(array) for name, array in self.cache.items()}
         self._num_committed = np.zeros(self._num_slots, np.int64)
         self._write_index = np.zeros(self._num_slots, np.int64)
         self._num_accepted = np.zeros(self._num_slots, np.int64)
@@ -203,12 +203,12 @@ class OrtEngine:
             "head_rows": buffers.head_rows,
         }
         for name, array in inputs.items():
-            io.bind_ortvalue_input(name, _bindable(array))
-        io.bind_ortvalue_output("next_ids", _bindable(buffers.next_ids))
-        io.bind_ortvalue_output("num_accepted", _bindable(self._num_accepted))
+            io.bind_ortvalue_input(name, bindable(array))
+        io.bind_ortvalue_output("next_ids", bindable(buffers.next_ids))
+        io.bind_ortvalue_output("num_accepted", bindable(self._num_accepted))
         if buffers.logits is not None:
             rows = buffers.logits.reshape(-1, self._geometry.vocab_size)  # a view: the same memory
-            io.bind_ortvalue_output(LOGITS, _bindable(rows))
+            io.bind_ortvalue_output(LOGITS, bindable(rows))
         for past, present in cache_names(self._geometry.num_layers):
             io.bind_ortvalue_input(past, self._cache_values[past])
             io.bind_ortvalue_output(present, self._cache_values[past])
@@ -267,7 +267,7 @@ def make_session(
         raise EngineError(f"ONNX Runtime {onnxruntime.__version__} does not load {name}: {error}") from error
 
 
-def _bindable(array: NDArray[Any]) -> onnxruntime.OrtValue:
+def bindable(array: NDArray[Any]) -> onnxruntime.OrtValue:
     """An OrtValue over the array's own memory."""
     import onnxruntime
 
