@@ -14,12 +14,12 @@ import typer
 
 from cllm_export import __version__, display
 from cllm_export.bundle import FillName, Loop, TrainedWith, open_bundle
-from cllm_export.contract import Precision
 from cllm_export.errors import CllmExportError, OptionError, OutputError, PromptError
 from cllm_export.evaluation.task import TaskName
 from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.quantization import PrecisionName, split_precision
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
@@ -80,7 +80,20 @@ def build(
         typer.Option("--max-length", help="Prompt plus new tokens; by default the model's, capped at 2048."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
-    precision: Annotated[Precision, typer.Option("--precision", help="fp16 and bf16 are for GPU engines.")] = "fp32",
+    precision: Annotated[
+        PrecisionName,
+        typer.Option("--precision", help="fp16 and bf16 are for GPU engines; int8-dynamic and int4 for CPUs."),
+    ] = "fp32",
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
+    ] = False,
+    quantize_block: Annotated[
+        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", help="Checkpoint tensor of a linear layer not to quantise; repeatable."),
+    ] = None,
     weights: Annotated[
         WeightsMode | None,
         typer.Option(
@@ -109,11 +122,14 @@ def build(
     with needs_extra("export"):
         from cllm_export.exporter.memory import parse_size
         from cllm_export.exporter.pipeline import BuildOptions, export
+        from cllm_export.exporter.quantize import quantize_options
+    dtype, scheme = split_precision(precision)
     options = BuildOptions(
         block_size=block_size,
         max_length=max_length,
         batch_size=batch_size,
-        precision=precision,
+        precision=dtype,
+        quantize=quantize_options(scheme, head=quantize_head, block_size=quantize_block, keep=tuple(keep or ())),
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
         weights=weights,

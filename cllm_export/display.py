@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,8 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
     for key in shown:
         value = description[key]
         yield key.replace("_", " "), _pairs(value) if isinstance(value, dict) else str(value or "-").strip("[]")
+    if description["quantization"]:
+        yield "quantization", _quantization_text(description["quantization"])
     for name, graph in description["graphs"].items():
         pinned = graph["fixed_shapes"]
         yield f"graph {name}", f"{graph['file']}: {_pairs(pinned) if pinned else 'symbolic B, n, S, h'}"
@@ -79,6 +82,17 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield f"memory {name.replace('_', ' ')}", bytes_text(size)
     yield "fingerprint", description["fingerprint"]
     yield "parity", description["parity"]
+
+
+def _quantization_text(quantization: Mapping[str, Any]) -> str:
+    """What was quantised and, by reason, how many weights were not."""
+    blocks = f", blocks of {quantization['block_size']}" if quantization["block_size"] else ""
+    reasons = Counter(quantization["kept"].values())
+    kept = "; ".join(f"{count} kept ({reason})" for reason, count in sorted(reasons.items()))
+    scheme, engines = quantization["scheme"], ", ".join(quantization["engines"])
+    return f"{scheme}, {quantization['method']}{blocks}, for {engines}: {len(quantization['weights'])} weights" + (
+        f"; {kept}" if kept else ""
+    )
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

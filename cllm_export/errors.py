@@ -5,6 +5,7 @@
     ├── CheckpointError           a checkpoint that is missing, partial or damaged
     │   └── UnsupportedError      a sound checkpoint that the graph cannot express yet
     ├── GraphError                an exported graph that breaks one of its rules
+    │   └── QuantizationError     a quantised graph that does not compute its model any more
     ├── OutputError               a target that exists, or cannot be written
     ├── BundleError               a bundle that is missing, partial or damaged
     │   ├── BundleVersionError    written by another schema or contract version
@@ -44,6 +45,10 @@ class UnsupportedError(CheckpointError):
 
 class GraphError(CllmExportError):
     """An exported graph breaks a rule it must hold."""
+
+
+class QuantizationError(GraphError):
+    """A model cannot be quantised as asked, or does not survive it."""
 
 
 class OutputError(CllmExportError):

@@ -45,9 +45,11 @@ from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.linking import LINKED_PASSES
-from cllm_export.exporter.lint import require_clean
+from cllm_export.exporter.lint import ONNXRUNTIME_OPERATORS, require_clean
 from cllm_export.exporter.memory import plan_memory, watched_memory
 from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
+from cllm_export.exporter.quantize import QuantizeOptions, quantize
+from cllm_export.exporter.smoke import require_sound, smoke_bytes
 from cllm_export.exporter.stream import Use, stream_files, stream_tensors
 from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
 from cllm_export.exporter.weights import (
@@ -61,6 +63,8 @@ from cllm_export.exporter.weights import (
     require_space,
 )
 from cllm_export.linked import WEIGHTS_MODES, LinkedFile, WeightsMode
+from cllm_export.quantization import ENGINES
+from cllm_export.runtime.ort_engine import available_threads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,6 +93,9 @@ class BuildOptions:
     """Prompt plus new tokens; by default the model's own length, capped at 2048."""
     batch_size: int = 1
     precision: Precision = "fp32"
+    """The dtype of what is computed and of the KV cache."""
+    quantize: QuantizeOptions | None = None
+    """How linear layers are quantised; by default they are not."""
     fixed_shapes: bool = False
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
@@ -216,15 +223,15 @@ class _Work:
             tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
             check_dtypes(tensors)
         mode, reason = choose_weights(options, tensors, adapter)
-        memory = plan_memory(options.max_memory)
+        memory = plan_memory(options.max_memory, needed=smoke_bytes(tensors) if options.quantize else 0)
         stages.say(f"weights: {mode}, because {reason}")
         stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
-        self._require_early_space(mode, tensors, settings.precision)
+        self._require_early_space(mode, tensors)
         changed = set(adapter.matrices) if adapter else set()
         with _Scan(checkpoint, tensors, memory.piece, stages) as scan:
             if mode == "link":
                 scan.start()
-            graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
+            graph = _make_graph(checkpoint, settings, stages, link=mode == "link", quantize_options=options.quantize)
             layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
             with staged_output(self._output, force=force) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
@@ -245,7 +252,9 @@ class _Work:
                     _write_graph(graph, staging / GRAPH_FILE)
                     _copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
-                    write_manifest(staging, _manifest(checkpoint, settings, layout, files, sums))
+                    write_manifest(staging, _manifest(checkpoint, settings, graph, layout, files, sums))
+                if options.quantize:
+                    self._require_sound(staging, checkpoint, adapter)
                 written = perf_counter()
             stages.took("to disk", perf_counter() - written)
         return BuildReport(
@@ -258,11 +267,21 @@ class _Work:
             bytes_linked=sum(weight.length for weight in layout.linked.values()),
         )
 
-    def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo], precision: Precision) -> None:
-        """Before the trace: a copy takes at least what its values take."""
+    def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None) -> None:
+        """Let no quantised bundle take its place that does not compute its model any more."""
+        with self.stages.stage("smoke"):
+            smoke = require_sound(open_bundle(staging), checkpoint, adapter, threads=available_threads())
+        self.stages.say(
+            f"of {smoke.tokens} random tokens {smoke.flips} are followed by another token than before; "
+            f"the last layer is off by {smoke.distance:.1%}"
+        )
+
+    def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo]) -> None:
+        """Before the trace: a copy takes at least what its values take, quantised ones less than any dtype's."""
         values = sum(math.prod(info.shape) for info in tensors.values()) if mode == "copy" else 0
+        each = 0 if self._options.quantize else BYTES[KV_DTYPE[self._options.precision]]
         parent = next(path for path in Path(os.path.abspath(self._output)).parents if path.exists())
-        require_space(parent, values * BYTES[KV_DTYPE[precision]] + _TEXT_BYTES, self._output)
+        require_space(parent, values * each + _TEXT_BYTES, self._output)
 
 
 class _Scan:
@@ -334,6 +353,13 @@ def choose_weights(
             f"no weight can be linked at --precision {options.precision}, which takes {wanted}: the checkpoint holds "
             f"{', '.join(other)}; use --weights copy, or the precision that it has"
         )
+    if options.quantize is not None:
+        if options.weights == "link":
+            raise OptionError(
+                f"no weight can be linked at --precision {options.quantize.scheme}, which stores them rounded: "
+                "leave --weights out"
+            )
+        return "copy", f"{options.quantize.scheme} stores them rounded"
     if options.weights is not None:
         return options.weights, f"--weights {options.weights} was given"
     if adapter is not None:
@@ -387,7 +413,14 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     )
 
 
-def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, link: bool) -> DecoderGraph:
+def _make_graph(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    stages: Stages,
+    *,
+    link: bool,
+    quantize_options: QuantizeOptions | None = None,
+) -> DecoderGraph:
     passes = LINKED_PASSES if link else PASSES
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     period, total = repeated_period(checkpoint.config, shapes), settings.geometry.num_layers
@@ -396,11 +429,15 @@ def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, l
     if period is not None and not repeat_layers(graph, period, total):
         log.info("layers are not alike: tracing every one")
         graph = _trace(checkpoint.config, settings, total, passes, stages)
+    if quantize_options:
+        with stages.stage("quantize"):
+            quantize(graph, quantize_options, num_layers=total)
+            graph.drop_unused_weights()
     with stages.stage("lint"):
         if settings.fixed:
             pin_shapes(graph, settings.geometry, settings.fixed)
         state_contract(graph, settings.geometry, settings.fixed)
-        require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
+        _lint(graph, ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
     return graph
 
 
@@ -422,10 +459,16 @@ def _trace(
     return graph
 
 
+def _lint(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
+    """Hold the graph to TensorRT's rules, but for what quantises a graph that is not meant for it."""
+    engines = graph.quantization.engines if graph.quantization else ENGINES
+    require_clean(proto, unjudged=() if "tensorrt" in engines else ONNXRUNTIME_OPERATORS)
+
+
 def _write_graph(graph: DecoderGraph, path: Path) -> None:
     graph.model.producer_name, graph.model.graph.name = "cllm-export", GREEDY_GRAPH
     proto = ir.serde.serialize_model(graph.model)
-    require_clean(proto)
+    _lint(graph, proto)
     onnx.save(proto, path)
     log.info("%s: %d nodes", path.name, len(proto.graph.node))
 
@@ -439,7 +482,12 @@ def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def _manifest(
-    checkpoint: Checkpoint, settings: Settings, layout: Layout, files: dict[str, FileEntry], sums: dict[Path, str]
+    checkpoint: Checkpoint,
+    settings: Settings,
+    graph: DecoderGraph,
+    layout: Layout,
+    files: dict[str, FileEntry],
+    sums: dict[Path, str],
 ) -> Manifest:
     used = {weight.file for weight in layout.linked.values()}
     linked = {
@@ -464,6 +512,7 @@ def _manifest(
         files=files,
         linked_files=linked,
         linked_weights=layout.linked,
+        quantization=graph.quantization,
     )
 
 
