@@ -17,7 +17,7 @@ import numpy as np
 from cllm_export import __version__
 from cllm_export.bundle import FILLS, Bundle, FillName, Progress, require_one_of, sha256_of
 from cllm_export.calibration.accumulate import GramAccumulator, num_above
-from cllm_export.calibration.edited_engine import EditedEngine, read_graph
+from cllm_export.calibration.edited_engine import EditedEngine, read_graph, require_unquantised
 from cllm_export.calibration.linear import LinearInput, linear_inputs, linear_layers
 from cllm_export.calibration.observe import Offsets, Statistics, add_all, observe
 from cllm_export.calibration.outliers import outliers
@@ -108,9 +108,8 @@ def calibrate(
     """Calibrate an unquantised bundle; goes on where an earlier run of the same stopped.
 
     Raises:
-        CalibrationError: too few prompts, NaN, constant activations, or an interrupted run of another bundle or of
-            other options.
-        GraphError: the bundle is quantised.
+        CalibrationError: too few prompts, NaN, constant activations, a bundle that is quantised already, or an
+            interrupted run of another bundle or of other options.
         PromptError: the prompt file is missing or malformed.
         OutputError: the output exists and ``force`` is not set, or cannot be written.
         EngineError: the engine failed.
@@ -120,6 +119,7 @@ def calibrate(
     if output.exists() and not force:
         raise OutputError(f"{output} exists; replace it with --force or choose another --output")
     prompts = read_prompts(prompts_path, limit=options.limit)
+    require_unquantised(bundle)
     graph = read_graph(bundle)
     inputs = linear_inputs(graph, linear_layers(graph))
     settings = _settle(bundle, sha256_of(prompts_path), len(prompts), options)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.bundle import Bundle
+from cllm_export.errors import CalibrationError
 from cllm_export.extras import needs_extra
 from cllm_export.runtime.ort_engine import OrtEngine, bindable, make_session
 
@@ -27,6 +28,19 @@ def read_graph(bundle: Bundle) -> ModelProto:
         import onnx
 
     return onnx.load(bundle.graph_path(), load_external_data=False)
+
+
+def require_unquantised(bundle: Bundle) -> None:
+    """Refuse a bundle whose layers are integers already.
+
+    Raises:
+        CalibrationError: it is quantised.
+    """
+    if bundle.manifest.quantization is not None:
+        raise CalibrationError(
+            f"{bundle.path} is quantised ({bundle.manifest.quantization.scheme}) already: give the fp32 bundle of the "
+            "same checkpoint, which cllm-export build makes without --precision"
+        )
 
 
 class EditedEngine(OrtEngine):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cllm_export.bundle import Bundle, Progress
-from cllm_export.calibration.edited_engine import EditedEngine, read_graph
+from cllm_export.calibration.edited_engine import EditedEngine, read_graph, require_unquantised
 from cllm_export.calibration.fake_quantization import FakeQuantization, fake_quantized
 from cllm_export.calibration.flips import Flips, count_flips, predict
 from cllm_export.calibration.linear import LinearLayer, linear_layers
@@ -41,8 +41,7 @@ class StandIn:
     """An unquantised bundle on held-out prompts, and what becomes of it where layers are rounded in its graph.
 
     Raises:
-        GraphError: the bundle is quantised.
-        CalibrationError: it is not fp32.
+        CalibrationError: the bundle is quantised, or not fp32.
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class StandIn:
         self._options = options or HeldOutOptions()
         self._progress = progress or (lambda *_: None)
         self._pad = pad_token(bundle.manifest)
+        require_unquantised(bundle)
         self._graph = read_graph(bundle)
         self._codec = TextCodec.of_bundle(bundle)
         self.layers = [layer for layer in linear_layers(self._graph) if not layer.is_head]
