@@ -355,3 +355,31 @@ def _latency_table(latency: Sequence[Mapping[str, float]]) -> Table:
     for entry in latency:
         table.add_row(str(int(entry["block_size"])), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}")
     return table
+
+
+def show_comparison(report: Mapping[str, Any]) -> None:
+    """Every bundle at every n, the fastest first."""
+    machine = report["machine"]
+    OUT.print(
+        f"{report['prompts']} prompts, {report['rounds']} rounds, {machine['threads']} thread(s), "
+        f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
+        markup=False,
+    )
+    columns = ("precision", "n", "MB", "TPF(n)", "T(1) ms", "T(n) ms", "TPF x T(1)/T(n)", "TPF/T(n) /s", "tokens/s")
+    table = _table("bundle", *columns)
+    for entry in report["settings"]:
+        table.add_row(
+            entry["name"],
+            entry["precision"],
+            str(entry["block_size"]),
+            f"{entry['weight_bytes'] / 1e6:.1f}",
+            f"{entry['tokens_per_forward']:.2f}",
+            f"{entry['first_milliseconds']:.2f}",
+            f"{entry['milliseconds']:.2f}",
+            f"{entry['speedup']:.2f}",
+            f"{entry['expected_tokens_per_second']:,.0f}",
+            f"{entry['tokens_per_second']:,.0f}",
+        )
+    OUT.print(table)
+    best = report["settings"][0]
+    OUT.print(f"fastest here: {best['name']} ({best['precision']}) with n = {best['block_size']}", markup=False)

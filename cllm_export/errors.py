@@ -13,6 +13,8 @@
     ├── PromptError               a prompt that is empty, too long or malformed
     ├── DataError                 a data file of a task that is missing, damaged or of another task
     ├── TuningError               a tuning run that cannot start, go on or be resumed
+    ├── CalibrationError          a calibration that cannot start, go on or be resumed
+    │   └── ScalesError           a scales file that is missing, damaged or of another model
     ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
     ├── QueueFullError            a service that takes no more requests for now
@@ -75,6 +77,14 @@ class DataError(CllmExportError):
 
 class TuningError(CllmExportError):
     """A tuning run cannot start, go on or be resumed."""
+
+
+class CalibrationError(CllmExportError):
+    """A calibration cannot start, go on or be resumed, or what it saw is of no use."""
+
+
+class ScalesError(CalibrationError):
+    """A scales file is missing, damaged, or of another model or bundle."""
 
 
 class TrajectoryError(CllmExportError):

@@ -79,19 +79,20 @@ class OrtEngine:
                 f"{bundle.path} is a bf16 bundle, and ONNX Runtime's CPU provider multiplies no bf16 matrices: "
                 "build it with --precision fp32, or run it on a GPU engine"
             )
-        path = bundle.graph_path(graph)
         self._fixed = manifest.graphs[graph].fixed_shapes
         self._geometry = manifest.geometry
         self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
         linked = MappedWeights(bundle)
-        self._session = _make_session(str(path), threads or available_threads(), log_severity, linked)
+        options = _session_options(threads or available_threads(), log_severity)
+        linked.hand_to(options)
+        self._session = self._open_session(bundle.graph_path(graph), options)
         self._linked = linked  # the session reads them through this map
         linked.release_pages()
         self._chunk = SMALL_CHUNK if bundle.weight_bytes <= CACHE_RESIDENT_BYTES else CHUNK
         self.run_seconds = 0.0
         self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
         """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
-        self._cache_values = {name: _bindable(array) for name, array in self.cache.items()}
+        self._cache_values = {name: bindable(array) for name, array in self.cache.items()}
         self._num_committed = np.zeros(self._num_slots, np.int64)
         self._write_index = np.zeros(self._num_slots, np.int64)
         self._num_accepted = np.zeros(self._num_slots, np.int64)
@@ -132,6 +133,10 @@ class OrtEngine:
     ) -> None:
         chunk_size = len(input_ids[0])
         self._run(input_ids, num_committed, write_index, chunk_size, chunk_size if self._fixed else 1)
+
+    def _open_session(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        """A session of the graph in a file."""
+        return make_session(str(path), options, name=path)
 
     def run_bound(self, block_size: int, write_index: int) -> None:
         """One forward over whatever the buffers hold, every slot at the same write index: the bare engine, for
@@ -198,12 +203,12 @@ class OrtEngine:
             "head_rows": buffers.head_rows,
         }
         for name, array in inputs.items():
-            io.bind_ortvalue_input(name, _bindable(array))
-        io.bind_ortvalue_output("next_ids", _bindable(buffers.next_ids))
-        io.bind_ortvalue_output("num_accepted", _bindable(self._num_accepted))
+            io.bind_ortvalue_input(name, bindable(array))
+        io.bind_ortvalue_output("next_ids", bindable(buffers.next_ids))
+        io.bind_ortvalue_output("num_accepted", bindable(self._num_accepted))
         if buffers.logits is not None:
             rows = buffers.logits.reshape(-1, self._geometry.vocab_size)  # a view: the same memory
-            io.bind_ortvalue_output(LOGITS, _bindable(rows))
+            io.bind_ortvalue_output(LOGITS, bindable(rows))
         for past, present in cache_names(self._geometry.num_layers):
             io.bind_ortvalue_input(past, self._cache_values[past])
             io.bind_ortvalue_output(present, self._cache_values[past])
@@ -234,7 +239,7 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _make_session(path: str, threads: int, log_severity: int, linked: MappedWeights) -> onnxruntime.InferenceSession:
+def _session_options(threads: int, log_severity: int) -> onnxruntime.SessionOptions:
     try:
         import onnxruntime
     except ImportError:
@@ -243,14 +248,26 @@ def _make_session(path: str, threads: int, log_severity: int, linked: MappedWeig
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = log_severity
-    linked.hand_to(options)
+    return options
+
+
+def make_session(
+    graph: str | bytes, options: onnxruntime.SessionOptions, *, name: Path
+) -> onnxruntime.InferenceSession:
+    """A session of a graph, from its file or from memory; ``name`` is what errors call it.
+
+    Raises:
+        EngineError: ONNX Runtime does not take it.
+    """
+    import onnxruntime
+
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, unrelated to each other
-        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} does not load {path}: {error}") from error
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} does not load {name}: {error}") from error
 
 
-def _bindable(array: NDArray[Any]) -> onnxruntime.OrtValue:
+def bindable(array: NDArray[Any]) -> onnxruntime.OrtValue:
     """An OrtValue over the array's own memory."""
     import onnxruntime
 
