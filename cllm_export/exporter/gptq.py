@@ -7,6 +7,7 @@ nvidia-modelopt, optimum) calibrate a PyTorch model or a whole ONNX model in mem
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cllm_export.calibration.scales import Scales
 from cllm_export.errors import QuantizationError
+from cllm_export.exporter.checkpoint import TensorInfo
 from cllm_export.exporter.rounding import Rounded, block_scales, int4_codes, packed
 
 DAMPING = 0.01
@@ -21,6 +23,12 @@ DAMPING = 0.01
 
 MATRICES = 4
 """Matrices as large as the Gram matrix that are held while one is factored."""
+
+
+def factor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Anonymous memory that factors take, by the widest layer of a checkpoint."""
+    widest = max((info.shape[1] for name, info in tensors.items() if ".layers." in name and len(info.shape) == 2))
+    return MATRICES * torch.float32.itemsize * widest**2
 
 
 class Factors:

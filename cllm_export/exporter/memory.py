@@ -70,15 +70,15 @@ class MemoryPlan:
     """What the whole build comes to."""
 
 
-def plan_memory(max_memory: int | None, *, needed: int = 0) -> MemoryPlan:
+def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> MemoryPlan:
     """Spend what the bound leaves, from what is taken already: on pieces first, then on weights in the making.
 
-    ``needed`` is what a later stage takes, when pieces and weights are gone.
+    ``needed`` is what a later stage takes, when pieces and weights are gone; ``beside`` is what is held beside them.
 
     Raises:
         OptionError: the smallest pieces do not fit ``max_memory``; says what would.
     """
-    base = (anonymous_bytes() or LIBRARY_BYTES) + TRACE_BYTES
+    base = (anonymous_bytes() or LIBRARY_BYTES) + TRACE_BYTES + beside
     if max_memory is None:
         max_memory = base + max(PIECE_COPIES * MAX_PIECE_BYTES + STAGE_BYTES, needed)
     smallest = base + max(PIECE_COPIES * MIN_PIECE_BYTES, needed)

@@ -44,6 +44,7 @@ from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geome
 from cllm_export.errors import OptionError
 from cllm_export.exporter.adapter import Adapter, open_source
 from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length, truncated_config
+from cllm_export.exporter.gptq import factor_bytes
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.linking import LINKED_PASSES
@@ -226,7 +227,11 @@ class _Work:
             tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
             check_dtypes(tensors)
         mode, reason = choose_weights(options, tensors, adapter)
-        memory = plan_memory(options.max_memory, needed=smoke_bytes(tensors) if options.quantize else 0)
+        memory = plan_memory(
+            options.max_memory,
+            needed=smoke_bytes(tensors) if options.quantize else 0,
+            beside=factor_bytes(tensors) if options.quantize and options.quantize.is_gptq else 0,
+        )
         stages.say(f"weights: {mode}, because {reason}")
         stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
         self._require_early_space(mode, tensors)

@@ -66,6 +66,10 @@ class QuantizeOptions:
             raise OptionError("--precision int8-dynamic takes no --scales: activations get theirs at run time")
 
     @property
+    def is_gptq(self) -> bool:
+        return self.scheme == "int4" and self.scales is not None
+
+    @property
     def block(self) -> int | None:
         """The block size, settled."""
         return (self.block_size or DEFAULT_BLOCK_SIZE) if self.scheme == "int4" else None

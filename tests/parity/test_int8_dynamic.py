@@ -17,8 +17,9 @@ from torch.nn import functional  # noqa: E402
 
 from cllm_export.bundle import WEIGHTS_NAME, Bundle  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
-from cllm_export.exporter import int8_dynamic, rounding  # noqa: E402
+from cllm_export.exporter import int8_dynamic  # noqa: E402
 from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
+from cllm_export.exporter.rounding import ChannelRounding  # noqa: E402
 from cllm_export.inspect import describe  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
 from cllm_export.runtime.generate import METHODS, Model, load  # noqa: E402
@@ -177,7 +178,7 @@ def test_a_bundle_that_does_not_compute_its_model_is_not_left_behind(
 ):
     from cllm_export.exporter.pipeline import BuildOptions, build
 
-    monkeypatch.setattr(rounding, "INT8_MAX", 7)  # codes of a few bits, read with the scales of eight
+    monkeypatch.setattr(int8_dynamic, "ChannelRounding", lambda **_: ChannelRounding())  # scales 127 times too large
     with pytest.raises(QuantizationError, match="does not compute its model"):
         build(
             workshop.checkpoint("small"),
