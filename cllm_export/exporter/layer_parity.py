@@ -22,6 +22,7 @@ from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import cache_names, hidden_name
 from cllm_export.errors import EngineError, GraphError
 from cllm_export.exporter.layer_reference import Float32Array, LayerRecord, LayerReference
+from cllm_export.runtime.ort_engine import QDQ_AS_WRITTEN
 
 NUM_TOKENS = 24
 """Tokens compared, at most; two forwards take them, the second one over the cache that the first one wrote."""
@@ -125,6 +126,7 @@ class LayeredGraph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        options.add_session_config_entry(*QDQ_AS_WRITTEN)
         try:
             return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types, unrelated to each other
