@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar, get_args
 from cllm_export.contract import CONTRACT_VERSION, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import BundleError, BundleVersionError, ChecksumError, OptionError, OutputError
 from cllm_export.linked import LinkedFile, LinkedWeight, check_linked
+from cllm_export.quantization import Quantization
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
@@ -103,6 +104,8 @@ class Manifest:
     """Weight files of the checkpoint that the bundle reads where they lie, by the name the graphs record."""
     linked_weights: dict[str, LinkedWeight] = field(default_factory=dict)
     """Graph initializer -> its place in a linked file."""
+    quantization: Quantization | None = None
+    """What was quantised; ``precision`` is the dtype of everything else."""
     schema_version: int = SCHEMA_VERSION
     contract_version: int = CONTRACT_VERSION
 
@@ -349,7 +352,14 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
         for name, entry in raw["linked_weights"].items()
     }
     raw["eos_token_ids"] = tuple(raw["eos_token_ids"])
+    raw["quantization"] = _quantization_from(raw.get("quantization"))
     return from_fields(Manifest, raw)
+
+
+def _quantization_from(raw: dict[str, Any] | None) -> Quantization | None:
+    if raw is None:
+        return None
+    return from_fields(Quantization, {**raw, "engines": tuple(raw["engines"]), "weights": tuple(raw["weights"])})
 
 
 def _graph_entry_from(raw: dict[str, Any]) -> GraphEntry:

@@ -21,6 +21,7 @@ from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.plans import Hardware
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.quantization import PrecisionName, Scheme, split_precision
 from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.prefix_snapshot import check_target
@@ -114,7 +115,24 @@ def build(
         typer.Option("--max-length", help="Prompt plus new tokens; by default the model's, capped at 2048."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
-    precision: Annotated[Precision, typer.Option("--precision", help="fp16 and bf16 are for GPU engines.")] = "fp32",
+    precision: Annotated[
+        PrecisionName,
+        typer.Option("--precision", help="fp16, bf16 and fp8 are for GPU engines; int8-dynamic and int4 for CPUs."),
+    ] = "fp32",
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
+    ] = False,
+    quantize_block: Annotated[
+        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    ] = None,
+    scales: Annotated[
+        Path | None,
+        typer.Option("--scales", help="What cllm-export calibrate wrote: int8 and fp8 need it, int4 then takes GPTQ."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", help="Checkpoint tensor of a linear layer not to quantise; repeatable."),
+    ] = None,
     weights: Annotated[
         WeightsMode | None,
         typer.Option(
@@ -153,11 +171,16 @@ def build(
         gpu = open_gpu()  # before the export, which takes longer
     with needs_extra("export"):
         from cllm_export.exporter.pipeline import BuildOptions, export
+        from cllm_export.exporter.quantize import quantize_options
+    dtype, scheme = split_precision(precision)
     options = BuildOptions(
         block_size=block_size,
         max_length=max_length,
         batch_size=batch_size,
-        precision=precision,
+        precision=dtype,
+        quantize=quantize_options(
+            scheme, head=quantize_head, block_size=quantize_block, keep=tuple(keep or ()), scales=scales
+        ),
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
         weights=weights,
@@ -568,6 +591,177 @@ def evaluate(
         else:
             report = run_evaluation(source, data, task, parent, options, output=output, progress=progress)
     (display.show_probe if probe else display.show_evaluation)(report)
+
+
+@app.command()
+def calibrate(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.", show_default=False)],
+    mix: Annotated[
+        float, typer.Option("--mix", help="Share of the rows that come from block states; the rest is clean text.")
+    ] = 0.5,
+    num_rows: Annotated[int, typer.Option("--rows", help="Rows to observe, at most.")] = 16384,
+    gram: Annotated[bool, typer.Option("--gram", help="Gram matrices too, for GPTQ: a large file.")] = False,
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the rows that are drawn, and of fills.")] = 0,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing scales file.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+) -> None:
+    """See what the linear layers see while a bundle decodes, for `build --scales`. Run it again to go on."""
+    from cllm_export.calibration.calibrate import CalibrateOptions
+    from cllm_export.calibration.calibrate import calibrate as run
+    from cllm_export.calibration.display import show_calibration
+
+    options = CalibrateOptions(
+        mix=mix,
+        num_rows=num_rows,
+        gram=gram,
+        block_size=block_size,
+        fill=fill,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        threads=threads,
+    )
+    with display.progress_bar() as progress:
+        report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
+    if as_json:
+        _write_text(as_json, json.dumps(report, indent=2) + "\n")
+    show_calibration(report)
+
+
+@app.command()
+def convergence(
+    bundles: Annotated[list[Path], typer.Argument(help="Quantised bundles.", show_default=False)],
+    against: Annotated[Path, typer.Option("--against", help="The unquantised bundle.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="Held-out prompts; with answers, if any.", show_default=False)
+    ],
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+) -> None:
+    """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
+    from cllm_export.calibration.convergence import measure_convergence
+    from cllm_export.calibration.display import show_convergence
+    from cllm_export.calibration.measured import HeldOutOptions
+    from cllm_export.evaluation.questions import read_questions
+    from cllm_export.evaluation.report_file import check_report_path, write_report
+
+    if as_json:
+        check_report_path(as_json)
+    options = HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads)
+    opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
+    questions = read_questions(prompts, limit=limit)
+    with display.progress_bar() as progress:
+        report = measure_convergence(opened, candidates, questions, options, progress=progress)
+    if as_json:
+        write_report(as_json, report)
+    show_convergence(report)
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
+    against: Annotated[Path, typer.Option("--against", help="Its unquantised fp32 bundle.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="Held-out prompts, on which forwards are counted.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    precision: Annotated[Scheme, typer.Option("--precision", help="How linear layers are quantised.")],
+    max_tpf_loss: Annotated[
+        str, typer.Option("--max-tpf-loss", help="Share of the tokens per forward that may be lost.")
+    ] = "3%",
+    quantize_block: Annotated[
+        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    ] = None,
+    scales: Annotated[Path | None, typer.Option("--scales", help="What `calibrate` wrote.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure every layer even if the budget holds without.")
+    ] = False,
+    block_size: BlockSizeOption = None,
+    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of the sensitivity.")] = None,
+) -> None:
+    """Quantise as many layers as a budget of tokens per forward allows, and say which were kept and why."""
+    from cllm_export.calibration.display import show_fit
+    from cllm_export.calibration.fit import parse_share
+    from cllm_export.calibration.measured import HeldOutOptions
+    from cllm_export.calibration.plots import check_plots, plot_sensitivity
+    from cllm_export.calibration.quantize import FitOptions
+    from cllm_export.calibration.quantize import quantize as run
+    from cllm_export.evaluation.questions import read_questions
+    from cllm_export.evaluation.report_file import check_report_path, write_report
+
+    if as_json:
+        check_report_path(as_json)
+    check_plots(plots)
+    options = FitOptions(
+        scheme=precision,
+        max_tpf_loss=parse_share(max_tpf_loss),
+        block_size=quantize_block,
+        scales=scales,
+        always_rank=sensitivity or plots is not None,
+        held_out=HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads),
+    )
+    questions = read_questions(prompts, limit=limit)
+    with display.progress_bar() as progress:
+        chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)
+    report = chosen.to_dict()
+    if as_json:
+        write_report(as_json, report)
+    if plots:
+        plot_sensitivity(report["sensitivity"], [entry["layer"] for entry in report["kept"]], plots)
+    show_fit(str(output), report)
+
+
+@app.command()
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles of one model.", show_default=False)],
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    block_sizes: Annotated[
+        list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes; medians are reported.")] = 5,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of TPF against time.")] = None,
+) -> None:
+    """Say which of several bundles decodes fastest on this machine, and at which block size."""
+    from cllm_export.calibration.plots import check_plots, plot_trade_off
+    from cllm_export.compare import CompareOptions
+    from cllm_export.compare import compare as run
+    from cllm_export.evaluation.report_file import check_report_path, write_report
+
+    if as_json:
+        check_report_path(as_json)
+    check_plots(plots)
+    options = CompareOptions(
+        sizes=tuple(block_sizes or ()), max_new_tokens=max_new_tokens, rounds=rounds, threads=threads
+    )
+    opened, given = [open_bundle(path) for path in bundles], read_prompts(prompts, limit=limit)
+    with display.progress_bar() as progress:
+        report = run(opened, given, options, progress=progress)
+    if as_json:
+        write_report(as_json, report)
+    if plots:
+        plot_trade_off(report["settings"], plots)
+    display.show_comparison(report)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +90,8 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
     for key in shown:
         value = description[key]
         yield key.replace("_", " "), _pairs(value) if isinstance(value, dict) else str(value or "-").strip("[]")
+    if description["quantization"]:
+        yield "quantization", _quantization_text(description["quantization"])
     for name, graph in description["graphs"].items():
         pinned = graph["fixed_shapes"]
         yield f"graph {name}", f"{graph['file']}: {_pairs(pinned) if pinned else 'symbolic B, n, S, h'}"
@@ -100,6 +103,17 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield f"memory {name.replace('_', ' ')}", bytes_text(size)
     yield "fingerprint", description["fingerprint"]
     yield "parity", description["parity"]
+
+
+def _quantization_text(quantization: Mapping[str, Any]) -> str:
+    """What was quantised and, by reason, how many weights were not."""
+    blocks = f", blocks of {quantization['block_size']}" if quantization["block_size"] else ""
+    reasons = Counter(quantization["kept"].values())
+    kept = "; ".join(f"{count} kept ({reason})" for reason, count in sorted(reasons.items()))
+    scheme, engines = quantization["scheme"], ", ".join(quantization["engines"])
+    return f"{scheme}, {quantization['method']}{blocks}, for {engines}: {len(quantization['weights'])} weights" + (
+        f"; {kept}" if kept else ""
+    )
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -365,3 +379,31 @@ def _latency_table(latency: Sequence[Mapping[str, float]]) -> Table:
     for entry in latency:
         table.add_row(str(int(entry["block_size"])), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}")
     return table
+
+
+def show_comparison(report: Mapping[str, Any]) -> None:
+    """Every bundle at every n, the fastest first."""
+    machine = report["machine"]
+    OUT.print(
+        f"{report['prompts']} prompts, {report['rounds']} rounds, {machine['threads']} thread(s), "
+        f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
+        markup=False,
+    )
+    columns = ("precision", "n", "MB", "TPF(n)", "T(1) ms", "T(n) ms", "TPF x T(1)/T(n)", "TPF/T(n) /s", "tokens/s")
+    table = _table("bundle", *columns)
+    for entry in report["settings"]:
+        table.add_row(
+            entry["name"],
+            entry["precision"],
+            str(entry["block_size"]),
+            f"{entry['weight_bytes'] / 1e6:.1f}",
+            f"{entry['tokens_per_forward']:.2f}",
+            f"{entry['first_milliseconds']:.2f}",
+            f"{entry['milliseconds']:.2f}",
+            f"{entry['speedup']:.2f}",
+            f"{entry['expected_tokens_per_second']:,.0f}",
+            f"{entry['tokens_per_second']:,.0f}",
+        )
+    OUT.print(table)
+    best = report["settings"][0]
+    OUT.print(f"fastest here: {best['name']} ({best['precision']}) with n = {best['block_size']}", markup=False)

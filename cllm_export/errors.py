@@ -5,6 +5,7 @@
     ├── CheckpointError           a checkpoint that is missing, partial or damaged
     │   └── UnsupportedError      a sound checkpoint that the graph cannot express yet
     ├── GraphError                an exported graph that breaks one of its rules
+    │   └── QuantizationError     a quantised graph that does not compute its model any more
     ├── OutputError               a target that exists, or cannot be written
     ├── BundleError               a bundle that is missing, partial or damaged
     │   ├── BundleVersionError    written by another schema or contract version
@@ -13,6 +14,8 @@
     ├── PromptError               a prompt that is empty, too long or malformed
     ├── DataError                 a data file of a task that is missing, damaged or of another task
     ├── TuningError               a tuning run that cannot start, go on or be resumed
+    ├── CalibrationError          a calibration that cannot start, go on or be resumed
+    │   └── ScalesError           a scales file that is missing, damaged or of another model
     ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
     ├── GpuError                  a GPU, its driver or a library for it that is missing or too old
@@ -47,6 +50,10 @@ class GraphError(CllmExportError):
     """An exported graph breaks a rule it must hold."""
 
 
+class QuantizationError(GraphError):
+    """A model cannot be quantised as asked, or does not survive it."""
+
+
 class OutputError(CllmExportError):
     """An output exists already, or cannot be written."""
 
@@ -77,6 +84,14 @@ class DataError(CllmExportError):
 
 class TuningError(CllmExportError):
     """A tuning run cannot start, go on or be resumed."""
+
+
+class CalibrationError(CllmExportError):
+    """A calibration cannot start, go on or be resumed, or what it saw is of no use."""
+
+
+class ScalesError(CalibrationError):
+    """A scales file is missing, damaged, or of another model or bundle."""
 
 
 class TrajectoryError(CllmExportError):

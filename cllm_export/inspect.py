@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from cllm_export.bundle import PARITY_NAME, Bundle
@@ -24,6 +25,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "fingerprint": bundle.fingerprint,
         "family": manifest.family,
         "precision": manifest.precision,
+        "quantization": asdict(manifest.quantization) if manifest.quantization else None,
         "block_size": manifest.block_size,
         "max_length": manifest.max_length,
         "batch_size": manifest.batch_size,

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from cllm_export.contract import Precision
+from cllm_export.exporter.rounding import Rounding
+from cllm_export.quantization import Quantization
+
+Holds = Literal["values", "codes", "scales"]
+
+IR_DTYPE = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.uint8: ir.DataType.UINT8,
+    torch.int8: ir.DataType.INT8,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
     """How one weight of the graph is made of checkpoint tensors: stacked along their first axis, ``offset`` added in
-    fp32, then transposed."""
+    fp32, rounded if it is quantised, then transposed."""
 
     tensors: tuple[str, ...]
     transposed: bool = False
     offset: float = 0.0
     """For norms whose scale is 1 + weight."""
+    divisor: Tensor | None = None
+    """What the sum is divided by, row by row: the channels that a norm makes are smoothed in its own scale."""
+    rounding: Rounding | None = None
+    holds: Holds = "values"
+    """Which part of what the rounding gives; ``values`` where there is none."""
 
 
 @dataclass(kw_only=True)
@@ -31,6 +53,8 @@ class DecoderGraph:
     """Graph input -> checkpoint tensors it is made of."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Graph input -> value that no checkpoint holds (RoPE tables, row numbers)."""
+    quantization: Quantization | None = None
+    """What was quantised, once that is done."""
 
     @property
     def graph(self) -> ir.Graph:
@@ -41,7 +65,16 @@ class DecoderGraph:
         for value in self.graph.inputs:
             if value.name == name:
                 return value
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=like.type)
+        return self._add_input(name, source, shape, like.type)
+
+    def add_rounded(self, name: str, source: WeightSource, *, shape: tuple[int, ...]) -> ir.Value:
+        """Add the codes or the scales of a quantised weight as a graph input."""
+        assert source.rounding is not None
+        dtype = source.rounding.code_dtype if source.holds == "codes" else torch.float32
+        return self._add_input(name, source, shape, ir.TensorType(IR_DTYPE[dtype]))
+
+    def _add_input(self, name: str, source: WeightSource, shape: tuple[int, ...], kind: Any) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
         self.graph.inputs.append(value)
         self.weights[name] = source
         return value
@@ -62,6 +95,15 @@ class DecoderGraph:
         value = ir.Value(
             name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
         )
+        self.graph.register_initializer(value)
+        return value
+
+    def add_scalar(self, name: str, number: np.generic) -> ir.Value:
+        """A constant without axes of the graph itself, by its name."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(np.asarray(number), name=name)
+        value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

@@ -22,6 +22,7 @@ from cllm_export.bundle import Bundle, Progress
 from cllm_export.contract import cache_names, hidden_name
 from cllm_export.errors import EngineError, GraphError
 from cllm_export.exporter.layer_reference import Float32Array, LayerRecord, LayerReference
+from cllm_export.runtime.ort_engine import QDQ_AS_WRITTEN
 
 NUM_TOKENS = 24
 """Tokens compared, at most; two forwards take them, the second one over the cache that the first one wrote."""
@@ -105,7 +106,7 @@ class LayeredGraph:
         part, stored = self._part(outputs, list(hidden))
         session = self._session(part)
         names = {value.name for value in part.graph.input}
-        weights = {name: widened(self._read(name)) for name in stored}
+        weights = {name: self._feedable(name) for name in stored}
         geometry = self._manifest.geometry
         rows = (self._num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
         past = {name: np.zeros(rows, np.float32) for name, _ in caches}
@@ -125,6 +126,7 @@ class LayeredGraph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        options.add_session_config_entry(*QDQ_AS_WRITTEN)
         try:
             return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types, unrelated to each other
@@ -183,6 +185,15 @@ class LayeredGraph:
 
     def _is_inline(self, name: str) -> bool:
         return name in self._stored and self._stored[name].data_location != TensorProto.EXTERNAL
+
+    def _feedable(self, name: str) -> Any:
+        """A stored tensor as a session takes it: numpy has no 8-bit floats, so those go as bytes with their type."""
+        import onnxruntime
+
+        values, data_type = widened(self._read(name)), self._stored[name].data_type
+        if data_type != TensorProto.FLOAT8E4M3FN:
+            return values
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint8), data_type)
 
     def _read(self, name: str) -> NDArray[Any]:
         """A stored tensor, memory-mapped; bf16 as its bits in uint16."""

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cllm_export.contract import Precision
+from cllm_export.exporter.adapter import Adapter
 from cllm_export.exporter.checkpoint import Checkpoint, truncated_config
 from cllm_export.exporter.rotary import settle_rope
+from cllm_export.exporter.stream import Piece, rows_of
 from cllm_export.exporter.trace import TORCH_DTYPE, checkpoint_names, decoder_from
 
 Float32Array = NDArray[np.float32]
@@ -39,13 +41,20 @@ class LayerReference:
 
     Weights and rotary tables are rounded to ``precision`` and computed with in fp32: what is left between this and
     an engine that does the same is the graph, not the precision. ``max_length`` and
-    ``num_layers`` are the bundle's.
+    ``num_layers`` are the bundle's. An ``adapter`` is merged into each layer.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, precision: Precision, *, max_length: int, num_layers: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        *,
+        max_length: int,
+        num_layers: int | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self._checkpoint = checkpoint
+        self._adapter = adapter
         self._dtype = TORCH_DTYPE[precision]
         with _parameters_on_meta():
             config = truncated_config(checkpoint.config, num_layers or checkpoint.config.num_hidden_layers)
@@ -90,9 +99,16 @@ class LayerReference:
     def _fill(self, module: nn.Module, _: Any) -> None:
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
-                value = self._checkpoint.read(self._names[id(parameter)]).to(self._dtype).float()
+                value = self._read(self._names[id(parameter)]).to(self._dtype).float()
                 self._empty_ones.append((owner, name, parameter))
                 owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+    def _read(self, name: str) -> Tensor:
+        values = self._checkpoint.read(name)
+        if self._adapter is None:
+            return values
+        info = self._checkpoint.tensors[name]
+        return self._adapter.merge(Piece(name, info, 0, rows_of(info), memoryview(b"")), values)
 
     def _empty(self, *_: Any) -> None:
         for owner, name, parameter in self._empty_ones:

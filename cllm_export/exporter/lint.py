@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,25 +49,30 @@ class Finding:
         return f"{self.node}: {self.message} [{self.rule}]"
 
 
-def lint(model: ModelProto, *, max_opset: int = OPSET) -> list[Finding]:
-    """Every rule that the graph breaks, in graph order; an empty list if it is clean."""
+def lint(model: ModelProto, *, max_opset: int = OPSET, unjudged: Collection[str] = ()) -> list[Finding]:
+    """Every rule that the graph breaks, in graph order; an empty list if it is clean.
+
+    ``unjudged`` are operators, of any domain, for which the graph is meant for another engine than TensorRT.
+    """
     described, failure = _infer(_without_data(model))
     values = _Values.of(model, described)
     findings = [Finding(node="model", rule=rule, message=text) for rule, text in (*_opset(model, max_opset), *failure)]
     findings += [Finding(node=f"value {name}", rule=rule, message=text) for name, rule, text in _float64(values)]
     for node, inside in _nodes(model.graph):
+        if node.op_type in unjudged:
+            continue
         label = f"{node.op_type} {node.name}".strip()
         findings += [Finding(node=label, rule=rule, message=text) for rule, text in _check(node, inside, values)]
     return findings
 
 
-def require_clean(model: ModelProto) -> None:
-    """Check that the graph breaks no rule.
+def require_clean(model: ModelProto, *, unjudged: Collection[str] = ()) -> None:
+    """Check that the graph breaks no rule; see ``lint``.
 
     Raises:
         GraphError: it does; lists the first findings and says how many there are.
     """
-    findings = lint(model)
+    findings = lint(model, unjudged=unjudged)
     if not findings:
         return
     lines = [f"  {finding}" for finding in findings[:MAX_LISTED]]
@@ -115,6 +120,9 @@ REFUSED: dict[str, str] = {
     "MatMulInteger": "is not in TensorRT: quantise with QuantizeLinear and DequantizeLinear",
 }
 """Operators that are easily met, and what to do instead."""
+
+ONNXRUNTIME_OPERATORS = frozenset({"MatMulInteger", "QuantizeLinear", "MatMulNBits"})
+"""What a bundle for ONNX Runtime alone may quantise with: integers without a sign, operators of its own."""
 
 TYPED_VALUES: dict[str, Callable[[NodeProto], Sequence[str]]] = {
     "Where": lambda node: node.input[1:2],
@@ -201,12 +209,24 @@ def _without_data(model: ModelProto) -> ModelProto:
     weights = [_info_of(tensor) for tensor in graph.initializer if not _is_inline(tensor) and tensor.name not in fed]
     copy = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     copy.graph.name = graph.name
-    copy.graph.node.extend(graph.node)
+    for node in graph.node:
+        known, dense = _inferable(node)
+        copy.graph.node.append(known)
+        weights += dense
     copy.graph.input.extend([*graph.input, *weights])
     copy.graph.output.extend(graph.output)
     copy.graph.value_info.extend(graph.value_info)
     copy.graph.initializer.extend(inline)
     return copy
+
+
+def _inferable(node: NodeProto) -> tuple[NodeProto, list[ValueInfoProto]]:
+    """The node, or for an operator that shape inference does not know, one with the same output and what it takes."""
+    if node.op_type != "MatMulNBits":
+        return node, []
+    dense, shape = f"{node.output[0]}.dense", [_attribute(node, "K", 0), _attribute(node, "N", 0)]
+    known = helper.make_node("MatMul", [node.input[0], dense], list(node.output), name=node.name)
+    return known, [helper.make_tensor_value_info(dense, TensorProto.FLOAT, shape)]
 
 
 def _is_inline(tensor: TensorProto) -> bool:

@@ -42,6 +42,7 @@ def derive_lookahead(greedy: DecoderGraph, geometry: Geometry) -> DecoderGraph:
         precision=greedy.precision,
         weights=dict(greedy.weights),
         constants=dict(greedy.constants),
+        quantization=greedy.quantization,
     )
     inputs = lookahead_inputs(geometry, graph.precision)
     values = _add_inputs(graph, inputs)

@@ -55,22 +55,24 @@ class MemoryPlan:
     """What the whole build comes to."""
 
 
-def plan_memory(max_memory: int | None) -> MemoryPlan:
+def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> MemoryPlan:
     """Spend what the bound leaves, from what is taken already: on pieces first, then on weights in the making.
+
+    ``needed`` is what a later stage takes, when pieces and weights are gone; ``beside`` is what is held beside them.
 
     Raises:
         OptionError: the smallest pieces do not fit ``max_memory``; says what would.
     """
-    base = (anonymous_bytes() or LIBRARY_BYTES) + TRACE_BYTES
+    base = (anonymous_bytes() or LIBRARY_BYTES) + TRACE_BYTES + beside
     if max_memory is None:
-        max_memory = base + PIECE_COPIES * MAX_PIECE_BYTES + STAGE_BYTES
-    smallest = base + PIECE_COPIES * MIN_PIECE_BYTES
+        max_memory = base + max(PIECE_COPIES * MAX_PIECE_BYTES + STAGE_BYTES, needed)
+    smallest = base + max(PIECE_COPIES * MIN_PIECE_BYTES, needed)
     if max_memory < smallest:
         needed = -(-smallest // 10_000_000) * 10
         raise OptionError(f"--max-memory {max_memory / 1e6:.0f}MB is too small; the smallest that works is {needed}MB")
     piece = min(MAX_PIECE_BYTES, (max_memory - base) // PIECE_COPIES)
     stage = min(STAGE_BYTES, max_memory - base - PIECE_COPIES * piece)
-    return MemoryPlan(piece=piece, stage=stage, peak=base + PIECE_COPIES * piece + stage)
+    return MemoryPlan(piece=piece, stage=stage, peak=base + max(PIECE_COPIES * piece + stage, needed))
 
 
 class PeakMemory:

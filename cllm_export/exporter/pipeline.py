@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
+from torch import Tensor
 
 from cllm_export.bundle import (
     CHAT_TEMPLATE_NAME,
@@ -39,18 +40,23 @@ from cllm_export.bundle import (
     staged_output,
     write_manifest,
 )
+from cllm_export.calibration.scales import Scales, open_scales
 from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.exporter.adapter import Adapter, open_source
 from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length, truncated_config
+from cllm_export.exporter.gptq import factor_bytes
 from cllm_export.exporter.graph import DecoderGraph, WeightSource
 from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.linking import LINKED_PASSES
-from cllm_export.exporter.lint import require_clean
+from cllm_export.exporter.lint import ONNXRUNTIME_OPERATORS, require_clean
 from cllm_export.exporter.lookahead import derive_lookahead, lookahead_obstacle
 from cllm_export.exporter.memory import plan_memory, watched_memory
 from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
-from cllm_export.exporter.stream import Use, stream_files, stream_tensors
+from cllm_export.exporter.quantize import QuantizeOptions, quantize
+from cllm_export.exporter.smoke import require_sound, smoke_bytes
+from cllm_export.exporter.static_layers import ColumnMaximum
+from cllm_export.exporter.stream import Piece, Use, rows_of, stream_files, stream_tensors
 from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
 from cllm_export.exporter.weights import (
     ENGINE_DTYPE,
@@ -63,6 +69,8 @@ from cllm_export.exporter.weights import (
     require_space,
 )
 from cllm_export.linked import WEIGHTS_MODES, LinkedFile, WeightsMode
+from cllm_export.quantization import ENGINES
+from cllm_export.runtime.ort_engine import available_threads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,6 +99,9 @@ class BuildOptions:
     """Prompt plus new tokens; by default the model's own length, capped at 2048."""
     batch_size: int = 1
     precision: Precision = "fp32"
+    """The dtype of what is computed and of the KV cache."""
+    quantize: QuantizeOptions | None = None
+    """How linear layers are quantised; by default they are not."""
     fixed_shapes: bool = False
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
@@ -224,15 +235,22 @@ class _Work:
             tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
             check_dtypes(tensors)
         mode, reason = choose_weights(options, tensors, adapter)
-        memory = plan_memory(options.max_memory)
+        memory = plan_memory(
+            options.max_memory,
+            needed=smoke_bytes(tensors) if options.quantize else 0,
+            beside=factor_bytes(tensors) if options.quantize and options.quantize.is_gptq else 0,
+        )
         stages.say(f"weights: {mode}, because {reason}")
         stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
-        self._require_early_space(mode, tensors, settings.precision)
+        self._require_early_space(mode, tensors)
         changed = set(adapter.matrices) if adapter else set()
         with _Scan(checkpoint, tensors, memory.piece, stages) as scan:
             if mode == "link":
                 scan.start()
+            scales = open_scales(options.quantize.scales) if options.quantize and options.quantize.scales else None
             graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
+            self._quantize(graph, checkpoint, adapter, scales)
+            _finish(graph, settings, stages)
             graphs = {GREEDY_GRAPH: graph}
             refused = self._add_lookahead(graphs, checkpoint, settings)
             layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
@@ -250,6 +268,8 @@ class _Work:
                         scan.run(weights.put)
                     known = {WEIGHTS_NAME: weights.sha256()}
                 sums = scan.result()
+                if scales:
+                    scales.require_checkpoint(checkpoint.fingerprint(sums))
                 with stages.stage("bundle"):
                     for name, each in graphs.items():
                         attach_weights(each, layout)
@@ -257,6 +277,8 @@ class _Work:
                     _copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
                     write_manifest(staging, _manifest(checkpoint, settings, graphs, layout, files, sums))
+                if options.quantize:
+                    self._require_sound(staging, checkpoint, adapter)
                 written = perf_counter()
             stages.took("to disk", perf_counter() - written)
         return BuildReport(
@@ -271,6 +293,21 @@ class _Work:
             bytes_linked=sum(weight.length for weight in layout.linked.values()),
         )
 
+    def _quantize(
+        self, graph: DecoderGraph, checkpoint: Checkpoint, adapter: Adapter | None, scales: Scales | None
+    ) -> None:
+        if self._options.quantize is None:
+            return
+        with self.stages.stage("quantize"):
+            quantize(
+                graph,
+                self._options.quantize,
+                num_layers=int(checkpoint.config.num_hidden_layers),
+                scales=scales,
+                maximum=_column_maximum(checkpoint, adapter),
+            )
+            graph.drop_unused_weights()
+
     def _add_lookahead(self, graphs: dict[str, DecoderGraph], checkpoint: Checkpoint, settings: Settings) -> str | None:
         """Derive the lookahead graph where it was asked for; why there is none, where there can be none."""
         if not self._options.lookahead:
@@ -283,14 +320,24 @@ class _Work:
             return obstacle
         with self.stages.stage("lookahead"):
             graphs[LOOKAHEAD_GRAPH] = graph = derive_lookahead(graphs[GREEDY_GRAPH], settings.geometry)
-            require_clean(ir.serde.serialize_model(graph.model))
+            _lint(graph, ir.serde.serialize_model(graph.model))
         return None
 
-    def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo], precision: Precision) -> None:
-        """Before the trace: a copy takes at least what its values take."""
+    def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None) -> None:
+        """Let no quantised bundle take its place that does not compute its model any more."""
+        with self.stages.stage("smoke"):
+            smoke = require_sound(open_bundle(staging), checkpoint, adapter, threads=available_threads())
+        self.stages.say(
+            f"of {smoke.tokens} random tokens {smoke.flips} are followed by another token than before; "
+            f"the last layer is off by {smoke.distance:.1%}"
+        )
+
+    def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo]) -> None:
+        """Before the trace: a copy takes at least what its values take, quantised ones less than any dtype's."""
         values = sum(math.prod(info.shape) for info in tensors.values()) if mode == "copy" else 0
+        each = 0 if self._options.quantize else BYTES[KV_DTYPE[self._options.precision]]
         parent = next(path for path in Path(os.path.abspath(self._output)).parents if path.exists())
-        require_space(parent, values * BYTES[KV_DTYPE[precision]] + _TEXT_BYTES, self._output)
+        require_space(parent, values * each + _TEXT_BYTES, self._output)
 
 
 class _Scan:
@@ -362,6 +409,13 @@ def choose_weights(
             f"no weight can be linked at --precision {options.precision}, which takes {wanted}: the checkpoint holds "
             f"{', '.join(other)}; use --weights copy, or the precision that it has"
         )
+    if options.quantize is not None:
+        if options.weights == "link":
+            raise OptionError(
+                f"no weight can be linked at --precision {options.quantize.scheme}, which stores them rounded: "
+                "leave --weights out"
+            )
+        return "copy", f"{options.quantize.scheme} stores them rounded"
     if options.weights is not None:
         return options.weights, f"--weights {options.weights} was given"
     if adapter is not None:
@@ -415,6 +469,18 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     )
 
 
+def _column_maximum(checkpoint: Checkpoint, adapter: Adapter | None) -> ColumnMaximum:
+    """Reads the largest magnitude of each column of a tensor, merged with the adapter if there is one."""
+
+    def maximum(name: str) -> Tensor:
+        values, info = checkpoint.read(name), checkpoint.tensors[name]
+        if adapter:
+            values = adapter.merge(Piece(name, info, 0, rows_of(info), memoryview(b"")), values)
+        return values.float().abs().amax(dim=0)
+
+    return maximum
+
+
 def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, link: bool) -> DecoderGraph:
     passes = LINKED_PASSES if link else PASSES
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -424,12 +490,16 @@ def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, l
     if period is not None and not repeat_layers(graph, period, total):
         log.info("layers are not alike: tracing every one")
         graph = _trace(checkpoint.config, settings, total, passes, stages)
+    return graph
+
+
+def _finish(graph: DecoderGraph, settings: Settings, stages: Stages) -> None:
+    """State the contract, and hold the graph to the lint."""
     with stages.stage("lint"):
         if settings.fixed:
             pin_shapes(graph, settings.geometry, settings.fixed)
         state_contract(graph, settings.geometry, settings.fixed)
-        require_clean(ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
-    return graph
+        _lint(graph, ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
 
 
 def _trace(
@@ -450,10 +520,16 @@ def _trace(
     return graph
 
 
+def _lint(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
+    """Hold the graph to TensorRT's rules, but for what quantises a graph that is not meant for it."""
+    engines = graph.quantization.engines if graph.quantization else ENGINES
+    require_clean(proto, unjudged=() if "tensorrt" in engines else ONNXRUNTIME_OPERATORS)
+
+
 def _write_graph(graph: DecoderGraph, name: str, directory: Path) -> None:
     graph.model.producer_name, graph.model.graph.name = "cllm-export", name
     proto = ir.serde.serialize_model(graph.model)
-    require_clean(proto)
+    _lint(graph, proto)
     onnx.save(proto, directory / GRAPH_FILES[name])
     log.info("%s: %d nodes", GRAPH_FILES[name], len(proto.graph.node))
 
@@ -469,7 +545,7 @@ def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
 def _manifest(
     checkpoint: Checkpoint,
     settings: Settings,
-    graphs: Iterable[str],
+    graphs: Mapping[str, DecoderGraph],
     layout: Layout,
     files: dict[str, FileEntry],
     sums: dict[Path, str],
@@ -497,6 +573,7 @@ def _manifest(
         files=files,
         linked_files=linked,
         linked_weights=layout.linked,
+        quantization=graphs[GREEDY_GRAPH].quantization,
     )
 
 

@@ -29,7 +29,8 @@ from cllm_export.bundle import WEIGHTS_NAME
 from cllm_export.contract import Precision
 from cllm_export.errors import CheckpointError, GraphError, OutputError
 from cllm_export.exporter.checkpoint import TensorInfo
-from cllm_export.exporter.graph import DecoderGraph, WeightSource
+from cllm_export.exporter.graph import IR_DTYPE, DecoderGraph, WeightSource
+from cllm_export.exporter.rounding import Rounded
 from cllm_export.exporter.stream import FiniteScan, Piece, rows_of
 from cllm_export.exporter.trace import TORCH_DTYPE
 from cllm_export.linked import LinkedWeight
@@ -40,13 +41,6 @@ ALIGNMENT = 4096
 STORED_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 ENGINE_DTYPE: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 """How safetensors spells the dtype of an engine's weights."""
-
-IR_DTYPE = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.int64: ir.DataType.INT64,
-}
 
 Change = Callable[[Piece, Tensor], Tensor]
 """Makes the rows of a tensor, as they are stored, into what is exported: merges an adapter, say."""
@@ -136,8 +130,8 @@ def plan_weights(
         for tensor, info in zip(source.tensors, infos, strict=True):
             parts.setdefault(tensor, []).append(Part(name, rows, source))
             rows += rows_of(info)
-        shape = (rows, *infos[0].shape[1:])
-        place(name, shape[::-1] if source.transposed else shape, TORCH_DTYPE[graph.precision])
+        shape = (rows, *_row_shape(source, infos[0]))
+        place(name, shape[::-1] if source.transposed else shape, _dtype_of(source, graph.precision))
     for name, constant in sorted(graph.constants.items()):
         place(name, tuple(constant.shape), constant.dtype)
     return Layout(written=written, linked=linked, parts=parts)
@@ -214,13 +208,14 @@ class WeightsFile:
         self._count(name, value.numel())
 
     def put(self, piece: Piece) -> None:
-        """Cast some rows of a tensor and put them wherever they belong.
+        """Cast or round some rows of a tensor and put them wherever they belong.
 
         Raises:
             CheckpointError: a value does not fit the engine's dtype.
         """
+        rounded: dict[int, Rounded] = {}
         for part in self._layout.parts.get(piece.name, ()):
-            rows = self._rows(piece, part)
+            rows = self._rows(piece, part, rounded)
             target = self._target(part.weight)
             first = part.first_row + piece.start
             if part.source.transposed:
@@ -230,15 +225,27 @@ class WeightsFile:
                 target[first : first + rows.shape[0]].copy_(rows)
             self._count(part.weight, rows.numel())
 
-    def _rows(self, piece: Piece, part: Part) -> Tensor:
-        """The rows of a piece in the engine's dtype; what is added to them is added in fp32."""
-        dtype = self._layout.written[part.weight].dtype
+    def _rows(self, piece: Piece, part: Part, rounded: dict[int, Rounded]) -> Tensor:
+        """The rows of a piece as they are stored; each rounding of them is done once for its codes and its scales."""
+        rounding = part.source.rounding
+        if rounding is None:
+            return self._cast(piece, part.source, self._layout.written[part.weight].dtype)
+        if id(rounding) not in rounded:
+            values = self._cast(piece, part.source, torch.float32)
+            stored = piece.info.dtype == "F32" and self._change is None and not part.source.offset
+            rounded[id(rounding)] = rounding(values.clone() if stored else values)  # the piece is hashed meanwhile
+        return rounded[id(rounding)].codes if part.source.holds == "codes" else rounded[id(rounding)].scales
+
+    def _cast(self, piece: Piece, source: WeightSource, dtype: torch.dtype) -> Tensor:
+        """The rows of a piece in a dtype; what is added to them is added in fp32."""
         shape = (piece.stop - piece.start, *piece.info.shape[1:])
         rows = stored = torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
         if self._change:
             rows = self._change(piece, rows)
-        if part.source.offset:
-            rows = rows.float() + part.source.offset  # never in place: the piece is hashed meanwhile
+        if source.offset:
+            rows = rows.float() + source.offset  # never in place: the piece is hashed meanwhile
+        if source.divisor is not None:
+            rows = rows.float() / source.divisor[piece.start : piece.stop]
         cast = rows.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(rows.dtype).max or rows.dtype != stored.dtype:
             self._require_fitting(piece, cast)
@@ -309,6 +316,20 @@ def _allocate(descriptor: int, size: int) -> None:
 def _stays(source: WeightSource, info: TensorInfo, precision: Precision) -> bool:
     as_stored = len(source.tensors) == 1 and not source.transposed and not source.offset
     return as_stored and is_linkable(info, precision)
+
+
+def _row_shape(source: WeightSource, info: TensorInfo) -> tuple[int, ...]:
+    """Shape of what one row of a tensor becomes."""
+    if source.rounding is None:
+        return info.shape[1:]
+    codes, scales = source.rounding.row_shapes(info.shape[1])
+    return codes if source.holds == "codes" else scales
+
+
+def _dtype_of(source: WeightSource, precision: Precision) -> torch.dtype:
+    if source.rounding is None:
+        return TORCH_DTYPE[precision]
+    return source.rounding.code_dtype if source.holds == "codes" else torch.float32
 
 
 def _stored_at(source: WeightSource, tensors: Mapping[str, TensorInfo]) -> tuple[str, int]:

@@ -1,0 +1,56 @@
+"""Runs a recorded decode again, forward by forward, on any engine of the same model and tokenizer.
+
+What a forward at write index w sees of the cache are the rows of the text before w, which the recorded blocks wrote
+before it, right ones and later overwritten wrong ones alike. So every block is run at its true position over the cache
+that this engine itself would have had there, whatever this engine predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from cllm_export.calibration.recording import Recording, State
+from cllm_export.runtime.engine import Engine, prefill
+
+
+class Replayed(NamedTuple):
+    """One forward of a replay."""
+
+    state: State
+    next_ids: list[int]
+    """What the engine predicts after each token of the block."""
+
+
+def replay_states(engine: Engine, recording: Recording, pad: int) -> Iterator[Replayed]:
+    """Every recorded block, in order. What the engine shows of a forward stands until the next is asked for."""
+    prefill(engine, recording.prompt[:-1], pad)
+    for state in recording.states:
+        yield Replayed(state, _run(engine, state))
+
+
+def replay_text(engine: Engine, recording: Recording, size: int, pad: int) -> Iterator[Replayed]:
+    """The text itself, ``size`` tokens a forward, every one of them right: teacher-forced fixed points.
+
+    An engine with fixed shapes gets its last block padded; the rows of the padding are at or past the end of the text.
+    """
+    text = recording.text
+    for start in range(0, len(text) - 1, size):
+        block = text[start : start + size]
+        committed = len(block)
+        if engine.fixed_shapes:
+            block += (pad,) * (size - committed)
+        state = State(start, committed, block)
+        yield Replayed(state, _run(engine, state))
+
+
+def as_block(
+    engine: Engine, tokens: Sequence[int], num_committed: int, write_index: int
+) -> tuple[list[Sequence[int]], list[int], list[int]]:
+    """Arguments of a forward over a block in slot 0; the other slots are idle."""
+    idle = engine.num_slots - 1
+    return [tokens] * (1 + idle), [num_committed] + [0] * idle, [write_index] + [0] * idle
+
+
+def _run(engine: Engine, state: State) -> list[int]:
+    return list(engine.forward(*as_block(engine, state.tokens, state.num_committed, state.write_index)).next_ids[0])

@@ -1,0 +1,134 @@
+"""Where a calibration keeps what is done, so that an interrupted one goes on: a directory beside the scales file.
+
+    run.json               all that the run follows from; another run does not go on with it
+    recordings-00000.jsonl the decodes of a fixed range of prompts
+    statistics-00000.npz   what the linear layers saw of that range
+    gram-00000.npy         the Gram matrix of one input, over all ranges
+
+A file appears whole, under its name, or not at all. The directory is removed once the scales are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cllm_export.bundle import FillName, Loop, output_error
+from cllm_export.errors import CalibrationError, OutputError
+
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """All that a calibration's outcome follows from."""
+
+    bundle_fingerprint: str
+    prompts_sha256: str
+    num_prompts: int
+    loop: Loop
+    fill: FillName
+    block_size: int
+    max_new_tokens: int
+    seed: int
+    mix: float
+    num_rows: int
+    gram: bool
+    threads: int
+    """The order of sums may follow from it."""
+    onnxruntime: str
+
+
+class RunDirectory:
+    """The files of one calibration."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def recordings(self, shard: int) -> Path:
+        return self._path / f"recordings-{shard:05}.jsonl"
+
+    def statistics(self, shard: int) -> Path:
+        return self._path / f"statistics-{shard:05}.npz"
+
+    def gram(self, index: int) -> Path:
+        return self._path / f"gram-{index:05}.npy"
+
+    def make(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Write one of its files whole, unless it is there."""
+        if path.exists():
+            return
+        unfinished = path.with_name(f".{path.name}")
+        try:
+            write(unfinished)
+            unfinished.replace(path)
+        except OSError as error:
+            raise output_error(error, path) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]:
+    """The directory of a calibration that writes to ``output``: a new one, or that of the same run before.
+
+    It is removed when the block ends, and stays if it raises.
+
+    Raises:
+        CalibrationError: it is of another run; says what differs.
+        OutputError: another run is at work in it, or it cannot be written.
+    """
+    path = output.with_name(f"{output.name}.calibrating")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise output_error(error, path) from None
+    try:
+        _lock(descriptor, path)
+        _begin(path, settings)
+        yield RunDirectory(path)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"another calibration is at work in {path}: wait for it, or choose another --output"
+        ) from None
+
+
+def _begin(path: Path, settings: RunSettings) -> None:
+    run, ours = path / RUN_NAME, asdict(settings)
+    if not run.exists():
+        _refuse_strangers(path)
+        staged = path / f".{RUN_NAME}"
+        staged.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        staged.replace(run)
+        return
+    try:
+        theirs = dict(json.loads(run.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CalibrationError(f"{run} is damaged: {error}; remove {path} and calibrate again") from None
+    for name in sorted(ours.keys() | theirs.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CalibrationError(
+                f"{path} holds an interrupted calibration with {name} {theirs.get(name)!r}, this one has "
+                f"{ours.get(name)!r}: choose another --output, or remove the directory"
+            )
+
+
+def _refuse_strangers(path: Path) -> None:
+    if strange := sorted(entry.name for entry in path.iterdir() if entry.name != f".{RUN_NAME}"):
+        raise OutputError(f"{path} exists and holds {strange[0]}, which is not ours; choose another --output")

@@ -1,0 +1,83 @@
+"""Which rows are observed: a seeded draw, without replacement, from the live rows of block states and of clean text.
+
+Rows are numbered through all recordings, in order, so that a draw is two sorted lists of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cllm_export.calibration.recording import Recording
+from cllm_export.errors import CalibrationError
+
+MIN_ROWS = 256
+"""Fewer say too little of a channel's range."""
+
+Int64Array = NDArray[np.int64]
+
+
+class RowCounts(NamedTuple):
+    """Rows that could be observed."""
+
+    states: int
+    clean: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """Numbers of the rows to observe, ascending."""
+
+    states: Int64Array
+    clean: Int64Array
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.states) + len(self.clean)
+
+
+def count_rows(recording: Recording) -> RowCounts:
+    """The live rows of a recording: of its states, and of its text, whose last token predicts nothing of it."""
+    live = sum(stage is not None for state in recording.states for stage in recording.stages(state))
+    return RowCounts(live, len(recording.text) - 1)
+
+
+def select_rows(counts: Iterable[RowCounts], *, num_rows: int, mix: float, seed: int) -> Selection:
+    """Draw rows, a share ``mix`` of them from block states; fewer than ``num_rows`` where the recordings have fewer.
+
+    Raises:
+        CalibrationError: they have too few.
+    """
+    counts = list(counts)
+    available = RowCounts(sum(each.states for each in counts), sum(each.clean for each in counts))
+    limits = [num_rows]
+    limits += [int(available.states / mix)] if mix > 0 else []
+    limits += [int(available.clean / (1 - mix))] if mix < 1 else []
+    total = min(limits)
+    if total < MIN_ROWS:
+        raise CalibrationError(
+            f"too few prompts: at mix {mix:g} they give {total} rows ({available.states} of block states, "
+            f"{available.clean} of clean text), at least {MIN_ROWS} are needed; give more or longer prompts, or more "
+            "new tokens"
+        )
+    num_states = round(mix * total)
+    random = np.random.default_rng(seed)
+    return Selection(
+        states=_draw(random, available.states, num_states), clean=_draw(random, available.clean, total - num_states)
+    )
+
+
+def rows_between(numbers: Int64Array, start: int, stop: int) -> set[int]:
+    """The drawn rows from ``start`` to ``stop``, counted from ``start``."""
+    first, last = np.searchsorted(numbers, (start, stop))
+    return {int(number) - start for number in numbers[first:last]}
+
+
+def _draw(random: np.random.Generator, available: int, wanted: int) -> Int64Array:
+    if not wanted:
+        return np.zeros(0, np.int64)
+    return np.sort(random.choice(available, size=min(wanted, available), replace=False).astype(np.int64))

@@ -1,0 +1,93 @@
+"""Which layers cost convergence when they are quantised, each on its own: flips on block states, tokens per forward."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cllm_export.bundle import Bundle, Progress
+from cllm_export.calibration.edited_engine import EditedEngine, read_graph, require_unquantised
+from cllm_export.calibration.fake_quantization import FakeQuantization, fake_quantized
+from cllm_export.calibration.flips import Flips, count_flips, predict
+from cllm_export.calibration.linear import LinearLayer, linear_layers
+from cllm_export.calibration.measured import HeldOutOptions, Measured, measure_decode, tpf_loss
+from cllm_export.evaluation.questions import Question
+from cllm_export.runtime.generate import Model, load, pad_token
+from cllm_export.runtime.text import TextCodec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """What quantising one layer alone costs."""
+
+    layer: LinearLayer
+    flips: Flips
+    tpf_loss: float
+    """Share of tokens per forward. Of one layer it is mostly noise; its sum is not."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "layer": self.layer.name,
+            "tensors": list(self.layer.tensors),
+            "values": self.layer.shape[0] * self.layer.shape[1],
+            "tpf_loss": round(self.tpf_loss, 6),
+            "flips": self.flips.to_dict(),
+        }
+
+
+class StandIn:
+    """An unquantised bundle on held-out prompts, and what becomes of it where layers are rounded in its graph.
+
+    Raises:
+        CalibrationError: the bundle is quantised, or not fp32.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        questions: Sequence[Question],
+        how: FakeQuantization,
+        options: HeldOutOptions | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._bundle, self._questions, self._how = bundle, questions, how
+        self._options = options or HeldOutOptions()
+        self._progress = progress or (lambda *_: None)
+        self._pad = pad_token(bundle.manifest)
+        require_unquantised(bundle)
+        self._graph = read_graph(bundle)
+        self._codec = TextCodec.of_bundle(bundle)
+        self.layers = [layer for layer in linear_layers(self._graph) if not layer.is_head]
+        """What can be quantised: every linear layer but the head."""
+        model = load(bundle.path, threads=self._options.threads)
+        self._settings = self._options.settings(model)
+        self.before: Measured = measure_decode(model, questions, self._settings)
+        self._predictions = predict(model.engine, self.before.recordings, self._pad)
+
+    def rank(self) -> list[LayerSensitivity]:
+        """Every layer quantised on its own, the one that flips most first."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            found.append(self._measure(layer))
+            self._progress("layers", index + 1, len(self.layers))
+        return sorted(found, key=lambda entry: (-entry.flips.all.rate, entry.layer.name))
+
+    def loss(self, keep: Collection[str]) -> float:
+        """Share of tokens per forward that is lost where all layers but those of these names are quantised."""
+        return self._loss(self._model(layer for layer in self.layers if layer.name not in keep))
+
+    def _measure(self, layer: LinearLayer) -> LayerSensitivity:
+        model = self._model([layer])
+        after = predict(model.engine, self.before.recordings, self._pad)
+        flips = count_flips(self.before.recordings, self._predictions, after)
+        return LayerSensitivity(layer=layer, flips=flips, tpf_loss=self._loss(model))
+
+    def _loss(self, model: Model) -> float:
+        return tpf_loss(self.before, measure_decode(model, self._questions, self._settings))
+
+    def _model(self, layers: Iterable[LinearLayer]) -> Model:
+        graph, weights = fake_quantized(self._bundle, self._graph, layers, self._how)
+        engine = EditedEngine(self._bundle, graph, weights=weights, threads=self._options.threads)
+        return Model(self._bundle.manifest, engine, self._codec)
