@@ -37,3 +37,5 @@ class Int4Blocks:
         }
         node = ir.node("MatMulNBits", [linear.rows, weight, scales], attributes, domain=DOMAIN)
         put_in_place(self._graph, linear.node, [node])
+        rank = len(linear.node.outputs[0].shape or ())
+        node.outputs[0].shape = ir.Shape([*[None] * (rank - 1), out])  # no shape inference knows the operator

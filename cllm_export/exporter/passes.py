@@ -272,7 +272,8 @@ def state_contract(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes |
                 continue
             if value.name not in hidden:
                 value.name = f"{node.name}_{position}"
-            value.shape, value.type = None, None
+            if not node.domain:  # of an engine's own operators nobody infers what they give
+                value.shape, value.type = None, None
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         if spec := specs.get(str(value.name)):
             value.shape = ir.Shape(spec.shape)
