@@ -27,6 +27,7 @@ ALLOWED = {
     "runtime": {"bundle", "contract", "errors", "prompts", "runtime"},
     "compare": {"bundle", "contract", "errors", "prompts", "runtime"},
     "calibration": {
+        "__version__",
         "bundle",
         "calibration",
         "contract",
