@@ -82,13 +82,17 @@ def build(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
     precision: Annotated[
         PrecisionName,
-        typer.Option("--precision", help="fp16 and bf16 are for GPU engines; int8-dynamic and int4 for CPUs."),
+        typer.Option("--precision", help="fp16, bf16 and fp8 are for GPU engines; int8-dynamic and int4 for CPUs."),
     ] = "fp32",
     quantize_head: Annotated[
         bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
     ] = False,
     quantize_block: Annotated[
         int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    ] = None,
+    scales: Annotated[
+        Path | None,
+        typer.Option("--scales", help="What cllm-export calibrate wrote: int8 and fp8 need it, int4 then takes GPTQ."),
     ] = None,
     keep: Annotated[
         list[str] | None,
@@ -129,7 +133,9 @@ def build(
         max_length=max_length,
         batch_size=batch_size,
         precision=dtype,
-        quantize=quantize_options(scheme, head=quantize_head, block_size=quantize_block, keep=tuple(keep or ())),
+        quantize=quantize_options(
+            scheme, head=quantize_head, block_size=quantize_block, keep=tuple(keep or ()), scales=scales
+        ),
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
         weights=weights,

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 
 from cllm_export.contract import PRECISIONS, Precision
 
-Scheme = Literal["int8-dynamic", "int4"]
+Scheme = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int4"]
+PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8", "int4", "fp8"]
 """What ``--precision`` takes: a dtype, or a scheme over fp32."""
 
 BLOCK_SIZES = (32, 64, 128)
@@ -39,6 +39,8 @@ class Quantization:
     """Quantised weights, named as in the unquantised graph."""
     kept: dict[str, str]
     """Weight that keeps its precision -> reason."""
+    scales_sha256: str | None = None
+    """Of the calibration's file, where one was used."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES or not self.engines or not set(self.engines) <= set(ENGINES):

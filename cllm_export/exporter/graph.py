@@ -22,6 +22,8 @@ IR_DTYPE = {
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
     torch.uint8: ir.DataType.UINT8,
+    torch.int8: ir.DataType.INT8,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 
 
@@ -34,6 +36,8 @@ class WeightSource:
     transposed: bool = False
     offset: float = 0.0
     """For norms whose scale is 1 + weight."""
+    divisor: Tensor | None = None
+    """What the sum is divided by, row by row: the channels that a norm makes are smoothed in its own scale."""
     rounding: Rounding | None = None
     holds: Holds = "values"
     """Which part of what the rounding gives; ``values`` where there is none."""

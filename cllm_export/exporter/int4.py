@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from cllm_export.exporter.gptq import Factors, GptqRounding
 from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.linear import Linear, add_rounded, put_in_place
-from cllm_export.exporter.rounding import BlockRounding
+from cllm_export.exporter.rounding import BlockRounding, Rounding
 
 DOMAIN = "com.microsoft"
 INT8_ACTIVATIONS = 4
@@ -18,16 +19,20 @@ INT8_ACTIVATIONS = 4
 
 
 class Int4Blocks:
-    """x [B, n, in] times a weight whose ``block_size`` input channels of an output channel share a scale."""
+    """x [B, n, in] times a weight whose ``block_size`` input channels of an output channel share a scale.
 
-    def __init__(self, graph: DecoderGraph, block_size: int) -> None:
+    Rounded to nearest; by GPTQ where there are ``factors`` of a calibration.
+    """
+
+    def __init__(self, graph: DecoderGraph, block_size: int, factors: Factors | None = None) -> None:
         self._graph = graph
         self._block_size = block_size
+        self._factors = factors
         graph.model.opset_imports[DOMAIN] = 1
 
     def replace(self, linear: Linear) -> None:
         out, width = linear.shape
-        weight, scales = add_rounded(self._graph, linear, BlockRounding(block_size=self._block_size), transposed=False)
+        weight, scales = add_rounded(self._graph, linear, self._rounding(linear), transposed=False)
         attributes = {
             "K": width,
             "N": out,
@@ -37,5 +42,8 @@ class Int4Blocks:
         }
         node = ir.node("MatMulNBits", [linear.rows, weight, scales], attributes, domain=DOMAIN)
         put_in_place(self._graph, linear.node, [node])
-        rank = len(linear.node.outputs[0].shape or ())
-        node.outputs[0].shape = ir.Shape([*[None] * (rank - 1), out])  # no shape inference knows the operator
+
+    def _rounding(self, linear: Linear) -> Rounding:
+        if self._factors is None:
+            return BlockRounding(block_size=self._block_size)
+        return GptqRounding(block_size=self._block_size, tensor=linear.source.tensors[0], factors=self._factors)

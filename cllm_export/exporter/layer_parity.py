@@ -105,7 +105,7 @@ class LayeredGraph:
         part, stored = self._part(outputs, list(hidden))
         session = self._session(part)
         names = {value.name for value in part.graph.input}
-        weights = {name: widened(self._read(name)) for name in stored}
+        weights = {name: self._feedable(name) for name in stored}
         geometry = self._manifest.geometry
         rows = (self._num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
         past = {name: np.zeros(rows, np.float32) for name, _ in caches}
@@ -183,6 +183,15 @@ class LayeredGraph:
 
     def _is_inline(self, name: str) -> bool:
         return name in self._stored and self._stored[name].data_location != TensorProto.EXTERNAL
+
+    def _feedable(self, name: str) -> Any:
+        """A stored tensor as a session takes it: numpy has no 8-bit floats, so those go as bytes with their type."""
+        import onnxruntime
+
+        values, data_type = widened(self._read(name)), self._stored[name].data_type
+        if data_type != TensorProto.FLOAT8E4M3FN:
+            return values
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint8), data_type)
 
     def _read(self, name: str) -> NDArray[Any]:
         """A stored tensor, memory-mapped; bf16 as its bits in uint16."""

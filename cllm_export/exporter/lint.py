@@ -209,12 +209,24 @@ def _without_data(model: ModelProto) -> ModelProto:
     weights = [_info_of(tensor) for tensor in graph.initializer if not _is_inline(tensor) and tensor.name not in fed]
     copy = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     copy.graph.name = graph.name
-    copy.graph.node.extend(graph.node)
+    for node in graph.node:
+        known, dense = _inferable(node)
+        copy.graph.node.append(known)
+        weights += dense
     copy.graph.input.extend([*graph.input, *weights])
     copy.graph.output.extend(graph.output)
     copy.graph.value_info.extend(graph.value_info)
     copy.graph.initializer.extend(inline)
     return copy
+
+
+def _inferable(node: NodeProto) -> tuple[NodeProto, list[ValueInfoProto]]:
+    """The node, or for an operator that shape inference does not know, one with the same output and what it takes."""
+    if node.op_type != "MatMulNBits":
+        return node, []
+    dense, shape = f"{node.output[0]}.dense", [_attribute(node, "K", 0), _attribute(node, "N", 0)]
+    known = helper.make_node("MatMul", [node.input[0], dense], list(node.output), name=node.name)
+    return known, [helper.make_tensor_value_info(dense, TensorProto.FLOAT, shape)]
 
 
 def _is_inline(tensor: TensorProto) -> bool:

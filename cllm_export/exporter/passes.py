@@ -272,8 +272,7 @@ def state_contract(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes |
                 continue
             if value.name not in hidden:
                 value.name = f"{node.name}_{position}"
-            if not node.domain:  # of an engine's own operators nobody infers what they give
-                value.shape, value.type = None, None
+            value.shape, value.type = None, None
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         if spec := specs.get(str(value.name)):
             value.shape = ir.Shape(spec.shape)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
+from torch import Tensor
 
 from cllm_export.bundle import (
     CHAT_TEMPLATE_NAME,
@@ -38,6 +39,7 @@ from cllm_export.bundle import (
     staged_output,
     write_manifest,
 )
+from cllm_export.calibration.scales import open_scales
 from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.exporter.adapter import Adapter, open_source
@@ -50,7 +52,8 @@ from cllm_export.exporter.memory import plan_memory, watched_memory
 from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
 from cllm_export.exporter.quantize import QuantizeOptions, quantize
 from cllm_export.exporter.smoke import require_sound, smoke_bytes
-from cllm_export.exporter.stream import Use, stream_files, stream_tensors
+from cllm_export.exporter.static_layers import ColumnMaximum
+from cllm_export.exporter.stream import Piece, Use, rows_of, stream_files, stream_tensors
 from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
 from cllm_export.exporter.weights import (
     ENGINE_DTYPE,
@@ -231,7 +234,20 @@ class _Work:
         with _Scan(checkpoint, tensors, memory.piece, stages) as scan:
             if mode == "link":
                 scan.start()
-            graph = _make_graph(checkpoint, settings, stages, link=mode == "link", quantize_options=options.quantize)
+            scales = open_scales(options.quantize.scales) if options.quantize and options.quantize.scales else None
+            graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
+            if options.quantize:
+                with stages.stage("quantize"):
+                    maximum = _column_maximum(checkpoint, adapter)
+                    quantize(
+                        graph,
+                        options.quantize,
+                        num_layers=settings.geometry.num_layers,
+                        scales=scales,
+                        maximum=maximum,
+                    )
+                    graph.drop_unused_weights()
+            _finish(graph, settings, stages)
             layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
             with staged_output(self._output, force=force) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
@@ -247,6 +263,8 @@ class _Work:
                         scan.run(weights.put)
                     known = {WEIGHTS_NAME: weights.sha256()}
                 sums = scan.result()
+                if scales:
+                    scales.require_checkpoint(checkpoint.fingerprint(sums))
                 with stages.stage("bundle"):
                     attach_weights(graph, layout)
                     _write_graph(graph, staging / GRAPH_FILE)
@@ -413,14 +431,19 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     )
 
 
-def _make_graph(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    stages: Stages,
-    *,
-    link: bool,
-    quantize_options: QuantizeOptions | None = None,
-) -> DecoderGraph:
+def _column_maximum(checkpoint: Checkpoint, adapter: Adapter | None) -> ColumnMaximum:
+    """Reads the largest magnitude of each column of a tensor, merged with the adapter if there is one."""
+
+    def maximum(name: str) -> Tensor:
+        values, info = checkpoint.read(name), checkpoint.tensors[name]
+        if adapter:
+            values = adapter.merge(Piece(name, info, 0, rows_of(info), memoryview(b"")), values)
+        return values.float().abs().amax(dim=0)
+
+    return maximum
+
+
+def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, link: bool) -> DecoderGraph:
     passes = LINKED_PASSES if link else PASSES
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     period, total = repeated_period(checkpoint.config, shapes), settings.geometry.num_layers
@@ -429,16 +452,16 @@ def _make_graph(
     if period is not None and not repeat_layers(graph, period, total):
         log.info("layers are not alike: tracing every one")
         graph = _trace(checkpoint.config, settings, total, passes, stages)
-    if quantize_options:
-        with stages.stage("quantize"):
-            quantize(graph, quantize_options, num_layers=total)
-            graph.drop_unused_weights()
+    return graph
+
+
+def _finish(graph: DecoderGraph, settings: Settings, stages: Stages) -> None:
+    """State the contract, and hold the graph to the lint."""
     with stages.stage("lint"):
         if settings.fixed:
             pin_shapes(graph, settings.geometry, settings.fixed)
         state_contract(graph, settings.geometry, settings.fixed)
         _lint(graph, ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
-    return graph
 
 
 def _trace(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from cllm_export.bundle import sha256_of
+from cllm_export.calibration.scales import Scales
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, QuantizationError
+from cllm_export.exporter.gptq import Factors
 from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.int4 import Int4Blocks
 from cllm_export.exporter.int8_dynamic import Int8Dynamic
 from cllm_export.exporter.linear import LayerQuantizer, Linear, linear_layers, nodes_of_head
-from cllm_export.quantization import BLOCK_SIZES, SCHEMES, Quantization, Scheme
+from cllm_export.exporter.static_layers import FLOAT8, INT8, ColumnMaximum, StaticLayers
+from cllm_export.quantization import BLOCK_SIZES, ENGINES, SCHEMES, Engine, Quantization, Scheme
 
 DEFAULT_BLOCK_SIZE = 32
+STATIC = {"int8": INT8, "fp8": FLOAT8}
+"""Schemes whose activations have scales known before they run."""
+
 HEAD_KEPT, ASKED = "head: kept unless asked for", "kept as asked"
 ROLES = {
     "Gather": "embedding",
@@ -34,6 +43,8 @@ class QuantizeOptions:
     """Input channels that share a scale of a weight; only where the scheme has blocks, 32 by default."""
     keep: tuple[str, ...] = ()
     """Checkpoint tensors whose layers keep their precision."""
+    scales: Path | None = None
+    """File of a calibration: int8 and fp8 need one, with one int4 is rounded by GPTQ, int8-dynamic takes none."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -46,6 +57,14 @@ class QuantizeOptions:
                     f"--quantize-block is for int4 and one of {sizes}, got {self.block_size} for {self.scheme}"
                 )
 
+        if self.scheme in STATIC and self.scales is None:
+            raise OptionError(
+                f"--precision {self.scheme} needs --scales: make them with cllm-export calibrate on the unquantised "
+                "bundle"
+            )
+        if self.scheme == "int8-dynamic" and self.scales is not None:
+            raise OptionError("--precision int8-dynamic takes no --scales: activations get theirs at run time")
+
     @property
     def block(self) -> int | None:
         """The block size, settled."""
@@ -53,7 +72,12 @@ class QuantizeOptions:
 
 
 def quantize_options(
-    scheme: Scheme | None, *, head: bool = False, block_size: int | None = None, keep: tuple[str, ...] = ()
+    scheme: Scheme | None,
+    *,
+    head: bool = False,
+    block_size: int | None = None,
+    keep: tuple[str, ...] = (),
+    scales: Path | None = None,
 ) -> QuantizeOptions | None:
     """Options of a scheme; None where nothing is quantised.
 
@@ -61,18 +85,30 @@ def quantize_options(
         OptionError: an option of quantisation was given for nothing to quantise, or is out of range.
     """
     if scheme is not None:
-        return QuantizeOptions(scheme=scheme, head=head, block_size=block_size, keep=keep)
-    given = {"--quantize-head": head, "--quantize-block": block_size, "--keep": keep}
+        return QuantizeOptions(scheme=scheme, head=head, block_size=block_size, keep=keep, scales=scales)
+    given = {"--quantize-head": head, "--quantize-block": block_size, "--keep": keep, "--scales": scales}
     if used := next((name for name, value in given.items() if value), None):
         raise OptionError(f"{used} needs a --precision that quantises: {', '.join(SCHEMES)}")
     return None
 
 
-def quantize(graph: DecoderGraph, options: QuantizeOptions, *, num_layers: int) -> None:
+def quantize(
+    graph: DecoderGraph,
+    options: QuantizeOptions,
+    *,
+    num_layers: int,
+    scales: Scales | None,
+    maximum: ColumnMaximum,
+) -> None:
     """Rewrite every linear layer but those that are kept; ``graph.quantization`` says what was done.
+
+    Args:
+        scales: those of ``options``, opened.
+        maximum: reads the largest magnitude of each column of a checkpoint tensor.
 
     Raises:
         OptionError: a layer to keep is not in the model.
+        ScalesError: the scales are of another model, or lack what the scheme needs.
         QuantizationError: no layer is left to quantise, or one cannot be.
         GraphError: a linear layer has a form that no pass of ours leaves.
     """
@@ -81,24 +117,41 @@ def quantize(graph: DecoderGraph, options: QuantizeOptions, *, num_layers: int) 
     chosen = [linear for linear in linears if linear.name not in reasons]
     if not chosen:
         raise QuantizationError("the graph has no linear layer left to quantise")
-    quantizer = _quantizer(graph, options)
+    quantizer, method, engines = _quantizer(graph, options, chosen, scales, maximum)
     for linear in chosen:
         quantizer.replace(linear)
     quantized = {linear.name for linear in chosen}
     graph.quantization = Quantization(
         scheme=options.scheme,
-        method="round to nearest",
+        method=method,
         block_size=options.block,
-        engines=("onnxruntime",),
+        engines=engines,
         weights=tuple(sorted(quantized)),
         kept={name: reason for name, reason in _kept(graph, reasons).items() if name not in quantized},
+        scales_sha256=sha256_of(scales.path) if scales else None,
     )
 
 
-def _quantizer(graph: DecoderGraph, options: QuantizeOptions) -> LayerQuantizer:
+def _quantizer(
+    graph: DecoderGraph,
+    options: QuantizeOptions,
+    chosen: Sequence[Linear],
+    scales: Scales | None,
+    maximum: ColumnMaximum,
+) -> tuple[LayerQuantizer, str, tuple[Engine, ...]]:
+    """What replaces the layers, what its method is called, and the engines that run its graph."""
+    nearest = "round to nearest"
     if options.block is not None:
-        return Int4Blocks(graph, options.block)
-    return Int8Dynamic(graph)
+        if scales is None:
+            return Int4Blocks(graph, options.block), nearest, ("onnxruntime",)
+        scales.require_tensors({name: linear.shape[1] for linear in chosen for name in linear.source.tensors})
+        for linear in chosen:
+            scales.gram(linear.source.tensors[0])  # find out now that there is none
+        return Int4Blocks(graph, options.block, Factors(scales)), "GPTQ", ("onnxruntime",)
+    if scales is not None:
+        static = StaticLayers(graph, scales, STATIC[options.scheme], chosen, maximum)
+        return static, "SmoothQuant" if options.scheme == "int8" else nearest, ENGINES
+    return Int8Dynamic(graph), nearest, ("onnxruntime",)
 
 
 def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOptions, num_layers: int) -> dict[str, str]:

@@ -44,16 +44,19 @@ class Rounding(Protocol):
 class ChannelRounding:
     """8 bits, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has scale 0.
 
-    Stored without a sign, 0 as 128: the kernels of x86 processors without VNNI add two products of a signed and an
-    unsigned byte in 16 bits and saturate without a word, where both are unsigned they do not.
+    With a zero point of 128 they are stored without a sign: the kernels of x86 processors without VNNI add two products
+    of a signed and an unsigned byte in 16 bits and saturate without a word; where both are unsigned they do not.
     """
+
+    zero_point: int = UINT8_ZERO
+    """What 0 is stored as: 128, or 0 for integers with a sign."""
 
     scale_factor: float = 1.0
     """What scales are multiplied by: another factor of the product, which then needs no node of its own."""
 
     @property
     def code_dtype(self) -> torch.dtype:
-        return torch.uint8
+        return torch.uint8 if self.zero_point else torch.int8
 
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (width,), ()
@@ -61,8 +64,47 @@ class ChannelRounding:
     def __call__(self, rows: Tensor) -> Rounded:
         scales = rows.abs().amax(dim=1).div_(INT8_MAX)
         divisor = torch.where(scales > 0, scales, 1.0)
-        codes = rows.div_(divisor[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).add_(UINT8_ZERO).to(torch.uint8)
-        return Rounded(codes, scales * self.scale_factor)
+        codes = rows.div_(divisor[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).add_(self.zero_point)
+        return Rounded(codes.to(self.code_dtype), scales * self.scale_factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Rounding:
+    """8-bit floats (E4M3), one scale for each row: its largest magnitude is the largest number of the format."""
+
+    largest: float
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (width,), ()
+
+    def __call__(self, rows: Tensor) -> Rounded:
+        scales = rows.abs().amax(dim=1).div_(self.largest)
+        divisor = torch.where(scales > 0, scales, 1.0)
+        codes = rows.div_(divisor[:, None]).clamp_(-self.largest, self.largest)
+        return Rounded(codes.to(torch.float8_e4m3fn), scales)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScaledRounding:
+    """Another rounding, of rows whose columns are multiplied first: by what the activation was divided by."""
+
+    inner: Rounding
+    factors: Tensor
+    """[in]"""
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return self.inner.code_dtype
+
+    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.inner.row_shapes(width)
+
+    def __call__(self, rows: Tensor) -> Rounded:
+        return self.inner(rows.mul_(self.factors))
 
 
 INT4_ZERO = 8

@@ -244,6 +244,8 @@ class WeightsFile:
             rows = self._change(piece, rows)
         if source.offset:
             rows = rows.float() + source.offset  # never in place: the piece is hashed meanwhile
+        if source.divisor is not None:
+            rows = rows.float() / source.divisor[piece.start : piece.stop]
         cast = rows.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(rows.dtype).max or rows.dtype != stored.dtype:
             self._require_fitting(piece, cast)

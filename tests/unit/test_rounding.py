@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from cllm_export.exporter.rounding import UINT8_ZERO, ChannelRounding  # noqa: E402 - after the skip
+from cllm_export.exporter.rounding import (  # noqa: E402 - after the skip
+    INT4_ZERO,
+    UINT8_ZERO,
+    BlockRounding,
+    ChannelRounding,
+    Float8Rounding,
+    ScaledRounding,
+)
 
 FEW_ROUNDINGS = 1 + 1e-5
 """Of fp32, in a division, a product and a subtraction."""
@@ -48,3 +55,32 @@ def test_scales_carry_the_other_factor_of_a_product():
     plain, scaled = ChannelRounding()(values.clone()), ChannelRounding(scale_factor=0.5)(values.clone())
     assert torch.equal(plain.codes, scaled.codes)
     assert torch.equal(plain.scales / 2, scaled.scales)
+
+
+@given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
+def test_four_bit_values_are_a_step_away_at_most(rows: int, width: int, seed: int):
+    values = random_rows(rows, width, seed)
+    codes, scales = BlockRounding(block_size=32)(values.clone())
+    unpacked = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
+    restored = (unpacked * scales[..., None]).flatten(1)
+    padded = torch.nn.functional.pad(values, (0, restored.shape[1] - width))
+    largest = padded.view(rows, -1, 32).abs().amax(dim=-1)
+    # the coarsest step is a seventh of the block's largest; the finest leaves 1.5 of 8.5 steps of it to be clipped
+    assert ((restored - padded).abs().view(rows, -1, 32) <= 1.5 / 8.5 * largest[..., None] * FEW_ROUNDINGS).all()
+    assert restored[:, width:].eq(0).all()
+
+
+def test_eight_bit_floats_keep_three_bits_behind_the_first():
+    values = random_rows(4, 40, 0)
+    codes, scales = Float8Rounding(largest=448.0)(values.clone())
+    restored = codes.float() * scales[:, None]
+    coarse = values.abs() >= values.abs().amax(dim=1, keepdim=True) * 2**-14  # smaller ones have fewer bits
+    assert ((restored - values).abs()[coarse] <= values.abs()[coarse] / 16 * FEW_ROUNDINGS).all()
+
+
+def test_columns_are_scaled_before_they_are_rounded():
+    values, factors = random_rows(3, 6, 0), torch.tensor([1.0, 2.0, 0.5, 1.0, 4.0, 1.0])
+    scaled = ScaledRounding(inner=ChannelRounding(zero_point=0), factors=factors)(values.clone())
+    plain = ChannelRounding(zero_point=0)(values * factors)
+    assert torch.equal(scaled.codes, plain.codes) and torch.equal(scaled.scales, plain.scales)
+    assert scaled.codes.dtype == torch.int8
