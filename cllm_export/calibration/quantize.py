@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, staged_output
 from cllm_export.calibration.fake_quantization import FakeQuantization
@@ -33,6 +33,7 @@ class FitOptions:
     block_size: int | None = None
     """Input channels that share a scale of a 4-bit weight."""
     scales: Path | None = None
+    """What ``int8`` needs, and ``int4`` takes GPTQ from."""
     always_rank: bool = False
     held_out: HeldOutOptions
 
@@ -106,12 +107,14 @@ class _Builder:
             from cllm_export.exporter import quantize as exporter
             from cllm_export.exporter.pipeline import BuildOptions, build
         manifest = self._manifest
-        how: dict[str, Any] = {"scheme": self._options.scheme, "block_size": self._options.block_size, "keep": keep}
+        chosen = self._options
         options = BuildOptions(
             block_size=manifest.block_size,
             max_length=manifest.max_length,
             batch_size=manifest.batch_size,
             trained_with=manifest.trained_with,
-            quantize=exporter.QuantizeOptions(**how),
+            quantize=exporter.QuantizeOptions(
+                scheme=chosen.scheme, block_size=chosen.block_size, keep=keep, scales=chosen.scales
+            ),
         )
         return build(self._checkpoint, self._output, options, force=True)
