@@ -1,0 +1,227 @@
+"""Bundles of 4 bits and of static 8 bits: their arithmetic in PyTorch, losslessness, the lint, and refused scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402 - after the skip
+from torch.nn import functional  # noqa: E402
+
+from cllm_export.bundle import Bundle  # noqa: E402
+from cllm_export.calibration.scales import open_scales  # noqa: E402
+from cllm_export.errors import OptionError, QuantizationError, ScalesError  # noqa: E402
+from cllm_export.exporter import int4  # noqa: E402
+from cllm_export.exporter.lint import lint  # noqa: E402
+from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
+from cllm_export.verify import check_rows_are_isolated  # noqa: E402
+from tests.conftest import THREADS, Workshop  # noqa: E402
+from tests.parity.compare import random_prompts  # noqa: E402
+from tests.parity.test_int8_dynamic import assert_lossless, differences, engine_logits  # noqa: E402
+from tests.scales import observe_stock, save_scales  # noqa: E402
+
+FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
+SCHEMES = ("int8", "int4", "fp8")
+INT8, FLOAT8 = 127.0, 448.0
+
+TYPICAL, LARGEST = 2e-5, 0.6
+"""Median and largest difference of a logit from the same arithmetic in PyTorch, in standard deviations of the logits.
+
+What differs in the last bit before an activation is rounded may move it by a step: 1 / 127 of the calibration's largest
+for all rows alike, an eighth of itself in fp8, which its row's logits then carry. Most rows meet none.
+"""
+
+Layer = Callable[[Tensor, nn.Linear], Tensor]
+
+
+class Shop:
+    """Scales of each checkpoint of the workshop, made once."""
+
+    def __init__(self, workshop: Workshop, directory: Path) -> None:
+        self._workshop = workshop
+        self._directory = directory
+        self._made: dict[str, Path] = {}
+
+    def scales(self, name: str) -> Path:
+        if name not in self._made:
+            stock, plain = self._workshop.stock(name), self._workshop.bundle(name)
+            rows = observe_stock(stock, plain.manifest.geometry.vocab_size)
+            known = set(stock.state_dict()) if not stock.config.tie_word_embeddings else set(rows) - {"lm_head.weight"}
+            rows = {tensor: seen for tensor, seen in rows.items() if tensor in known}
+            self._made[name] = save_scales(self._directory / f"{name}.scales", plain, rows, gram=True)
+        return self._made[name]
+
+    def options(self, name: str, scheme: Any) -> dict[str, Any]:
+        scales = self.scales(name) if scheme != "int4" else None
+        return {"quantize": QuantizeOptions(scheme=scheme, scales=scales)}
+
+    def bundle(self, name: str, scheme: str) -> Bundle:
+        return self._workshop.bundle(name, **self.options(name, scheme))
+
+
+@pytest.fixture(scope="module")
+def shop(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return Shop(workshop, tmp_path_factory.mktemp("scales"))
+
+
+def expected_logits(checkpoint: Path, tokens: list[int], make: Callable[[nn.Module, str], Layer]) -> np.ndarray:
+    """Logits [T, V] of the stock model whose linear layers but the head are replaced."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.forward = partial(_swapped(make(model, name)), module)
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def _swapped(layer: Layer) -> Callable[[nn.Linear, Tensor], Tensor]:
+    return lambda module, rows: layer(rows, module)
+
+
+def four_bit_layer(_: nn.Module, __: str) -> Layer:
+    """Weights as the best of four steps rounds them, block by block; activations as they are."""
+
+    def run(rows: Tensor, layer: nn.Linear) -> Tensor:
+        out, width = layer.weight.shape
+        blocks = functional.pad(layer.weight, (0, -width % 32)).view(out, -1, 32)
+        tried = []
+        for steps in (7.0, 7.5, 8.0, 8.5):
+            scale = blocks.abs().amax(-1, keepdim=True) / steps
+            tried.append((blocks / scale).nan_to_num().round().clamp(-8, 7) * scale)
+        errors = torch.stack([(each - blocks).square().sum(-1) for each in tried])
+        chosen = torch.stack(tried).gather(0, errors.argmin(0)[None, ..., None].expand(1, *blocks.shape))[0]
+        return functional.linear(rows, chosen.flatten(1)[:, :width], layer.bias)
+
+    return run
+
+
+def static_layer(path: Path, *, largest: float) -> Callable[[nn.Module, str], Layer]:
+    """Weights and activations rounded to integers, or to 8-bit floats, with the scales of a calibration."""
+    scales = open_scales(path)
+
+    def rounded(values: Tensor, step: Tensor) -> Tensor:
+        scaled = (values / step).nan_to_num()
+        if largest == FLOAT8:
+            return scaled.clamp(-FLOAT8, FLOAT8).to(torch.float8_e4m3fn).float() * step
+        return scaled.round().clamp(-128, INT8) * step
+
+    def make(model: nn.Module, name: str) -> Layer:
+        amax = torch.from_numpy(scales.of(f"{name}.weight").amax.copy())
+        factors = torch.ones_like(amax)
+        siblings = [group for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) if is_in(name, group)]
+        if largest == INT8 and (siblings or is_in(name, ("qkv_proj", "gate_up_proj"))):
+            parent = name.rsplit(".", 1)[0]
+            names = [f"{parent}.{each}" for each in siblings[0]] if siblings else [name]
+            weight = torch.stack([model.get_submodule(each).weight.abs().amax(0) for each in names]).amax(0)
+            factors = (amax / weight).sqrt()
+
+        def run(rows: Tensor, layer: nn.Linear) -> Tensor:
+            weight = layer.weight * factors
+            step = (amax / factors).max() / largest
+            w_step = weight.abs().amax(1, keepdim=True) / largest
+            return functional.linear(rounded(rows / factors, step), rounded(weight, w_step), layer.bias)
+
+        return run
+
+    return make
+
+
+def is_in(name: str, projections: tuple[str, ...]) -> bool:
+    return name.rsplit(".", 1)[1] in projections
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_static_layers_round_with_the_scales_of_the_calibration(workshop: Workshop, shop: Shop, name: str, scheme: str):
+    tokens = random_prompts(280, [20], seed=3)[0]
+    layer = static_layer(shop.scales(name), largest=INT8 if scheme == "int8" else FLOAT8)
+    expected = expected_logits(workshop.checkpoint(name), tokens, layer)
+    apart = differences(engine_logits(shop.bundle(name, scheme), tokens), expected)
+    assert np.median(apart) < TYPICAL and apart.max() < LARGEST, (np.median(apart), apart.max())
+    plain = differences(engine_logits(workshop.bundle(name), tokens), expected)
+    assert np.median(plain) > 100 * TYPICAL, "nothing was quantised, or the tolerance sees nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_four_bit_weights_are_those_meant(workshop: Workshop, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(int4, "INT8_ACTIVATIONS", 1)  # fp32, so that what is compared is the weights alone
+    bundle = workshop.build(workshop.checkpoint(name), quantize=QuantizeOptions(scheme="int4"))
+    tokens = random_prompts(280, [20], seed=3)[0]
+    apart = differences(
+        engine_logits(bundle, tokens), expected_logits(workshop.checkpoint(name), tokens, four_bit_layer)
+    )
+    assert apart.max() < 1e-3, "the sums are fp32's, in another order"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_jacobi_decoding_is_lossless_and_rows_stay_apart(workshop: Workshop, shop: Shop, name: str, scheme: str):
+    model = workshop.model(name, **shop.options(name, scheme))
+    assert_lossless(model, random_prompts(280, (1, 40)), max_new_tokens=24, ignore_eos=True)
+    assert check_rows_are_isolated(shop.bundle(name, scheme), THREADS).passed
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_static_graph_is_clean_by_tensorrts_rules(shop: Shop, scheme: str):
+    bundle = shop.bundle("llama", scheme)
+    assert bundle.manifest.quantization is not None
+    assert bundle.manifest.quantization.engines == ("onnxruntime", "tensorrt")
+    assert lint(onnx.load(bundle.graph_path(), load_external_data=False)) == []
+
+
+def test_int4_with_scales_is_gptq_and_says_so(workshop: Workshop, shop: Shop):
+    options = QuantizeOptions(scheme="int4", block_size=64, scales=shop.scales("llama"))
+    record = workshop.bundle("llama", quantize=options).manifest.quantization
+    assert record is not None
+    assert (record.method, record.block_size) == ("GPTQ", 64)
+    assert record.scales_sha256 is not None
+
+
+def test_a_layer_is_kept_by_its_checkpoint_name(workshop: Workshop):
+    tensor = "model.layers.0.mlp.down_proj.weight"
+    bundle = workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=(tensor,)))
+    record = bundle.manifest.quantization
+    assert record is not None and record.kept[f"{tensor}.T"] == "kept as asked"
+    with pytest.raises(OptionError, match="--keep nothing names no linear layer"):
+        workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=("nothing",)))
+
+
+def test_scales_that_do_not_fit_are_refused_by_name(workshop: Workshop, shop: Shop, tmp_path: Path):
+    with pytest.raises(ScalesError, match=r"another checkpoint|no statistics of"):
+        workshop.build(
+            workshop.checkpoint("qwen3"), quantize=QuantizeOptions(scheme="int8", scales=shop.scales("llama"))
+        )
+    plain, stock = workshop.bundle("small"), workshop.stock("small")
+    rows = {name: seen for name, seen in observe_stock(stock, 280).items() if name != "lm_head.weight"}
+    without = save_scales(tmp_path / "without-gram", plain, rows)
+    with pytest.raises(ScalesError, match="has no Gram matrix"):
+        workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", scales=without))
+    rows["model.layers.0.mlp.down_proj.weight"] = np.zeros_like(rows["model.layers.0.mlp.down_proj.weight"])
+    silent = save_scales(tmp_path / "silent", plain, rows)
+    with pytest.raises(QuantizationError, match="0 in every row of the calibration"):
+        workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int8", scales=silent))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scheme": "int8"}, "needs --scales"),
+        ({"scheme": "int8-dynamic", "scales": Path("scales")}, "takes no --scales"),
+        ({"scheme": "int8-dynamic", "block_size": 32}, "--quantize-block is for int4"),
+        ({"scheme": "int4", "block_size": 48}, "one of 32, 64, 128"),
+        ({"scheme": "int3"}, "the scheme must be one of"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], reason: str):
+    with pytest.raises(OptionError, match=reason):
+        QuantizeOptions(**options)
