@@ -85,7 +85,7 @@ class Statistics:
         """
         keys = ("num_rows", "largest", "sum_abs", "low", "high")
         try:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 found = {
                     entry.name: Accumulator.from_arrays({key: file[f"{key}/{entry.name}"] for key in keys}, num_largest)
                     for entry in inputs
