@@ -52,7 +52,7 @@ class Factors:
         try:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
             factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise QuantizationError(
                 f"the Gram matrix of the input of {tensor} has no inverse ({error}): calibrate with more prompts"
             ) from None

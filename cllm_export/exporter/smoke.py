@@ -23,8 +23,8 @@ from cllm_export.quantization import Scheme
 
 MAX_FLIPS: dict[Scheme, float] = {"int8-dynamic": 0.5, "int8": 0.5, "fp8": 0.5, "int4": 0.75}
 """Share of greedy tokens that may differ from the unquantised model's. On random tokens margins are small: sound 8-bit
-bundles of tiny random models differ in a fifth of them, 4-bit ones in more than half; a broken layer leaves next to none
-alike."""
+bundles of tiny random models differ in a fifth of them, 4-bit ones in more than half; a broken layer leaves next to
+none alike."""
 
 MAX_DISTANCE = 1.0
 """Root mean square of a layer's error against that of its output: at 1 nothing is left of the model."""
