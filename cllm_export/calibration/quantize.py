@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, staged_output
+from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, output_error, staged_output
 from cllm_export.calibration.fake_quantization import FakeQuantization
 from cllm_export.calibration.fake_quantization import Scheme as StandInScheme
 from cllm_export.calibration.fit import Fit, fit
@@ -63,7 +63,12 @@ def quantize(
     check_output(output, force=force)
     require_source(baseline, checkpoint)
     how = _stand_in(baseline, options)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=output.absolute().parent) as directory:
+    parent = output.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(error, output) from None
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory:
         stand_in = StandIn(baseline, questions, how, options.held_out, progress)
         build = _Builder(checkpoint, baseline, Path(directory) / "bundle", options)
 
@@ -74,7 +79,7 @@ def quantize(
         with staged_output(output, force=force) as staging:
             for path in chosen.bundle.path.iterdir():
                 shutil.move(path, staging / path.name)
-    return Fit(**{**vars(chosen), "bundle": open_bundle(output)})
+    return replace(chosen, bundle=open_bundle(output))
 
 
 def _stand_in(baseline: Bundle, options: FitOptions) -> FakeQuantization:

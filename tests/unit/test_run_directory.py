@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cllm_export.calibration.run_directory import RUN_NAME, RunSettings, run_directory
-from cllm_export.errors import CalibrationError, OutputError
+from cllm_export.errors import CalibrationError, DamagedRunError, OutputError
 
 SETTINGS = RunSettings(
     bundle_fingerprint="b" * 64,
@@ -80,6 +80,21 @@ def test_a_directory_of_somebody_else_is_refused(output):
     (output.with_name("scales.calibrating") / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds notes\.txt, which is not ours"):
         interrupt(output)
+
+
+def test_a_run_that_cannot_succeed_leaves_nothing_to_go_on_with(output, tmp_path):
+    with pytest.raises(CalibrationError, match="too few"), run_directory(output, SETTINGS) as directory:
+        directory.make(directory.recordings(0), lambda path: path.write_text("done"))
+        raise CalibrationError("too few prompts")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_leaves_the_others(output):
+    with pytest.raises(DamagedRunError), run_directory(output, SETTINGS) as directory:
+        directory.make(directory.recordings(0), lambda path: path.write_text("done"))
+        raise DamagedRunError("damaged")
+    interrupt(output)
+    assert (output.with_name("scales.calibrating") / "recordings-00000.jsonl").read_text() == "done"
 
 
 def test_two_runs_at_once_are_refused(output):
