@@ -15,6 +15,7 @@
     ├── DataError                 a data file of a task that is missing, damaged or of another task
     ├── TuningError               a tuning run that cannot start, go on or be resumed
     ├── CalibrationError          a calibration that cannot start, go on or be resumed
+    │   ├── DamagedRunError       a file of an interrupted calibration that is damaged
     │   └── ScalesError           a scales file that is missing, damaged or of another model
     ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
@@ -88,6 +89,10 @@ class TuningError(CllmExportError):
 
 class CalibrationError(CllmExportError):
     """A calibration cannot start, go on or be resumed, or what it saw is of no use."""
+
+
+class DamagedRunError(CalibrationError):
+    """A file of an interrupted calibration is damaged."""
 
 
 class ScalesError(CalibrationError):

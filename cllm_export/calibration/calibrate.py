@@ -24,13 +24,13 @@ from cllm_export.calibration.outliers import outliers
 from cllm_export.calibration.record import RecordOptions, record
 from cllm_export.calibration.recording import Recording, read_recordings, write_recordings
 from cllm_export.calibration.run_directory import RunDirectory, RunSettings, run_directory
-from cllm_export.calibration.scales import FloatArray, InputStatistics, Provenance, Scales, open_scales, write_scales
 from cllm_export.calibration.selection import RowCounts, Selection, count_rows, select_rows
 from cllm_export.contract import require_at_least
-from cllm_export.errors import CalibrationError, OptionError, OutputError
+from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.generate import load, pad_token
 from cllm_export.runtime.ort_engine import available_threads, describe_machine
+from cllm_export.scales import FloatArray, InputStatistics, Provenance, Scales, open_scales, write_scales
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -268,7 +268,7 @@ class _Run:
         try:
             yield from read_recordings(path)
         except (ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} is damaged: {error}; remove it and run the command again") from None
+            raise DamagedRunError(f"{path} is damaged: {error}; remove it and run the command again") from None
 
     def _record_options(self) -> RecordOptions:
         settings = self._settings

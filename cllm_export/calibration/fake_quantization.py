@@ -14,10 +14,10 @@ import numpy as np
 
 from cllm_export.bundle import Bundle, require_one_of
 from cllm_export.calibration.linear import LinearLayer
-from cllm_export.calibration.scales import FloatArray, Scales
 from cllm_export.calibration.stored_weights import read_weight
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CalibrationError
+from cllm_export.scales import FloatArray, Scales
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

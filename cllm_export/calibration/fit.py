@@ -102,7 +102,7 @@ def fit(
         trials.append(Trial(num_kept=num_kept, tpf_loss=loss_of(bundle), measured_on="bundle"))
         if trials[-1].tpf_loss <= budget:
             return Fit(bundle=bundle, kept=tuple(kept), ranking=tuple(ranked), trials=tuple(trials), budget=budget)
-        num_kept = more(num_kept, len(ranked))
+        num_kept = _more(num_kept, len(ranked))
     best = min(trial.tpf_loss for trial in trials if trial.measured_on == "bundle")
     raise CalibrationError(
         f"no choice of layers keeps the loss of tokens per forward within {budget:.1%}: the least was {best:.1%}; "
@@ -110,7 +110,7 @@ def fit(
     )
 
 
-def more(num_kept: int, total: int) -> int:
+def _more(num_kept: int, total: int) -> int:
     """How many layers to keep after so many were too few: twice as many, and all but one before all."""
     return total if num_kept >= total - 1 else min(2 * num_kept, total - 1)
 

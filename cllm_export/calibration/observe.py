@@ -15,10 +15,10 @@ from cllm_export.calibration.accumulate import Accumulator
 from cllm_export.calibration.linear import LinearInput
 from cllm_export.calibration.recording import Recording
 from cllm_export.calibration.replay import Replayed, replay_states, replay_text
-from cllm_export.calibration.scales import FloatArray
 from cllm_export.calibration.selection import Selection, count_rows, rows_between
-from cllm_export.errors import CalibrationError
+from cllm_export.errors import CalibrationError, DamagedRunError
 from cllm_export.runtime.engine import Engine
+from cllm_export.scales import FloatArray
 
 CLEAN = "clean"
 
@@ -81,18 +81,18 @@ class Statistics:
         """Read what ``write`` wrote.
 
         Raises:
-            CalibrationError: the file is damaged.
+            DamagedRunError: the file is damaged.
         """
         keys = ("num_rows", "largest", "sum_abs", "low", "high")
         try:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 found = {
                     entry.name: Accumulator.from_arrays({key: file[f"{key}/{entry.name}"] for key in keys}, num_largest)
                     for entry in inputs
                 }
                 kinds = Counter({key[5:]: int(file[key]) for key in file.files if key.startswith("kind/")})
         except Exception as error:  # zipfile, zlib, numpy: each raises its own
-            raise CalibrationError(f"{path} is damaged: {error}; remove it and run the command again") from None
+            raise DamagedRunError(f"{path} is damaged: {error}; remove it and run the command again") from None
         return cls(inputs=found, kinds=kinds)
 
 

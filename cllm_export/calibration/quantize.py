@@ -5,22 +5,22 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, staged_output
+from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, output_error, staged_output
 from cllm_export.calibration.fake_quantization import FakeQuantization
 from cllm_export.calibration.fake_quantization import Scheme as StandInScheme
 from cllm_export.calibration.fit import Fit, fit
 from cllm_export.calibration.measured import HeldOutOptions, Measured, measure_decode, tpf_loss
-from cllm_export.calibration.scales import open_scales
 from cllm_export.calibration.sensitivity import StandIn
 from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.questions import Question
 from cllm_export.extras import needs_extra
 from cllm_export.quantization import Scheme
 from cllm_export.runtime.generate import load
+from cllm_export.scales import open_scales
 from cllm_export.verify import require_source
 
 
@@ -33,6 +33,7 @@ class FitOptions:
     block_size: int | None = None
     """Input channels that share a scale of a 4-bit weight."""
     scales: Path | None = None
+    """What ``int8`` needs, and ``int4`` takes GPTQ from."""
     always_rank: bool = False
     held_out: HeldOutOptions
 
@@ -62,7 +63,12 @@ def quantize(
     check_output(output, force=force)
     require_source(baseline, checkpoint)
     how = _stand_in(baseline, options)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=output.absolute().parent) as directory:
+    parent = output.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(error, output) from None
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory:
         stand_in = StandIn(baseline, questions, how, options.held_out, progress)
         build = _Builder(checkpoint, baseline, Path(directory) / "bundle", options)
 
@@ -73,7 +79,7 @@ def quantize(
         with staged_output(output, force=force) as staging:
             for path in chosen.bundle.path.iterdir():
                 shutil.move(path, staging / path.name)
-    return Fit(**{**vars(chosen), "bundle": open_bundle(output)})
+    return replace(chosen, bundle=open_bundle(output))
 
 
 def _stand_in(baseline: Bundle, options: FitOptions) -> FakeQuantization:
@@ -106,12 +112,14 @@ class _Builder:
             from cllm_export.exporter import quantize as exporter
             from cllm_export.exporter.pipeline import BuildOptions, build
         manifest = self._manifest
-        how: dict[str, Any] = {"scheme": self._options.scheme, "block_size": self._options.block_size, "keep": keep}
+        chosen = self._options
         options = BuildOptions(
             block_size=manifest.block_size,
             max_length=manifest.max_length,
             batch_size=manifest.batch_size,
             trained_with=manifest.trained_with,
-            quantize=exporter.QuantizeOptions(**how),
+            quantize=exporter.QuantizeOptions(
+                scheme=chosen.scheme, block_size=chosen.block_size, keep=keep, scales=chosen.scales
+            ),
         )
         return build(self._checkpoint, self._output, options, force=True)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cllm_export.bundle import FillName, Loop, output_error
-from cllm_export.errors import CalibrationError, OutputError
+from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
 
 RUN_NAME = "run.json"
 
@@ -77,7 +77,7 @@ class RunDirectory:
 def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]:
     """The directory of a calibration that writes to ``output``: a new one, or that of the same run before.
 
-    It is removed when the block ends, and stays if it raises.
+    It is removed when the block ends, or fails for a reason that stays; it is kept where another try may do better.
 
     Raises:
         CalibrationError: it is of another run; says what differs.
@@ -92,7 +92,13 @@ def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]
     try:
         _lock(descriptor, path)
         _begin(path, settings)
-        yield RunDirectory(path)
+        try:
+            yield RunDirectory(path)
+        except DamagedRunError:
+            raise
+        except (CalibrationError, OptionError):  # it would end so again: nothing to go on with
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(descriptor)
@@ -120,7 +126,7 @@ def _begin(path: Path, settings: RunSettings) -> None:
     try:
         theirs = dict(json.loads(run.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CalibrationError(f"{run} is damaged: {error}; remove {path} and calibrate again") from None
+        raise DamagedRunError(f"{run} is damaged: {error}; remove {path} and calibrate again") from None
     for name in sorted(ours.keys() | theirs.keys()):
         if theirs.get(name) != ours.get(name):
             raise CalibrationError(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cllm_export.calibration.scales import Scales
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.checkpoint import TensorInfo
 from cllm_export.exporter.rounding import Rounded, block_scales, int4_codes, packed
+from cllm_export.scales import Scales
 
 DAMPING = 0.01
 """Share of the mean of the Gram matrix's diagonal that is added to it, as in the paper."""

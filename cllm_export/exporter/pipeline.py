@@ -40,7 +40,6 @@ from cllm_export.bundle import (
     staged_output,
     write_manifest,
 )
-from cllm_export.calibration.scales import Scales, open_scales
 from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.exporter.adapter import Adapter, open_source
@@ -71,6 +70,7 @@ from cllm_export.exporter.weights import (
 from cllm_export.linked import WEIGHTS_MODES, LinkedFile, WeightsMode
 from cllm_export.quantization import ENGINES
 from cllm_export.runtime.ort_engine import available_threads
+from cllm_export.scales import Scales, open_scales
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

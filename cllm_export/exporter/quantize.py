@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cllm_export.bundle import sha256_of
-from cllm_export.calibration.scales import Scales
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, QuantizationError
 from cllm_export.exporter.gptq import Factors
@@ -17,6 +16,7 @@ from cllm_export.exporter.int8_dynamic import Int8Dynamic
 from cllm_export.exporter.linear import LayerQuantizer, Linear, linear_layers, nodes_of_head
 from cllm_export.exporter.static_layers import FLOAT8, INT8, ColumnMaximum, StaticLayers
 from cllm_export.quantization import BLOCK_SIZES, ENGINES, SCHEMES, Engine, Quantization, Scheme
+from cllm_export.scales import Scales
 
 DEFAULT_BLOCK_SIZE = 32
 STATIC = {"int8": INT8, "fp8": FLOAT8}

@@ -15,11 +15,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from cllm_export.calibration.scales import Scales
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.linear import Linear, add_rounded, put_in_place
 from cllm_export.exporter.rounding import INT8_MAX, ChannelRounding, Float8Rounding, Rounding, ScaledRounding
+from cllm_export.scales import Scales
 
 FLOAT8_MAX = 448.0
 """The largest number of E4M3."""

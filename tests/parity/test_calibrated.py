@@ -17,11 +17,11 @@ from torch import Tensor, nn  # noqa: E402 - after the skip
 from torch.nn import functional  # noqa: E402
 
 from cllm_export.bundle import Bundle  # noqa: E402
-from cllm_export.calibration.scales import open_scales  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError, ScalesError  # noqa: E402
 from cllm_export.exporter import int4  # noqa: E402
 from cllm_export.exporter.lint import lint  # noqa: E402
 from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
+from cllm_export.scales import open_scales  # noqa: E402
 from cllm_export.verify import check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
 from tests.parity.compare import random_prompts  # noqa: E402

@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from cllm_export.calibration.scales import Scales  # noqa: E402 - after the skip
 from cllm_export.errors import QuantizationError  # noqa: E402
 from cllm_export.exporter.gptq import Factors, GptqRounding  # noqa: E402
 from cllm_export.exporter.rounding import INT4_ZERO, BlockRounding, Rounded  # noqa: E402
+from cllm_export.scales import Scales  # noqa: E402 - after the skip
 
 WIDTH, BLOCK = 72, 32
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cllm_export.calibration.scales import InputStatistics, Provenance, open_scales, write_scales
 from cllm_export.errors import OutputError, ScalesError
+from cllm_export.scales import InputStatistics, Provenance, open_scales, write_scales
 from tests.fakes import write_bundle
 
 Q, K, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight", "mlp.down_proj.weight"
@@ -126,7 +126,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
 
 
 def test_a_newer_version_is_refused_with_what_to_do(path, monkeypatch):
-    monkeypatch.setattr("cllm_export.calibration.scales.SCALES_VERSION", 0)
+    monkeypatch.setattr("cllm_export.scales.SCALES_VERSION", 0)
     with pytest.raises(ScalesError, match="has version 1, this cllm-export reads 0: upgrade cllm-export"):
         open_scales(path)
 

@@ -1,0 +1,125 @@
+"""From a checkpoint and prompts to a quantised bundle within a budget, by the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cllm_export.bundle import open_bundle
+from cllm_export.scales import open_scales
+from tests.conftest import Workshop
+from tests.e2e.conftest import Cli, assert_refused, run_process
+from tests.e2e.test_missing_extras import without
+
+FEW = ("--max-new-tokens", 6, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [{"prompt": f"select name {number} from city", "answer": "where"} for number in range(30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Workshop) -> Path:
+    return workshop.bundle("small").path
+
+
+def test_calibrate_writes_scales_and_says_what_it_saw(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path):
+    scales, report = tmp_path / "scales", tmp_path / "report.json"
+    arguments = ("calibrate", bundle, "--prompts", prompts, "-o", scales, "--rows", 256, "--json", report, *FEW)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    assert "30 prompts, 0 skipped; 256 rows: clean 128 (50%)" in done.out
+    written = json.loads(report.read_text())
+    assert written["rows"] == open_scales(scales).provenance.rows and written["prompts"] == 30
+    assert_refused(cli(*arguments), "exists; replace it with --force")
+    assert cli(*arguments, "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (("--mix", 1.5), "--mix must be a share from 0 to 1, got 1.5"),
+        (("--rows", 0), "num_rows must be an integer of at least 1"),
+        (("--limit", 3), "too few prompts: 3 of 3"),
+        (("--block-size", 9999), "block_size must be at most"),
+    ],
+)
+def test_options_out_of_range_are_refused(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path, options, phrase):
+    outcome = cli("calibrate", bundle, "--prompts", prompts, "-o", tmp_path / "scales", *options, *FEW)
+    assert_refused(outcome, phrase)
+    assert not (tmp_path / "scales").exists()
+
+
+def test_a_bundle_has_lost_nothing_against_itself(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path):
+    report = tmp_path / "report.json"
+    arguments = ("--against", bundle, "--prompts", prompts, "--limit", 5, "--json", report, *FEW)
+    done = cli("convergence", bundle, *arguments)
+    assert done.code == 0, done.err
+    (found,) = json.loads(report.read_text())["candidates"]
+    assert found["tpf_loss"] == 0 and found["flips"]["all"]["flipped"] == 0 < found["flips"]["all"]["rows"]
+    assert found["exact_match"] == {"equal": 5, "of": 5, "share": 1.0} and found["first_divergence"] is None
+    assert "same text" in done.out and "5 of 5" in done.out
+
+
+def test_bundles_of_different_checkpoints_are_not_compared(cli: Cli, workshop: Workshop, bundle: Path, prompts: Path):
+    other = workshop.bundle("llama").path
+    outcome = cli("convergence", other, "--against", bundle, "--prompts", prompts, "--limit", 1, *FEW)
+    assert_refused(outcome, "are of different checkpoints")
+
+
+def test_compare_names_the_fastest_of_several_bundles(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path):
+    report = tmp_path / "report.json"
+    sizes = ("--block-size", 2, "--block-size", 4, "--rounds", 1, "--limit", 2)
+    done = cli("compare", bundle, bundle, "--prompts", prompts, *sizes, "--json", report, "--plots", tmp_path, *FEW)
+    assert done.code == 0, done.err
+    settings = json.loads(report.read_text())["settings"]
+    assert len(settings) == 4 and {entry["block_size"] for entry in settings} == {2, 4}
+    speeds = [entry["expected_tokens_per_second"] for entry in settings]
+    assert speeds == sorted(speeds, reverse=True)
+    for entry in settings:
+        ratio = entry["first_milliseconds"] / entry["milliseconds"]
+        assert entry["speedup"] == pytest.approx(entry["tokens_per_forward"] * ratio)
+    assert f"with n = {settings[0]['block_size']}" in done.out
+    assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quantize_builds_within_the_budget_and_says_why(
+    cli: Cli, workshop: Workshop, bundle: Path, prompts: Path, tmp_path: Path
+):
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    given = ("--against", bundle, "--prompts", prompts, "--limit", 4, "--precision", "int8-dynamic", *FEW)
+    done = cli(
+        "quantize",
+        workshop.checkpoint("small"),
+        *given,
+        "-o",
+        output,
+        "--max-tpf-loss",
+        "60%",
+        "--json",
+        report,
+        "--plots",
+        tmp_path,
+    )
+    assert done.code == 0, done.err
+    written = json.loads(report.read_text())
+    assert written["tpf_loss"] <= written["budget"] == 0.6
+    assert written["trials"][-1]["measured_on"] == "bundle"
+    built = open_bundle(output)
+    assert built.manifest.quantization and built.manifest.quantization.scheme == "int8-dynamic"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "report.json", "sensitivity.png"}
+    assert f"wrote {output}: 0 layers kept" in done.out.replace("\n", "")
+    assert_refused(cli("calibrate", output, "--prompts", prompts, "-o", tmp_path / "s", *FEW), "is quantised")
+
+
+def test_plots_without_their_extra_are_refused_before_any_work(bundle: Path, prompts: Path, tmp_path: Path):
+    arguments = ("compare", bundle, "--prompts", prompts, "--plots", tmp_path / "plots")
+    outcome = run_process(*arguments, prelude=without("matplotlib"))
+    assert_refused(outcome, "matplotlib", "pip install 'cllm-export[plot]'")
+    assert not (tmp_path / "plots").exists()
