@@ -192,6 +192,20 @@ def plain(bundle, world: World, request: Request) -> Outcome:
         return Outcome((), str(error))
 
 
+def check_record(request: Request, found: Generation) -> None:
+    """Whatever cut it, the record says of the right rows that they are the text, and statistics count what it says."""
+    text = [*request.prompt, *found.token_ids]
+    for at, block, next_ids, num_accepted, new in found.forwards:
+        assert block[:num_accepted] == text[at : at + num_accepted]
+        assert 1 <= num_accepted <= len(block) == len(next_ids)
+        assert new
+    assert [token for record in found.forwards for token in record.new] == list(found.token_ids)
+    statistics = found.statistics
+    assert statistics.new_tokens == len(found.token_ids)
+    assert statistics.forwards == len(found.forwards) == sum(statistics.acceptance_histogram.values())
+    assert statistics.prompt_tokens == len(request.prompt) > statistics.reused_tokens
+
+
 def is_beginning(found: Generation, expected: Outcome) -> bool:
     token_ids = expected.gave[0] if expected.gave else None
     return token_ids is None or found.token_ids == token_ids[: len(found.token_ids)]
@@ -232,6 +246,7 @@ def test_one_request_at_a_time_gives_what_plain_decoding_gives(bundle, world, re
             continue
         assert Outcome(outcome_of(found), None) == expected
         assert "".join(deltas) == found.text
+        check_record(request, found)
 
 
 @properties
@@ -261,4 +276,5 @@ def test_requests_that_share_an_engine_give_what_plain_decoding_gives(bundle, wo
                 continue
             assert Outcome(outcome_of(found), None) == expected
             assert "".join(handle) == found.text
+            check_record(request, found)
         assert service.num_open == 0
