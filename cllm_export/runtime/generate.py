@@ -97,9 +97,9 @@ class Options(TypedDict, total=False):
         block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
             1 included; what is learned of the model serves all its later requests. By default ``auto`` for
             ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and for
-            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n.
-        deterministic: n is the model's own, so that a request runs the same forwards again: where it is chosen, a near
-            tie may round to another token at another time.
+            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n, and ``auto`` is it.
+        deterministic: n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs
+            the same forwards again: where it is chosen, a near tie may round to another token at another time.
         window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
         fill: the draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` (n-grams of the texts and rejected
             drafts of all requests that say so), ``model`` (a draft model's tokens), or several joined by ``+``, asked
