@@ -87,7 +87,8 @@ def decode_requests(
         if finished:
             finished(num_done)
 
-    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, reading_width=MIN_READING_WIDTH)
+    reading_width = min(MIN_READING_WIDTH, engine.geometry.max_block_size)
+    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, reading_width=reading_width)
     tasks = []
     for request in requests:
         decoder = make_decoder(method, request.prompt, fill=fill, seed=request.seed, pad_token_id=pad_token_id)

@@ -64,7 +64,7 @@ class GrammarCompiler:
         import llguidance
 
         if kind == "json_schema" and isinstance(source, Mapping):
-            source = json.dumps(source)
+            source = _schema_text(source)
         if not isinstance(source, str) or not source:
             raise OptionError(f"{kind} must be a non-empty text, got {source!r}")
         makers: dict[GrammarKind, Callable[[str], str]] = {
@@ -80,6 +80,13 @@ class GrammarCompiler:
         if problem:
             raise OptionError(f"{kind} does not compile: {' '.join(problem.split())}")
         return Constraint(matcher, self._vocab_size)
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"json_schema holds what JSON cannot: {error}") from None
 
 
 class Constraint:

@@ -93,14 +93,14 @@ class Options(TypedDict, total=False):
         max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
         method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``speculative`` (every block is what ``fill``
             guesses, none of it the model's own), ``autoregressive`` or ``lookahead``; by default the loop the model was
-            trained with, else ``jacobi``. Lookahead is for greedy requests, one at a time, of a bundle that has a graph
-            for it.
+            trained with, else ``jacobi``, and that one where ``block_size`` says ``auto``. Lookahead is for greedy
+            requests, one at a time, of a bundle that has a graph for it.
         block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
             1 included; what is learned of the model serves all its later requests. By default ``auto`` for
             ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and for
-            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n.
-        deterministic: n is the model's own, so that a request runs the same forwards again: where it is chosen, a near
-            tie may round to another token at another time.
+            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n, and ``auto`` is it.
+        deterministic: n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs
+            the same forwards again: where it is chosen, a near tie may round to another token at another time.
         window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
         fill: the draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` (n-grams of the texts and rejected
             drafts of all requests that say so), ``model`` (a draft model's tokens), or several joined by ``+``, asked
@@ -313,7 +313,7 @@ class Model:
         """
         if isinstance(prompt, str):
             ids = self.codec.encode(prompt) if prompt else []
-        elif isinstance(prompt, bytes) or not hasattr(prompt, "__getitem__") or isinstance(prompt, Mapping):
+        elif isinstance(prompt, bytes | Mapping) or not _is_indexed(prompt):
             raise PromptError(f"a prompt is text, token ids or messages, got {type(prompt).__name__}")
         elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self.codec.encode_chat(check_messages(prompt, "prompt"))
@@ -343,19 +343,47 @@ class Model:
         unknown = sorted(options.keys() - Options.__annotations__.keys())
         if unknown:
             raise OptionError(f"no such option: {unknown[0]}; there are {', '.join(Options.__annotations__)}")
-        trained = self.facts.trained_with
-        method = options.get("method")
-        if method is None:
-            method = METHOD_OF_LOOP[trained.loop if trained else "sliding"]
-        require_one_of("method", method, (*METHODS, LOOKAHEAD))
+        for name in ("deterministic", "ignore_eos"):
+            if not isinstance(options.get(name), bool | None):
+                raise OptionError(f"{name} must be True or False, got {options[name]!r}")
+        method = self._settle_method(options.get("method"), options.get("block_size"))
         shape = self._settle_lookahead(method, options)
         fill = self._settle_fill(options.get("fill"), method)
-        stop = options.get("stop")
-        if stop is None:
-            stop = ()
-        is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
-        if not is_list or not all(isinstance(text, str) and text for text in stop):
-            raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
+        stop = _settle_stop(options.get("stop"))
+        sampling = self._settle_sampling(options)
+        num_logprobs = _settle_logprobs(options.get("logprobs"))
+        constraint = self._compile_grammar(options)
+        if shape:
+            _refuse_beside_lookahead(sampling, num_logprobs, constraint)
+            block_size: BlockSize = shape.max_rows
+        else:
+            block_size = self.settle_block_size(
+                options.get("block_size"), method, deterministic=bool(options.get("deterministic"))
+            )
+        ids = self.encode(prompt)
+        return Prepared(
+            prompt=ids,
+            method=method,
+            block_size=block_size,
+            lookahead=shape,
+            fill=fill,
+            sampling=sampling,
+            logprobs=num_logprobs,
+            constraint=constraint,
+            max_new_tokens=_fit(len(ids), options.get("max_new_tokens"), self.facts.max_length),
+            stop=stop,
+            ignore_eos=bool(options.get("ignore_eos")),
+        )
+
+    def _settle_method(self, method: Method | None, block_size: object) -> Method:
+        if method is None:
+            trained = self.facts.trained_with
+            is_chosen = block_size == "auto"  # blocks of the block loop keep their size
+            return METHOD_OF_LOOP[trained.loop if trained and not is_chosen else "sliding"]
+        require_one_of("method", method, (*METHODS, LOOKAHEAD))
+        return method
+
+    def _settle_sampling(self, options: Options) -> Sampling:
         seed = options.get("seed")
         if seed is None:
             seed = secrets.randbelow(MAX_SEED) if options.get("temperature") else 0
@@ -364,32 +392,7 @@ class Model:
             **{name: options[name] for name in _SAMPLING if options.get(name) is not None},  # type: ignore[literal-required]
         )
         sampling.check_tokens(self.engine.geometry.vocab_size)
-        num_logprobs = options.get("logprobs")
-        if num_logprobs is not None:
-            require_at_least("logprobs", num_logprobs, 0)
-            if num_logprobs > MAX_LOGPROBS:
-                raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {num_logprobs}")
-        constraint = self._compile_grammar(options)
-        if shape:
-            _refuse_beside_lookahead(sampling, num_logprobs, constraint)
-        ids = self.encode(prompt)
-        return Prepared(
-            prompt=ids,
-            method=method,
-            block_size=shape.max_rows
-            if shape
-            else self.settle_block_size(
-                options.get("block_size"), method, deterministic=bool(options.get("deterministic"))
-            ),
-            lookahead=shape,
-            fill=fill,
-            sampling=sampling,
-            logprobs=num_logprobs,
-            constraint=constraint,
-            max_new_tokens=_fit(len(ids), options.get("max_new_tokens"), self.facts.max_length),
-            stop=tuple(stop),
-            ignore_eos=bool(options.get("ignore_eos")),
-        )
+        return sampling
 
     def _settle_lookahead(self, method: Method, options: Options) -> LookaheadShape | None:
         """W, N and G where the method is lookahead, and the engine ready for it."""
@@ -516,22 +519,24 @@ class Model:
         Raises:
             OptionError: out of range for the model, or not to be chosen.
         """
-        if isinstance(block_size, str) and block_size != "auto":
-            raise OptionError(f"block_size must be an integer or 'auto', got {block_size!r}")
+        if block_size is not None and block_size != "auto":
+            return self._check_block_size(block_size)
         if block_size == "auto" and deterministic:
             raise OptionError("block_size 'auto' and deterministic exclude each other: leave one out")
         if block_size == "auto" and method == "jacobi-block":
             raise OptionError("block_size 'auto' is for jacobi: a block of jacobi-block keeps its size; give a number")
-        if isinstance(block_size, int):
-            return self._check_block_size(block_size)
         if self.engine.fixed_shapes:
             return self.engine.fixed_shapes.block_size
         if method == "autoregressive":
             return 1
-        return "auto" if method == "jacobi" and not deterministic else self.facts.block_size
+        if method == "jacobi" and not deterministic:
+            return "auto"
+        return block_size or self.facts.block_size
 
-    def _check_block_size(self, block_size: int) -> int:
+    def _check_block_size(self, block_size: object) -> int:
         fixed, largest = self.engine.fixed_shapes, self.engine.geometry.max_block_size
+        if not isinstance(block_size, int):
+            raise OptionError(f"block_size must be an integer or 'auto', got {block_size!r}")
         require_at_least("block_size", block_size, 1)
         if fixed and block_size != fixed.block_size:
             raise OptionError(
@@ -780,6 +785,28 @@ def _refuse_beside_lookahead(sampling: Sampling, logprobs: int | None, constrain
     given = {"sampling": not sampling.is_greedy, "logprobs": logprobs is not None, "a grammar": constraint is not None}
     if asked := next((what for what, is_given in given.items() if is_given), None):
         raise OptionError(f"lookahead is for greedy requests and excludes {asked}: choose another method")
+
+
+def _settle_stop(stop: Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+    if not is_list or not all(isinstance(text, str) and text for text in stop):
+        raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
+    return tuple(stop)
+
+
+def _settle_logprobs(count: int | None) -> int | None:
+    if count is not None:
+        require_at_least("logprobs", count, 0)
+        if count > MAX_LOGPROBS:
+            raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {count}")
+    return count
+
+
+def _is_indexed(prompt: object) -> bool:
+    """Whether it has items from 0 on; an array without axes has none."""
+    return hasattr(prompt, "__getitem__") and getattr(prompt, "ndim", 1) > 0
 
 
 def pad_token(facts: ModelFacts) -> int:

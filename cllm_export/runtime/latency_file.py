@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,7 @@ def read_latency(bundle: Bundle, *, num_slots: int, threads: int | None) -> dict
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         found, seconds = raw["conditions"], {int(size): float(value) for size, value in raw["seconds"].items()}
-        if not seconds or min(seconds) < 1 or min(seconds.values()) <= 0:
+        if not seconds or min(seconds) < 1 or not all(0 < value < math.inf for value in seconds.values()):
             raise ValueError("it names no block size, or a size or time that is not positive")
     except FileNotFoundError:
         return None

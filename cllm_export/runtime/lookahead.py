@@ -21,7 +21,7 @@ from typing import NamedTuple
 from cllm_export.runtime.draft import Fill, Wish
 from cllm_export.runtime.jacobi import Block, Commit, Tried
 from cllm_export.runtime.lookahead_layout import Layout, LookaheadShape, layout_of
-from cllm_export.runtime.lookahead_pool import NGramPool
+from cllm_export.runtime.lookahead_pool import LookaheadPool
 
 
 class _Text(NamedTuple):
@@ -53,7 +53,7 @@ class Lookahead:
         self.write_index = len(prompt) - 1
         self._shape = shape
         self._fill = fill
-        self._pool = NGramPool()
+        self._pool = LookaheadPool()
         self._head = [prompt[-1]]
         self._levels = [fill.guess(shape.window, ()) for _ in range(shape.num_levels)]
         self._guesses: list[list[int]] = []

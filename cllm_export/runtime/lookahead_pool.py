@@ -11,8 +11,8 @@ POOL_SIZE = 4096
 """N-grams that a pool holds, at most: what a window of eight columns makes in 512 forwards."""
 
 
-class NGramPool:
-    """N-grams by their first token, at most ``size`` of them: the one that was least recently added or taken goes."""
+class LookaheadPool:
+    """N-grams of one request by their first token, at most ``size``: the one least recently added or taken goes."""
 
     def __init__(self, size: int = POOL_SIZE) -> None:
         require_at_least("size", size, 1)

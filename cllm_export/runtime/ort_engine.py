@@ -165,7 +165,7 @@ class OrtEngine:
         if LOOKAHEAD_GRAPH not in self._bundle.manifest.graphs:
             raise OptionError(
                 f"{self._bundle.path} has no lookahead graph: build it with: cllm-export build CHECKPOINT --output "
-                f"{self._bundle.path} --lookahead --force"
+                f"{self._bundle.path} --lookahead --force (without --fixed-shapes; it says why where there can be none)"
             )
         self._lookahead = self._load(LOOKAHEAD_GRAPH)
 

@@ -23,13 +23,14 @@ def open_engine(
         GpuError, PlanError, EngineError, MissingExtraError: see the engine.
     """
     require_one_of("provider", provider, PROVIDERS)
-    fixed = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
+    if num_slots is None and bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes is None:
+        num_slots = 1 if provider != "tensorrt" else None
     if provider == "cpu":
-        return OrtEngine(bundle, num_slots=num_slots or (None if fixed else 1), threads=threads)
+        return OrtEngine(bundle, num_slots=num_slots, threads=threads)
     if provider == "cuda":
         from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
 
-        return OrtDeviceEngine(bundle, num_slots=num_slots or (None if fixed else 1))
+        return OrtDeviceEngine(bundle, num_slots=num_slots)
     from cllm_export.runtime.trt_engine import TrtEngine
 
     engine = TrtEngine(bundle)

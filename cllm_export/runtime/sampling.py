@@ -29,6 +29,11 @@ MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 """Alternatives that may be asked for beside a token's own log-probability, as in public serving APIs."""
 
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Bounds of temperature (but for 0) and repetition penalty."""
+LARGEST_BIAS = 1e20
+"""Bound of a bias that is no ban. Within these bounds no score leaves float32, where two that overflow would tie."""
+
 TOP_P_HEAD = 256
 """Tokens among which top-p looks for its share before it sorts the whole vocabulary."""
 
@@ -41,12 +46,13 @@ class Sampling:
     min-p.
 
     Args:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; else 1e-6 to 1e6.
         top_k: keep the k most probable tokens, and those equal to the last of them; 0 keeps all.
         top_p: keep the most probable tokens that together reach this probability, in (0, 1].
         min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1].
-        repetition_penalty: divides positive scores of tokens that stand in prompt or text, multiplies negative ones.
-        logit_bias: added to the scores of these token ids; ``-inf`` bans one.
+        repetition_penalty: divides positive scores of tokens that stand in prompt or text, multiplies negative ones;
+            1e-6 to 1e6.
+        logit_bias: added to the scores of these token ids, -1e20 to 1e20; ``-inf`` bans one.
         seed: of the noise.
 
     Raises:
@@ -62,19 +68,27 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_number("temperature", self.temperature, "0 or more", lambda value: value >= 0)
+        bounds = f"{SMALLEST:g} to {LARGEST:g}"
+        _require_number(
+            "temperature", self.temperature, f"0 or {bounds}", lambda value: value == 0 or SMALLEST <= value <= LARGEST
+        )
         require_at_least("top_k", self.top_k, 0)
         _require_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
         _require_number("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
-        _require_number("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
+        _require_number(
+            "repetition_penalty", self.repetition_penalty, bounds, lambda value: SMALLEST <= value <= LARGEST
+        )
         require_at_least("seed", self.seed, 0)
         if self.seed > MAX_SEED:
             raise OptionError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed}")
         if not isinstance(self.logit_bias, Mapping):
             raise OptionError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         for token, bias in self.logit_bias.items():
-            if not _is_number(bias) or math.isnan(bias) or bias == math.inf:
-                raise OptionError(f"logit_bias of token {token!r} must be a finite number or -inf, got {bias!r}")
+            if not _is_number(bias) or not (abs(bias) <= LARGEST_BIAS or bias == -math.inf):
+                raise OptionError(
+                    f"logit_bias of token {token!r} must be a number from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}, or "
+                    f"-inf, got {bias!r}"
+                )
 
     @property
     def is_greedy(self) -> bool:
@@ -291,5 +305,5 @@ def _is_number(value: object) -> bool:
 
 
 def _require_number(name: str, value: float, said: str, is_right: Callable[[float], bool]) -> None:
-    if not _is_number(value) or not math.isfinite(value) or not is_right(value):
+    if not _is_number(value) or not is_right(value):
         raise OptionError(f"{name} must be a number, {said}, got {value!r}")

@@ -59,7 +59,8 @@ class Task:
         self.reused_tokens = 0
         """Of the prompt, those whose KV was kept from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
-        """Of the forwards it took part in, by the clock; the last is the decode's share inside the engine."""
+        """Of the steps since its admission, by the clock, those in which it was paused as well; the last is the
+        decode's share inside the engine."""
         self._take = take
         self._ended = ended
 

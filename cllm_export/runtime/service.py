@@ -10,15 +10,15 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from cllm_export.contract import require_at_least
-from cllm_export.errors import EngineError, OptionError, QueueFullError
+from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
 from cllm_export.runtime.batch import MIN_READING_WIDTH
 from cllm_export.runtime.generate import READING, BlockSize, Generation, Model, Options, Prepared, pad_token
 from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
@@ -70,8 +70,9 @@ class Handle:
 
         Raises:
             TimeoutError: it has not ended within ``timeout`` seconds; it goes on.
-            EngineError: the engine failed, or the service was closed.
+            CllmExportError: what it failed with, EngineError where the engine did; or a watcher asks before its end.
         """
+        self._require_reader()
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_done, timeout):
                 raise TimeoutError(f"the request has not ended within {timeout} seconds; it goes on")
@@ -95,7 +96,7 @@ class Handle:
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed, with a reader still in it
                 loop.call_soon_threadsafe(event.set)
 
         with self._changed:
@@ -123,7 +124,12 @@ class Handle:
         if self._task.error:
             raise self._task.error
 
+    def _require_reader(self) -> None:
+        if not self._is_done:
+            self._service._require_caller()
+
     def _start_reading(self) -> None:
+        self._require_reader()
         with self._changed:
             if self._is_read:
                 raise OptionError("this handle has been iterated already: each delta is handed out once; use result()")
@@ -199,6 +205,8 @@ class Service:
         watch: Watcher | None = None,
     ) -> None:
         require_at_least("queue_size", queue_size, 1)
+        if watch is not None and not callable(watch):
+            raise OptionError(f"watch must be a function of a StepReport, got {watch!r}")
         self.model = model
         self.codec = model.codec
         self.pad_token_id = pad_token(model.facts)
@@ -256,8 +264,11 @@ class Service:
 
         Raises:
             PromptError, OptionError: a request is refused; none has been queued then.
-            EngineError: the engine failed, or the service is closed.
+            EngineError: the engine failed, or the service is closed; or a watcher calls.
         """
+        self._require_caller()
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise PromptError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
         handles = [self._make_handle(prompt, options) for prompt in prompts]
         for handle in handles:
             with self._work:
@@ -272,7 +283,8 @@ class Service:
         Raises:
             EngineError: the engine failed.
         """
-        self.submit([self.pad_token_id], max_new_tokens=1, ignore_eos=True).result()
+        self._require_caller()
+        self.submit([self.pad_token_id], method="jacobi", max_new_tokens=1, ignore_eos=True).result()
 
     def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
         """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request.
@@ -284,6 +296,7 @@ class Service:
             QueueFullError: as many requests wait as may.
             EngineError: the engine failed, or the service is closed.
         """
+        self._require_caller()
         state = self.model.require_prompt_state()
         check_target(path)
         tokens = self.model.encode(prompt)
@@ -344,12 +357,18 @@ class Service:
 
     def _call(self, function: Callable[[], T]) -> T:
         """What a function gives that the worker runs between two forwards."""
+        self._require_caller()
         future: Future[T] = Future()
         with self._work:
             self._require_open()
             self._calls.append((function, future))
             self._work.notify_all()
         return future.result()
+
+    def _require_caller(self) -> None:
+        """Refuse to wait in the worker, which would be for itself and for ever."""
+        if threading.current_thread() is self._worker:
+            raise EngineError("a watcher must not wait for the service whose worker it runs in: ask in another thread")
 
     def _require_open(self) -> None:
         if self._is_closed:

@@ -10,7 +10,18 @@ from cllm_export.contract import FixedShapes
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.batch import BatchRequest, decode_batch, decode_requests
 from cllm_export.runtime.generate import METHODS
-from tests.fakes import EOS, PAD, FakeEngine, HashModel, greedy, make_geometry, make_model, properties, write_bundle
+from tests.fakes import (
+    EOS,
+    PAD,
+    FakeEngine,
+    HashModel,
+    greedy,
+    make_geometry,
+    make_model,
+    properties,
+    tokens_of,
+    write_bundle,
+)
 
 VOCABULARY = 200
 PROMPTS = [[5], [6, 7, 8], list(range(2, 30)), [9] * 40, [3, 4], list(range(40, 57)), [11, 12, 13, 14]]
@@ -149,6 +160,14 @@ def test_no_prompts_take_no_forward():
 def test_what_cannot_be_decoded_is_refused(prompts, options, message):
     with pytest.raises(OptionError, match=message):
         decode(make_engine(2), prompts, **options)
+
+
+def test_prompts_are_read_in_forwards_that_an_engine_of_small_blocks_takes_beside_slots_that_decode():
+    language_model = HashModel(vocab_size=VOCABULARY)
+    engine = FakeEngine(language_model, make_geometry(vocab_size=VOCABULARY, max_block_size=4), num_slots=2)
+    prompts = [[5], [6, 7], [8] * 30]
+    records = decode(engine, prompts, eos=())
+    assert [tokens_of(found) for found in records] == [greedy(language_model, prompt, 20) for prompt in prompts]
 
 
 def test_what_does_not_fit_the_cache_is_refused_by_the_engine():

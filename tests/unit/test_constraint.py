@@ -141,6 +141,7 @@ def test_constrained_and_free_requests_share_a_batch(bundle, model):
     [
         ({"regex": "(a"}, "regex does not compile: .*unclosed group"),
         ({"json_schema": "{"}, "json_schema does not compile"),
+        ({"json_schema": {"enum": {"cat", "dog"}}}, "json_schema holds what JSON cannot"),
         ({"json_schema": {"type": "thing"}}, "json_schema does not compile"),
         ({"grammar": "start: missing"}, "grammar does not compile"),
         ({"regex": ""}, "regex must be a non-empty text"),

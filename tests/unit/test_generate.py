@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from cllm_export.bundle import TrainedWith
 from cllm_export.contract import FixedShapes
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.runtime.engine import prefill
-from cllm_export.runtime.generate import METHODS, Model
+from cllm_export.runtime.generate import METHODS, Model, load
 from cllm_export.runtime.text import TextCodec
 from tests.fakes import (
     EOS,
@@ -153,6 +154,12 @@ def test_the_last_token_of_the_prompt_is_decoded_not_prefilled(model):
     assert generated.forwards[0].write_index == 2
 
 
+@pytest.mark.parametrize("prompt", [5, None, b"the cat", {5}, {"role": "user"}, np.array(5)])
+def test_what_is_no_prompt_is_refused(model, prompt):
+    with pytest.raises(PromptError, match="a prompt is text, token ids or messages, got"):
+        model.generate(prompt)
+
+
 @pytest.mark.parametrize("prompt", ["", [], ()])
 def test_an_empty_prompt_is_refused(model, prompt):
     with pytest.raises(PromptError, match="the prompt is empty"):
@@ -233,6 +240,9 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
         ),
         ("block_size", 17, "must be at most 16 for this model, got 17"),
         ("block_size", 0, "must be an integer of at least 1, got 0"),
+        ("block_size", 2.5, "must be an integer or 'auto', got 2.5"),
+        ("deterministic", "no", "must be True or False, got 'no'"),
+        ("ignore_eos", 1, "must be True or False, got 1"),
         ("stop", ";", "must be a list of non-empty strings, got ';'"),
         ("stop", [";", ""], "must be a list of non-empty strings"),
         ("stop", [5], "must be a list of non-empty strings"),
@@ -251,6 +261,14 @@ def test_an_option_out_of_range_is_refused_before_the_first_forward(model, act, 
 def test_an_empty_name_is_refused_like_any_unknown_one(model, option):
     with pytest.raises(OptionError, match=f"{option} must be one of"):
         model.generate([5, 6, 7], **{option: ""})
+
+
+@pytest.mark.parametrize(
+    "option", [{"num_slots": 0}, {"num_slots": 1.5}, {"threads": 0}, {"prefix_cache_bytes": -1}], ids=str
+)
+def test_a_bad_option_of_load_is_refused_by_name(bundle, option):
+    with pytest.raises(OptionError, match=f"{next(iter(option))} must be an integer of at least"):
+        load(bundle.path, **option)
 
 
 def test_a_pinned_bundle_takes_no_other_block_size(fixed_bundle):
@@ -316,13 +334,15 @@ def test_a_chosen_size_gives_the_models_own_tokens_and_serves_the_next_request(b
     assert calls_of(model)[: len(measured)] == measured, "T(n) is measured before the first request, once"
 
 
-def test_a_chosen_size_is_only_for_the_loop_that_can_change_it(model, fixed_bundle):
+def test_a_chosen_size_is_only_for_loops_that_can_change_it(model, fixed_bundle):
     with pytest.raises(OptionError, match="a block of jacobi-block keeps its size"):
         model.generate([5, 6], method="jacobi-block", block_size="auto")
     with pytest.raises(OptionError, match="exclude each other"):
         model.generate([5, 6], block_size="auto", deterministic=True)
     with pytest.raises(OptionError, match="must be an integer or 'auto', got 'best'"):
         model.generate([5, 6], block_size="best")
+    for method in ("jacobi", "speculative"):
+        assert model.prepare([5, 6], method=method, block_size="auto").block_size == "auto"
     alone = model.generate([5, 6], method="autoregressive", block_size="auto", max_new_tokens=3)
     assert {len(record.block) for record in alone.forwards} == {1}
     pinned = make_model(fixed_bundle, HashModel(vocab_size=200)).generate([5, 6], block_size="auto", max_new_tokens=3)

@@ -17,7 +17,7 @@ from cllm_export.runtime.engine import prefill
 from cllm_export.runtime.generate import Model
 from cllm_export.runtime.lookahead import Lookahead
 from cllm_export.runtime.lookahead_layout import LookaheadShape, layout_of
-from cllm_export.runtime.lookahead_pool import NGramPool
+from cllm_export.runtime.lookahead_pool import LookaheadPool
 from cllm_export.runtime.service import Service
 from cllm_export.runtime.text import TextCodec
 from tests.fakes import (
@@ -173,7 +173,7 @@ def test_a_window_that_is_right_is_accepted_without_being_fed_again():
 @given(entries=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 1)), max_size=60))
 @properties
 def test_a_pool_is_what_a_list_of_the_last_ones_used_would_be(entries):
-    pool, expected = NGramPool(size=7), OrderedDict()
+    pool, expected = LookaheadPool(size=7), OrderedDict()
     for first, second, taken in entries:
         if taken:
             found = [entry for entry in reversed(expected) if entry[0] == first][:2]

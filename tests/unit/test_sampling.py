@@ -153,14 +153,18 @@ def test_log_probabilities_are_those_of_the_model_itself(model):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"temperature": -1}, "temperature must be a number, 0 or more"),
+        ({"temperature": -1}, "temperature must be a number, 0 or 1e-06 to 1e\\+06, got -1"),
         ({"temperature": math.nan}, "temperature must be a number"),
+        ({"temperature": 1e-40}, "temperature must be a number, 0 or 1e-06"),
+        ({"temperature": 10**400}, "temperature must be a number, 0 or 1e-06"),
         ({"top_k": -1}, "top_k must be an integer of at least 0"),
         ({"top_p": 0}, "top_p must be a number, above 0 and at most 1"),
         ({"min_p": 1.5}, "min_p must be a number, from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number, above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number, 1e-06 to 1e\\+06"),
         ({"logit_bias": {10**6: 1.0}}, "takes token ids from 0 to [0-9]+, got 1000000"),
-        ({"logit_bias": {1: math.nan}}, "must be a finite number or -inf"),
+        ({"logit_bias": {1: math.nan}}, "must be a number from -1e\\+20 to 1e\\+20, or -inf"),
+        ({"logit_bias": {1: 1e39}}, "must be a number from -1e\\+20 to 1e\\+20, or -inf"),
+        ({"logit_bias": {1: 10**400}}, "must be a number from -1e\\+20 to 1e\\+20, or -inf"),
         ({"logprobs": 21}, "logprobs must be an integer from 0 to 20"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"seed": 2**63}, "seed must be an integer from 0 to "),
@@ -170,6 +174,17 @@ def test_log_probabilities_are_those_of_the_model_itself(model):
 def test_bad_options_are_refused_by_name_and_range(model, wrong, said):
     with pytest.raises(OptionError, match=said):
         model.generate([5], **wrong)
+
+
+def test_extreme_options_leave_every_score_a_number():
+    extreme = {1: 1e20, 2: -1e20, 3: -math.inf}
+    for temperature, penalty in ((1e-6, 1e6), (1e-6, 1e-6), (1e6, 1e6)):
+        sampling = Sampling(temperature=temperature, repetition_penalty=penalty, logit_bias=extreme, top_p=0.9)
+        sampler = Sampler(sampling, prompt=[1, 2], vocab_size=5)
+        scores = sampler.scores([2], 1, np.array([[1e4, -1e4, 0, 5, -5]], np.float32))
+        assert not np.isnan(scores).any()
+        assert scores.argmax() == 1
+        assert scores.max() < np.inf
 
 
 def test_a_bias_that_bans_everything_is_refused_and_logits_that_are_nan_are_an_engine_error():

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from cllm_export.bundle import TrainedWith
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
 from cllm_export.runtime.service import Service
-from tests.fakes import HashModel, make_model, write_bundle
+from tests.fakes import HashModel, make_model, with_manifest, write_bundle
 
 VOCABULARY = 200
 PROMPTS = [[5], [6, 7, 8], list(range(2, 30)), [9] * 30, [3, 4], list(range(40, 57)), [11, 12, 13, 14]]
@@ -177,6 +178,60 @@ def test_bad_requests_are_refused_before_they_are_queued(service):
         service.submit([5], block_size=2)
     with pytest.raises(PromptError, match="empty"):
         service.generate([[5], []])
+    for prompts in ("the cat", b"the cat", 5, {"role": "user"}):
+        with pytest.raises(PromptError, match="prompts must be a list of prompts, got "):
+            service.generate(prompts)
+    assert service.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("block_size", 2.5, "block_size must be an integer or 'auto', got 2.5"),
+        ("queue_size", 0, "queue_size must be an integer of at least 1, got 0"),
+        ("watch", 5, "watch must be a function of a StepReport, got 5"),
+    ],
+)
+def test_a_bad_option_of_the_service_is_refused_and_leaves_the_model_free(model, option, value, said):
+    with pytest.raises(OptionError, match=said):
+        Service(model, **{option: value})
+    assert model.generate([5], max_new_tokens=1)
+
+
+def test_a_watcher_that_would_wait_for_itself_is_refused(bundle, tmp_path):
+    model = make_model(bundle, HashModel(vocab_size=VOCABULARY), prefix_cache_bytes=1 << 20)
+    refused = []
+
+    def watch(_):
+        waits = [
+            lambda: handle.result(0.1),
+            lambda: list(handle),
+            service.warm_up,
+            lambda: service.generate([[5]]),
+            lambda: service.save_prefix(tmp_path / "prefix", [5]),
+        ]
+        for wait in waits if started.is_set() and not refused else ():
+            try:
+                wait()
+            except EngineError as error:
+                refused.append(str(error))
+
+    started = threading.Event()
+    with Service(model, block_size=4, watch=watch) as service:
+        handle = service.submit([5], max_new_tokens=60, ignore_eos=True)
+        started.set()
+        assert handle.result(10).token_ids
+        assert "".join(handle) == handle.result(10).text
+    assert [text.split(" for ")[0] for text in refused] == ["a watcher must not wait"] * 5
+
+
+def test_a_warm_up_needs_no_method_that_the_service_refuses(bundle):
+    trained = TrainedWith(block_size=4, fill="pad", loop="block")
+    model = make_model(
+        with_manifest(bundle, trained_with=trained), HashModel(vocab_size=VOCABULARY), forward_seconds={1: 1.0}
+    )
+    with Service(model, block_size="auto") as service:
+        service.warm_up()
 
 
 def test_closing_ends_what_runs_and_frees_the_model(model):
