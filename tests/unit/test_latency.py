@@ -99,7 +99,15 @@ def test_a_file_of_another_bundle_or_machine_is_left_alone_and_says_what_differs
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"conditions": {}, "seconds": {}}', '{"conditions": {}, "seconds": {"1": -1}}']
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"conditions": {}, "seconds": {}}',
+        '{"conditions": {}, "seconds": {"1": -1}}',
+        '{"conditions": {}, "seconds": {"1": NaN}}',
+    ],
 )
 def test_a_damaged_file_is_left_alone_with_a_warning(tmp_path, caplog, text):
     bundle = write_bundle(tmp_path / "bundle")
