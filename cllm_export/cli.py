@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cllm_export import __version__, display
-from cllm_export.bundle import FillName, Loop, TrainedWith, open_bundle
+from cllm_export.bundle import GREEDY_GRAPH, FillName, Loop, TrainedWith, open_bundle
 from cllm_export.contract import Precision
 from cllm_export.errors import CllmExportError, OptionError, OutputError, PromptError
 from cllm_export.evaluation.task import TaskName
@@ -355,6 +356,10 @@ def generate(
         Path | None, typer.Option("--save-prefix", help="Keep the prompt's state in this file, for --load-prefix.")
     ] = None,
     limit: LimitOption = None,
+    num_slots: Annotated[
+        int | None,
+        typer.Option("--num-slots", help="Prompts decoded at once; by default the bundle's batch size.", min=1),
+    ] = None,
     threads: ThreadsOption = None,
     provider: Annotated[
         Provider, typer.Option("--provider", help="cpu, cuda (both ONNX Runtime), or tensorrt (the bundle's plan).")
@@ -374,7 +379,8 @@ def generate(
         if len(given) != 1:
             raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
         check_target(save_prefix)
-    model = load(bundle, threads=threads, draft_model=draft_model, provider=provider)
+    slots = num_slots or (_slots_for(bundle, len(given)) if provider != "tensorrt" else None)
+    model = load(bundle, threads=threads, num_slots=slots, draft_model=draft_model, provider=provider)
     if load_prefix is not None:
         model.load_prefix(load_prefix)
     options: dict[str, Any] = {
@@ -399,6 +405,9 @@ def generate(
         "stop": tuple(stop or ()),
         "max_new_tokens": max_new_tokens,
     }
+    if len(given) > 1 and model.engine.num_slots > 1:
+        _print_together(model, given, options, as_json=as_json, stats=stats, blocks=blocks)
+        return
     for entry in given:
         with _naming(entry, len(given)):
             if as_json:
@@ -1086,18 +1095,64 @@ def _parse_bias(given: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats: bool, blocks: bool) -> None:
-    with model.stream(prompt.content, **options) as stream:
-        if not blocks:
-            for delta in stream:
-                typer.echo(delta, nl=False)
-                sys.stdout.flush()
-            typer.echo()
-        generation = stream.result()
+def _slots_for(bundle: Path, num_prompts: int) -> int | None:
+    """The bundle's own number of slots, and no more than there are prompts where a forward may have fewer."""
+    manifest = open_bundle(bundle).manifest
+    pinned = manifest.graphs[GREEDY_GRAPH].fixed_shapes
+    return None if pinned else min(manifest.batch_size, max(1, num_prompts))
+
+
+def _decode_together(
+    model: Model, given: Sequence[Prompt], options: dict[str, Any]
+) -> Iterator[tuple[Prompt, Generation]]:
+    """Every prompt and what it gives, in order, decoded as many at once as there are slots."""
+    from cllm_export.runtime.service import Handle, Service
+
+    block_size, is_pinned = options.pop("block_size"), options.pop("deterministic")
+    if block_size == "auto" and is_pinned:
+        raise OptionError("--block-size auto and --deterministic exclude each other: leave one out")
+    waiting: deque[tuple[Prompt, Handle]] = deque()
+    with Service(model, block_size=block_size) as service:
+        for entry in given:
+            with _naming(entry, len(given)):
+                waiting.append((entry, service.submit(entry.content, **options)))
+            if len(waiting) > 2 * model.engine.num_slots:
+                first, handle = waiting.popleft()
+                yield first, handle.result()
+        for entry, handle in waiting:
+            yield entry, handle.result()
+
+
+def _print_together(
+    model: Model, given: Sequence[Prompt], options: dict[str, Any], *, as_json: bool, stats: bool, blocks: bool
+) -> None:
+    for entry, generation in _decode_together(model, given, options):
+        if as_json:
+            _print_json_line(entry, generation)
+        else:
+            _print_generation(model, generation, stats=stats, blocks=blocks)
+
+
+def _print_generation(model: Model, generation: Generation, *, stats: bool, blocks: bool) -> None:
     if blocks:
         display.show_blocks(model, generation)
+    else:
+        typer.echo(generation.text)
     if stats:
         display.show_statistics(generation)
+
+
+def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats: bool, blocks: bool) -> None:
+    with model.stream(prompt.content, **options) as stream:
+        if blocks:
+            _print_generation(model, stream.result(), stats=stats, blocks=True)
+            return
+        for delta in stream:
+            typer.echo(delta, nl=False)
+            sys.stdout.flush()
+        typer.echo()
+        if stats:
+            display.show_statistics(stream.result())
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:

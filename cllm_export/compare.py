@@ -132,7 +132,7 @@ class _Run:
         self, bundles: Sequence[Bundle], prompts: Sequence[Prompt], options: CompareOptions, progress: Progress
     ) -> None:
         self._bundles, self._options, self._progress = bundles, options, progress
-        self._models = [load(bundle.path, threads=options.threads) for bundle in bundles]
+        self._models = [load(bundle.path, threads=options.threads, prefix_cache_bytes=0) for bundle in bundles]
         self._encoded = [self._models[0].encode(prompt.content) for prompt in prompts]
         self._past = int(median(len(prompt) for prompt in self._encoded))
         sizes = self._settle_sizes()

@@ -184,7 +184,7 @@ class _Run:
         for shard in range(self._num_shards):
             path, first = self._directory.recordings(shard), shard * SHARD_SIZE
             if not path.exists():
-                model = model or load(self._bundle.path, threads=self._threads)
+                model = model or load(self._bundle.path, threads=self._threads, prefix_cache_bytes=0)
                 chosen = prompts[first : first + SHARD_SIZE]
                 recordings = record(model, chosen, self._record_options(), first=first)
                 self._directory.make(path, lambda target, found=recordings: write_recordings(target, found))  # type: ignore[misc]

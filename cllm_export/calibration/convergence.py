@@ -79,7 +79,7 @@ class _Run:
     ) -> None:
         self._questions, self._options, self._progress = questions, options, progress
         self._pad = pad_token(baseline.manifest)
-        model = load(baseline.path, threads=options.threads)
+        model = load(baseline.path, threads=options.threads, prefix_cache_bytes=0)
         self.settings: Settings = options.settings(model)
         self.before: Measured = measure_decode(model, questions, self.settings, progress, "decoding")
         self._predictions = self._predict(model)
@@ -87,7 +87,7 @@ class _Run:
 
     def judge(self, candidate: Bundle) -> dict[str, Any]:
         """What a candidate lost."""
-        model = load(candidate.path, threads=self._options.threads)
+        model = load(candidate.path, threads=self._options.threads, prefix_cache_bytes=0)
         after = measure_decode(model, self._questions, self.settings, self._progress, "decoding")
         flips = count_flips(self.before.recordings, self._predictions, self._predict(model))
         return (

@@ -96,7 +96,7 @@ def _stand_in(baseline: Bundle, options: FitOptions) -> FakeQuantization:
 
 
 def _measure(bundle: Bundle, questions: Sequence[Question], options: HeldOutOptions) -> Measured:
-    model = load(bundle.path, threads=options.threads)
+    model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
     return measure_decode(model, questions, options.settings(model))
 
 

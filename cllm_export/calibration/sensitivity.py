@@ -61,7 +61,7 @@ class StandIn:
         self._codec = TextCodec.of_bundle(bundle)
         self.layers = [layer for layer in linear_layers(self._graph) if not layer.is_head]
         """What can be quantised: every linear layer but the head."""
-        model = load(bundle.path, threads=self._options.threads)
+        model = load(bundle.path, threads=self._options.threads, prefix_cache_bytes=0)
         self._settings = self._options.settings(model)
         self.before: Measured = measure_decode(model, questions, self._settings)
         self._predictions = predict(model.engine, self.before.recordings, self._pad)

@@ -714,9 +714,9 @@ def load(
     """Load a bundle for generation.
 
     Args:
-        num_slots: B, the requests that a ``Service`` decodes at once; 1 by default. A bundle with fixed shapes has its
-            own.
         path: a directory that ``cllm-export build`` wrote.
+        num_slots: B, the requests that a ``Service`` decodes at once; by default the bundle's batch size, which one
+            with fixed shapes is pinned to.
         threads: threads inside the engine; by default as many as the process may use. Of the CPU alone.
         draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
         prefix_cache_bytes: KV to keep of texts that were read and given, in the host's memory, so that a prompt that

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from cllm_export.bundle import GREEDY_GRAPH, Bundle, require_one_of
+from cllm_export.bundle import Bundle, require_one_of
 from cllm_export.errors import OptionError
 from cllm_export.runtime.engine import Engine
 from cllm_export.runtime.ort_engine import OrtEngine
@@ -16,15 +16,13 @@ PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 def open_engine(
     bundle: Bundle, provider: Provider, *, num_slots: int | None = None, threads: int | None = None
 ) -> Engine:
-    """A bundle's engine on a device, with one slot unless the bundle or the plan has its own number.
+    """A bundle's engine on a device, with as many slots as the bundle or the plan was built for unless told otherwise.
 
     Raises:
         OptionError: no such provider, or slots that the plan has not.
         GpuError, PlanError, EngineError, MissingExtraError: see the engine.
     """
     require_one_of("provider", provider, PROVIDERS)
-    if num_slots is None and bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes is None:
-        num_slots = 1 if provider != "tensorrt" else None
     if provider == "cpu":
         return OrtEngine(bundle, num_slots=num_slots, threads=threads)
     if provider == "cuda":

@@ -15,7 +15,7 @@ from cllm_export import __version__
 from cllm_export.bundle import open_bundle
 from tests.checkpoints import hub_snapshot
 from tests.conftest import DEMO, PINNED, Workshop
-from tests.e2e.conftest import Cli, Outcome, environment, run_process
+from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, run_process
 
 LOOPS = ("autoregressive", "jacobi", "jacobi-block")
 LOOP_KEYS = {"tokens_per_second", "tokens_per_forward", "forwards", "new_tokens", "speedup", "overhead"}
@@ -300,6 +300,16 @@ def test_debug_shows_the_traceback_of_a_refusal(tmp_path: Path):
     assert outcome.code != 0
     assert "Traceback" in outcome.err
     assert "BundleError" in outcome.err
+
+
+def test_prompts_decoded_at_once_give_what_they_give_one_by_one(cli: Cli, bundle: Path, prompt_file: Path):
+    common = ("generate", bundle, "--prompts", prompt_file, "--json", "--deterministic", *FEW)
+    alone, together = lines_of(cli(*common)), lines_of(cli(*common, "--num-slots", 2))
+    assert [(line["id"], line["token_ids"]) for line in together] == [(line["id"], line["token_ids"]) for line in alone]
+    text = cli("generate", bundle, "--prompts", prompt_file, "--num-slots", 3, *FEW)
+    assert text.out == "".join(f"{line['text']}\n" for line in alone)
+    assert_refused(cli(*common, "--num-slots", 2, "--block-size", "auto"), "exclude each other")
+    assert_refused(cli(*common, "--num-slots", 2, "--method", "lookahead"), "lookahead")
 
 
 def test_the_demo_prompts_come_with_their_answers_through_json(cli: Cli, workshop: Workshop):
