@@ -5,18 +5,24 @@ What the loop computes is tested in ``tests/acceptance/test_device_loop.py``. No
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cllm_export import cuda as cuda_module
 from cllm_export.errors import WhileGraphError
+from cllm_export.runtime.condition_kernel import KINDS, SOURCE
 from cllm_export.runtime.while_graph import ALLOWED, WhileGraph
+from tests.fakes import properties
 from tests.tensorrt.doubles import CudaDouble, Nonconforming, describe
 from tests.tensorrt.install import CUDA
-from tests.tensorrt.simulation import Node, SimulatedCuda
+from tests.tensorrt.simulation import SET_CONDITIONAL, Node, SimulatedCuda, compile_for_cpu
 
 TURNS = 5
 
@@ -123,6 +129,41 @@ def test_a_body_with_a_node_that_none_may_hold_is_refused_by_name(kind: str, ins
 def test_a_body_of_allowed_nodes_is_taken():
     record(sorted(ALLOWED - {"Graph"}), inside_child=False)
     record(["Kernel", "Memcpy"], inside_child=True)
+
+
+@pytest.fixture(scope="module")
+def condition(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernel that sets the handle, as a function of the CPU that gives (handle, value)."""
+    path = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    assert compile_for_cpu(SOURCE, path)
+    library, calls = ctypes.CDLL(str(path)), []
+    callback = SET_CONDITIONAL(lambda handle, value: calls.append((handle, value)))
+    ctypes.c_void_p.in_dll(library, "cudaGraphSetConditional").value = ctypes.cast(callback, ctypes.c_void_p).value
+
+    def call(*arguments: Any) -> tuple[int, int]:
+        calls.clear()
+        library.repeat_or_end(0, *(kind(value) for kind, value in zip(KINDS, arguments, strict=True)))
+        (call,) = calls
+        assert callback
+        return call
+
+    return call
+
+
+@properties
+@given(data=st.data())
+def test_the_loop_goes_on_while_a_request_runs_fits_and_may_take_another_forward(condition: Any, data: st.DataObject):
+    slots, n, extent, most = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 6), (6, 12), (1, 4)))
+    write_index = np.array(data.draw(st.lists(st.integers(0, 12), min_size=slots, max_size=slots)), np.int64)
+    left = np.array(data.draw(st.lists(st.integers(0, 2), min_size=slots, max_size=slots)), np.int32)
+    forwards = np.array([data.draw(st.integers(0, 4))], np.int32)
+    taken, handle = int(forwards[0]), data.draw(st.integers(1, 2**64 - 1))
+    addresses = (array.ctypes.data for array in (write_index, left, forwards))
+    running = [slot for slot in range(slots) if left[slot]]
+    fits = all(write_index[slot] + n <= extent for slot in running)
+    expected = bool(running) and fits and taken + 1 < most
+    assert condition(*addresses, n, extent, most, slots, handle) == (handle, expected)
+    assert forwards[0] == taken + 1
 
 
 @pytest.mark.parametrize("version", CUDA)
