@@ -2,7 +2,8 @@
 
 It knows nothing of TensorRT or of decoding: the body is any work on a stream, the last kernel of which sets the node's
 handle (``cudaGraphSetConditional`` in device code). What a body may hold is checked before anything is launched, and
-what cannot be told from its nodes, as a kernel that launches others, CUDA refuses when the graph is made launchable.
+what nodes do not show, as a kernel that launches others, is left to CUDA: what it refuses when the graph is made
+launchable is told. Nothing of this has run on a GPU yet.
 """
 
 from __future__ import annotations
