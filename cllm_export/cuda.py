@@ -11,13 +11,17 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cllm_export.errors import EngineError, GpuError, MissingExtraError
 
 DRIVER_LIBRARY = "libcuda.so.1"
 ADVICE = "see what this machine has with: cllm-export doctor"
 Direction = Literal["to device", "to host"]
+
+CUDA_13 = 13000
+"""From this version of the runtime on, the bindings' ``cudaGraphAddNode`` takes the data of edges too."""
+_NODE_KIND = "cudaGraphNodeType"
 
 _KINDS = {"to device": "cudaMemcpyHostToDevice", "to host": "cudaMemcpyDeviceToHost"}
 
@@ -33,6 +37,16 @@ class GpuFacts:
     """Bytes; on a Jetson those of the memory that it shares with the processor."""
     driver: str
     """The newest CUDA that the driver takes, ``major.minor``."""
+
+
+class WhileNode(NamedTuple):
+    """A graph of one WHILE node that is not launchable yet, and what its body is recorded into."""
+
+    graph: Any
+    """Owns the node and the body."""
+    handle: int
+    """What device code sets: 0 ends the loop, anything else runs the body again."""
+    body: Any
 
 
 def probe_driver() -> str | None:
@@ -103,6 +117,10 @@ class Cuda:
             driver=version_text(self._call("cudaDriverGetVersion")),
         )
 
+    def versions(self) -> tuple[int, int]:
+        """The newest CUDA that the driver takes, and the runtime's own; 12040 is 12.4."""
+        return int(self._call("cudaDriverGetVersion")), int(self._call("cudaRuntimeGetVersion"))
+
     def free_memory(self) -> int:
         """Bytes of device memory that nobody has taken."""
         free, _ = self._call("cudaMemGetInfo")
@@ -143,9 +161,7 @@ class Cuda:
     def capture(self, stream: Any) -> Iterator[list[Any]]:
         """Record what the block enqueues instead of running it; the list holds the launchable graph when it ends."""
         captured: list[Any] = []
-        self._call(
-            "cudaStreamBeginCapture", stream, self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        )
+        self._call("cudaStreamBeginCapture", stream, self._capture_mode)
         try:
             yield captured
         except BaseException:
@@ -153,9 +169,62 @@ class Cuda:
             raise
         graph = self._call("cudaStreamEndCapture", stream)
         try:
-            captured.append(self._call("cudaGraphInstantiate", graph, 0))
+            captured.append(self.instantiate(graph))
         finally:
-            self._call("cudaGraphDestroy", graph)
+            self.discard(graph)
+
+    @contextmanager
+    def capture_into(self, stream: Any, graph: Any) -> Iterator[None]:
+        """Record what the block enqueues into a graph that is there already, and whose owner discards it."""
+        self._call("cudaStreamBeginCaptureToGraph", stream, graph, [], [], 0, self._capture_mode)
+        try:
+            yield
+        except BaseException:
+            self.runtime.cudaStreamEndCapture(stream)
+            raise
+        self._call("cudaStreamEndCapture", stream)
+
+    @property
+    def _capture_mode(self) -> Any:
+        return self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+
+    def make_while(self) -> WhileNode:
+        """A graph of one WHILE node, whose handle is 1 at every launch; its owner discards the graph."""
+        runtime, graph = self.runtime, self._call("cudaGraphCreate", 0)
+        try:
+            at_launch = int(runtime.cudaGraphConditionalHandleFlags.cudaGraphCondAssignDefault)
+            handle = self._call("cudaGraphConditionalHandleCreate", graph, 1, at_launch)
+            node = runtime.cudaGraphNodeParams()
+            node.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
+            node.conditional.handle = handle
+            node.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeWhile
+            node.conditional.size = 1
+            takes_edges = "cudaGraphAddNode" if self.versions()[1] >= CUDA_13 else "cudaGraphAddNode_v2"
+            self._call(takes_edges, graph, [], [], 0, node)
+            return WhileNode(graph, int(handle), node.conditional.phGraph_out[0])
+        except BaseException:
+            self.discard(graph)
+            raise
+
+    def node_kinds(self, graph: Any) -> set[str]:
+        """What kinds of nodes a graph holds, those of its child graphs included: ``Kernel``, ``Memcpy``, ``Host``..."""
+        kinds: set[str] = set()
+        _, count = self._call("cudaGraphGetNodes", graph)
+        nodes, _ = self._call("cudaGraphGetNodes", graph, count) if count else ((), 0)
+        for node in nodes:
+            kind = self._call("cudaGraphNodeGetType", node)
+            kinds.add(kind.name.removeprefix(_NODE_KIND))
+            if kind == self.runtime.cudaGraphNodeType.cudaGraphNodeTypeGraph:
+                kinds |= self.node_kinds(self._call("cudaGraphChildGraphNodeGetGraph", node))
+        return kinds
+
+    def instantiate(self, graph: Any) -> Any:
+        """The launchable form of a graph, which needs the graph no more."""
+        return self._call("cudaGraphInstantiate", graph, 0)
+
+    def discard(self, graph: Any) -> None:
+        """Free a graph that is not launchable, and the bodies of its nodes."""
+        self._call("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any, stream: Any) -> None:
         self._call("cudaGraphLaunch", graph, stream)

@@ -19,6 +19,7 @@
     │   └── ScalesError           a scales file that is missing, damaged or of another model
     ├── TrajectoryError           a collection of trajectories that is missing, damaged or of another model
     ├── EngineError               an engine that failed, or was asked for the impossible
+    │   └── WhileGraphError       a loop that CUDA cannot run as a WHILE node
     ├── GpuError                  a GPU, its driver or a library for it that is missing or too old
     ├── PlanError                 a TensorRT plan that is missing, damaged, cannot be built or was built for elsewhere
     ├── QueueFullError            a service that takes no more requests for now
@@ -105,6 +106,10 @@ class TrajectoryError(CllmExportError):
 
 class EngineError(CllmExportError, RuntimeError):
     """An engine failed, or was asked for a forward it cannot run."""
+
+
+class WhileGraphError(EngineError):
+    """This CUDA has no WHILE nodes, or a body holds what none may hold: the loop must be unrolled."""
 
 
 class GpuError(CllmExportError):

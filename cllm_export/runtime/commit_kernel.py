@@ -1,19 +1,31 @@
 """What sliding Jacobi decoding does between two forwards, as a CUDA kernel: accept, emit, cut, make the next block.
 
 The rules are those of ``SlidingJacobi`` and ``Decode`` in ``docs/loop.md``, for one slot a thread. Plain C but for two
-words, so that tests compile the very same source for the CPU. Compiled by NVRTC when a loop is made, since what a
-device takes is known only there.
+words, so that tests compile the very same source for the CPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from cllm_export.errors import EngineError, MissingExtraError
+import ctypes
 
 NAME = b"commit_blocks"
 REPEAT = -1
 """As the fill: the token before the fill, repeated. Else the token itself."""
+
+POINTERS = (
+    "next_ids",
+    "num_accepted",
+    "input_ids",
+    "num_committed",
+    "write_index",
+    "left",
+    "emitted",
+    "ring",
+    "eos",
+)
+"""The buffers that it takes, in its order; the first five are the engine's own."""
+NUMBERS = ("num_eos", "n", "ring_size", "fill", "num_slots")
+KINDS = (ctypes.c_void_p,) * len(POINTERS) + (ctypes.c_int,) * len(NUMBERS)
 
 SOURCE = b"""
 extern "C" __global__ void commit_blocks(
@@ -49,44 +61,3 @@ extern "C" __global__ void commit_blocks(
         block[row] = accepted - 1 + row < n ? next[accepted - 1 + row] : filler;
 }
 """
-
-
-def import_compiler() -> tuple[Any, Any]:
-    """(``nvrtc``, ``driver``) of cuda-python.
-
-    Raises:
-        MissingExtraError: cuda-python is not installed.
-    """
-    try:
-        from cuda.bindings import driver, nvrtc
-    except ImportError:
-        raise MissingExtraError("cuda-python", extra="tensorrt") from None
-    return nvrtc, driver
-
-
-def compile_kernel(nvrtc: Any, compute_capability: str) -> bytes:
-    """The kernel's machine code for devices of a compute capability.
-
-    Raises:
-        EngineError: NVRTC does not compile it; its own words follow.
-    """
-    program = _checked(nvrtc, "nvrtcCreateProgram", SOURCE, b"commit_blocks.cu", 0, [], [])
-    try:
-        options = [b"--gpu-architecture=sm_" + compute_capability.replace(".", "").encode()]
-        (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            words = b" " * _checked(nvrtc, "nvrtcGetProgramLogSize", program)
-            _checked(nvrtc, "nvrtcGetProgramLog", program, words)
-            raise EngineError(f"NVRTC does not compile the loop's kernel: {words.decode(errors='replace')}")
-        image = b" " * int(_checked(nvrtc, "nvrtcGetCUBINSize", program))
-        _checked(nvrtc, "nvrtcGetCUBIN", program, image)  # written into the very bytes, as cuda-python has it
-        return image
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-def _checked(nvrtc: Any, name: str, *arguments: Any) -> Any:
-    code, *values = getattr(nvrtc, name)(*arguments)
-    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise EngineError(f"{name} failed: {code!r}")
-    return values[0] if values else None

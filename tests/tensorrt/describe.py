@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,8 @@ SYMBOLS = re.compile(r".*(_INTERNAL|PluginRegistry|OnnxParserVersion)|initLibNvI
 """What the bindings take from those libraries."""
 CUDA_MODULES = {"runtime": "cuda", "driver": "cu", "nvrtc": "nvrtc"}
 """Modules of cuda.bindings, and what the names of their functions begin with."""
+UNIONS = ("cudaGraphNodeParams",)
+"""Structures of which the ones inside are described too; to make one of any kind could take what is not here."""
 SECTION, ENTRY, SYMBOL = "<IIQQQQIIQQ", "<qQ", "<IBBHQQ"
 SHT_DYNAMIC, SHT_DYNSYM, DT_NEEDED, STB_GLOBAL = 6, 11, 1, 1
 
@@ -151,8 +153,16 @@ def describe_cuda(name: str, prefix: str) -> dict[str, Any]:
         "functions": functions,
         "enums": enums,
         "structures": structures,
+        "nested": {each: describe_nested(vars(module)[each], structures) for each in UNIONS if each in structures},
         "constants": {each: int(value) for each, value in vars(module).items() if isinstance(value, int)},
     }
+
+
+def describe_nested(structure: type, structures: Collection[str]) -> dict[str, str]:
+    """Member -> structure that it is, of a structure's members that are structures of the same module."""
+    made = structure()
+    kinds = {member: type(getattr(made, member)).__name__ for member in dir(made) if not member.startswith("_")}
+    return {member: kind for member, kind in kinds.items() if kind in structures}
 
 
 def describe_argument(argument: inspect.Parameter) -> dict[str, Any]:

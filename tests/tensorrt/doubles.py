@@ -253,6 +253,23 @@ class ObjectDouble:
         return run(self, **arguments) if run else self._module.default(returns)
 
 
+class StructureDouble:
+    """A structure of the bindings that code under test fills in; one inside another is made with it."""
+
+    def __init__(self, cuda: CudaDouble, name: str) -> None:
+        vars(self).update(_cuda=cuda, _name=name)
+        for member, inner in cuda.nested(name).items():
+            vars(self)[member] = StructureDouble(cuda, inner)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._cuda.members(self._name) or name in self._cuda.nested(self._name):
+            raise Nonconforming(f"{self._name}.{name} cannot be set in cuda.bindings {self._cuda.version}")
+        vars(self)[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        raise Nonconforming(f"{self._name}.{name} was never given, or there is no such member")
+
+
 SUCCESS = {
     "runtime": ("cudaError_t", "cudaSuccess"),
     "driver": ("CUresult", "CUDA_SUCCESS"),
@@ -281,9 +298,18 @@ class CudaDouble:
             return functools.partial(self._call, name)
         if name in self._api["constants"]:
             return self._api["constants"][name]
+        if name in self._api["structures"]:
+            return functools.partial(StructureDouble, self, name)
         if name.startswith("__"):
             raise AttributeError(name)
         raise Nonconforming(f"cuda.bindings.{self._api['name']} {self.version} has no {name}")
+
+    def members(self, structure: str) -> list[str]:
+        return list(self._api["structures"][structure])
+
+    def nested(self, structure: str) -> dict[str, str]:
+        """Member -> structure, of those that hold others, as far as they are described."""
+        return dict(self._api.get("nested", {}).get(structure, {}))
 
     def structure(self, name: str, /, **values: Any) -> SimpleNamespace:
         """A structure of the bindings with these members, all of which it must have."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 import base64
 import ctypes
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,18 @@ MEMORY = 1 << 32
 DTYPES = {"INT64": np.int64, "FLOAT": np.float32, "HALF": np.float16}
 NAME = "Simulated GPU"
 Thunk = Callable[[], None]
+ENDLESS = 10_000
+"""Runs of a WHILE node's body after which it is taken to have no end."""
+IN_A_BODY = {"Kernel", "Empty", "Memcpy", "Memset", "Graph", "Conditional"}
+"""What CUDA takes in the body of a conditional node."""
+
+
+class Node(NamedTuple):
+    """Of a graph: what it is, what it does, and the graph inside it."""
+
+    kind: str
+    run: Thunk
+    inner: int | None = None
 
 
 class HostMemory(bytes):
@@ -55,8 +68,19 @@ class SimulatedCuda:
         self.device: dict[int, Any] = {}
         self.host: dict[int, Any] = {}
         self.queues: dict[int, list[Thunk]] = {}
-        self.captures: dict[int, list[Thunk]] = {}
-        self.graphs: dict[int, list[Thunk]] = {}
+        self.captures: dict[int, list[Node]] = {}
+        self.graphs: dict[int, list[Node]] = {}
+        self.captured_into: dict[int, Handle] = {}
+        self.nodes: dict[int, Node] = {}
+        """By handle, those that were asked about."""
+        self.bodies: dict[int, list[int]] = {}
+        """Graph -> the bodies that it owns."""
+        self.conditions: dict[int, list[int]] = {}
+        """Handle of a conditional node -> (its graph, its value at launch, its value)."""
+        self.body_runs = 0
+        self.runtime_version = 0
+        self.broken: set[str] = set()
+        """``while``: kernels are such as CUDA takes in no WHILE node, though nothing shows it before."""
         self.bytes_copied = 0
         self.launches = 0
         self._last = 0
@@ -76,8 +100,11 @@ class SimulatedCuda:
                 return
         raise Nonconforming(f"{size} bytes at {address:#x} are not in live device memory")
 
-    def enqueue(self, stream: Any, thunk: Thunk) -> None:
-        self.captures.get(int(stream), self.queues[int(stream)]).append(thunk)
+    def enqueue(self, stream: Any, thunk: Thunk, kind: str = "Kernel", inner: int | None = None) -> None:
+        if int(stream) in self.captures:
+            self.captures[int(stream)].append(Node(kind, thunk, inner))
+        else:
+            self.queues[int(stream)].append(thunk)
 
     def _take(self, owner: dict[int, Any], what: str, handle: Any) -> Any:
         if int(handle) not in owner:
@@ -98,6 +125,10 @@ class SimulatedCuda:
 
     def cudaDriverGetVersion(self, cuda: CudaDouble) -> int:
         return self.driver
+
+    def cudaRuntimeGetVersion(self, cuda: CudaDouble) -> int:
+        major, minor, *_ = map(int, cuda.version.split("."))
+        return self.runtime_version or major * 1000 + minor * 10
 
     def cudaMemGetInfo(self, cuda: CudaDouble) -> tuple[int, int]:
         return MEMORY - self.live_bytes, MEMORY
@@ -132,7 +163,7 @@ class SimulatedCuda:
 
     def cudaMemsetAsync(self, cuda: CudaDouble, devPtr: int, value: int, count: int, stream: Any) -> None:
         self.require_device(devPtr, count)
-        self.enqueue(stream, lambda: ctypes.memset(devPtr, value, count))
+        self.enqueue(stream, lambda: ctypes.memset(devPtr, value, count), "Memset")
 
     def cudaMemcpyAsync(self, cuda: CudaDouble, dst: int, src: int, count: int, kind: Any, stream: Any) -> None:
         to_device = kind == cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -145,7 +176,7 @@ class SimulatedCuda:
             self.bytes_copied += count
             ctypes.memmove(dst, src, count)
 
-        self.enqueue(stream, run)
+        self.enqueue(stream, run, "Memcpy")
 
     def cudaStreamCreateWithFlags(self, cuda: CudaDouble, flags: int) -> Handle:
         if flags != cuda.cudaStreamNonBlocking:
@@ -167,26 +198,125 @@ class SimulatedCuda:
     def cudaStreamBeginCapture(self, cuda: CudaDouble, stream: Any, mode: Any) -> None:
         self.captures[int(stream)] = []
 
+    def cudaStreamBeginCaptureToGraph(
+        self,
+        cuda: CudaDouble,
+        stream: Any,
+        graph: Any,
+        dependencies: Any,
+        dependencyData: Any,
+        numDependencies: int,
+        mode: Any,
+    ) -> None:
+        if len(dependencies) != numDependencies:
+            raise Nonconforming(f"{numDependencies} dependencies, got {len(dependencies)}")
+        self.captures[int(stream)] = self.graphs[int(graph)]
+        self.captured_into[int(stream)] = graph
+
     def cudaStreamEndCapture(self, cuda: CudaDouble, stream: Any) -> Handle:
+        if int(stream) in self.captured_into:
+            self._take(self.captures, "capture on stream", stream)
+            return self.captured_into.pop(int(stream))
         handle = self._handle()
         self.graphs[int(handle)] = self._take(self.captures, "capture on stream", stream)
         return handle
 
-    def cudaGraphInstantiate(self, cuda: CudaDouble, graph: Any, flags: int) -> Handle:
+    def cudaGraphCreate(self, cuda: CudaDouble, flags: int) -> Handle:
+        handle = self._handle()
+        self.graphs[int(handle)] = []
+        return handle
+
+    def cudaGraphConditionalHandleCreate(
+        self, cuda: CudaDouble, graph: Any, defaultLaunchValue: int, flags: int
+    ) -> Handle:
+        if flags != cuda.cudaGraphConditionalHandleFlags.cudaGraphCondAssignDefault:
+            raise Nonconforming("the handle's value at launch is undefined")
+        handle = self._handle()
+        self.conditions[int(handle)] = [int(graph), defaultLaunchValue, defaultLaunchValue]
+        return handle
+
+    def cudaGraphAddNode_v2(
+        self,
+        cuda: CudaDouble,
+        graph: Any,
+        nodeParams: Any,
+        **dependencies: Any,
+    ) -> Handle:
+        return self._add_while(cuda, graph, nodeParams)
+
+    def cudaGraphAddNode(self, cuda: CudaDouble, graph: Any, nodeParams: Any, **dependencies: Any) -> Handle:
+        return self._add_while(cuda, graph, nodeParams)
+
+    def _add_while(self, cuda: CudaDouble, graph: Any, params: Any) -> Any:
+        node, handle = params.conditional, int(params.conditional.handle)
+        if params.type is not cuda.cudaGraphNodeType.cudaGraphNodeTypeConditional or node.size != 1:
+            raise Nonconforming("only WHILE nodes of one body are simulated")
+        if node.type is not cuda.cudaGraphConditionalNodeType.cudaGraphCondTypeWhile:
+            raise Nonconforming(f"a WHILE node is wanted, got {node.type!r}")
+        if self.conditions[handle][0] != int(graph):
+            raise Nonconforming("the handle is of another graph")
+        body = self._handle()
+        self.graphs[int(body)] = []
+        self.bodies.setdefault(int(graph), []).append(int(body))
+        node.phGraph_out = [body]
+        content = self.graphs[int(body)]
+        self.graphs[int(graph)].append(Node("Conditional", lambda: self._repeat(handle, content), int(body)))
+        return self._handle()
+
+    def _repeat(self, handle: int, body: list[Node]) -> None:
+        """A launch gives the handle its default, and the body runs while it is not 0."""
+        _, self.conditions[handle][2], _ = self.conditions[handle]
+        for _ in range(ENDLESS):
+            if not self.conditions[handle][2]:
+                return
+            self.body_runs += 1
+            for node in body:
+                node.run()
+        raise Nonconforming("a WHILE node does not end")
+
+    def set_conditional(self, handle: int, value: int) -> None:
+        """What device code calls."""
+        self.conditions[handle][2] = value
+
+    def cudaGraphGetNodes(self, cuda: CudaDouble, graph: Any, numNodes: int = 0) -> tuple[list[Handle], int]:
+        content = self.graphs[int(graph)]
+        handles = [self._handle() for _ in content[:numNodes]]
+        self.nodes |= {int(handle): node for handle, node in zip(handles, content, strict=False)}
+        return handles, numNodes or len(content)
+
+    def cudaGraphNodeGetType(self, cuda: CudaDouble, node: Any) -> Any:
+        return getattr(cuda.cudaGraphNodeType, f"cudaGraphNodeType{self.nodes[int(node)].kind}")
+
+    def cudaGraphChildGraphNodeGetGraph(self, cuda: CudaDouble, node: Any) -> Any:
+        return Handle(int(self.nodes[int(node)].inner or 0))
+
+    def cudaGraphInstantiate(self, cuda: CudaDouble, graph: Any, flags: int) -> Any:
+        for body in self.bodies.get(int(graph), ()):
+            if "while" in self.broken:
+                return cuda.cudaError_t.cudaErrorNotSupported
+            if wrong := {node.kind for node in self.graphs[body]} - IN_A_BODY:
+                raise Nonconforming(f"no body may hold {sorted(wrong)[0]}")
         handle = self._handle()
         self.graphs[int(handle)] = list(self.graphs[int(graph)])
         return handle
 
     def cudaGraphLaunch(self, cuda: CudaDouble, graphExec: Any, stream: Any) -> None:
         self.launches += 1
-        for thunk in self.graphs[int(graphExec)]:
-            self.enqueue(stream, thunk)
+        for node in self.graphs[int(graphExec)]:
+            self.enqueue(stream, node.run, node.kind, node.inner)
 
     def cudaGraphDestroy(self, cuda: CudaDouble, graph: Any) -> None:
+        if any(int(graph) in owned for owned in self.bodies.values()):
+            raise Nonconforming("a body is its node's own")
         self._take(self.graphs, "graph", graph)
+        for body in self.bodies.pop(int(graph), ()):
+            del self.graphs[body]
 
     def cudaGraphExecDestroy(self, cuda: CudaDouble, graphExec: Any) -> None:
         self._take(self.graphs, "executable graph", graphExec)
+
+
+SET_CONDITIONAL = ctypes.CFUNCTYPE(None, ctypes.c_ulonglong, ctypes.c_uint)
 
 
 class SimulatedDriver:
@@ -195,10 +325,15 @@ class SimulatedDriver:
     def __init__(self, cuda: SimulatedCuda) -> None:
         self.cuda = cuda
         self.modules: dict[int, Any] = {}
+        self._set_conditional = SET_CONDITIONAL(cuda.set_conditional)
 
     def cuModuleLoadData(self, driver: CudaDouble, image: bytes) -> Handle:
         handle = self.cuda._handle()
-        self.modules[int(handle)] = ctypes.CDLL(image.decode())
+        library = self.modules[int(handle)] = ctypes.CDLL(image.decode())
+        if hasattr(library, "cudaGraphSetConditional"):
+            ctypes.c_void_p.in_dll(library, "cudaGraphSetConditional").value = ctypes.cast(
+                self._set_conditional, ctypes.c_void_p
+            ).value
         return handle
 
     def cuModuleGetFunction(self, driver: CudaDouble, hmod: Any, name: bytes) -> Any:
@@ -231,6 +366,9 @@ class SimulatedNvrtc:
         self.directory = directory
         self.options: list[bytes] = []
         self.source = b""
+        self.broken: set[bytes] = set()
+        """Names of kernels that shall not compile."""
+        self._compiled = 0
 
     def nvrtcCreateProgram(
         self, nvrtc: CudaDouble, src: bytes, name: bytes, numHeaders: int, headers: Any, includeNames: Any
@@ -240,11 +378,13 @@ class SimulatedNvrtc:
 
     def nvrtcCompileProgram(self, nvrtc: CudaDouble, prog: Any, numOptions: int, options: list[bytes]) -> Any:
         self.options = options
-        return None if compile_for_cpu(self.source, self._path) else nvrtc.nvrtcResult.NVRTC_ERROR_COMPILATION
+        self._compiled += 1  # a library is loaded once by its path
+        compiles = not any(name in self.source for name in self.broken) and compile_for_cpu(self.source, self._path)
+        return None if compiles else nvrtc.nvrtcResult.NVRTC_ERROR_COMPILATION
 
     @property
     def _path(self) -> Path:
-        return self.directory / "kernel.so"
+        return self.directory / f"kernel{self._compiled}.so"
 
     def nvrtcGetProgramLogSize(self, nvrtc: CudaDouble, prog: Any) -> int:
         return 8
@@ -264,18 +404,23 @@ class SimulatedNvrtc:
 
 def compile_for_cpu(source: bytes, path: Path) -> bool:
     """Make a library of a kernel whose first parameter is the thread's number; False where it does not compile."""
-    words = (
-        "struct place { int x; };\n"
-        "static struct place blockIdx = {0}, blockDim = {0}, threadIdx = {0};\n" + source.decode()
+    words = re.sub(
+        r'extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional\(.*\);',
+        "void (*cudaGraphSetConditional)(unsigned long long, unsigned int);",
+        source.decode(),
     )
-    words = words.replace('extern "C" __global__ ', "").replace("(\n", "(\n    int thread,\n", 1)
-    words = words.replace("{\n    int slot", "{\n    threadIdx.x = thread;\n    int slot", 1)
+    words = re.sub(r'extern "C" __global__ void (\w+)\(', r"void \1(int thread, ", words)
+    words = re.sub(r"\)\n\{", ")\n{\n    threadIdx.x = thread;", words, count=1)
+    places = "struct place { int x; };\nstatic struct place blockIdx = {0}, blockDim = {0}, threadIdx = {0};\n"
+    words = places + words
     command = ["cc", "-shared", "-fPIC", "-Werror", "-x", "c", "-o", str(path), "-"]
     return subprocess.run(command, input=words.encode(), check=False).returncode == 0
 
 
 class SimulatedTensorRt:
-    """Behaviour of ``tensorrt``. ``broken`` holds what shall fail: parse, build, deserialize, execute, refit, alias."""
+    """Behaviour of ``tensorrt``. ``broken`` holds what shall fail: parse, build, deserialize, execute, refit, alias.
+
+    With ``host`` in it a forward holds a function of the host."""
 
     def __init__(self, cuda: SimulatedCuda) -> None:
         self.cuda = cuda
@@ -502,7 +647,8 @@ class SimulatedTensorRt:
             if past != name and values["addresses"][name] != values["addresses"][past]:
                 raise Nonconforming(f"{name} and {past} lie apart")
         addresses, shapes = dict(values["addresses"]), self._shapes(values["shapes"], engine)
-        self.cuda.enqueue(stream_handle, lambda: self._execute(engine, addresses, shapes))
+        kind = "Host" if "host" in self.broken else "Kernel"
+        self.cuda.enqueue(stream_handle, lambda: self._execute(engine, addresses, shapes), kind)
         return True
 
     def _shapes(self, given: dict[str, Any], engine: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm_export.bundle import Bundle
-from cllm_export.errors import EngineError
+from cllm_export.errors import EngineError, OptionError, WhileGraphError
 from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.runtime.commit_kernel import REPEAT, SOURCE, compile_kernel
-from cllm_export.runtime.device_loop import DeviceLoop
+from cllm_export.runtime import commit_kernel, condition_kernel
+from cllm_export.runtime.commit_kernel import REPEAT, SOURCE
+from cllm_export.runtime.device_kernel import compile_kernel
+from cllm_export.runtime.device_loop import DeviceLoop, Form
 from cllm_export.runtime.draft import make_fill
 from cllm_export.runtime.jacobi import SlidingJacobi
 from cllm_export.runtime.request import Decode
@@ -89,6 +92,11 @@ def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.
                 assert write_index[slot] == decode.write_index
 
 
+def make_loop(engine: TrtEngine, simulated: SimulatedGpu, directory: Path, **options: Any) -> DeviceLoop:
+    compiler = simulated.compiler(directory)
+    return DeviceLoop(engine, block_size=BLOCK_SIZE, compute_capability="9.0", compiler=compiler, **options)
+
+
 @pytest.fixture
 def bundle(workshop: Workshop, tmp_path: Path) -> Bundle:
     return workshop.copy(workshop.bundle("small"), tmp_path / "bundle")
@@ -96,8 +104,9 @@ def bundle(workshop: Workshop, tmp_path: Path) -> Bundle:
 
 @pytest.mark.parametrize(("slots", "k"), [(1, 1), (1, 4), (3, 8)])
 @pytest.mark.parametrize("cuda", CUDA)
+@pytest.mark.parametrize("form", get_args(Form))
 def test_tokens_are_those_of_the_loop_on_the_host_with_fewer_waits(
-    bundle: Bundle, tmp_path: Path, cuda: str, slots: int, k: int
+    bundle: Bundle, tmp_path: Path, cuda: str, slots: int, k: int, form: Form
 ):
     simulated = SimulatedGpu(cuda=cuda)
     options = PlanOptions(batch_size=slots, block_sizes=(BLOCK_SIZE, 16), prefill_chunk=16)
@@ -112,13 +121,15 @@ def test_tokens_are_those_of_the_loop_on_the_host_with_fewer_waits(
             block_size=BLOCK_SIZE,
             compute_capability="9.0",
             forwards_per_sync=k,
+            form=form,
             compiler=simulated.compiler(tmp_path, cuda),
         ) as loop:
             for _ in range(2):  # enqueued and captured, then replayed
                 result = loop.run(prompts, max_new_tokens=50, eos_token_ids=(), fill_token=None)
                 assert result.token_ids == expected
+                assert (result.form, result.form_reason) == (form, None)
                 assert result.num_forwards >= result.num_syncs
-                assert result.num_syncs <= -(-50 // k)
+                assert result.num_syncs <= -(-50 // k) + len(plan.manifest.settings.extents), "and one to record each"
             ended = loop.run(prompts, max_new_tokens=50, eos_token_ids={expected[0][4]}, fill_token=0)
             assert ended.token_ids[0] == expected[0][: expected[0].index(expected[0][4]) + 1]
         assert decode_on_host(engine, prompts, "jacobi", BLOCK_SIZE, count=50) == expected, (
@@ -128,17 +139,18 @@ def test_tokens_are_those_of_the_loop_on_the_host_with_fewer_waits(
     assert not simulated.driver.behaviour.modules
 
 
-def test_a_run_up_to_the_end_of_the_cache_stays_inside_it(bundle: Bundle, tmp_path: Path):
+@pytest.mark.parametrize("form", get_args(Form))
+def test_a_run_up_to_the_end_of_the_cache_stays_inside_it(bundle: Bundle, tmp_path: Path, form: Form):
     """The last graphs hold fewer forwards; the simulation fails on a row outside the cache."""
     simulated = SimulatedGpu()
     plan = build_plan(bundle, PlanOptions(block_sizes=(BLOCK_SIZE,)), gpu=simulated.gpu)
     with TrtEngine(bundle, plan=plan, gpu=simulated.gpu) as engine:
         room = engine.geometry.cache_length - BLOCK_SIZE + 1
-        with DeviceLoop(
-            engine, block_size=BLOCK_SIZE, compute_capability="9.0", compiler=simulated.compiler(tmp_path)
-        ) as loop:
-            result = loop.run([[5, 6]], max_new_tokens=room - 2, eos_token_ids=(), fill_token=0)
-            assert len(result.token_ids[0]) == room - 2
+        expected = decode_on_host(engine, [[5, 6]], "jacobi", BLOCK_SIZE, count=room - 2)
+        with make_loop(engine, simulated, tmp_path, form=form) as loop:
+            for _ in range(2):
+                result = loop.run([[5, 6]], max_new_tokens=room - 2, eos_token_ids=(), fill_token=None)
+                assert result.token_ids == expected
             with pytest.raises(EngineError, match=f"come to {room + 1}, this engine holds {room}"):
                 loop.run([[5, 6]], max_new_tokens=room - 1, eos_token_ids=(), fill_token=0)
             with pytest.raises(EngineError, match="each of 1 slots"):
@@ -147,23 +159,123 @@ def test_a_run_up_to_the_end_of_the_cache_stays_inside_it(bundle: Bundle, tmp_pa
             DeviceLoop(engine, block_size=4, compute_capability="9.0", compiler=simulated.compiler(tmp_path))
 
 
+def open_engine(bundle: Bundle, simulated: SimulatedGpu) -> TrtEngine:
+    return TrtEngine(
+        bundle, plan=build_plan(bundle, PlanOptions(block_sizes=(BLOCK_SIZE,)), gpu=simulated.gpu), gpu=simulated.gpu
+    )
+
+
+def test_a_while_node_ends_with_the_request_where_the_unrolled_form_idles(bundle: Bundle, tmp_path: Path):
+    simulated = SimulatedGpu()
+    results = {}
+    with open_engine(bundle, simulated) as engine:
+        for form in get_args(Form):
+            with make_loop(engine, simulated, tmp_path, form=form, forwards_per_sync=30) as loop:
+                for _ in range(2):
+                    before = simulated.tensorrt.executions
+                    result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=0)
+                    assert simulated.tensorrt.executions - before == result.num_forwards + 1, "and one of the prompt"
+                results[form] = result
+    assert results["unrolled"].token_ids == results["conditional"].token_ids
+    assert results["unrolled"].num_forwards == 30
+    assert results["conditional"].num_forwards <= 20
+    assert [result.num_syncs for result in results.values()] == [1, 1]
+    assert simulated.cuda.body_runs == 2 * results["conditional"].num_forwards - 1, "all but the one that recorded"
+
+
+def break_driver(simulated: SimulatedGpu) -> None:
+    simulated.cuda.driver = 12030
+
+
+def break_runtime(simulated: SimulatedGpu) -> None:
+    simulated.cuda.runtime_version = 12030
+
+
+def break_forward(simulated: SimulatedGpu) -> None:
+    simulated.tensorrt.broken.add("host")
+
+
+def break_instantiation(simulated: SimulatedGpu) -> None:
+    simulated.cuda.broken.add("while")
+
+
+def break_compiler(compiler: Any) -> None:
+    compiler[0].behaviour.broken.add(condition_kernel.NAME)
+
+
+REASONS = {
+    "needs CUDA 12.4 or newer, the driver has 12.3": break_driver,
+    "needs CUDA 12.4 or newer, cuda-python's runtime has 12.3": break_runtime,
+    "may not hold nodes of kind Host": break_forward,
+    "CUDA does not take this body in a WHILE node: cudaGraphInstantiate failed: cudaErrorNotSupported": (
+        break_instantiation
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_auto_unrolls_and_says_why_and_conditional_refuses(bundle: Bundle, tmp_path: Path, reason: str):
+    simulated = SimulatedGpu()
+    with open_engine(bundle, simulated) as engine:
+        expected = decode_on_host(engine, [[5, 6, 7]], "jacobi", BLOCK_SIZE, count=20)
+        REASONS[reason](simulated)
+        with make_loop(engine, simulated, tmp_path, forwards_per_sync=2) as loop:
+            for _ in range(2):
+                result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=None)
+                assert result.token_ids == expected
+                assert result.form == loop.form == "unrolled"
+                assert reason in str(result.form_reason)
+        with (
+            pytest.raises(WhileGraphError, match=reason),
+            make_loop(engine, simulated, tmp_path, form="conditional") as loop,
+        ):
+            loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=None)
+    assert simulated.cuda.is_empty()
+    assert not simulated.driver.behaviour.modules
+
+
+def test_a_compiler_without_while_nodes_unrolls_and_says_so(bundle: Bundle, tmp_path: Path):
+    simulated = SimulatedGpu()
+    compiler = simulated.compiler(tmp_path)
+    break_compiler(compiler)
+    with open_engine(bundle, simulated) as engine:
+        asked = {"block_size": BLOCK_SIZE, "compute_capability": "9.0", "compiler": compiler}
+        with DeviceLoop(engine, **asked) as loop:
+            assert loop.form == "unrolled"
+            assert "NVRTC does not compile" in str(loop.form_reason)
+        with pytest.raises(EngineError, match="NVRTC does not compile"):
+            DeviceLoop(engine, form="conditional", **asked)
+        with pytest.raises(OptionError, match="form is one of auto, conditional, unrolled, got 'while'"):
+            DeviceLoop(engine, form="while", **asked)
+    assert not simulated.driver.behaviour.modules
+
+
+def test_auto_takes_the_conditional_form_where_it_can(bundle: Bundle, tmp_path: Path):
+    simulated = SimulatedGpu()
+    with open_engine(bundle, simulated) as engine, make_loop(engine, simulated, tmp_path) as loop:
+        result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=None)
+    assert (result.form, result.form_reason) == ("conditional", None)
+
+
 def test_a_kernel_that_does_not_compile_is_told_in_the_compilers_words(tmp_path: Path):
     behaviour = SimulatedNvrtc(tmp_path / "missing")
     with pytest.raises(EngineError, match="NVRTC does not compile the loop's kernel: no such"):
-        compile_kernel(CudaDouble(describe("cuda", CUDA[-1])["nvrtc"], behaviour), "9.0")
+        compile_kernel(CudaDouble(describe("cuda", CUDA[-1])["nvrtc"], behaviour), SOURCE, "9.0")
     assert behaviour.options == [b"--gpu-architecture=sm_90"]
 
 
+@pytest.mark.parametrize("kernel_module", [commit_kernel, condition_kernel], ids=["commit", "condition"])
 @pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
-def test_the_kernel_compiles_for_real_devices(capability: str):
+def test_a_kernel_compiles_for_real_devices(capability: str, kernel_module: ModuleType):
     library = next((BUILD / "nvrtc" / NVRTC).rglob("libnvrtc.so.*"), None)
     bindings = BUILD / "cuda" / CUDA[-1]
     if library is None or not bindings.is_dir():
         pytest.skip("NVRTC is not installed: run `make bindings`")
     code = (
         "from cuda.bindings import nvrtc\n"
-        "from cllm_export.runtime.commit_kernel import compile_kernel\n"
-        f"print(compile_kernel(nvrtc, {capability!r})[:4])"
+        f"from {kernel_module.__name__} import SOURCE\n"
+        "from cllm_export.runtime.device_kernel import compile_kernel\n"
+        f"print(compile_kernel(nvrtc, SOURCE, {capability!r})[:4])"
     )
     paths = {"LD_LIBRARY_PATH": str(library.parent), "PYTHONPATH": f"{BUILD.parent}:{bindings}"}
     done = subprocess.run(
