@@ -272,7 +272,8 @@ def test_pieces_of_any_size_give_the_same_file(workshop: Workshop, monkeypatch: 
 
     expected = workshop.bundle("qwen2-window", precision="fp16").manifest.files[WEIGHTS_NAME]
     for stage in (0, 20_000):
-        monkeypatch.setattr(pipeline, "plan_memory", lambda _, stage=stage: MemoryPlan(piece=1000, stage=stage, peak=1))
+        plan = MemoryPlan(piece=1000, stage=stage, peak=1)
+        monkeypatch.setattr(pipeline, "plan_memory", lambda *_, plan=plan, **__: plan)
         built = workshop.build(workshop.checkpoint("qwen2-window"), precision="fp16")
         assert built.manifest.files[WEIGHTS_NAME] == expected
         built.check_files()

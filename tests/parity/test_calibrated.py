@@ -29,6 +29,9 @@ from tests.parity.test_int8_dynamic import assert_lossless, differences, engine_
 from tests.scales import observe_stock, save_scales  # noqa: E402
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
+FEW_AND_SLOW_FAMILIES = [
+    pytest.param(name, marks=() if name in ("llama", "phi3") else pytest.mark.slow) for name in FAMILIES
+]
 SCHEMES = ("int8", "int4", "fp8")
 INT8, FLOAT8 = 127.0, 448.0
 
@@ -140,7 +143,7 @@ def is_in(name: str, projections: tuple[str, ...]) -> bool:
     return name.rsplit(".", 1)[1] in projections
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FEW_AND_SLOW_FAMILIES)
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_static_layers_round_with_the_scales_of_the_calibration(workshop: Workshop, shop: Shop, name: str, scheme: str):
     tokens = random_prompts(280, [20], seed=3)[0]
@@ -164,7 +167,7 @@ def test_four_bit_weights_are_those_meant(workshop: Workshop, name: str, monkeyp
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FEW_AND_SLOW_FAMILIES)
 def test_jacobi_decoding_is_lossless_and_rows_stay_apart(workshop: Workshop, shop: Shop, name: str, scheme: str):
     model = workshop.model(name, **shop.options(name, scheme))
     assert_lossless(model, random_prompts(280, (1, 40)), max_new_tokens=24, ignore_eos=True)

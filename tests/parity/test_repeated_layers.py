@@ -54,7 +54,14 @@ def told(graph: DecoderGraph, checkpoint: Checkpoint) -> list[Any]:
 
 
 @pytest.mark.parametrize("passes", [PASSES, LINKED_PASSES], ids=["copied", "linked"])
-@pytest.mark.parametrize("name", ["llama-linear-bias-mqa", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("llama-linear-bias-mqa", marks=pytest.mark.slow),
+        "qwen2",
+        pytest.param("qwen3", marks=pytest.mark.slow),
+    ],
+)
 def test_repeating_a_layer_gives_the_graph_that_tracing_every_layer_gives(
     workshop: Workshop, name: str, passes: Sequence[Pass]
 ):

@@ -13,7 +13,7 @@ from cllm_export.prompts import Prompt
 from cllm_export.traces import DEFAULT_METHODS, record_traces
 from tests.fakes import HashModel, make_model, write_bundle
 
-GOLDEN = Path(__file__).parent.parent / "fixtures" / "traces.json"
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "traces" / "llama.json"
 
 
 def replay(file: dict[str, Any], trace: dict[str, Any]) -> tuple[list[int], str]:
