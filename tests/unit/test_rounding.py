@@ -14,7 +14,9 @@ from cllm_export.exporter.rounding import (  # noqa: E402 - after the skip
     BlockRounding,
     ChannelRounding,
     Float8Rounding,
+    Rounding,
     ScaledRounding,
+    SignedBlocks,
 )
 
 FEW_ROUNDINGS = 1 + 1e-5
@@ -44,10 +46,25 @@ def test_rows_are_rounded_on_their_own(split: int, seed: int):
     assert torch.equal(whole.scales, torch.cat([part.scales for part in parts]))
 
 
-def test_a_row_of_zeros_has_no_scale_and_zero_codes():
-    codes, scales = ChannelRounding()(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
-    assert scales[0] == 0 and scales[1] > 0
-    assert codes[0].eq(UINT8_ZERO).all()
+@pytest.mark.parametrize(
+    "rounding",
+    [ChannelRounding(zero_point=0), Float8Rounding(largest=448.0), SignedBlocks(inner=BlockRounding(block_size=32))],
+)
+def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
+    codes, scales = rounding(torch.cat([torch.zeros(1, 32), torch.ones(1, 32)]))
+    assert (scales > 0).all()
+    assert codes[0].float().eq(0).all() and codes[1].float().ne(0).all()
+
+
+@given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
+def test_signed_blocks_hold_the_numbers_of_the_rounding_inside(rows: int, width: int, seed: int):
+    inner, values = BlockRounding(block_size=32), random_rows(rows, width, seed)
+    codes, scales = inner(values.clone())
+    signed = SignedBlocks(inner=inner)(values.clone())
+    halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
+    assert torch.equal(signed.codes.float(), halves.flatten(1)[:, :width])
+    assert torch.equal(signed.scales, scales)
+    assert (signed.codes.shape[1:], signed.scales.shape[1:]) == SignedBlocks(inner=inner).row_shapes(width)
 
 
 def test_scales_carry_the_other_factor_of_a_product():
