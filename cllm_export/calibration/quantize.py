@@ -13,7 +13,6 @@ from cllm_export.calibration.fake_quantization import FakeQuantization
 from cllm_export.calibration.fit import Fit, fit
 from cllm_export.calibration.measured import HeldOutOptions, Measured, measure_decode, tpf_loss
 from cllm_export.calibration.sensitivity import StandIn
-from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.questions import Question
 from cllm_export.extras import needs_extra
 from cllm_export.quantization import Engine, Scheme
