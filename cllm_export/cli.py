@@ -22,6 +22,7 @@ from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.plans import Hardware
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.quantization import Engine as QuantizedFor
 from cllm_export.quantization import PrecisionName, Scheme, split_precision
 from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
@@ -62,6 +63,9 @@ PromptsOption = Annotated[
 ]
 CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
 BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
+QuantizeForOption = Annotated[
+    QuantizedFor | None, typer.Option("--quantize-for", help="int4: the engine of the graph; by default onnxruntime.")
+]
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
 ChosenBlockSizeOption = Annotated[
     str | None, typer.Option("--block-size", help="n, or auto: chosen forward by forward, the default of jacobi.")
@@ -126,6 +130,7 @@ def build(
     quantize_block: Annotated[
         int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
     ] = None,
+    quantize_for: QuantizeForOption = None,
     scales: Annotated[
         Path | None,
         typer.Option("--scales", help="What cllm-export calibrate wrote: int8 and fp8 need it, int4 then takes GPTQ."),
@@ -180,7 +185,12 @@ def build(
         batch_size=batch_size,
         precision=dtype,
         quantize=quantize_options(
-            scheme, head=quantize_head, block_size=quantize_block, keep=tuple(keep or ()), scales=scales
+            scheme,
+            head=quantize_head,
+            block_size=quantize_block,
+            keep=tuple(keep or ()),
+            scales=scales,
+            engine=quantize_for,
         ),
         fixed_shapes=fixed_shapes,
         trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
@@ -190,6 +200,9 @@ def build(
         num_layers=num_layers,
         lookahead=lookahead,
     )
+    if target == "tensorrt" and options.quantize and "tensorrt" not in options.quantize.engines:
+        advice = "add --quantize-for tensorrt" if scheme == "int4" else "choose int8, int4 or fp8"
+        raise OptionError(f"--precision {scheme} makes a graph for ONNX Runtime, and --target is tensorrt: {advice}")
     with display.progress_bar() as progress:
         done = export(checkpoint, output, options, force=force, progress=progress, say=display.say)
     size = display.bytes_text(done.report.bytes_written)
@@ -692,6 +705,7 @@ def quantize(
     quantize_block: Annotated[
         int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
     ] = None,
+    quantize_for: QuantizeForOption = None,
     scales: Annotated[Path | None, typer.Option("--scales", help="What `calibrate` wrote.")] = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Measure every layer even if the budget holds without.")
@@ -722,6 +736,7 @@ def quantize(
         scheme=precision,
         max_tpf_loss=parse_share(max_tpf_loss),
         block_size=quantize_block,
+        engine=quantize_for,
         scales=scales,
         always_rank=sensitivity or plots is not None,
         held_out=HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads),

@@ -267,7 +267,8 @@ def _write(
         data = _bytes(f"gram/{entry.name}", grams[entry.name](), (entry.width, entry.width))
         file.write(data)
         digest.update(data)
-    file.seek(8 + text.index(_NO_SUM.encode()))
+    # as a pair of the metadata: zeros alone may stand in the provenance, whose own quotes are escaped
+    file.seek(8 + text.index(f'"{_CHECKSUM}":"{_NO_SUM}"'.encode()) + len(f'"{_CHECKSUM}":"'))
     file.write(digest.hexdigest().encode())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +17,15 @@ from cllm_export.calibration.linear import LinearLayer
 from cllm_export.calibration.stored_weights import read_weight
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CalibrationError
+from cllm_export.quantization import SCHEMES, Scheme
 from cllm_export.scales import FloatArray, Scales
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-Scheme = Literal["int8-dynamic", "int8", "int4"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-INT8_MAX, INT4_MAX = 127, 7
+INT8_MAX, INT4_MAX, FLOAT8_MAX = 127, 7, 448
+FLOAT8_BITS, FLOAT8_LEAST = 3, -6
+"""Bits behind the first of an E4M3 number, and the exponent below which there are fewer (arXiv 2209.05433)."""
 SMOOTHING = 0.5
 """Share of an activation's range that smoothing moves into the weight (arXiv 2211.10438)."""
 
@@ -34,19 +35,22 @@ class FakeQuantization:
     """What a scheme does to a linear layer.
 
     ``int8-dynamic`` and ``int8``: 8-bit weights, a scale an output channel; activations with a scale a row, or one for
-    all rows after smoothing. ``int4``: 4-bit weights alone, a scale for each ``block`` input channels.
+    all rows after smoothing. ``int4``: 4-bit weights alone, a scale for each ``block`` input channels. ``fp8``: 8-bit
+    floats (E4M3) for both, a scale an output channel and one for all rows.
     """
 
     scheme: Scheme
     scales: Scales | None = None
-    """What ``int8`` takes its activation scales from."""
+    """What ``int8`` and ``fp8`` take their activation scales from."""
     block: int = 32
 
     def __post_init__(self) -> None:
         require_one_of("precision", self.scheme, SCHEMES)
         require_at_least("block", self.block, 1)
-        if self.scheme == "int8" and self.scales is None:
-            raise CalibrationError("int8 needs scales: make them with cllm-export calibrate, and give them as --scales")
+        if self.scheme in ("int8", "fp8") and self.scales is None:
+            raise CalibrationError(
+                f"{self.scheme} needs scales: make them with cllm-export calibrate, and give them as --scales"
+            )
 
 
 def fake_quantized(
@@ -83,6 +87,16 @@ def round_blocks(matrix: FloatArray, largest: int, block: int) -> FloatArray:
     return rounded
 
 
+def round_float8(matrix: FloatArray) -> FloatArray:
+    """A matrix [out, in] rounded to 8-bit floats (E4M3), one scale an output channel, as fp32."""
+    scales = np.abs(matrix).max(axis=1, keepdims=True) / FLOAT8_MAX
+    scales[scales == 0] = 1
+    _, exponents = np.frexp(matrix / scales)
+    steps = np.exp2(np.maximum(exponents - 1, FLOAT8_LEAST) - FLOAT8_BITS)
+    rounded: FloatArray = (np.round(matrix / scales / steps) * steps * scales).astype(np.float32)
+    return rounded
+
+
 def _round_layer(graph: ModelProto, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization) -> FloatArray:
     if how.scheme == "int4":
         return round_blocks(matrix, INT4_MAX, how.block)
@@ -91,6 +105,9 @@ def _round_layer(graph: ModelProto, layer: LinearLayer, matrix: FloatArray, how:
         return round_blocks(matrix, INT8_MAX, matrix.shape[1])
     assert how.scales is not None
     amax = how.scales.of(layer.tensors[0]).amax
+    if how.scheme == "fp8":
+        _put_before(graph, layer, _rounding_to_float8(graph, layer, float(amax.max()) / FLOAT8_MAX))
+        return round_float8(matrix)
     smoothing = smoothing_factors(amax, np.abs(matrix).max(axis=0))
     step = float((amax / smoothing).max()) / INT8_MAX
     _put_before(graph, layer, _rounding_by_tensor(graph, layer, smoothing, step))
@@ -147,6 +164,22 @@ def _rounding_by_tensor(graph: ModelProto, layer: LinearLayer, smoothing: FloatA
         helper.make_node("Round", [f"{name}.ratio"], [f"{name}.rounded"]),
         helper.make_node("Clip", [f"{name}.rounded", low.output[0], high.output[0]], [f"{name}.codes"]),
         helper.make_node("Mul", [f"{name}.codes", back.output[0]], [f"{name}.out"]),
+    ]
+
+
+def _rounding_to_float8(graph: ModelProto, layer: LinearLayer, step: float) -> list[NodeProto]:
+    """rows -> E4M3(rows / step) step, which saturates; rows that were always 0 stay as they are."""
+    from onnx import TensorProto, helper
+
+    name = f"fake.{layer.weight}"
+    zero = helper.make_tensor(f"{name}.zero", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    graph.graph.initializer.append(zero)
+    scale = _constant(f"{name}.step", step or 1.0)
+    given = [scale.output[0], zero.name]
+    return [
+        scale,
+        helper.make_node("QuantizeLinear", [layer.rows, *given], [f"{name}.codes"]),
+        helper.make_node("DequantizeLinear", [f"{name}.codes", *given], [f"{name}.out"]),
     ]
 
 

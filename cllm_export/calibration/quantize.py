@@ -7,18 +7,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, output_error, staged_output
 from cllm_export.calibration.fake_quantization import FakeQuantization
-from cllm_export.calibration.fake_quantization import Scheme as StandInScheme
 from cllm_export.calibration.fit import Fit, fit
 from cllm_export.calibration.measured import HeldOutOptions, Measured, measure_decode, tpf_loss
 from cllm_export.calibration.sensitivity import StandIn
-from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.questions import Question
 from cllm_export.extras import needs_extra
-from cllm_export.quantization import Scheme
+from cllm_export.quantization import Engine, Scheme
 from cllm_export.runtime.generate import load
 from cllm_export.scales import open_scales
 from cllm_export.verify import require_source
@@ -32,8 +29,10 @@ class FitOptions:
     max_tpf_loss: float
     block_size: int | None = None
     """Input channels that share a scale of a 4-bit weight."""
+    engine: Engine | None = None
+    """Engine that an ``int4`` graph is for."""
     scales: Path | None = None
-    """What ``int8`` needs, and ``int4`` takes GPTQ from."""
+    """What ``int8`` and ``fp8`` need, and ``int4`` takes GPTQ from."""
     always_rank: bool = False
     held_out: HeldOutOptions
 
@@ -83,16 +82,10 @@ def quantize(
 
 
 def _stand_in(baseline: Bundle, options: FitOptions) -> FakeQuantization:
-    known: tuple[StandInScheme, ...] = get_args(StandInScheme)
-    scheme = next((name for name in known if name == options.scheme), None)
-    if scheme is None:
-        raise CalibrationError(
-            f"layers cannot be ranked for {options.scheme}; there are stand-ins of {', '.join(known)}"
-        )
     scales = open_scales(options.scales) if options.scales else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
-    return FakeQuantization(scheme=scheme, scales=scales, block=options.block_size or 32)
+    return FakeQuantization(scheme=options.scheme, scales=scales, block=options.block_size or 32)
 
 
 def _measure(bundle: Bundle, questions: Sequence[Question], options: HeldOutOptions) -> Measured:
@@ -119,7 +112,11 @@ class _Builder:
             batch_size=manifest.batch_size,
             trained_with=manifest.trained_with,
             quantize=exporter.QuantizeOptions(
-                scheme=chosen.scheme, block_size=chosen.block_size, keep=keep, scales=chosen.scales
+                scheme=chosen.scheme,
+                block_size=chosen.block_size,
+                keep=keep,
+                scales=chosen.scales,
+                engine=chosen.engine,
             ),
         )
         return build(self._checkpoint, self._output, options, force=True)

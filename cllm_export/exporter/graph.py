@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cllm_export.contract import Precision
-from cllm_export.exporter.rounding import Rounding
+from cllm_export.exporter.rounding import INT4, Rounding
 from cllm_export.quantization import Quantization
 
 Holds = Literal["values", "codes", "scales"]
@@ -23,6 +23,7 @@ IR_DTYPE = {
     torch.int64: ir.DataType.INT64,
     torch.uint8: ir.DataType.UINT8,
     torch.int8: ir.DataType.INT8,
+    INT4: ir.DataType.INT4,
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 

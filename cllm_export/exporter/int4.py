@@ -32,7 +32,8 @@ class Int4Blocks:
 
     def replace(self, linear: Linear) -> None:
         out, width = linear.shape
-        weight, scales = add_rounded(self._graph, linear, self._rounding(linear), transposed=False)
+        rounding = int4_rounding(linear, self._block_size, self._factors)
+        weight, scales = add_rounded(self._graph, linear, rounding, transposed=False)
         attributes = {
             "K": width,
             "N": out,
@@ -43,7 +44,9 @@ class Int4Blocks:
         node = ir.node("MatMulNBits", [linear.rows, weight, scales], attributes, domain=DOMAIN)
         put_in_place(self._graph, linear.node, [node])
 
-    def _rounding(self, linear: Linear) -> Rounding:
-        if self._factors is None:
-            return BlockRounding(block_size=self._block_size)
-        return GptqRounding(block_size=self._block_size, tensor=linear.source.tensors[0], factors=self._factors)
+
+def int4_rounding(linear: Linear, block_size: int, factors: Factors | None) -> Rounding:
+    """How the weight of a layer becomes 4 bits: by GPTQ where there are factors, else to nearest."""
+    if factors is None:
+        return BlockRounding(block_size=block_size)
+    return GptqRounding(block_size=block_size, tensor=linear.source.tensors[0], factors=factors)

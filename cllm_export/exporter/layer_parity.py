@@ -7,6 +7,7 @@ depth, and a wrong layer is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -152,7 +153,9 @@ class LayeredGraph:
         graph = self._model.graph
         given = [value for value in graph.input if value.name in read]
         small = [widened_tensor(self._stored[name]) for name in read if self._is_inline(name)]
+        small += [self._packed(name) for name in read if self._is_packed(name)]
         stored = [name for name in read if name in self._stored and not self._is_inline(name)]
+        stored = [name for name in stored if not self._is_packed(name)]
         shape = ["B", "n", self._manifest.geometry.hidden_size]
         inputs = [widened_value(value) for value in given]
         inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in cut if name in read]
@@ -186,6 +189,16 @@ class LayeredGraph:
     def _is_inline(self, name: str) -> bool:
         return name in self._stored and self._stored[name].data_location != TensorProto.EXTERNAL
 
+    def _is_packed(self, name: str) -> bool:
+        return name in self._stored and self._stored[name].data_type == TensorProto.INT4
+
+    def _packed(self, name: str) -> TensorProto:
+        """A tensor of 4-bit integers with its bytes: a session takes no array of them as an input."""
+        tensor = self._stored[name]
+        path, offset = self._place(tensor)
+        data = np.memmap(path, np.uint8, mode="r", offset=offset, shape=(math.prod(tensor.dims) // 2,))
+        return TensorProto(name=name, dims=tensor.dims, data_type=tensor.data_type, raw_data=data.tobytes())
+
     def _feedable(self, name: str) -> Any:
         """A stored tensor as a session takes it: numpy has no 8-bit floats, so those go as bytes with their type."""
         import onnxruntime
@@ -198,13 +211,17 @@ class LayeredGraph:
     def _read(self, name: str) -> NDArray[Any]:
         """A stored tensor, memory-mapped; bf16 as its bits in uint16."""
         tensor = self._stored[name]
-        where = {entry.key: entry.value for entry in tensor.external_data}
         is_bf16 = tensor.data_type == TensorProto.BFLOAT16
         kind = np.dtype(np.uint16) if is_bf16 else helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        path, offset = self._place(tensor)
+        return np.memmap(path, kind, mode="r", offset=offset, shape=tuple(tensor.dims))
+
+    def _place(self, tensor: TensorProto) -> tuple[Path, int]:
+        """The file that a stored tensor lies in, and its offset there."""
+        where = {entry.key: entry.value for entry in tensor.external_data}
         linked = self._manifest.linked_files.get(where["location"])
         path = Path(linked.path) if linked else self._directory / where["location"]
-        offset = int(where["offset"])
-        return np.memmap(path, kind, mode="r", offset=offset, shape=tuple(tensor.dims))
+        return path, int(where["offset"])
 
 
 def compare_layers(

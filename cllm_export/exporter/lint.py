@@ -493,6 +493,29 @@ def _symmetric(node: NodeProto, values: _Values) -> Broken:
         yield "zero-point", f"the zero point must be 0, {_input(node, 2)} is not"
 
 
+def _blocked(node: NodeProto, values: _Values) -> Broken:
+    """A block lies along one of the last two axes; its size is inferred by a division that must leave nothing."""
+    codes, scales, size = _input(node, 0), _input(node, 1), _attribute(node, "block_size", 0)
+    shape, scale_shape = values.shapes.get(codes), values.shapes.get(scales)
+    if values.dtypes.get(codes) == TensorProto.INT4 and codes not in values.constants.keys() | values.inputs:
+        yield "int4-constant", f"4-bit integers are for weights alone, and {codes} is computed"
+    if not size or shape is None:
+        return
+    axis = _attribute(node, "axis", 1) % len(shape)
+    if axis < len(shape) - 2:
+        yield "block-axis", f"a block must lie along one of the last two axes, not axis {axis} of {len(shape)}"
+    length = shape[axis]
+    if not isinstance(length, int) or length % size or scale_shape != _with(shape, axis, length // size):
+        yield (
+            "block-scales",
+            f"{list(shape)} is not divided into {scale_shape} scales by blocks of {size} on axis {axis}",
+        )
+
+
+def _with(shape: tuple[Dim, ...], axis: int, length: int) -> tuple[Dim, ...]:
+    return (*shape[:axis], length, *shape[axis + 1 :])
+
+
 Rule = Callable[[NodeProto, _Values], Broken]
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -506,7 +529,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Reshape": (_reshape,),
     "TopK": (_top_k,),
     "QuantizeLinear": (_symmetric,),
-    "DequantizeLinear": (_symmetric,),
+    "DequantizeLinear": (_symmetric, _blocked),
     **{name: (_reduce,) for name in DTYPES if name.startswith("Reduce")},
 }
 """Operator -> its rules beyond dtype."""

@@ -159,6 +159,7 @@ def build_plan(
         PlanError: TensorRT refused the graph, could not build it, or what it built does not run.
         OutputError: the plan cannot be written.
     """
+    _require_graph(bundle)
     gpu, say = gpu or open_gpu(), say or (lambda _: None)
     settings, platform = settle(options or PlanOptions(), bundle.manifest), platform_of(gpu)
     _require_precision(bundle, platform)
@@ -188,6 +189,16 @@ def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
         ),
     )
     return [f"predicted {each.name}: {each.bytes / MEGABYTE:,.0f} MB ({each.how})" for each in figures]
+
+
+def _require_graph(bundle: Bundle) -> None:
+    """Refuse a graph of operators that TensorRT has not, before anything is started."""
+    quantization = bundle.manifest.quantization
+    if quantization and "tensorrt" not in quantization.engines:
+        raise PlanError(
+            f"{bundle.path} is {quantization.scheme} for {', '.join(quantization.engines)}, with operators that "
+            "TensorRT has not: build the bundle with --precision int4 --quantize-for tensorrt, int8 or fp8"
+        )
 
 
 def _require_precision(bundle: Bundle, platform: Platform) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cllm_export.bundle import sha256_of
+from cllm_export.bundle import require_one_of, sha256_of
 from cllm_export.contract import require_at_least
 from cllm_export.errors import OptionError, QuantizationError
 from cllm_export.exporter.gptq import Factors
 from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.int4 import Int4Blocks
+from cllm_export.exporter.int4_dequantize import Int4Dequantize
 from cllm_export.exporter.int8_dynamic import Int8Dynamic
 from cllm_export.exporter.linear import LayerQuantizer, Linear, linear_layers, nodes_of_head
 from cllm_export.exporter.static_layers import FLOAT8, INT8, ColumnMaximum, StaticLayers
@@ -45,6 +46,8 @@ class QuantizeOptions:
     """Checkpoint tensors whose layers keep their precision."""
     scales: Path | None = None
     """File of a calibration: int8 and fp8 need one, with one int4 is rounded by GPTQ, int8-dynamic takes none."""
+    engine: Engine | None = None
+    """Engine that the graph is for, where a scheme has a form for each: int4, by default for ONNX Runtime."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -64,10 +67,24 @@ class QuantizeOptions:
             )
         if self.scheme == "int8-dynamic" and self.scales is not None:
             raise OptionError("--precision int8-dynamic takes no --scales: activations get theirs at run time")
+        if self.engine is not None:
+            require_one_of("quantize-for", self.engine, ENGINES)
+            if self.scheme != "int4":
+                which = (
+                    "is for ONNX Runtime alone" if self.scheme == "int8-dynamic" else "is one graph for both engines"
+                )
+                raise OptionError(f"--quantize-for is for int4: {self.scheme} {which}; leave it out")
 
     @property
     def is_gptq(self) -> bool:
         return self.scheme == "int4" and self.scales is not None
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Engines that the graph is for."""
+        if self.scheme == "int4":
+            return (self.engine or "onnxruntime",)
+        return ENGINES if self.scheme in STATIC else ("onnxruntime",)
 
     @property
     def block(self) -> int | None:
@@ -82,6 +99,7 @@ def quantize_options(
     block_size: int | None = None,
     keep: tuple[str, ...] = (),
     scales: Path | None = None,
+    engine: Engine | None = None,
 ) -> QuantizeOptions | None:
     """Options of a scheme; None where nothing is quantised.
 
@@ -89,8 +107,14 @@ def quantize_options(
         OptionError: an option of quantisation was given for nothing to quantise, or is out of range.
     """
     if scheme is not None:
-        return QuantizeOptions(scheme=scheme, head=head, block_size=block_size, keep=keep, scales=scales)
-    given = {"--quantize-head": head, "--quantize-block": block_size, "--keep": keep, "--scales": scales}
+        return QuantizeOptions(scheme=scheme, head=head, block_size=block_size, keep=keep, scales=scales, engine=engine)
+    given = {
+        "--quantize-head": head,
+        "--quantize-block": block_size,
+        "--keep": keep,
+        "--scales": scales,
+        "--quantize-for": engine,
+    }
     if used := next((name for name, value in given.items() if value), None):
         raise OptionError(f"{used} needs a --precision that quantises: {', '.join(SCHEMES)}")
     return None
@@ -121,7 +145,7 @@ def quantize(
     chosen = [linear for linear in linears if linear.name not in reasons]
     if not chosen:
         raise QuantizationError("the graph has no linear layer left to quantise")
-    quantizer, method, engines = _quantizer(graph, options, chosen, scales, maximum)
+    quantizer, method = _quantizer(graph, options, chosen, scales, maximum)
     for linear in chosen:
         quantizer.replace(linear)
     quantized = {linear.name for linear in chosen}
@@ -129,7 +153,7 @@ def quantize(
         scheme=options.scheme,
         method=method,
         block_size=options.block,
-        engines=engines,
+        engines=options.engines,
         weights=tuple(sorted(quantized)),
         kept={name: reason for name, reason in _kept(graph, reasons).items() if name not in quantized},
         scales_sha256=sha256_of(scales.path) if scales else None,
@@ -142,20 +166,21 @@ def _quantizer(
     chosen: Sequence[Linear],
     scales: Scales | None,
     maximum: ColumnMaximum,
-) -> tuple[LayerQuantizer, str, tuple[Engine, ...]]:
-    """What replaces the layers, what its method is called, and the engines that run its graph."""
+) -> tuple[LayerQuantizer, str]:
+    """What replaces the layers, and what its method is called."""
     nearest = "round to nearest"
     if options.block is not None:
+        make = Int4Dequantize if "tensorrt" in options.engines else Int4Blocks
         if scales is None:
-            return Int4Blocks(graph, options.block), nearest, ("onnxruntime",)
+            return make(graph, options.block), nearest
         scales.require_tensors({name: linear.shape[1] for linear in chosen for name in linear.source.tensors})
         for linear in chosen:
             scales.gram(linear.source.tensors[0])  # find out now that there is none
-        return Int4Blocks(graph, options.block, Factors(scales)), "GPTQ", ("onnxruntime",)
+        return make(graph, options.block, Factors(scales)), "GPTQ"
     if scales is not None:
         static = StaticLayers(graph, scales, STATIC[options.scheme], chosen, maximum)
-        return static, "SmoothQuant" if options.scheme == "int8" else nearest, ENGINES
-    return Int8Dynamic(graph), nearest, ("onnxruntime",)
+        return static, "SmoothQuant" if options.scheme == "int8" else nearest
+    return Int8Dynamic(graph), nearest
 
 
 def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOptions, num_layers: int) -> dict[str, str]:

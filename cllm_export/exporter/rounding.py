@@ -42,7 +42,8 @@ class Rounding(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRounding:
-    """8 bits, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has scale 0.
+    """8 bits, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has scale 1, since
+    TensorRT takes positive scales alone.
 
     With a zero point of 128 they are stored without a sign: the kernels of x86 processors without VNNI add two products
     of a signed and an unsigned byte in 16 bits and saturate without a word; where both are unsigned they do not.
@@ -62,9 +63,8 @@ class ChannelRounding:
         return (width,), ()
 
     def __call__(self, rows: Tensor) -> Rounded:
-        scales = rows.abs().amax(dim=1).div_(INT8_MAX)
-        divisor = torch.where(scales > 0, scales, 1.0)
-        codes = rows.div_(divisor[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).add_(self.zero_point)
+        scales = positive(rows.abs().amax(dim=1).div_(INT8_MAX))
+        codes = rows.div_(scales[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).add_(self.zero_point)
         return Rounded(codes.to(self.code_dtype), scales * self.scale_factor)
 
 
@@ -82,9 +82,8 @@ class Float8Rounding:
         return (width,), ()
 
     def __call__(self, rows: Tensor) -> Rounded:
-        scales = rows.abs().amax(dim=1).div_(self.largest)
-        divisor = torch.where(scales > 0, scales, 1.0)
-        codes = rows.div_(divisor[:, None]).clamp_(-self.largest, self.largest)
+        scales = positive(rows.abs().amax(dim=1).div_(self.largest))
+        codes = rows.div_(scales[:, None]).clamp_(-self.largest, self.largest)
         return Rounded(codes.to(torch.float8_e4m3fn), scales)
 
 
@@ -106,6 +105,9 @@ class ScaledRounding:
     def __call__(self, rows: Tensor) -> Rounded:
         return self.inner(rows.mul_(self.factors))
 
+
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # PyTorch's own stubs lack it
+"""Two values a byte along the last axis, where they are stored; PyTorch itself computes nothing in it."""
 
 INT4_ZERO = 8
 """What stands for 0 where 4-bit integers are stored without a sign; they reach from -8 to 7."""
@@ -135,6 +137,34 @@ class BlockRounding:
         return Rounded(packed(int4_codes(blocks, scales)), scales)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SignedBlocks:
+    """Another rounding of 4 bits in blocks, stored with a sign, as ONNX's DequantizeLinear takes them: codes [r, in],
+    from -8 to 7, a byte each until they are written, and scales [r, blocks].
+
+    A block of zeros has scale 1: TensorRT takes positive scales alone.
+    """
+
+    inner: Rounding
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return INT4
+
+    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (width,), self.inner.row_shapes(width)[1]
+
+    def __call__(self, rows: Tensor) -> Rounded:
+        width = rows.shape[1]
+        codes, scales = self.inner(rows)
+        return Rounded(unpacked(codes).flatten(1)[:, :width], positive(scales))
+
+
+def positive(scales: Tensor) -> Tensor:
+    """Scales with 1 where there is nothing to scale."""
+    return torch.where(scales > 0, scales, 1.0)
+
+
 def in_blocks(rows: Tensor, block_size: int) -> Tensor:
     """Rows [r, in] as [r, blocks, block], with zeros at the end."""
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))
@@ -155,11 +185,16 @@ def block_scales(blocks: Tensor) -> Tensor:
 
 def int4_codes(blocks: Tensor, scales: Tensor) -> Tensor:
     """Integers from -8 to 7, as floats."""
-    divisor = torch.where(scales > 0, scales, 1.0)
-    return torch.round(blocks / divisor[..., None]).clamp_(-8, 7)
+    return torch.round(blocks / positive(scales)[..., None]).clamp_(-8, 7)
 
 
 def packed(codes: Tensor) -> Tensor:
     """Integers from -8 to 7 [..., block] as bytes [..., block / 2]."""
     shifted = (codes + INT4_ZERO).to(torch.uint8)
     return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+
+
+def unpacked(codes: Tensor) -> Tensor:
+    """Bytes [..., block / 2] as integers from -8 to 7 [..., block], in 8 bits."""
+    halves = torch.stack([codes & 15, codes >> 4], dim=-1)
+    return halves.flatten(-2).to(torch.int8) - INT4_ZERO

@@ -30,7 +30,7 @@ from cllm_export.contract import Precision
 from cllm_export.errors import CheckpointError, GraphError, OutputError
 from cllm_export.exporter.checkpoint import TensorInfo
 from cllm_export.exporter.graph import IR_DTYPE, DecoderGraph, WeightSource
-from cllm_export.exporter.rounding import Rounded
+from cllm_export.exporter.rounding import INT4, Rounded
 from cllm_export.exporter.stream import FiniteScan, Piece, rows_of
 from cllm_export.exporter.trace import TORCH_DTYPE
 from cllm_export.linked import LinkedWeight
@@ -55,8 +55,17 @@ class Place:
     dtype: torch.dtype
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of its bytes, where they hold two values each along the last axis, else of its values."""
+        return (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == INT4 else self.shape
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.dtype == INT4 else self.dtype
+
+    @property
     def length(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.stored_shape) * self.stored_dtype.itemsize
 
 
 class Part(NamedTuple):
@@ -218,7 +227,9 @@ class WeightsFile:
             rows = self._rows(piece, part, rounded)
             target = self._target(part.weight)
             first = part.first_row + piece.start
-            if part.source.transposed:
+            if self._layout.written[part.weight].dtype == INT4:
+                put_pairs(target, rows.t(), first)
+            elif part.source.transposed:
                 turned = rows.t().contiguous()  # in blocks, three times as fast as straight into strided rows
                 target[:, first : first + rows.shape[0]].copy_(turned)
             else:
@@ -266,10 +277,10 @@ class WeightsFile:
             return self._staged[name]
         if place.length <= self._free:
             self._free -= place.length
-            self._staged[name] = torch.empty(place.shape, dtype=place.dtype)
+            self._staged[name] = torch.empty(place.stored_shape, dtype=place.stored_dtype)
             return self._staged[name]
-        count = math.prod(place.shape)
-        return torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
+        dtype, count = place.stored_dtype, math.prod(place.stored_shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=place.offset).view(place.stored_shape)
 
     def _count(self, name: str, values: int) -> None:
         self._left[name] -= values
@@ -298,6 +309,19 @@ class WeightsFile:
                     self._map.madvise(mmap.MADV_DONTNEED, at - at % mmap.PAGESIZE, end - at + at % mmap.PAGESIZE)
                 at = end
         return digest.hexdigest()
+
+
+def put_pairs(target: Tensor, columns: Tensor, first: int) -> None:
+    """Put 4-bit integers [in, r] into bytes [in, out / 2] from column ``first`` on, two in a byte, the even one low.
+
+    A piece may end between the two of a byte, so each is put beside what stands there.
+    """
+    for odd in (0, 1):
+        skipped = (odd - first) % 2
+        chosen = (columns[:, skipped::2] & 15).to(torch.uint8)
+        start = (first + skipped) // 2
+        others = 0xF0 >> 4 * odd
+        target[:, start : start + chosen.shape[1]].bitwise_and_(others).bitwise_or_(chosen << 4 * odd)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -190,6 +190,35 @@ def test_int4_with_scales_is_gptq_and_says_so(workshop: Workshop, shop: Shop):
     assert record.scales_sha256 is not None
 
 
+@pytest.mark.parametrize("method", ["round to nearest", "GPTQ"])
+def test_tensorrts_form_of_int4_computes_what_onnx_runtimes_does(
+    workshop: Workshop, shop: Shop, method: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(int4, "INT8_ACTIVATIONS", 1)  # fp32 here too, so that what is compared is the weights alone
+    scales = shop.scales("small") if method == "GPTQ" else None
+    fused = workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", scales=scales))
+    bundle = workshop.bundle("small", quantize=QuantizeOptions(scheme="int4", scales=scales, engine="tensorrt"))
+    tokens = random_prompts(280, [20], seed=3)[0]
+    apart = differences(engine_logits(bundle, tokens), engine_logits(fused, tokens))
+    assert apart.max() < 1e-3, "the integers and scales are the same; the sums are fp32's, in another order"
+    record = bundle.manifest.quantization
+    assert record is not None and (record.method, record.engines) == (method, ("tensorrt",))
+    assert bundle.weight_bytes <= fused.weight_bytes + 4096, "4-bit integers do not share bytes"
+
+
+def test_tensorrts_form_of_int4_is_lossless_and_clean_by_its_rules(workshop: Workshop):
+    options = {"quantize": QuantizeOptions(scheme="int4", engine="tensorrt")}
+    bundle = workshop.bundle("small", **options)
+    model = onnx.load(bundle.graph_path(), load_external_data=False)
+    blocks = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert blocks and {node.domain for node in model.graph.node} == {""}
+    assert lint(model) == []
+    assert_lossless(
+        workshop.model("small", **options), random_prompts(280, (1, 40)), max_new_tokens=24, ignore_eos=True
+    )
+    assert check_rows_are_isolated(bundle, THREADS).passed
+
+
 def test_a_layer_is_kept_by_its_checkpoint_name(workshop: Workshop):
     tensor = "model.layers.0.mlp.down_proj.weight"
     bundle = workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=(tensor,)))
@@ -223,6 +252,9 @@ def test_scales_that_do_not_fit_are_refused_by_name(workshop: Workshop, shop: Sh
         ({"scheme": "int8-dynamic", "block_size": 32}, "--quantize-block is for int4"),
         ({"scheme": "int4", "block_size": 48}, "one of 32, 64, 128"),
         ({"scheme": "int3"}, "the scheme must be one of"),
+        ({"scheme": "int8-dynamic", "engine": "tensorrt"}, "int8-dynamic is for ONNX Runtime alone"),
+        ({"scheme": "int8", "scales": Path("scales"), "engine": "tensorrt"}, "int8 is one graph for both engines"),
+        ({"scheme": "fp8", "scales": Path("scales"), "engine": "onnxruntime"}, "fp8 is one graph for both engines"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], reason: str):

@@ -9,7 +9,7 @@ import pytest
 
 from cllm_export.calibration.calibrate import CalibrateOptions, calibrate
 from cllm_export.calibration.edited_engine import EditedEngine, read_graph
-from cllm_export.calibration.fake_quantization import FakeQuantization
+from cllm_export.calibration.fake_quantization import FakeQuantization, round_float8
 from cllm_export.calibration.fit import fit
 from cllm_export.calibration.linear import checkpoint_tensors, linear_inputs, linear_layers
 from cllm_export.calibration.measured import HeldOutOptions
@@ -187,7 +187,7 @@ def test_an_edited_engine_gives_the_tokens_of_the_bundle(bundle):
         assert edited.forward(*arguments)[:2] == engine.forward(*arguments)[:2]
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8", "int4", "fp8"])
 def test_rounding_every_layer_flips_more_than_any_layer_alone(bundle, prompts, mixed, scheme):
     questions = read_questions(prompts, limit=4)
     how = FakeQuantization(scheme=scheme, scales=mixed)
@@ -201,9 +201,20 @@ def test_rounding_every_layer_flips_more_than_any_layer_alone(bundle, prompts, m
     assert all("embed" not in layer.name and "lm_head" not in layer.name for layer in stand_in.layers)
 
 
-def test_int8_stand_ins_without_scales_are_refused():
-    with pytest.raises(CalibrationError, match="int8 needs scales"):
-        FakeQuantization(scheme="int8")
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_static_stand_ins_without_scales_are_refused(scheme):
+    with pytest.raises(CalibrationError, match=f"{scheme} needs scales"):
+        FakeQuantization(scheme=scheme)
+
+
+def test_an_fp8_stand_in_rounds_weights_as_a_bundle_does():
+    torch = pytest.importorskip("torch")
+    from cllm_export.exporter.rounding import Float8Rounding
+
+    matrix = np.random.default_rng(0).standard_normal((9, 70)).astype(np.float32) ** 5  # of many magnitudes
+    matrix[3] = 0
+    codes, scales = Float8Rounding(largest=448.0)(torch.from_numpy(matrix.copy()))
+    assert np.array_equal(round_float8(matrix), (codes.float() * scales[:, None]).numpy())
 
 
 def test_a_fit_on_a_real_bundle_measures_that_bundle(bundle, prompts):

@@ -19,6 +19,7 @@ from cllm_export.bundle import Bundle
 from cllm_export.errors import GpuError, OptionError, PlanError
 from cllm_export.exporter.plan import PlanOptions, build_plan, default_extents, profiles_of, settle
 from cllm_export.plans import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
+from cllm_export.quantization import Quantization
 from cllm_export.runtime.trt_engine import TrtEngine, platform_of
 from tests.conftest import PINNED, Workshop
 from tests.fakes import with_manifest
@@ -166,6 +167,19 @@ def test_a_build_that_fails_keeps_the_plan_that_was_there(bundle: Bundle):
     with pytest.raises(PlanError):
         build_plan(bundle, gpu=simulated.gpu, force=True)
     open_plan(plan.path).check_file()
+
+
+def test_a_bundle_with_operators_of_onnx_runtime_is_refused_before_anything_starts(bundle: Bundle):
+    record = Quantization(
+        scheme="int4",
+        method="round to nearest",
+        block_size=32,
+        engines=("onnxruntime",),
+        weights=("weight",),
+        kept={},
+    )
+    with pytest.raises(PlanError, match=r"int4 for onnxruntime.*--quantize-for tensorrt"):
+        build_plan(with_manifest(bundle, quantization=record))
 
 
 def test_a_bf16_bundle_is_refused_on_a_gpu_without_bf16(bundle: Bundle):

@@ -372,6 +372,28 @@ def test_top_k_is_bounded(count, broken):
     assert rules(model) == broken
 
 
+@pytest.mark.parametrize(
+    ("shape", "scales", "axis", "broken"),
+    [
+        ("64,6", "2,6", 0, []),
+        ("6,64", "6,2", 1, []),
+        ("6,64", "6,2", -1, []),
+        ("48,6", "2,6", 0, ["block-scales"]),
+        ("64,6", "4,6", 0, ["block-scales"]),
+        ("64,6,8", "2,6,8", 0, ["block-axis"]),
+    ],
+)
+def test_blocks_divide_one_of_the_last_two_axes(shape, scales, axis, broken):
+    node = f"y = DequantizeLinear<axis: int = {axis}, block_size: int = 32>(x, scale)"
+    assert rules(graph(f"int4[{shape}] x, float[{scales}] scale", "y", node)) == broken
+
+
+def test_four_bit_activations_are_refused():
+    nodes = "codes = QuantizeLinear(x, scale, zero) y = DequantizeLinear(codes, scale, zero)"
+    model = graph("float[n] x, int4 zero", "y", nodes, constants="float scale = {0.5}")
+    assert rules(model) == ["int4-constant"]
+
+
 @pytest.mark.parametrize(("zero", "broken"), [(0, []), (3, ["zero-point"])])
 def test_quantisation_must_be_symmetric(zero, broken):
     constants = f"float scale = {{0.5}}, int8 zero = {{{zero}}}"

@@ -14,8 +14,11 @@ from cllm_export.exporter.rounding import (  # noqa: E402 - after the skip
     BlockRounding,
     ChannelRounding,
     Float8Rounding,
+    Rounding,
     ScaledRounding,
+    SignedBlocks,
 )
+from tests.fakes import properties  # noqa: E402
 
 FEW_ROUNDINGS = 1 + 1e-5
 """Of fp32, in a division, a product and a subtraction."""
@@ -26,6 +29,7 @@ def random_rows(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, width, generator=generator) * torch.rand(rows, 1, generator=generator) * 10
 
 
+@properties
 @given(rows=st.integers(1, 9), width=st.integers(1, 70), seed=st.integers(0, 1000))
 def test_a_value_is_at_most_half_a_step_of_its_row_away(rows: int, width: int, seed: int):
     values = random_rows(rows, width, seed)
@@ -35,6 +39,7 @@ def test_a_value_is_at_most_half_a_step_of_its_row_away(rows: int, width: int, s
     assert (codes.to(torch.int32) - UINT8_ZERO).abs().amax(dim=1).eq(127).all(), "a row does not use its range"
 
 
+@properties
 @given(split=st.integers(0, 8), seed=st.integers(0, 1000))
 def test_rows_are_rounded_on_their_own(split: int, seed: int):
     values = random_rows(8, 24, seed)
@@ -44,10 +49,26 @@ def test_rows_are_rounded_on_their_own(split: int, seed: int):
     assert torch.equal(whole.scales, torch.cat([part.scales for part in parts]))
 
 
-def test_a_row_of_zeros_has_no_scale_and_zero_codes():
-    codes, scales = ChannelRounding()(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
-    assert scales[0] == 0 and scales[1] > 0
-    assert codes[0].eq(UINT8_ZERO).all()
+@pytest.mark.parametrize(
+    "rounding",
+    [ChannelRounding(zero_point=0), Float8Rounding(largest=448.0), SignedBlocks(inner=BlockRounding(block_size=32))],
+)
+def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
+    codes, scales = rounding(torch.cat([torch.zeros(1, 32), torch.ones(1, 32)]))
+    assert (scales > 0).all()
+    assert codes[0].float().eq(0).all() and codes[1].float().ne(0).all()
+
+
+@properties
+@given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
+def test_signed_blocks_hold_the_numbers_of_the_rounding_inside(rows: int, width: int, seed: int):
+    inner, values = BlockRounding(block_size=32), random_rows(rows, width, seed)
+    codes, scales = inner(values.clone())
+    signed = SignedBlocks(inner=inner)(values.clone())
+    halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
+    assert torch.equal(signed.codes.float(), halves.flatten(1)[:, :width])
+    assert torch.equal(signed.scales, scales)
+    assert (signed.codes.shape[1:], signed.scales.shape[1:]) == SignedBlocks(inner=inner).row_shapes(width)
 
 
 def test_scales_carry_the_other_factor_of_a_product():
@@ -57,6 +78,7 @@ def test_scales_carry_the_other_factor_of_a_product():
     assert torch.equal(plain.scales / 2, scaled.scales)
 
 
+@properties
 @given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
 def test_four_bit_values_are_a_step_away_at_most(rows: int, width: int, seed: int):
     values = random_rows(rows, width, seed)

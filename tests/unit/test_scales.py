@@ -59,6 +59,12 @@ def test_equal_scales_are_equal_bytes(path, tmp_path):
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
+def test_a_provenance_that_holds_zeros_only_is_left_as_it_is(tmp_path):
+    made = replace(MADE, checkpoint_fingerprint="0" * 64, prompts_sha256="0" * 64)
+    write_scales(tmp_path / "zeros", made, INPUTS)
+    assert open_scales(tmp_path / "zeros").provenance == made
+
+
 def test_the_safetensors_library_reads_the_file(path):
     from safetensors.numpy import load_file
 
