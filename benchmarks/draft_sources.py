@@ -48,7 +48,7 @@ def settings_of(model: Model) -> list[Setting]:
     return [Setting("autoregressive", None), *useful]
 
 
-def run_pass(model: Model, prompts: list[list[int]], setting: Setting, block_size: int | None, limit: int) -> Pass:
+def run_pass(model: Model, prompts: list[list[int]], setting: Setting, block_size: int, limit: int) -> Pass:
     model.pool.clear()
     size = None if setting.method == "autoregressive" else block_size
     done: list[Generation] = [
@@ -75,7 +75,8 @@ def measure(model: Model, prompts: list[list[int]], args: argparse.Namespace) ->
     passes: dict[Setting, list[Pass]] = {setting: [] for setting in settings}
     for repeat in range(args.repeats + 1):
         for setting in settings:
-            done = run_pass(model, prompts, setting, args.block_size, args.max_new_tokens)
+            size = args.block_size or model.facts.block_size
+            done = run_pass(model, prompts, setting, size, args.max_new_tokens)
             if repeat:
                 passes[setting].append(done)
     return [describe(setting, passes[setting], passes[settings[0]]) for setting in settings]
