@@ -74,7 +74,9 @@ def decode(
     for _ in range(rounds):
         for name, model in models.items():
             started = perf_counter()
-            made = [model.generate(prompt.content, max_new_tokens=MAX_NEW_TOKENS) for prompt in prompts]
+            made = [
+                model.generate(prompt.content, max_new_tokens=MAX_NEW_TOKENS, deterministic=True) for prompt in prompts
+            ]
             seconds[name].append(perf_counter() - started)
             tokens[name] = [tuple(generation.token_ids) for generation in made]
             forwards[name] = sum(generation.statistics.forwards for generation in made)
@@ -93,7 +95,9 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
     del engines
     if args.prompts:
         prompts = read_prompts(args.prompts, limit=args.limit)
-        models = {name: load(bundle.path, threads=args.threads) for name, bundle in bundles.items()}
+        models = {
+            name: load(bundle.path, threads=args.threads, prefix_cache_bytes=0) for name, bundle in bundles.items()
+        }
         decoded = decode(models, prompts, min(args.rounds, 3))
         expected = next(iter(decoded.values()))[0]
         for name, (tokens, per_forward, per_second) in decoded.items():
