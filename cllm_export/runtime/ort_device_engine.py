@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from cllm_export.bundle import GREEDY_GRAPH, Bundle
-from cllm_export.contract import KV_DTYPE, LOGITS, FixedShapes, Geometry, cache_names, check_forward, require_at_least
+from cllm_export.contract import KV_DTYPE, LOGITS, FixedShapes, Geometry, cache_names, check_forward
 from cllm_export.cuda import require_gpu
 from cllm_export.errors import EngineError, GpuError, MissingExtraError
 from cllm_export.runtime.engine import Forward
 from cllm_export.runtime.mapped_weights import MappedWeights
+from cllm_export.runtime.ort_engine import settle_slots
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -69,7 +70,7 @@ class OrtDeviceEngine:
         self._device = device
         self._fixed = manifest.graphs[graph].fixed_shapes
         self._geometry = manifest.geometry
-        self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
+        self._num_slots = settle_slots(self._fixed, num_slots, manifest.batch_size)
         self._linked = MappedWeights(bundle)
         self._session = _make_session(str(bundle.graph_path(graph)), device, log_severity, self._linked)
         self.run_seconds = 0.0
@@ -209,13 +210,6 @@ class OrtDeviceEngine:
         value = self._value(shape, self._element_type)
         value.update_inplace(np.zeros(shape, np.uint16 if self._element_type == 16 else self._element_type))
         return value
-
-    def _settle_slots(self, num_slots: int | None, batch_size: int) -> int:
-        if num_slots is not None:
-            require_at_least("num_slots", num_slots, 1)
-        if self._fixed and num_slots not in (None, self._fixed.batch_size):
-            raise EngineError(f"this graph is pinned to {self._fixed.batch_size} slots, got num_slots={num_slots}")
-        return self._fixed.batch_size if self._fixed else num_slots or batch_size
 
 
 def _make_session(path: str, device: Device, log_severity: int, linked: MappedWeights) -> Any:

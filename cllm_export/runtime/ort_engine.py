@@ -107,7 +107,7 @@ class OrtEngine:
         self._log_severity = log_severity
         self._fixed = manifest.graphs[GREEDY_GRAPH].fixed_shapes
         self._geometry = manifest.geometry
-        self._num_slots = self._settle_slots(num_slots, manifest.batch_size)
+        self._num_slots = settle_slots(self._fixed, num_slots, manifest.batch_size)
         self._linked = MappedWeights(bundle)  # sessions read them through this map
         self._session = self._load(GREEDY_GRAPH)
         self._lookahead: onnxruntime.InferenceSession | None = None
@@ -338,12 +338,19 @@ class OrtEngine:
         """A session of the graph in a file."""
         return make_session(str(path), options, name=path)
 
-    def _settle_slots(self, num_slots: int | None, batch_size: int) -> int:
-        if num_slots is not None:
-            require_at_least("num_slots", num_slots, 1)
-        if self._fixed and num_slots not in (None, self._fixed.batch_size):
-            raise EngineError(f"this graph is pinned to {self._fixed.batch_size} slots, got num_slots={num_slots}")
-        return self._fixed.batch_size if self._fixed else num_slots or batch_size
+
+def settle_slots(fixed: FixedShapes | None, num_slots: int | None, batch_size: int) -> int:
+    """B of an engine: what was asked for, else the bundle's; a pinned graph has its own.
+
+    Raises:
+        OptionError: not a number of slots.
+        EngineError: the graph is pinned to another number.
+    """
+    if num_slots is not None:
+        require_at_least("num_slots", num_slots, 1)
+    if fixed and num_slots not in (None, fixed.batch_size):
+        raise EngineError(f"this graph is pinned to {fixed.batch_size} slots, got num_slots={num_slots}")
+    return fixed.batch_size if fixed else num_slots or batch_size
 
 
 def available_threads() -> int:
