@@ -228,7 +228,8 @@ def test_ragged_slots_with_every_source_give_what_each_request_gives_alone(bundl
 def test_a_block_size_that_is_chosen_forward_by_forward_changes_no_token(bundle, method):
     language_model = HashModel(vocab_size=VOCABULARY, window=1)
     drafter, engine = make_drafter(language_model, bundle)
-    model = make_model(bundle, language_model, draft_model=drafter)
+    trained = with_manifest(bundle, trained_with=CLLM)  # which is what it begins with: an ordinary model begins with 1
+    model = make_model(trained, language_model, draft_model=drafter)
     for fill in ("model", "pool+model"):
         found = model.generate(PROMPT, method=method, fill=fill, block_size="auto", max_new_tokens=40)
         assert list(found.token_ids) == greedy(language_model, PROMPT, 40)
