@@ -13,17 +13,20 @@ import onnx_ir as ir
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.graph import DecoderGraph
 from cllm_export.exporter.linear import Linear, add_rounded, put_in_place
-from cllm_export.exporter.rounding import INT8_MAX, UINT8_ZERO, ChannelRounding
+from cllm_export.exporter.rounding import INT8_MAX, PairRounding
 
 MAX_WIDTH = (2**31 - 1) // INT8_MAX**2
 """Input channels of an 8-bit layer, at most: one more and a sum of products might not fit 32 bits."""
+
+ROW_ZERO = 128
+"""What stands for 0 in an activation: ONNX Runtime's kernels for activations without a sign are the fast ones."""
 
 SCALED_OVER = [-1]
 """Axes that share a scale of an activation: its channels, and no axis of rows or slots."""
 
 
 class Int8Dynamic:
-    """8-bit weights, and activations with a scale a row.
+    """8-bit weights, and activations with a scale a row. The product of their integers is exact on every processor.
 
     For x [B, n, in] with a = max |x| of a row: codes = round(127 x / a) + 128, and the product of codes, in integers,
     is multiplied by w_scale / 127 of its column and by a of its row. 127 x / a is one Div and one QuantizeLinear with
@@ -38,7 +41,7 @@ class Int8Dynamic:
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         """Activation -> its codes and the largest magnitude of each row, made once for all layers that take it."""
         self._step = graph.add_scalar("row_step", np.float32(1 / INT8_MAX))
-        self._zero = graph.add_scalar("uint8_zero", np.uint8(UINT8_ZERO))
+        self._zero = graph.add_scalar("row_zero", np.uint8(ROW_ZERO))
 
     def replace(self, linear: Linear) -> None:
         if linear.shape[1] > MAX_WIDTH:
@@ -46,9 +49,9 @@ class Int8Dynamic:
                 f"{linear.name} takes {linear.shape[1]} channels, beyond {MAX_WIDTH} in 32-bit sums"
             )
         codes, largest = self._rows(linear)
-        rounding = ChannelRounding(scale_factor=1 / INT8_MAX)
+        rounding = PairRounding(scale_factor=1 / INT8_MAX)
         weight, scales = add_rounded(self._graph, linear, rounding, transposed=True)
-        product = ir.node("MatMulInteger", [codes, weight, self._zero, self._zero])
+        product = ir.node("MatMulInteger", [codes, weight, self._zero])
         cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
         scaled = ir.node("Mul", [cast.outputs[0], scales])  # a DequantizeLinear does both and takes longer
         result = ir.node("Mul", [scaled.outputs[0], largest])

@@ -14,8 +14,14 @@ from torch import Tensor
 INT8_MAX = 127
 """Symmetric: -128 is left out."""
 
-UINT8_ZERO = 128
-"""What stands for 0 where integers are stored without a sign."""
+MAX_PAIR = 128
+"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
+signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
+not."""
+PAIRED = 4
+"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
+BELOW = 1 - 2.0**-12
+"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
 
 
 class Rounded(NamedTuple):
@@ -42,30 +48,46 @@ class Rounding(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRounding:
-    """8 bits, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has scale 1, since
-    TensorRT takes positive scales alone.
-
-    With a zero point of 128 they are stored without a sign: the kernels of x86 processors without VNNI add two products
-    of a signed and an unsigned byte in 16 bits and saturate without a word; where both are unsigned they do not.
-    """
-
-    zero_point: int = UINT8_ZERO
-    """What 0 is stored as: 128, or 0 for integers with a sign."""
-
-    scale_factor: float = 1.0
-    """What scales are multiplied by: another factor of the product, which then needs no node of its own."""
+    """8 bits with a sign, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has
+    scale 1, since TensorRT takes positive scales alone."""
 
     @property
     def code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.zero_point else torch.int8
+        return torch.int8
 
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (width,), ()
 
     def __call__(self, rows: Tensor) -> Rounded:
         scales = positive(rows.abs().amax(dim=1).div_(INT8_MAX))
-        codes = rows.div_(scales[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).add_(self.zero_point)
-        return Rounded(codes.to(self.code_dtype), scales * self.scale_factor)
+        return Rounded(_signed_codes(rows, scales), scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRounding:
+    """8 bits with a sign, one scale for each row, that no processor's kernel saturates at, whatever the activations.
+
+    The scale is that of ``ChannelRounding``, or larger where two magnitudes that a kernel adds would exceed
+    ``MAX_PAIR``: by half in rows of a normal distribution, since two of the largest seldom meet. Halving the range,
+    which rules out the same, doubles it.
+    """
+
+    scale_factor: float = 1.0
+    """What scales are multiplied by: another factor of the product, which then needs no node of its own."""
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8
+
+    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (width,), ()
+
+    def __call__(self, rows: Tensor) -> Rounded:
+        magnitudes = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % PAIRED))
+        pairs = magnitudes.view(rows.shape[0], -1, PAIRED).topk(2, dim=-1).values.sum(dim=-1).amax(dim=1)
+        scales = torch.maximum(magnitudes.amax(dim=1) / INT8_MAX, pairs / (MAX_PAIR * BELOW))
+        scales = positive(scales)
+        return Rounded(_signed_codes(rows, scales), scales * self.scale_factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +180,10 @@ class SignedBlocks:
         width = rows.shape[1]
         codes, scales = self.inner(rows)
         return Rounded(unpacked(codes).flatten(1)[:, :width], positive(scales))
+
+
+def _signed_codes(rows: Tensor, scales: Tensor) -> Tensor:
+    return rows.div_(scales[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def positive(scales: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Format:
     """Whether outliers of channels are worth moving into the weight: integers have evenly spaced steps, floats not."""
 
 
-INT8 = Format(largest=INT8_MAX, zero=np.int8(0), rounding=ChannelRounding(zero_point=0), smooth=True)
+INT8 = Format(largest=INT8_MAX, zero=np.int8(0), rounding=ChannelRounding(), smooth=True)
 FLOAT8 = Format(
     largest=FLOAT8_MAX,
     zero=ir.DataType.FLOAT8E4M3FN.numpy().type(0),

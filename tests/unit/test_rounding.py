@@ -10,10 +10,12 @@ torch = pytest.importorskip("torch")
 
 from cllm_export.exporter.rounding import (  # noqa: E402 - after the skip
     INT4_ZERO,
-    UINT8_ZERO,
+    MAX_PAIR,
+    PAIRED,
     BlockRounding,
     ChannelRounding,
     Float8Rounding,
+    PairRounding,
     Rounding,
     ScaledRounding,
     SignedBlocks,
@@ -33,25 +35,48 @@ def random_rows(rows: int, width: int, seed: int) -> torch.Tensor:
 @given(rows=st.integers(1, 9), width=st.integers(1, 70), seed=st.integers(0, 1000))
 def test_a_value_is_at_most_half_a_step_of_its_row_away(rows: int, width: int, seed: int):
     values = random_rows(rows, width, seed)
-    codes, scales = ChannelRounding()(values.clone())
-    restored = (codes.float() - UINT8_ZERO) * scales[:, None]
-    assert ((restored - values).abs() <= scales[:, None] / 2 * FEW_ROUNDINGS).all()
-    assert (codes.to(torch.int32) - UINT8_ZERO).abs().amax(dim=1).eq(127).all(), "a row does not use its range"
+    for rounding in (ChannelRounding(), PairRounding()):
+        codes, scales = rounding(values.clone())
+        restored = codes.float() * scales[:, None]
+        assert ((restored - values).abs() <= scales[:, None] / 2 * FEW_ROUNDINGS).all()
+        if isinstance(rounding, ChannelRounding):
+            assert codes.int().abs().amax(dim=1).eq(127).all(), "a row does not use its range"
+
+
+@properties
+@given(rows=st.integers(1, 9), width=st.integers(1, 70), seed=st.integers(0, 1000), spread=st.sampled_from([0, 1, 8]))
+def test_two_products_of_a_kernel_fit_sixteen_bits_and_no_more_is_given_up_for_it(
+    rows: int, width: int, seed: int, spread: int
+):
+    values = random_rows(rows, width, seed)
+    values = values.sign() * values.abs() ** spread  # all alike, as they are, or a few large ones
+    codes = PairRounding()(values.clone()).codes.int().abs()
+    groups = torch.nn.functional.pad(codes, (0, -width % PAIRED)).view(rows, -1, PAIRED)
+    pairs = groups.topk(2, dim=-1).values.sum(dim=-1).amax(dim=1)
+    assert (255 * pairs <= 2**15 - 1).all()
+    used = (pairs >= MAX_PAIR - 1) | (codes.amax(dim=1) == 127)
+    assert used.all(), "a row uses neither range"
 
 
 @properties
 @given(split=st.integers(0, 8), seed=st.integers(0, 1000))
 def test_rows_are_rounded_on_their_own(split: int, seed: int):
     values = random_rows(8, 24, seed)
-    whole = ChannelRounding()(values.clone())
-    parts = [ChannelRounding()(part.clone()) for part in (values[:split], values[split:]) if len(part)]
-    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
-    assert torch.equal(whole.scales, torch.cat([part.scales for part in parts]))
+    for rounding in (ChannelRounding(), PairRounding()):
+        whole = rounding(values.clone())
+        parts = [rounding(part.clone()) for part in (values[:split], values[split:]) if len(part)]
+        assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
+        assert torch.equal(whole.scales, torch.cat([part.scales for part in parts]))
 
 
 @pytest.mark.parametrize(
     "rounding",
-    [ChannelRounding(zero_point=0), Float8Rounding(largest=448.0), SignedBlocks(inner=BlockRounding(block_size=32))],
+    [
+        ChannelRounding(),
+        PairRounding(),
+        Float8Rounding(largest=448.0),
+        SignedBlocks(inner=BlockRounding(block_size=32)),
+    ],
 )
 def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
     codes, scales = rounding(torch.cat([torch.zeros(1, 32), torch.ones(1, 32)]))
@@ -73,7 +98,7 @@ def test_signed_blocks_hold_the_numbers_of_the_rounding_inside(rows: int, width:
 
 def test_scales_carry_the_other_factor_of_a_product():
     values = random_rows(3, 5, 0)
-    plain, scaled = ChannelRounding()(values.clone()), ChannelRounding(scale_factor=0.5)(values.clone())
+    plain, scaled = PairRounding()(values.clone()), PairRounding(scale_factor=0.5)(values.clone())
     assert torch.equal(plain.codes, scaled.codes)
     assert torch.equal(plain.scales / 2, scaled.scales)
 
@@ -102,7 +127,7 @@ def test_eight_bit_floats_keep_three_bits_behind_the_first():
 
 def test_columns_are_scaled_before_they_are_rounded():
     values, factors = random_rows(3, 6, 0), torch.tensor([1.0, 2.0, 0.5, 1.0, 4.0, 1.0])
-    scaled = ScaledRounding(inner=ChannelRounding(zero_point=0), factors=factors)(values.clone())
-    plain = ChannelRounding(zero_point=0)(values * factors)
+    scaled = ScaledRounding(inner=ChannelRounding(), factors=factors)(values.clone())
+    plain = ChannelRounding()(values * factors)
     assert torch.equal(scaled.codes, plain.codes) and torch.equal(scaled.scales, plain.scales)
     assert scaled.codes.dtype == torch.int8
