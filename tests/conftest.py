@@ -5,8 +5,11 @@ Nothing here imports torch before a test asks for a checkpoint: the unit tests r
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 PINNED: dict[str, Any] = {"fixed_shapes": True, "block_size": 8, "batch_size": 1}
 """Options of a build with fixed shapes, of which ``bench`` times no latencies either, which takes seconds."""
 DEMO = Path(__file__).parent.parent / "examples" / "text_to_sql"
+TRAINED = {"demo": "checkpoint", "parent": "parent"}
+"""Checkpoints of the repository's example: the CLLM, and what it was made of."""
 THREADS = 1
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would break tests that fork
@@ -31,34 +36,51 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 class Workshop:
-    """Makes each checkpoint, bundle, model and reference once. What it hands out is shared: copy before a change."""
+    """Makes each checkpoint, bundle, model and reference once. What it hands out is shared: copy before a change.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    Checkpoints and bundles are shared by all processes of a run, models and references by the tests of one.
+    """
+
+    def __init__(self, root: Path, shared: Path) -> None:
+        self._root, self._shared = root, shared
         self._made: dict[tuple[Any, ...], Any] = {}
         self._num_built = 0
+        shared.mkdir(exist_ok=True)
 
     def checkpoint(self, name: str) -> Path:
-        """A checkpoint by its name in ``VARIANTS``; ``small``, of one layer, which traces faster; or ``demo``, the
-        trained one of the repository."""
-        if name == "demo":
-            return DEMO / "checkpoint"
+        """One of ``VARIANTS`` by its name; ``small``, of one layer, which traces faster; or one of ``TRAINED``."""
+        if name in TRAINED:
+            return DEMO / TRAINED[name]
         variant = Variant(num_layers=1) if name == "small" else VARIANTS[name]
-        return self._once(("checkpoint", name), lambda: self.new_checkpoint(f"checkpoint-{name}", variant))
+        directory = f"checkpoint-{name}"
+        made = self._shared_once(
+            ("checkpoint", name), lambda target: self._write_checkpoint(target / directory, variant)
+        )
+        return made / directory
 
     def new_checkpoint(self, name: str, variant: Variant) -> Path:
-        """A checkpoint of any variant, in a directory of that name."""
+        """A checkpoint of any variant, in a directory of that name, which is no other process's."""
+        return self._write_checkpoint(self._root / name, variant)
+
+    @staticmethod
+    def _write_checkpoint(target: Path, variant: Variant) -> Path:
         import torch
         from transformers.utils import logging
 
         torch.set_num_threads(THREADS)
         logging.disable_progress_bar()
-        return make_checkpoint(self._root / name, variant)
+        return make_checkpoint(target, variant)
 
     def bundle(self, name: str, **options: Any) -> Bundle:
         """The bundle of a checkpoint; ``options`` are those of ``BuildOptions``."""
+        key = ("bundle", name, *sorted(options.items()))
+        checkpoint = self.checkpoint(name)
         return self._once(
-            ("bundle", name, *sorted(options.items())), lambda: self.build(self.checkpoint(name), **options)
+            key,
+            lambda: open_bundle(
+                self._shared_once(key, lambda target: self._build(checkpoint, target / f"bundle-{name}", options))
+                / f"bundle-{name}"
+            ),
         )
 
     def model(self, name: str, **options: Any) -> Model:
@@ -89,10 +111,13 @@ class Workshop:
 
     def build(self, checkpoint: Path, **options: Any) -> Bundle:
         """The bundle of any checkpoint, built anew; with copied weights, unless ``weights`` says otherwise."""
+        self._num_built += 1
+        return self._build(checkpoint, self._root / f"bundle-{self._num_built}-{checkpoint.name}", options)
+
+    @staticmethod
+    def _build(checkpoint: Path, target: Path, options: dict[str, Any]) -> Bundle:
         from cllm_export.exporter.pipeline import BuildOptions, build
 
-        self._num_built += 1
-        target = self._root / f"bundle-{self._num_built}-{checkpoint.name}"
         return build(checkpoint, target, BuildOptions(**{"weights": "copy", **options}))
 
     def _once(self, key: tuple[Any, ...], make: Any) -> Any:
@@ -100,8 +125,24 @@ class Workshop:
             self._made[key] = make()
         return self._made[key]
 
+    def _shared_once(self, key: tuple[Any, ...], make: Callable[[Path], object]) -> Path:
+        """A directory that ``make`` fills in the first process that asks for it; the others wait for that."""
+        directory = self._shared / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        ready = directory / "ready"
+        with directory.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not ready.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                make(directory)
+                ready.touch()
+        return directory
+
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """Checkpoints and bundles, each made once a session."""
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+    own = tmp_path_factory.getbasetemp()
+    return Workshop(
+        tmp_path_factory.mktemp("workshop"), (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    )

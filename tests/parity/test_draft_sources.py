@@ -19,7 +19,7 @@ FILLS = ["lookup", "pool+lookup", "model", "lookup+model"]
 
 @pytest.fixture(scope="module")
 def bundles(workshop: Workshop) -> dict[str, str]:
-    return {"demo": str(workshop.bundle("demo").path), "parent": str(workshop.build(DEMO / "parent").path)}
+    return {name: str(workshop.bundle(name).path) for name in ("demo", "parent")}
 
 
 def with_draft_model(bundles: dict[str, str], name: str, draft: str, **options: int) -> Model:
