@@ -22,8 +22,8 @@ from cllm_export.extras import needs_extra
 from cllm_export.linked import WeightsMode
 from cllm_export.plans import Hardware
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.quantization import SCHEMES, PrecisionName, split_precision
 from cllm_export.quantization import Engine as QuantizedFor
-from cllm_export.quantization import PrecisionName, Scheme, split_precision
 from cllm_export.runtime.draft import SOURCES, parse_fill
 from cllm_export.runtime.generate import METHODS, Generation, Method, Model, load
 from cllm_export.runtime.prefix_snapshot import check_target
@@ -698,10 +698,24 @@ def quantize(
         Path, typer.Option("--prompts", help="Held-out prompts, on which forwards are counted.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
-    precision: Annotated[Scheme, typer.Option("--precision", help="How linear layers are quantised.")],
+    precision: Annotated[
+        list[str],
+        typer.Option(
+            "--precision",
+            metavar="|".join(SCHEMES),
+            help="How linear layers are quantised; several: the fastest here is chosen.",
+        ),
+    ],
     max_tpf_loss: Annotated[
         str, typer.Option("--max-tpf-loss", help="Share of the tokens per forward that may be lost.")
     ] = "3%",
+    max_quality_loss: Annotated[
+        str | None,
+        typer.Option(
+            "--max-quality-loss",
+            help="Share of the score that may be lost: execution match, exact match, or equal texts without answers.",
+        ),
+    ] = None,
     quantize_block: Annotated[
         int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
     ] = None,
@@ -719,12 +733,12 @@ def quantize(
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
     plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of the sensitivity.")] = None,
 ) -> None:
-    """Quantise as many layers as a budget of tokens per forward allows, and say which were kept and why."""
-    from cllm_export.calibration.display import show_fit
-    from cllm_export.calibration.fit import parse_share
+    """Quantise as many layers as a budget allows, choose the fastest of several precisions, and say why."""
+    from cllm_export.calibration.display import show_choice
+    from cllm_export.calibration.fit import Budget, parse_share
     from cllm_export.calibration.measured import HeldOutOptions
-    from cllm_export.calibration.plots import check_plots, plot_sensitivity
-    from cllm_export.calibration.quantize import FitOptions
+    from cllm_export.calibration.plots import check_plots, plot_choice
+    from cllm_export.calibration.quantize import FitOptions, parse_schemes
     from cllm_export.calibration.quantize import quantize as run
     from cllm_export.evaluation.questions import read_questions
     from cllm_export.evaluation.report_file import check_report_path, write_report
@@ -733,8 +747,11 @@ def quantize(
         check_report_path(as_json)
     check_plots(plots)
     options = FitOptions(
-        scheme=precision,
-        max_tpf_loss=parse_share(max_tpf_loss),
+        schemes=parse_schemes(precision),
+        budget=Budget(
+            tpf=parse_share("--max-tpf-loss", max_tpf_loss),
+            quality=None if max_quality_loss is None else parse_share("--max-quality-loss", max_quality_loss),
+        ),
         block_size=quantize_block,
         engine=quantize_for,
         scales=scales,
@@ -748,8 +765,8 @@ def quantize(
     if as_json:
         write_report(as_json, report)
     if plots:
-        plot_sensitivity(report["sensitivity"], [entry["layer"] for entry in report["kept"]], plots)
-    show_fit(str(output), report)
+        plot_choice(report, plots)
+    show_choice(str(output), report)
 
 
 @app.command()

@@ -19,6 +19,8 @@ from cllm_export.prompts import Prompt
 from cllm_export.runtime.generate import Model, load
 from cllm_export.runtime.ort_engine import OrtEngine, describe_machine
 
+UNQUANTISED = "fp32"
+"""What ``quantize`` names the bundle it judges by."""
 DEFAULT_SIZES = (4, 8, 12, 16, 24, 32)
 T = TypeVar("T")
 

@@ -20,6 +20,15 @@ PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8", "int4", 
 BLOCK_SIZES = (32, 64, 128)
 """Input channels that may share a scale of a 4-bit weight."""
 
+MAX_PAIR = 128
+"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
+signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
+not."""
+PAIRED = 4
+"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
+BELOW_PAIR = 1 - 2.0**-12
+"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
+
 Engine = Literal["onnxruntime", "tensorrt"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 

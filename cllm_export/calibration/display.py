@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from cllm_export.display import OUT
+from cllm_export.compare import UNQUANTISED
+from cllm_export.display import OUT, show_comparison
 
 MAX_SHOWN = 10
 
@@ -72,8 +73,23 @@ def _convergence_rows(entries: list[Mapping[str, Any]]) -> Iterator[tuple[str, l
             yield measure.replace("_", " "), [f"{entry['scores'][measure]['share']:.1%}" for entry in entries]
 
 
-def show_fit(path: str, report: Mapping[str, Any]) -> None:
-    """Which layers kept their precision and why, and what the bundle loses."""
+def show_choice(path: str, report: Mapping[str, Any]) -> None:
+    """Which layers kept their precision and why, what each precision loses, and which was the fastest."""
+    allowed = f"{report['max_tpf_loss']:.2%} of the tokens per forward"
+    if report["max_quality_loss"] is not None:
+        allowed += f", {report['max_quality_loss']:.2%} of the quality"
+    OUT.print(f"budget: {allowed}", markup=False)
+    for candidate in report["candidates"]:
+        _show_candidate(candidate)
+    if report["timings"]:
+        show_comparison(report["timings"])
+    OUT.print(f"wrote {path}: {_in_a_word(report)}", markup=False)
+
+
+def _show_candidate(report: Mapping[str, Any]) -> None:
+    if report["refused"]:
+        OUT.print(f"{report['scheme']}: {report['refused']}", markup=False)
+        return
     ranking = {entry["layer"]: index + 1 for index, entry in enumerate(report["sensitivity"])}
     if report["kept"]:
         table = make_table(
@@ -90,10 +106,28 @@ def show_fit(path: str, report: Mapping[str, Any]) -> None:
             )
         OUT.print(table)
     trials = ", ".join(
-        f"{trial['num_kept']} kept: {trial['tpf_loss']:.2%} ({trial['measured_on']})" for trial in report["trials"]
+        f"{trial['num_kept']} kept: {trial['tpf_loss']:.2%} and {trial['quality_loss']:.2%} ({trial['measured_on']})"
+        for trial in report["trials"]
     )
-    OUT.print(f"tokens per forward lost, budget {report['budget']:.2%}: {trials}", markup=False)
-    OUT.print(f"wrote {path}: {len(report['kept'])} layers kept, {report['tpf_loss']:.2%} lost", markup=False)
+    OUT.print(f"{report['scheme']}, tokens per forward and quality lost: {trials}", markup=False)
+
+
+def _in_a_word(report: Mapping[str, Any]) -> str:
+    """What was chosen and why."""
+    chosen = next((each for each in report["candidates"] if each["scheme"] == report["chosen"]), None)
+    words = [report["chosen"]]
+    if chosen:
+        words.append(f"{len(chosen['kept'])} layers kept, {chosen['tpf_loss']:.2%} of the tokens per forward lost")
+    if report["timings"]:
+        settings = report["timings"]["settings"]
+        plain = next(entry for entry in settings if entry["name"] == UNQUANTISED)
+        gain = settings[0]["expected_tokens_per_second"] / plain["expected_tokens_per_second"]
+        words.append(
+            f"{gain:.2f}x the unquantised bundle's tokens per second, at n = {settings[0]['block_size']}"
+            if chosen
+            else "no quantised bundle within the budget is faster here than the unquantised one"
+        )
+    return ", ".join(words)
 
 
 def make_table(first: str, *others: str) -> Table:

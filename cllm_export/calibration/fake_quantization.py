@@ -17,7 +17,7 @@ from cllm_export.calibration.linear import LinearLayer
 from cllm_export.calibration.stored_weights import read_weight
 from cllm_export.contract import require_at_least
 from cllm_export.errors import CalibrationError
-from cllm_export.quantization import SCHEMES, Scheme
+from cllm_export.quantization import BELOW_PAIR, MAX_PAIR, PAIRED, SCHEMES, Scheme
 from cllm_export.scales import FloatArray, Scales
 
 if TYPE_CHECKING:
@@ -87,6 +87,16 @@ def round_blocks(matrix: FloatArray, largest: int, block: int) -> FloatArray:
     return rounded
 
 
+def round_pairs(matrix: FloatArray) -> FloatArray:
+    """A matrix [out, in] rounded to 8 bits as ``int8-dynamic`` has them, one scale an output channel, as fp32."""
+    magnitudes = np.abs(np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % PAIRED))))
+    pairs = np.sort(magnitudes.reshape(matrix.shape[0], -1, PAIRED), axis=-1)[..., -2:].sum(axis=-1).max(axis=1)
+    scales = np.maximum(magnitudes.max(axis=1) / INT8_MAX, pairs / (MAX_PAIR * BELOW_PAIR))[:, None]
+    scales[scales == 0] = 1
+    rounded: FloatArray = (np.round(matrix / scales) * scales).astype(np.float32)
+    return rounded
+
+
 def round_float8(matrix: FloatArray) -> FloatArray:
     """A matrix [out, in] rounded to 8-bit floats (E4M3), one scale an output channel, as fp32."""
     scales = np.abs(matrix).max(axis=1, keepdims=True) / FLOAT8_MAX
@@ -102,7 +112,7 @@ def _round_layer(graph: ModelProto, layer: LinearLayer, matrix: FloatArray, how:
         return round_blocks(matrix, INT4_MAX, how.block)
     if how.scheme == "int8-dynamic":
         _put_before(graph, layer, _rounding_by_row(layer))
-        return round_blocks(matrix, INT8_MAX, matrix.shape[1])
+        return round_pairs(matrix)
     assert how.scales is not None
     amax = how.scales.of(layer.tensors[0]).amax
     if how.scheme == "fp8":

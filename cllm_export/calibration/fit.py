@@ -1,4 +1,4 @@
-"""Which layers keep their precision so that a quantised bundle loses no more tokens per forward than it may.
+"""Which layers keep their precision so that a quantised bundle loses no more than it may: tokens per forward, quality.
 
 Layers are kept in the order in which quantising them alone flips predictions on block states. How many of them is found
 on stand-ins, by bisection; what holds there is built and decoded, and more are kept if it does not hold there too.
@@ -12,8 +12,30 @@ from typing import Any, Literal, Protocol
 
 from cllm_export.bundle import Bundle
 from cllm_export.calibration.linear import LinearLayer
+from cllm_export.calibration.measured import Losses
 from cllm_export.calibration.sensitivity import LayerSensitivity
 from cllm_export.errors import CalibrationError, OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What may be lost at most.
+
+    Raises:
+        OptionError: a share that is none.
+    """
+
+    tpf: float
+    quality: float | None = None
+    """None where texts may be whatever they are."""
+
+    def __post_init__(self) -> None:
+        for share in (self.tpf, self.quality):
+            if share is not None and not 0 <= share < 1:
+                raise OptionError(f"the budget must be a share from 0 to 1, such as 3%, got {share:g}")
+
+    def holds(self, losses: Losses) -> bool:
+        return losses.tpf <= self.tpf and (self.quality is None or losses.quality <= self.quality)
 
 
 class Ranking(Protocol):
@@ -25,8 +47,8 @@ class Ranking(Protocol):
         """Layers, the one that costs most first."""
         ...
 
-    def loss(self, keep: Sequence[str]) -> float:
-        """Share of tokens per forward lost with all layers but these quantised."""
+    def losses(self, keep: Sequence[str]) -> Losses:
+        """What is lost with all layers but these quantised."""
         ...
 
 
@@ -40,11 +62,20 @@ class Builder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """How many layers were kept, and the share of tokens per forward that was lost."""
+    """How many layers were kept, and what was lost."""
 
     num_kept: int
-    tpf_loss: float
+    losses: Losses
     measured_on: Literal["bundle", "stand-in"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "num_kept": self.num_kept,
+            "tpf_loss": self.losses.tpf,
+            "quality_loss": self.losses.quality,
+            "measured_on": self.measured_on,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,57 +87,68 @@ class Fit:
     ranking: tuple[LayerSensitivity, ...]
     """Empty where the budget held with every layer quantised and nobody asked for it."""
     trials: tuple[Trial, ...]
-    budget: float
 
     @property
-    def tpf_loss(self) -> float:
-        """Share of tokens per forward that the bundle loses."""
-        return self.trials[-1].tpf_loss
+    def losses(self) -> Losses:
+        """What the bundle loses."""
+        return self.trials[-1].losses
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. ``kept`` says of each layer what it would have cost by itself."""
         return {
-            "budget": self.budget,
-            "tpf_loss": self.tpf_loss,
+            "tpf_loss": self.losses.tpf,
+            "quality_loss": self.losses.quality,
             "kept": [entry.to_dict() for entry in self.kept],
-            "trials": [vars(trial) for trial in self.trials],
+            "trials": [trial.to_dict() for trial in self.trials],
             "sensitivity": [entry.to_dict() for entry in self.ranking],
         }
 
 
 def fit(
-    ranking: Ranking, build: Builder, loss_of: Callable[[Bundle], float], budget: float, *, always_rank: bool = False
+    ranking: Ranking,
+    build: Builder,
+    losses_of: Callable[[Bundle], Losses],
+    budget: Budget,
+    *,
+    always_rank: bool = False,
 ) -> Fit:
     """Build the bundle that keeps as few layers as the budget allows.
 
     Args:
-        loss_of: share of tokens per forward that a built bundle loses.
-        budget: the largest that is accepted, 0 to 1.
+        losses_of: what a built bundle loses.
         always_rank: measure every layer even where the budget holds with all of them quantised.
 
     Raises:
         CalibrationError: the budget does not hold even with all layers but one kept.
     """
-    if not 0 <= budget < 1:
-        raise OptionError(f"the budget must be a share from 0 to 1, such as 3%, got {budget:g}")
     bundle = build(())
-    trials = [Trial(num_kept=0, tpf_loss=loss_of(bundle), measured_on="bundle")]
-    holds = trials[0].tpf_loss <= budget
+    trials = [Trial(num_kept=0, losses=losses_of(bundle), measured_on="bundle")]
+    holds = budget.holds(trials[0].losses)
     ranked = ranking.rank() if always_rank or not holds else []
     if holds:
-        return Fit(bundle=bundle, kept=(), ranking=tuple(ranked), trials=tuple(trials), budget=budget)
+        return Fit(bundle=bundle, kept=(), ranking=tuple(ranked), trials=tuple(trials))
     num_kept = max(1, _fewest(ranked, ranking, budget, trials))
     while num_kept < len(ranked):
         kept = ranked[:num_kept]
         bundle = build(tuple(tensor for entry in kept for tensor in entry.layer.tensors))
-        trials.append(Trial(num_kept=num_kept, tpf_loss=loss_of(bundle), measured_on="bundle"))
-        if trials[-1].tpf_loss <= budget:
-            return Fit(bundle=bundle, kept=tuple(kept), ranking=tuple(ranked), trials=tuple(trials), budget=budget)
+        trials.append(Trial(num_kept=num_kept, losses=losses_of(bundle), measured_on="bundle"))
+        if budget.holds(trials[-1].losses):
+            return Fit(bundle=bundle, kept=tuple(kept), ranking=tuple(ranked), trials=tuple(trials))
         num_kept = _more(num_kept, len(ranked))
-    best = min(trial.tpf_loss for trial in trials if trial.measured_on == "bundle")
-    raise CalibrationError(
-        f"no choice of layers keeps the loss of tokens per forward within {budget:.1%}: the least was {best:.1%}; "
-        "allow more with --max-tpf-loss, measure on more prompts, or choose another --precision"
+    raise CalibrationError(_unattainable(budget, [trial.losses for trial in trials if trial.measured_on == "bundle"]))
+
+
+def _unattainable(budget: Budget, tried: Sequence[Losses]) -> str:
+    allowed = f"the loss of tokens per forward within {budget.tpf:.1%}"
+    least = f"the least was {min(losses.tpf for losses in tried):.1%}"
+    flags = "--max-tpf-loss"
+    if budget.quality is not None:
+        allowed += f" and that of quality within {budget.quality:.1%}"
+        least += f" and {min(losses.quality for losses in tried):.1%}"
+        flags += " or --max-quality-loss"
+    return (
+        f"no choice of layers keeps {allowed}: {least}; allow more with {flags}, measure on more prompts, or choose "
+        "another --precision"
     )
 
 
@@ -115,8 +157,8 @@ def _more(num_kept: int, total: int) -> int:
     return total if num_kept >= total - 1 else min(2 * num_kept, total - 1)
 
 
-def parse_share(text: str) -> float:
-    """``3%`` or ``0.03`` as a share.
+def parse_share(flag: str, text: str) -> float:
+    """``3%`` or ``0.03``, as a flag was given it, as a share.
 
     Raises:
         OptionError: it is neither.
@@ -124,18 +166,18 @@ def parse_share(text: str) -> float:
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise OptionError(f"--max-tpf-loss must be a share such as 3% or 0.03, got {text!r}") from None
+        raise OptionError(f"{flag} must be a share such as 3% or 0.03, got {text!r}") from None
     if not 0 <= share < 1:
-        raise OptionError(f"--max-tpf-loss must be from 0% to below 100%, got {text!r}")
+        raise OptionError(f"{flag} must be from 0% to below 100%, got {text!r}")
     return share
 
 
-def _fewest(ranked: Sequence[LayerSensitivity], ranking: Ranking, budget: float, trials: list[Trial]) -> int:
+def _fewest(ranked: Sequence[LayerSensitivity], ranking: Ranking, budget: Budget, trials: list[Trial]) -> int:
     """Layers to keep until a stand-in holds the budget, by bisection."""
     low, high = 0, len(ranked)
     while low < high:
         middle = (low + high) // 2
-        loss = ranking.loss([entry.layer.name for entry in ranked[:middle]])
-        trials.append(Trial(num_kept=middle, tpf_loss=loss, measured_on="stand-in"))
-        low, high = (low, middle) if loss <= budget else (middle + 1, high)
+        losses = ranking.losses([entry.layer.name for entry in ranked[:middle]])
+        trials.append(Trial(num_kept=middle, losses=losses, measured_on="stand-in"))
+        low, high = (low, middle) if budget.holds(losses) else (middle + 1, high)
     return min(low, len(ranked) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from cllm_export.contract import require_at_least
 from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.decoding import Settings, decode_prompts, default_settings
 from cllm_export.evaluation.questions import Question
-from cllm_export.evaluation.score_prompts import score_prompts
+from cllm_export.evaluation.score_prompts import EXACT, EXECUTION, score_prompts
 from cllm_export.runtime.generate import Model
 
 
@@ -63,15 +64,20 @@ class Measured:
         """New tokens / decode forwards."""
         return self.new_tokens / self.forwards
 
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """Of what has an answer: SQL is executed for them, which takes longer than to decode it."""
+        scores = score_prompts(self.questions, self.texts)
+        return {measure: share.to_dict() for measure, share in scores.shares.items()}
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with the scores of what has an answer: SQL is executed for them, which takes longer than to
-        decode it."""
+        """JSON-ready, with the scores."""
         return {
             "prompts": len(self.recordings),
             "new_tokens": self.new_tokens,
             "forwards": self.forwards,
             "tokens_per_forward": round(self.tokens_per_forward, 4),
-            "scores": score_prompts(self.questions, self.texts).to_dict()["all"],
+            "scores": self.scores,
         }
 
 
@@ -101,9 +107,34 @@ def measure_decode(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What a bundle lost against the unquantised one, on the same prompts."""
+
+    tpf: float
+    """Share of tokens per forward; below 0 where there are more."""
+    quality: float
+    """Share of prompts: ``quality_loss``."""
+
+
 def tpf_loss(before: Measured, after: Measured) -> float:
     """Share of the tokens per forward that is lost; below 0 where there are more."""
     return 1 - after.tokens_per_forward / before.tokens_per_forward
+
+
+def quality_loss(before: Measured, after: Measured) -> float:
+    """Share of prompts that are answered worse: of the score that is lost, by execution where answers can be executed,
+    else by exact match; where no prompt has an answer, of texts that are not the unquantised bundle's."""
+    for measure in (EXECUTION, EXACT):
+        first, second = (each.scores.get(measure, {}).get("share") for each in (before, after))
+        if first is not None and second is not None:
+            return float(first - second)
+    return 1 - float(compare_texts(before, after)["exact_match"]["share"])
+
+
+def losses_between(before: Measured, after: Measured) -> Losses:
+    """What the second of two bundles lost."""
+    return Losses(tpf=tpf_loss(before, after), quality=quality_loss(before, after))
 
 
 def compare_texts(before: Measured, after: Measured) -> dict[str, Any]:

@@ -51,6 +51,15 @@ def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], d
     return directory / SENSITIVITY
 
 
+def plot_choice(report: Mapping[str, Any], directory: Path) -> None:
+    """What there is to plot of a report of ``quantize``: layers of the chosen precision, and the times if any."""
+    chosen = next((each for each in report["candidates"] if each["scheme"] == report["chosen"]), None)
+    if chosen:
+        plot_sensitivity(chosen["sensitivity"], [entry["layer"] for entry in chosen["kept"]], directory)
+    if report["timings"]:
+        plot_trade_off(report["timings"]["settings"], directory)
+
+
 def plot_trade_off(settings: Sequence[Mapping[str, Any]], directory: Path) -> Path:
     """Tokens per forward against the time of a forward, a line for each bundle and a point for each n.
 

@@ -11,7 +11,14 @@ from cllm_export.calibration.edited_engine import EditedEngine, read_graph, requ
 from cllm_export.calibration.fake_quantization import FakeQuantization, fake_quantized
 from cllm_export.calibration.flips import Flips, count_flips, predict
 from cllm_export.calibration.linear import LinearLayer, linear_layers
-from cllm_export.calibration.measured import HeldOutOptions, Measured, measure_decode, tpf_loss
+from cllm_export.calibration.measured import (
+    HeldOutOptions,
+    Losses,
+    Measured,
+    losses_between,
+    measure_decode,
+    tpf_loss,
+)
 from cllm_export.evaluation.questions import Question
 from cllm_export.runtime.generate import Model, load, pad_token
 from cllm_export.runtime.text import TextCodec
@@ -74,18 +81,22 @@ class StandIn:
             self._progress("layers", index + 1, len(self.layers))
         return sorted(found, key=lambda entry: (-entry.flips.all.rate, entry.layer.name))
 
-    def loss(self, keep: Collection[str]) -> float:
-        """Share of tokens per forward that is lost where all layers but those of these names are quantised."""
-        return self._loss(self._model(layer for layer in self.layers if layer.name not in keep))
+    def losses(self, keep: Collection[str]) -> Losses:
+        """What is lost where all layers but those of these names are quantised."""
+        return self.losses_of(self._model(layer for layer in self.layers if layer.name not in keep))
+
+    def losses_of(self, model: Model) -> Losses:
+        """What a model loses against the unquantised bundle, on the same prompts with the same settings."""
+        return losses_between(self.before, self._decode(model))
 
     def _measure(self, layer: LinearLayer) -> LayerSensitivity:
         model = self._model([layer])
         after = predict(model.engine, self.before.recordings, self._pad)
         flips = count_flips(self.before.recordings, self._predictions, after)
-        return LayerSensitivity(layer=layer, flips=flips, tpf_loss=self._loss(model))
+        return LayerSensitivity(layer=layer, flips=flips, tpf_loss=tpf_loss(self.before, self._decode(model)))
 
-    def _loss(self, model: Model) -> float:
-        return tpf_loss(self.before, measure_decode(model, self._questions, self._settings))
+    def _decode(self, model: Model) -> Measured:
+        return measure_decode(model, self._questions, self._settings)
 
     def _model(self, layers: Iterable[LinearLayer]) -> Model:
         graph, weights = fake_quantized(self._bundle, self._graph, layers, self._how)

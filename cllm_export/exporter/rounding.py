@@ -11,17 +11,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cllm_export.quantization import BELOW_PAIR, MAX_PAIR, PAIRED
+
 INT8_MAX = 127
 """Symmetric: -128 is left out."""
-
-MAX_PAIR = 128
-"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
-signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
-not."""
-PAIRED = 4
-"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
-BELOW = 1 - 2.0**-12
-"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
 
 
 class Rounded(NamedTuple):
@@ -85,7 +78,7 @@ class PairRounding:
     def __call__(self, rows: Tensor) -> Rounded:
         magnitudes = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % PAIRED))
         pairs = magnitudes.view(rows.shape[0], -1, PAIRED).topk(2, dim=-1).values.sum(dim=-1).amax(dim=1)
-        scales = torch.maximum(magnitudes.amax(dim=1) / INT8_MAX, pairs / (MAX_PAIR * BELOW))
+        scales = torch.maximum(magnitudes.amax(dim=1) / INT8_MAX, pairs / (MAX_PAIR * BELOW_PAIR))
         scales = positive(scales)
         return Rounded(_signed_codes(rows, scales), scales * self.scale_factor)
 

@@ -89,33 +89,63 @@ def test_compare_names_the_fastest_of_several_bundles(cli: Cli, bundle: Path, pr
     assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quantize_builds_within_the_budget_and_says_why(
+def test_quantize_takes_the_fastest_of_several_precisions_within_the_budget_and_says_why(
+    cli: Cli, workshop: Workshop, bundle: Path, prompts: Path, tmp_path: Path
+):
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    given = ("--against", bundle, "--prompts", prompts, "--limit", 4, "--block-size", 4, "-o", output, *FEW)
+    budget = ("--max-tpf-loss", "60%", "--max-quality-loss", "99%", "--json", report, "--plots", tmp_path)
+    schemes = ("--precision", "int8-dynamic", "--precision", "int4")
+    done = cli("quantize", workshop.checkpoint("small"), *given, *schemes, *budget)
+    assert done.code == 0, done.err
+    written = json.loads(report.read_text())
+    assert (written["max_tpf_loss"], written["max_quality_loss"]) == (0.6, 0.99)
+    for candidate, scheme in zip(written["candidates"], ("int8-dynamic", "int4"), strict=True):
+        assert candidate["scheme"] == scheme and candidate["trials"][-1]["measured_on"] == "bundle"
+        assert candidate["tpf_loss"] <= 0.6 and candidate["quality_loss"] <= 0.99
+    settings = written["timings"]["settings"]
+    assert {entry["name"] for entry in settings} == {"fp32", "int8-dynamic", "int4"}
+    assert written["chosen"] == settings[0]["name"]
+    quantization = open_bundle(output).manifest.quantization
+    assert (quantization.scheme if quantization else "fp32") == written["chosen"]
+    plots = {"trade_off.png"} | ({"sensitivity.png"} if quantization else set())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "report.json"} | plots
+    assert f"wrote {output}: {written['chosen']}, " in done.out.replace("\n", "")
+    if quantization:
+        assert_refused(cli("calibrate", output, "--prompts", prompts, "-o", tmp_path / "s", *FEW), "is quantised")
+
+
+@pytest.mark.slow
+def test_quantize_with_one_precision_takes_no_times(
     cli: Cli, workshop: Workshop, bundle: Path, prompts: Path, tmp_path: Path
 ):
     output, report = tmp_path / "out", tmp_path / "report.json"
     given = ("--against", bundle, "--prompts", prompts, "--limit", 4, "--precision", "int8-dynamic", *FEW)
     done = cli(
-        "quantize",
-        workshop.checkpoint("small"),
-        *given,
-        "-o",
-        output,
-        "--max-tpf-loss",
-        "60%",
-        "--json",
-        report,
-        "--plots",
-        tmp_path,
+        "quantize", workshop.checkpoint("small"), *given, "-o", output, "--max-tpf-loss", "60%", "--json", report
     )
     assert done.code == 0, done.err
     written = json.loads(report.read_text())
-    assert written["tpf_loss"] <= written["budget"] == 0.6
-    assert written["trials"][-1]["measured_on"] == "bundle"
-    built = open_bundle(output)
-    assert built.manifest.quantization and built.manifest.quantization.scheme == "int8-dynamic"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "report.json", "sensitivity.png"}
-    assert f"wrote {output}: 0 layers kept" in done.out.replace("\n", "")
-    assert_refused(cli("calibrate", output, "--prompts", prompts, "-o", tmp_path / "s", *FEW), "is quantised")
+    assert written["timings"] is None and written["chosen"] == "int8-dynamic"
+    assert f"wrote {output}: int8-dynamic, 0 layers kept" in done.out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (("--precision", "int4", "--precision", "int4"), "once for each scheme"),
+        (("--precision", "int8-dynamic", "--scales", "f"), "--scales is for int8 and int4 and fp8"),
+        (("--precision", "int8-dynamic", "--quantize-block", 32), "--quantize-block is for int4"),
+        (("--precision", "int8-dynamic", "--precision", "int4", "--quantize-for", "tensorrt"), "give one --precision"),
+        (("--precision", "int4", "--max-quality-loss", "2"), "--max-quality-loss must be from 0%"),
+    ],
+)
+def test_quantize_refuses_options_that_do_not_go_together(
+    cli: Cli, workshop: Workshop, bundle: Path, prompts: Path, tmp_path: Path, options: tuple[object, ...], phrase: str
+):
+    given = ("--against", bundle, "--prompts", prompts, "-o", tmp_path / "out", *FEW)
+    assert_refused(cli("quantize", workshop.checkpoint("small"), *given, *options), phrase)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_without_their_extra_are_refused_before_any_work(bundle: Path, prompts: Path, tmp_path: Path):

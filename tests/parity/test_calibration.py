@@ -9,10 +9,10 @@ import pytest
 
 from cllm_export.calibration.calibrate import CalibrateOptions, calibrate
 from cllm_export.calibration.edited_engine import EditedEngine, read_graph
-from cllm_export.calibration.fake_quantization import FakeQuantization, round_float8
-from cllm_export.calibration.fit import fit
+from cllm_export.calibration.fake_quantization import FakeQuantization, round_float8, round_pairs
+from cllm_export.calibration.fit import Budget, fit
 from cllm_export.calibration.linear import checkpoint_tensors, linear_inputs, linear_layers
-from cllm_export.calibration.measured import HeldOutOptions
+from cllm_export.calibration.measured import HeldOutOptions, Losses
 from cllm_export.calibration.recording import read_recordings
 from cllm_export.calibration.sensitivity import StandIn
 from cllm_export.errors import CalibrationError, OutputError
@@ -197,7 +197,7 @@ def test_rounding_every_layer_flips_more_than_any_layer_alone(bundle, prompts, m
     assert {entry.layer.name for entry in ranked} == {layer.name for layer in stand_in.layers}
     rates = [entry.flips.all.rate for entry in ranked]
     assert rates == sorted(rates, reverse=True)
-    assert stand_in.loss([layer.name for layer in stand_in.layers]) == 0
+    assert stand_in.losses([layer.name for layer in stand_in.layers]) == Losses(tpf=0, quality=0)
     assert all("embed" not in layer.name and "lm_head" not in layer.name for layer in stand_in.layers)
 
 
@@ -205,6 +205,17 @@ def test_rounding_every_layer_flips_more_than_any_layer_alone(bundle, prompts, m
 def test_static_stand_ins_without_scales_are_refused(scheme):
     with pytest.raises(CalibrationError, match=f"{scheme} needs scales"):
         FakeQuantization(scheme=scheme)
+
+
+def test_an_8_bit_stand_in_rounds_weights_as_a_bundle_does():
+    torch = pytest.importorskip("torch")
+    from cllm_export.exporter.rounding import PairRounding
+
+    matrix = np.random.default_rng(0).standard_normal((9, 70)).astype(np.float32)
+    matrix[3] = 0
+    codes, scales = PairRounding()(torch.from_numpy(matrix.copy()))
+    ours = round_pairs(matrix)
+    assert np.allclose(ours, (codes.float() * scales[:, None]).numpy(), rtol=1e-6, atol=0)  # scales in the last bit
 
 
 def test_an_fp8_stand_in_rounds_weights_as_a_bundle_does():
@@ -220,7 +231,7 @@ def test_an_fp8_stand_in_rounds_weights_as_a_bundle_does():
 def test_a_fit_on_a_real_bundle_measures_that_bundle(bundle, prompts):
     how = FakeQuantization(scheme="int8-dynamic")
     stand_in = StandIn(bundle, read_questions(prompts, limit=3), how, HeldOutOptions(max_new_tokens=8, threads=THREADS))
-    chosen = fit(stand_in, lambda keep: bundle, lambda built: 0.0, 0.03)
+    chosen = fit(stand_in, lambda keep: bundle, lambda built: Losses(tpf=0.0, quality=0.0), Budget(tpf=0.03))
     assert chosen.kept == () and chosen.bundle is bundle
 
 

@@ -10,8 +10,6 @@ torch = pytest.importorskip("torch")
 
 from cllm_export.exporter.rounding import (  # noqa: E402 - after the skip
     INT4_ZERO,
-    MAX_PAIR,
-    PAIRED,
     BlockRounding,
     ChannelRounding,
     Float8Rounding,
@@ -20,6 +18,7 @@ from cllm_export.exporter.rounding import (  # noqa: E402 - after the skip
     ScaledRounding,
     SignedBlocks,
 )
+from cllm_export.quantization import MAX_PAIR, PAIRED  # noqa: E402
 from tests.fakes import properties  # noqa: E402
 
 FEW_ROUNDINGS = 1 + 1e-5
