@@ -178,11 +178,11 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     sizes = [str(n) for n in (1, args.block_size)]
     for threads in args.threads:
         table = Table(
-            title=f"{threads} thread(s), after {args.past} tokens: median [quartiles] of {args.rounds} rounds"
+            title=f"{threads} thread(s), after {args.past} tokens: medians (quartiles) of {args.rounds} rounds"
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         headers = ["MB", *(f"T({n}) ms" for n in sizes), f"T({sizes[1]}) / T(1)"]
-        headers += [f"T({n}) / that of {args.reference}" for n in sizes] if args.reference else []
+        headers += [f"T({n}) / {args.reference}'s" for n in sizes] if args.reference else []
         headers += ["autoregressive, tokens/s (derived)", f"Jacobi n = {sizes[1]}, tokens/s (derived)"]
         for header in headers:
             table.add_column(header, justify="right")
@@ -198,7 +198,7 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def cells(entry: dict[str, Any], sizes: list[str]) -> list[str]:
     def text(value: dict[str, float], digits: int) -> str:
-        return f"{value['median']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+        return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"
 
     made = [entry["name"], f"{entry['bytes'] / 1e6:.0f}", *(text(entry["milliseconds"][n], 1) for n in sizes)]
     made.append(f"{entry['ratio_of_sizes']['median']:.2f}")
