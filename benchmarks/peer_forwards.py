@@ -257,8 +257,8 @@ def main() -> None:
     report = summarize(rows, *measure(rows, args), args)
     show(report, args)
     if args.json:
-        settings = {name: getattr(args, name) for name in ("past", "context_length", "rounds", "warm_up", "timed")}
-        settings |= {"reference": args.reference, "tokens_per_forward": args.tokens_per_forward}
+        names = ("past", "block_size", "context_length", "rounds", "warm_up", "timed", "cores", "reference")
+        settings = {name: getattr(args, name) for name in (*names, "tokens_per_forward")}
         processor = describe_machine(None)["processor"]
         written = {"processor": processor, "settings": settings, "rows": report}
         args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,8 @@ class LlamaForwards:
     def read(self, past: Sequence[int]) -> None:
         lib = self._llama.lib
         lib.llama_memory_clear(self._memory, False)
-        self._llama.forward(lib.llama_batch_get_one((ctypes.c_int32 * len(past))(*past), len(past)))
+        tokens = (ctypes.c_int32 * len(past))(*past)  # a batch only points to them
+        self._llama.forward(lib.llama_batch_get_one(tokens, len(past)))
         lib.llama_synchronize(self._llama.context)
         self._past = len(past)
 
