@@ -8,7 +8,8 @@
 Each tool, precision and number of threads has a process of its own that lives through the run, pinned to as many cores
 as it has threads. A round asks each in turn, another one first in each round; a value is the median of the forwards of
 one round, after untimed ones, and what is shown is the median over the rounds, with the quartiles. Ratios are taken
-within a round.
+within a round. How many predictions of the block are the first model's is said beside it, to see that all compute one
+model; rounding turns some of a random model's.
 
 Tokens per second are derived, not measured: 1 / T(1), and for our bundles tokens per forward / T(n) from the tokens per
 forward that are given. They leave out loop, sampling and prefill, ours as the others'.
@@ -73,10 +74,18 @@ class Worker:
 
     def time(self, block_size: int, past: int, warm_up: int, timed: int) -> list[float]:
         """Milliseconds of each of the timed forwards."""
-        self._requests.write(f"{block_size} {past} {warm_up} {timed}\n")
-        self._requests.flush()
-        times: list[float] = self._read()
+        times: list[float] = self._ask(f"time {block_size} {past} {warm_up} {timed}")
         return times
+
+    def predict(self, block_size: int, past: int) -> list[int]:
+        """The greedy token after each of a block."""
+        predictions: list[int] = self._ask(f"predict {block_size} {past}")
+        return predictions
+
+    def _ask(self, request: str) -> Any:
+        self._requests.write(request + "\n")
+        self._requests.flush()
+        return self._read()
 
     def _read(self) -> Any:
         line = self._answers.readline()
@@ -129,19 +138,36 @@ def make_rows(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def measure(rows: list[Row], args: argparse.Namespace) -> tuple[dict[Row, dict[int, list[float]]], dict[Row, Any]]:
-    """Milliseconds of a forward by row and block size, one value for each round; and each worker's facts."""
-    times: dict[Row, dict[int, list[float]]] = {row: {n: [] for n in (1, args.block_size)} for row in rows}
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a row's worker said."""
+
+    facts: dict[str, str]
+    predictions: list[int]
+    milliseconds: dict[int, list[float]]
+    """By block size, one value for each round."""
+
+
+def measure(rows: list[Row], args: argparse.Namespace) -> dict[Row, Measured]:
+    """Every forward of every row, in turn."""
     with ExitStack() as stack:
         workers = {row: stack.enter_context(start(row, args.cores, args.context_length)) for row in rows}
+        measured = {
+            row: Measured(
+                facts=worker.facts,
+                predictions=worker.predict(args.block_size, args.past),
+                milliseconds={n: [] for n in (1, args.block_size)},
+            )
+            for row, worker in workers.items()
+        }
         for number in range(args.rounds + 1):
             first = number % len(rows)
             for row in rows[first:] + rows[:first]:
-                for n, values in times[row].items():
+                for n, values in measured[row].milliseconds.items():
                     value = median(workers[row].time(n, args.past, args.warm_up, args.timed))
                     if number > 0:  # the first round wakes everything up
                         values.append(value)
-        return times, {row: worker.facts for row, worker in workers.items()}
+    return measured
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -149,27 +175,26 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def summarize(
-    rows: list[Row], times: dict[Row, dict[int, list[float]]], facts: dict[Row, Any], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def summarize(measured: dict[Row, Measured], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What is said of each row; ratios are to the reference on as many threads."""
-    references = {row.threads: times[row] for row in rows if row.name == args.reference}
+    references = {row.threads: each.milliseconds for row, each in measured.items() if row.name == args.reference}
+    expected = next(iter(measured.values())).predictions
     report = []
-    for row in rows:
-        one, many = times[row][1], times[row][args.block_size]
-        entry: dict[str, Any] = {"name": row.name, "threads": row.threads, "bytes": row.bytes, "facts": facts[row]}
-        entry["milliseconds"] = {str(n): spread(values) for n, values in times[row].items()}
-        entry["of_each_round"] = {str(n): values for n, values in times[row].items()}
+    for row, each in measured.items():
+        one, many = each.milliseconds[1], each.milliseconds[args.block_size]
+        entry: dict[str, Any] = {"name": row.name, "threads": row.threads, "bytes": row.bytes, "facts": each.facts}
+        entry["predictions_alike"] = sum(a == b for a, b in zip(each.predictions, expected, strict=True))
+        entry["milliseconds"] = {str(n): spread(values) for n, values in each.milliseconds.items()}
+        entry["of_each_round"] = {str(n): values for n, values in each.milliseconds.items()}
         entry["ratio_of_sizes"] = spread([b / a for a, b in zip(one, many, strict=True)])
         if references:
             entry["to_reference"] = {
                 str(n): spread([a / b for a, b in zip(values, references[row.threads][n], strict=True)])
-                for n, values in times[row].items()
+                for n, values in each.milliseconds.items()
             }
-        derived = {"autoregressive": 1e3 / median(one)}
+        entry["derived_tokens_per_second"] = {"autoregressive": 1e3 / median(one)}
         if row.tool == OURS and args.tokens_per_forward:
-            derived["jacobi"] = 1e3 * args.tokens_per_forward / median(many)
-        entry["derived_tokens_per_second"] = derived
+            entry["derived_tokens_per_second"]["jacobi"] = 1e3 * args.tokens_per_forward / median(many)
         report.append(entry)
     return report
 
@@ -181,15 +206,15 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
             title=f"{threads} thread(s), after {args.past} tokens: medians (quartiles) of {args.rounds} rounds"
         )
         table.add_column("", no_wrap=True)
-        headers = ["MB", *(f"T({n}) ms" for n in sizes), f"T({sizes[1]}) / T(1)"]
+        headers = ["MB", f"alike, of {sizes[1]}", *(f"T({n}) ms" for n in sizes), f"T({sizes[1]}) / T(1)"]
         headers += [f"T({n}) / {args.reference}'s" for n in sizes] if args.reference else []
-        headers += ["autoregressive, tokens/s (derived)", f"Jacobi n = {sizes[1]}, tokens/s (derived)"]
+        headers += ["autoregressive, derived tokens/s", f"Jacobi n = {sizes[1]}, derived tokens/s"]
         for header in headers:
             table.add_column(header, justify="right")
         for entry in report:
             if entry["threads"] == threads:
                 table.add_row(*cells(entry, sizes))
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
+        Console(width=None if sys.stdout.isatty() else 240).print(table)
     if args.tokens_per_forward:
         print(
             f"Jacobi: {args.tokens_per_forward} tokens a forward, as given. Derived rates leave out loop and prefill."
@@ -200,7 +225,12 @@ def cells(entry: dict[str, Any], sizes: list[str]) -> list[str]:
     def text(value: dict[str, float], digits: int) -> str:
         return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"
 
-    made = [entry["name"], f"{entry['bytes'] / 1e6:.0f}", *(text(entry["milliseconds"][n], 1) for n in sizes)]
+    made = [
+        entry["name"],
+        f"{entry['bytes'] / 1e6:.0f}",
+        str(entry["predictions_alike"]),
+        *(text(entry["milliseconds"][n], 1) for n in sizes),
+    ]
     made.append(f"{entry['ratio_of_sizes']['median']:.2f}")
     if "to_reference" in entry:
         made += [text(entry["to_reference"][n], 2) for n in sizes]
@@ -254,7 +284,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     rows = make_rows(args)
-    report = summarize(rows, *measure(rows, args), args)
+    report = summarize(measure(rows, args), args)
     show(report, args)
     if args.json:
         names = ("past", "block_size", "context_length", "rounds", "warm_up", "timed", "cores", "reference")

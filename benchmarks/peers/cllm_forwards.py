@@ -1,7 +1,7 @@
 """Forwards of a bundle on our ONNX Runtime engine, for ``peer_forwards.py``: run with the Python of the package.
 
 A forward is the engine's whole call: lists into its buffers, the graph with the head and the argmax of every row and
-the count of what is accepted, and the predictions as lists. Nothing is taken back after it: the next one overwrites.
+the count of what is accepted, and the predictions as lists.
 Attention reads as many rows of the cache as a forward needs, rounded up to 16 (to an eighth more from 128 on).
 """
 
@@ -40,11 +40,17 @@ class CllmForwards:
         self._engine.prefill([list(past)], [len(past)], [0])
         self._past = len(past)
 
-    def run(self, block: Sequence[int]) -> float:
+    def forward(self, block: Sequence[int]) -> float:
         blocks = [list(block)]
         started = perf_counter()
-        self._engine.forward(blocks, [1], [self._past])
+        self._last = self._engine.forward(blocks, [1], [self._past])
         return perf_counter() - started
+
+    def predictions(self, rows: int) -> list[int]:
+        return self._last.next_ids[0]
+
+    def take_back(self) -> None:
+        """Nothing to do: what the write index was not moved over does not count."""
 
 
 if __name__ == "__main__":

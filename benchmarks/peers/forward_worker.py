@@ -1,8 +1,12 @@
 """One tool in a process of its own that times single forwards on request: what ``peer_forwards.py`` talks to.
 
-Standard library only, because it runs in the environment of every tool. A worker reads its model, then answers each
-line ``N PAST WARM_UP TIMED`` on standard input with one JSON line: the milliseconds of TIMED forwards of N tokens after
-PAST others, WARM_UP untimed ones before them. A first line says what it is. Libraries' own words go to standard error.
+Standard library only, because it runs in the environment of every tool. A worker reads its model, says in a line of
+JSON what it is, and answers each line on standard input with another:
+
+    time N PAST WARM_UP TIMED     milliseconds of TIMED forwards of N tokens after PAST others, WARM_UP untimed before
+    predict N PAST                the greedy token after each of the N
+
+Libraries' own words go to standard error.
 """
 
 from __future__ import annotations
@@ -26,8 +30,16 @@ class Forwards(Protocol):
         """Makes these tokens the whole sequence."""
         ...
 
-    def run(self, block: Sequence[int]) -> float:
-        """Seconds of one forward of these tokens after the sequence, which is then what it was before."""
+    def forward(self, block: Sequence[int]) -> float:
+        """Seconds of one forward of these tokens after the sequence."""
+        ...
+
+    def predictions(self, rows: int) -> list[int]:
+        """The greedy token after each token of the last forward, which had so many."""
+        ...
+
+    def take_back(self) -> None:
+        """Makes the sequence what it was before the last forward."""
         ...
 
 
@@ -48,14 +60,29 @@ def serve(load: Callable[[Path, int, int], Forwards], description: str) -> None:
     print(json.dumps(tool.facts), file=answers, flush=True)
     past_length = None
     for line in sys.stdin:
-        block_size, past, warm_up, timed = map(int, line.split())
+        request, *numbers = line.split()
+        block_size, past, *counts = map(int, numbers)
         if past != past_length:
             tool.read(make_tokens(past))
             past_length = past
-        block = make_tokens(block_size)
-        for _ in range(warm_up):
-            tool.run(block)
-        print(json.dumps([1e3 * tool.run(block) for _ in range(timed)]), file=answers, flush=True)
+        answer = {"time": time_forwards, "predict": predict}[request](tool, make_tokens(block_size), *counts)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def time_forwards(tool: Forwards, block: Sequence[int], warm_up: int, timed: int) -> list[float]:
+    """Milliseconds of each timed forward."""
+    times = []
+    for _ in range(warm_up + timed):
+        times.append(1e3 * tool.forward(block))
+        tool.take_back()
+    return times[warm_up:]
+
+
+def predict(tool: Forwards, block: Sequence[int]) -> list[int]:
+    tool.forward(block)
+    predictions = tool.predictions(len(block))
+    tool.take_back()
+    return predictions
 
 
 def _take_standard_output() -> TextIO:

@@ -1,8 +1,8 @@
 """Forwards of ONNX Runtime GenAI, for ``peer_forwards.py``: run with the Python of the environment of ``setup.sh``.
 
 A forward is ``append_tokens`` of a block; ``rewind_to`` the past after it is not timed, nor is any choice of a token.
-Its model must compute logits of every row, as the builder makes it unless told ``prune_lm_head=true``: that is checked.
-The cache is allocated for the whole context; its attention reads as much of it as is filled.
+Its model must compute logits of every row, as the builder makes it unless told ``prune_lm_head=true``: asking for
+predictions checks it. The cache is allocated for the whole context; attention reads as much of it as is filled.
 """
 
 from __future__ import annotations
@@ -35,16 +35,23 @@ class GenAIForwards:
         self._generator.append_tokens(np.array(past, np.int32))
         self._past = len(past)
 
-    def run(self, block: Sequence[int]) -> float:
+    def forward(self, block: Sequence[int]) -> float:
         tokens = np.array(block, np.int32)
         started = perf_counter()
         self._generator.append_tokens(tokens)
-        seconds = perf_counter() - started
-        rows = self._generator.get_output("logits").shape[1]
-        if rows != len(block):
-            raise SystemExit(f"this model gives logits of {rows} of {len(block)} rows: build it without prune_lm_head")
+        return perf_counter() - started
+
+    def predictions(self, rows: int) -> list[int]:
+        logits = self._generator.get_output("logits")
+        if logits.shape[1] != rows:
+            raise SystemExit(
+                f"this model gives logits of {logits.shape[1]} of {rows} rows: build it without prune_lm_head"
+            )
+        predicted: list[int] = logits[0].argmax(axis=-1).tolist()
+        return predicted
+
+    def take_back(self) -> None:
         self._generator.rewind_to(self._past)
-        return seconds
 
 
 if __name__ == "__main__":

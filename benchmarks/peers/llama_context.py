@@ -23,6 +23,7 @@ class LlamaContext:
         loaded = lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params())
         if not loaded:
             raise SystemExit(f"llama.cpp does not load {model}: is it a GGUF file?")
+        self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(loaded))
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_threads, params.n_threads_batch = context_length, threads, threads
         self.context: Any = lib.llama_init_from_model(loaded, params)

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from forward_worker import serve
 from llama_context import LlamaContext
 
@@ -23,6 +24,7 @@ class LlamaForwards:
     def __init__(self, model: Path, threads: int, context_length: int) -> None:
         self._llama = LlamaContext(model, context_length=context_length, threads=threads)
         self._memory = self._llama.lib.llama_get_memory(self._llama.context)
+        self._width = self._llama.vocab_size
         self._past = 0
         self._batches: dict[int, Any] = {}
         self.facts = {
@@ -41,15 +43,21 @@ class LlamaForwards:
         lib.llama_synchronize(self._llama.context)
         self._past = len(past)
 
-    def run(self, block: Sequence[int]) -> float:
+    def forward(self, block: Sequence[int]) -> float:
         batch = self._fill(block)
         started = perf_counter()
         self._llama.forward(batch)
         self._llama.lib.llama_synchronize(self._llama.context)
-        seconds = perf_counter() - started
+        return perf_counter() - started
+
+    def predictions(self, rows: int) -> list[int]:
+        lib, context = self._llama.lib, self._llama.context
+        logits = [np.ctypeslib.as_array(lib.llama_get_logits_ith(context, row), (self._width,)) for row in range(rows)]
+        return [int(row.argmax()) for row in logits]
+
+    def take_back(self) -> None:
         if not self._llama.lib.llama_memory_seq_rm(self._memory, 0, self._past, -1):
             raise SystemExit(f"llama.cpp does not take back the rows from {self._past} on")
-        return seconds
 
     def _fill(self, block: Sequence[int]) -> Any:
         size = len(block)
