@@ -13,6 +13,9 @@ model; rounding turns some of a random model's.
 
 Tokens per second are derived, not measured: 1 / T(1), and for our bundles tokens per forward / T(n) from the tokens per
 forward that are given. They leave out loop, sampling and prefill, ours as the others'.
+
+Several threads need as many idle cores: llama.cpp's threads wait for each other by spinning, and where another process
+wanted one of the cores its forwards were seen to take many times as long. The load average before the run is reported.
 """
 
 from __future__ import annotations
@@ -215,6 +218,7 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
             if entry["threads"] == threads:
                 table.add_row(*cells(entry, sizes))
         Console(width=None if sys.stdout.isatty() else 240).print(table)
+    print(f"Load average before the run: {args.load_average:.1f}, on {os.cpu_count()} cores.")
     if args.tokens_per_forward:
         print(
             f"Jacobi: {args.tokens_per_forward} tokens a forward, as given. Derived rates leave out loop and prefill."
@@ -275,6 +279,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.threads = args.threads or [1]
+    args.load_average = os.getloadavg()[0]
     args.cores = sorted(os.sched_getaffinity(0), reverse=True)
     if max(args.threads) > len(args.cores):
         parser.error(f"--threads {max(args.threads)} needs as many cores, and this process may use {args.cores}")
@@ -287,7 +292,17 @@ def main() -> None:
     report = summarize(measure(rows, args), args)
     show(report, args)
     if args.json:
-        names = ("past", "block_size", "context_length", "rounds", "warm_up", "timed", "cores", "reference")
+        names = (
+            "load_average",
+            "past",
+            "block_size",
+            "context_length",
+            "rounds",
+            "warm_up",
+            "timed",
+            "cores",
+            "reference",
+        )
         settings = {name: getattr(args, name) for name in (*names, "tokens_per_forward")}
         processor = describe_machine(None)["processor"]
         written = {"processor": processor, "settings": settings, "rows": report}

@@ -16,7 +16,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
 
 TYPES = {
     "F32": gguf.GGMLQuantizationType.F32,
@@ -28,31 +27,16 @@ TYPES = {
 def write_gguf(checkpoint: Path, type_name: str, target: Path) -> None:
     """Writes the checkpoint: norms in fp32, every matrix in the type asked for."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = read_tensors(checkpoint / "model.safetensors")
     require_supported(config, has_head="lm_head.weight" in tensors)
-    num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(str(target), "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(num_heads)
-    writer.add_head_count_kv(num_kv_heads)
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    describe(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    heads_of = {"q_proj": num_heads, "k_proj": num_kv_heads}
+    heads_of = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, stored in tensors.items():
         module = name.removesuffix(".weight")
         num_rotated_heads = heads_of.get(module.rpartition(".")[2])
-        weight = stored.astype(np.float32)
-        if num_rotated_heads:
-            weight = interleave_rope_halves(weight, num_rotated_heads)
+        weight = interleave_rope_halves(stored, num_rotated_heads) if num_rotated_heads else stored
         tensor_type = TYPES[type_name] if weight.ndim == 2 else TYPES["F32"]
         target_name = names.get_name(module)
         if target_name is None:
@@ -62,6 +46,44 @@ def write_gguf(checkpoint: Path, type_name: str, target: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """What llama.cpp must know of the model besides its tensors."""
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file in fp32. Its own library's numpy has no bf16."""
+    content = np.memmap(path, np.uint8, "r")
+    start = 8 + int(content[:8].view("<u8")[0])
+    tensors = {}
+    for name, entry in json.loads(content[8:start].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        data = np.array(content[start + first : start + last])
+        match entry["dtype"]:
+            case "BF16":  # the upper half of fp32
+                values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+            case "F32" | "F16" as dtype:
+                values = data.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+            case other:
+                raise SystemExit(f"{path}: {name} is {other}, expected F32, F16 or BF16")
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors
 
 
 def require_supported(config: dict[str, Any], *, has_head: bool) -> None:
