@@ -15,7 +15,8 @@ Tokens per second are derived, not measured: 1 / T(1), and for our bundles token
 forward that are given. They leave out loop, sampling and prefill, ours as the others'.
 
 Several threads need as many idle cores: llama.cpp's threads wait for each other by spinning, and where another process
-wanted one of the cores its forwards were seen to take many times as long. The load average before the run is reported.
+wanted one of the cores its forwards were seen to take many times as long; OMP_WAIT_POLICY=passive in the environment
+mends most of that. The load average before the run is reported.
 """
 
 from __future__ import annotations
@@ -304,6 +305,7 @@ def main() -> None:
             "reference",
         )
         settings = {name: getattr(args, name) for name in (*names, "tokens_per_forward")}
+        settings["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
         processor = describe_machine(None)["processor"]
         written = {"processor": processor, "settings": settings, "rows": report}
         args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
