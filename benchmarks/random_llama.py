@@ -28,7 +28,10 @@ def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path
         model = LlamaForCausalLM(config)
     model = model.to(dtype).to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
+        # Were embeddings as small as the rest, nothing but layers upon layers would be left of a token, and 4-bit
+        # rounding would turn so many greedy tokens that `build` takes the bundle for a broken one.
+        std = 1.0 if "embed" in name else 0.02
+        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(output)
     shutil.copyfile(tokenizer, output / "tokenizer.json")
     return sum(parameter.numel() for parameter in model.parameters())

@@ -73,7 +73,7 @@ class GenAI:
 
     def decode(self, prompt_ids: list[int], max_new_tokens: int) -> Decoded:
         start = time.perf_counter()
-        generator = self._make_generator(len(prompt_ids) + max_new_tokens)
+        generator = self.make_generator(len(prompt_ids) + max_new_tokens)
         ready = time.perf_counter()
         generator.append_tokens(prompt_ids)
         prefilled = time.perf_counter()
@@ -94,7 +94,8 @@ class GenAI:
             decode_seconds=done - prefilled,
         )
 
-    def _make_generator(self, max_length: int) -> og.Generator:
+    def make_generator(self, max_length: int) -> og.Generator:
+        """An empty sequence for so many tokens, its KV cache among them."""
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(do_sample=False, max_length=max_length)
         return self._og.Generator(self._model, params)

@@ -15,7 +15,7 @@ tool=${2:-genai}
 genai=(onnxruntime-genai==0.18.0 onnxruntime==1.32.0 numpy==2.4.6 tokenizers==0.23.3
   torch==2.13.0 transformers==5.23.0 onnx==1.23.2 onnx-ir==1.1.0)
 # Compiled here, for this processor: about ten minutes on one core. It needs a C++ compiler.
-llama_cpp=(llama-cpp-python==0.3.36 gguf==0.19.0 safetensors==0.8.0 numpy==2.4.6 tokenizers==0.23.3)
+llama_cpp=(llama-cpp-python==0.3.36 gguf==0.19.0 numpy==2.4.6 tokenizers==0.23.3)
 # Its exporter needs transformers 4.
 optimum=(optimum==2.1.0 optimum-onnx==0.1.0 onnxruntime==1.32.0 onnx==1.23.2 torch==2.13.0 transformers==4.57.6)
 
