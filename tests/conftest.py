@@ -18,6 +18,7 @@ import pytest
 from cllm_export.bundle import Bundle, open_bundle
 from cllm_export.runtime.generate import Model, load
 from tests.checkpoints import MAX_POSITIONS, VARIANTS, Variant, make_checkpoint
+from tests.remembered_traces import remember_traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,10 +46,12 @@ class Workshop:
         self._root, self._shared = root, shared
         self._made: dict[tuple[Any, ...], Any] = {}
         self._num_built = 0
+        self._remembers_traces = False
         shared.mkdir(exist_ok=True)
 
     def checkpoint(self, name: str) -> Path:
         """One of ``VARIANTS`` by its name; ``small``, of one layer, which traces faster; or one of ``TRAINED``."""
+        self._remember_traces()
         if name in TRAINED:
             return DEMO / TRAINED[name]
         variant = Variant(num_layers=1) if name == "small" else VARIANTS[name]
@@ -60,6 +63,7 @@ class Workshop:
 
     def new_checkpoint(self, name: str, variant: Variant) -> Path:
         """A checkpoint of any variant, in a directory of that name, which is no other process's."""
+        self._remember_traces()
         return self._write_checkpoint(self._root / name, variant)
 
     @staticmethod
@@ -119,6 +123,12 @@ class Workshop:
         from cllm_export.exporter.pipeline import BuildOptions, build
 
         return build(checkpoint, target, BuildOptions(**{"weights": "copy", **options}))
+
+    def _remember_traces(self) -> None:
+        """Whoever asks for a checkpoint is about to build, and needs torch anyway."""
+        if not self._remembers_traces:
+            remember_traces(self._shared / "traces")
+            self._remembers_traces = True
 
     def _once(self, key: tuple[Any, ...], make: Any) -> Any:
         if key not in self._made:
