@@ -124,6 +124,12 @@ def build(
         PrecisionName,
         typer.Option("--precision", help="fp16, bf16 and fp8 are for GPU engines; int8-dynamic and int4 for CPUs."),
     ] = "fp32",
+    compute: Annotated[
+        Precision | None,
+        typer.Option(
+            "--compute", help="dtype of what int8, int4 or fp8 leave, and of the KV cache; fp16 for TensorRT."
+        ),
+    ] = None,
     quantize_head: Annotated[
         bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
     ] = False,
@@ -178,7 +184,7 @@ def build(
     with needs_extra("export"):
         from cllm_export.exporter.pipeline import BuildOptions, export
         from cllm_export.exporter.quantize import quantize_options
-    dtype, scheme = split_precision(precision)
+    dtype, scheme = split_precision(precision, compute)
     options = BuildOptions(
         block_size=block_size,
         max_length=max_length,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cllm_export.contract import PRECISIONS, Precision
+from cllm_export.errors import OptionError
 
 Scheme = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -60,9 +61,17 @@ class Quantization:
             raise ValueError(f"{sorted(set(self.weights) & set(self.kept))[0]} is both quantised and kept")
 
 
-def split_precision(name: PrecisionName) -> tuple[Precision, Scheme | None]:
-    """The dtype and the scheme that a ``--precision`` stands for."""
+def split_precision(name: PrecisionName, compute: Precision | None = None) -> tuple[Precision, Scheme | None]:
+    """The dtype and the scheme that ``--precision`` and ``--compute`` stand for.
+
+    Raises:
+        OptionError: both name a dtype.
+    """
     dtype = next((precision for precision in PRECISIONS if precision == name), None)
-    if dtype is not None:
-        return dtype, None
-    return "fp32", next(scheme for scheme in SCHEMES if scheme == name)
+    if dtype is None:
+        return compute or "fp32", next(scheme for scheme in SCHEMES if scheme == name)
+    if compute is not None:
+        raise OptionError(
+            f"--compute is for {', '.join(SCHEMES)}, got it with --precision {name}, which says it already"
+        )
+    return dtype, None

@@ -27,6 +27,12 @@ IR_DTYPE = {
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 
+COMPUTE_DTYPE: dict[Precision, ir.DataType] = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
@@ -61,6 +67,11 @@ class DecoderGraph:
     def graph(self) -> ir.Graph:
         return self.model.graph
 
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of activations, and of the scales that make integers activations' equals."""
+        return COMPUTE_DTYPE[self.precision]
+
     def add_weight(self, name: str, source: WeightSource, *, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
         """Add a weight as a graph input, of the dtype of ``like``; the one there is if the name is taken."""
         for value in self.graph.inputs:
@@ -71,8 +82,8 @@ class DecoderGraph:
     def add_rounded(self, name: str, source: WeightSource, *, shape: tuple[int, ...]) -> ir.Value:
         """Add the codes or the scales of a quantised weight as a graph input."""
         assert source.rounding is not None
-        dtype = source.rounding.code_dtype if source.holds == "codes" else torch.float32
-        return self._add_input(name, source, shape, ir.TensorType(IR_DTYPE[dtype]))
+        dtype = IR_DTYPE[source.rounding.code_dtype] if source.holds == "codes" else self.dtype
+        return self._add_input(name, source, shape, ir.TensorType(dtype))
 
     def _add_input(self, name: str, source: WeightSource, shape: tuple[int, ...], kind: Any) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)

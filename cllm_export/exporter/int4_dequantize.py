@@ -39,7 +39,7 @@ class Int4Dequantize:
         rounding = SignedBlocks(inner=int4_rounding(linear, self._block_size, self._factors))
         codes, scales = add_rounded(self._graph, linear, rounding, transposed=True)
         weight = ir.node("DequantizeLinear", [codes, scales], {"axis": INPUT_CHANNELS, "block_size": self._block_size})
-        weight.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        weight.outputs[0].type = ir.TensorType(self._graph.dtype)
         put_in_place(self._graph, linear.node, [weight, ir.node("MatMul", [linear.rows, weight.outputs[0]])])
 
     def _require_whole(self, linear: Linear) -> None:

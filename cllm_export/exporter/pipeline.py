@@ -123,6 +123,11 @@ class BuildOptions:
         require_one_of("precision", self.precision, PRECISIONS)
         if self.weights is not None:
             require_one_of("weights", self.weights, WEIGHTS_MODES)
+        if self.quantize and self.precision != "fp32" and "tensorrt" not in self.quantize.engines:
+            raise OptionError(
+                f"{self.quantize.scheme} for ONNX Runtime computes in fp32, got {self.precision}: leave --compute out"
+                f"{', or give --quantize-for tensorrt' if self.quantize.scheme == 'int4' else ''}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

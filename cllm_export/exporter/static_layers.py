@@ -79,13 +79,13 @@ class StaticLayers:
         rounding = inner if factors is None else ScaledRounding(inner=inner, factors=factors)
         codes, scales = add_rounded(self._graph, linear, rounding, transposed=True)
         weight = ir.node("DequantizeLinear", [codes, scales], {"axis": 1})
-        weight.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        weight.outputs[0].type = ir.TensorType(self._graph.dtype)
         result = ir.node("MatMul", [self._rows(linear), weight.outputs[0]])
         put_in_place(self._graph, linear.node, [weight, result])
 
     def _rows(self, linear: Linear) -> ir.Value:
         if linear.rows not in self._quantized:
-            step = self._graph.add_scalar(f"{linear.name}.step", np.float32(self._step(linear)))
+            step = self._graph.add_scalar(f"{linear.name}.step", self._graph.dtype.numpy().type(self._step(linear)))
             codes = ir.node("QuantizeLinear", [linear.rows, step, self._zero])
             back = ir.node("DequantizeLinear", [codes.outputs[0], step, self._zero])
             self._graph.graph.insert_before(linear.node, [codes, back])

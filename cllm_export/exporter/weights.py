@@ -351,9 +351,9 @@ def _row_shape(source: WeightSource, info: TensorInfo) -> tuple[int, ...]:
 
 
 def _dtype_of(source: WeightSource, precision: Precision) -> torch.dtype:
-    if source.rounding is None:
+    if source.rounding is None or source.holds == "scales":
         return TORCH_DTYPE[precision]
-    return source.rounding.code_dtype if source.holds == "codes" else torch.float32
+    return source.rounding.code_dtype
 
 
 def _stored_at(source: WeightSource, tensors: Mapping[str, TensorInfo]) -> tuple[str, int]:

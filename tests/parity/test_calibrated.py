@@ -21,6 +21,7 @@ from cllm_export.errors import OptionError, QuantizationError, ScalesError  # no
 from cllm_export.exporter import int4  # noqa: E402
 from cllm_export.exporter.lint import lint  # noqa: E402
 from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
+from cllm_export.runtime.generate import load  # noqa: E402
 from cllm_export.scales import open_scales  # noqa: E402
 from cllm_export.verify import check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
@@ -217,6 +218,38 @@ def test_tensorrts_form_of_int4_is_lossless_and_clean_by_its_rules(workshop: Wor
         workshop.model("small", **options), random_prompts(280, (1, 40)), max_new_tokens=24, ignore_eos=True
     )
     assert check_rows_are_isolated(bundle, THREADS).passed
+
+
+NO_WORSE = 1.5
+"""Times the fp32 form's distance from the unquantised model. fp16 moves activations across 8-bit steps here and there,
+each of which the logits of its row carry, so the two forms differ as two roundings of one model do."""
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_not_quantised_can_be_computed_in_half_precision(workshop: Workshop, shop: Shop, scheme: str):
+    scales = shop.scales("llama") if scheme != "int4" else None
+    options = QuantizeOptions(scheme=scheme, scales=scales, engine="tensorrt" if scheme == "int4" else None)  # type: ignore[arg-type]
+    half, full = (workshop.bundle("llama", quantize=options, precision=dtype) for dtype in ("fp16", "fp32"))
+    graph = onnx.load(half.graph_path(), load_external_data=False)
+    assert lint(graph) == []
+    floats = {value.type.tensor_type.elem_type for value in graph.graph.value_info} & {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+    }
+    assert floats == {onnx.TensorProto.FLOAT16}, "TensorRT's types are those of the graph"
+    assert half.manifest.precision == "fp16" and half.manifest.quantization is not None
+    tokens = random_prompts(280, [20], seed=5)[0]
+    plain = engine_logits(workshop.bundle("llama"), tokens)
+    halves, fulls = engine_logits(half, tokens), engine_logits(full, tokens)
+    assert differences(halves, fulls).max() > 0, "nothing was computed in half precision"
+    assert np.median(differences(halves, plain)) < NO_WORSE * np.median(differences(fulls, plain))
+    assert_lossless(load(half.path, threads=THREADS), random_prompts(280, (1, 40)), max_new_tokens=16, ignore_eos=True)
+
+
+def test_half_precision_is_refused_where_onnx_runtime_computes_in_single(workshop: Workshop):
+    for scheme in ("int8-dynamic", "int4"):
+        with pytest.raises(OptionError, match="computes in fp32, got fp16: leave --compute out"):
+            workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme=scheme), precision="fp16")
 
 
 def test_a_layer_is_kept_by_its_checkpoint_name(workshop: Workshop):
