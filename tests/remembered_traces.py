@@ -25,7 +25,8 @@ def remember_traces(directory: Path) -> None:
     from cllm_export.exporter import pipeline, trace
 
     def remembered(config: PretrainedConfig, geometry: Geometry, precision: Precision) -> Trace:
-        made_from = (type(config).__name__, config.to_json_string(use_diff=False), geometry, precision)
+        settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+        made_from = (type(config).__name__, sorted(settings.items()), str(config.dtype), geometry, precision)
         place = directory / hashlib.sha256(repr(made_from).encode()).hexdigest()[:24]
         place.mkdir(parents=True, exist_ok=True)
         with (place / "lock").open("w") as lock:
