@@ -103,8 +103,8 @@ class _Flight(NamedTuple):
     copy: LaunchCopy
     least: int
     """Forwards that a slot has whose request does not end in them."""
-    end: int
-    """KV rows that are valid after it, of the slot that has most, at the most."""
+    most_rows: int
+    """KV rows that it adds to a slot at the most."""
     num_forwards: int | None
     """None where the device counts them."""
 
@@ -358,30 +358,29 @@ class DeviceLoop:
         """
         if self._left <= sum(flight.least for flight in flights):  # a forward gives a token at least
             return None
-        start = max([self._end, *(flight.end for flight in flights)])
+        start = self._end + sum(flight.most_rows for flight in flights)
         count = min(self._most, (self._engine.geometry.cache_length - start) // self._size)
         if flights and count < 1:
             return None
         extent = self._engine.extent_for(start + count * self._size)
         recording = _Recording(self._form, self._most if self._form == "conditional" else count, extent, *rules)
         if recording in self._graphs:
-            return self._replay(recording, start, count)
-        return None if flights else self._enqueue_new(recording, start)
+            return self._replay(recording, count)
+        return None if flights else self._enqueue_new(recording)
 
-    def _replay(self, recording: _Recording, start: int, count: int) -> _Flight:
+    def _replay(self, recording: _Recording, count: int) -> _Flight:
         cuda, stream = self._engine.cuda, self._engine.stream
         is_counted = recording.form == "conditional"
         if is_counted:
             cuda.clear(self._addresses["forwards"], INT32, stream)
         self._graphs[recording].launch()
-        end = min(start + recording.length * self._size, recording.extent)
-        return _Flight(self._copy_out(), count, end, None if is_counted else count)
+        return _Flight(self._copy_out(), count, recording.length * self._size, None if is_counted else count)
 
-    def _enqueue_new(self, recording: _Recording, start: int) -> _Flight:
+    def _enqueue_new(self, recording: _Recording) -> _Flight:
         """Run what is recorded for the next time, since TensorRT must have: of a WHILE node, the forward it holds."""
         count = 1 if recording.form == "conditional" else recording.length
         self._enqueue_all(recording._replace(length=count))
-        flight = _Flight(self._copy_out(), count, start + count * self._size, count)
+        flight = _Flight(self._copy_out(), count, count * self._size, count)
         self._record(recording)
         return flight
 
@@ -403,6 +402,8 @@ class DeviceLoop:
             copy.read_turns(slot, first, ring_size=self._most, block_size=self._size) for slot, first in enumerate(read)
         ]
         self._num_read = [first + len(of_slot) for first, of_slot in zip(read, turns, strict=True)]
+        if self._left and not any(turns):  # what makes no headway must not be launched for ever
+            raise EngineError("the device tells of requests that go on, and of no forward that was for them")
         return turns
 
     def _record(self, recording: _Recording) -> None:

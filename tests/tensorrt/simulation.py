@@ -92,6 +92,8 @@ class SimulatedCuda:
         """Graph -> the bodies that it owns."""
         self.conditions: dict[int, list[int]] = {}
         """Handle of a conditional node -> (its graph, its value at launch, its value)."""
+        self.left_behind: list[int] = []
+        """Of each wait for an event, what the stream still had to do when it was over."""
         self.body_runs = 0
         self.runtime_version = 0
         self.broken: set[str] = set()
@@ -240,6 +242,7 @@ class SimulatedCuda:
             raise Nonconforming("an event was waited for that nobody recorded: CUDA does not wait then")
         while marks.reached < marks.put:
             self.queues[marks.stream].pop(0)()
+        self.left_behind.append(len(self.queues[marks.stream]))
 
     def cudaEventDestroy(self, cuda: CudaDouble, event: Any) -> None:
         marks = self._take(self.events, "event", event)
