@@ -274,6 +274,10 @@ class DeviceLoop:
                 self._collect(flight)
 
     @property
+    def block_size(self) -> int:
+        return self._size
+
+    @property
     def form(self) -> Form:
         """The form that the next graph is recorded in."""
         return self._form
