@@ -377,6 +377,9 @@ def generate(
     provider: Annotated[
         Provider, typer.Option("--provider", help="cpu, cuda (both ONNX Runtime), or tensorrt (the bundle's plan).")
     ] = "cpu",
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="cuda: have ONNX Runtime record forwards and replay them.")
+    ] = False,
     forwards_per_sync: Annotated[
         int | None,
         typer.Option(
@@ -422,7 +425,14 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "forwards_per_sync": forwards_per_sync,
     }
-    with load(bundle, threads=threads, num_slots=slots, draft_model=draft_model, provider=provider) as model:
+    with load(
+        bundle,
+        threads=threads,
+        num_slots=slots,
+        draft_model=draft_model,
+        provider=provider,
+        cuda_graphs=cuda_graphs,
+    ) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
         if len(given) > 1 and model.engine.num_slots > 1 and forwards_per_sync is None:

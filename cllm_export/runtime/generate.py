@@ -795,6 +795,7 @@ def load(
     draft_model: str | Path | None = None,
     prefix_cache_bytes: int | None = None,
     provider: Provider = "cpu",
+    cuda_graphs: bool = False,
 ) -> Model:
     """Load a bundle for generation.
 
@@ -808,6 +809,7 @@ def load(
             begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB, and none where the
             engine cannot hand out its rows (``cuda``).
         provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
+        cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and extent, and replays it.
 
     Raises:
         OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
@@ -824,13 +826,13 @@ def load(
     draft = open_bundle(draft_model) if draft_model else None
     if draft:
         check_pair(bundle, draft)
-    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads)
+    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
     is_cpu = isinstance(engine, OrtEngine)
     return Model(
         bundle.manifest,
         engine,
         TextCodec.of_bundle(bundle),
-        draft_model=_load_draft_model(draft, engine.num_slots, threads, provider) if draft else None,
+        draft_model=_load_draft_model(draft, engine.num_slots, threads, provider, cuda_graphs) if draft else None,
         prompt_state=_make_prompt_state(bundle, engine, prefix_cache_bytes),
         forward_seconds=read_latency(bundle, num_slots=engine.num_slots, threads=threads) if is_cpu else None,
     )
@@ -851,7 +853,9 @@ def _make_prompt_state(bundle: Bundle, engine: Engine, max_bytes: int | None) ->
     )
 
 
-def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None, provider: Provider) -> DraftModel:
+def _load_draft_model(
+    bundle: Bundle, num_slots: int, threads: int | None, provider: Provider, cuda_graphs: bool
+) -> DraftModel:
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     if pinned and pinned.batch_size < num_slots:
         raise OptionError(
@@ -859,7 +863,13 @@ def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None, provi
             f"build it with --batch-size {num_slots}, or without --fixed-shapes"
         )
     return DraftModel(
-        open_engine(bundle, provider, num_slots=None if pinned else num_slots, threads=threads),
+        open_engine(
+            bundle,
+            provider,
+            num_slots=None if pinned else num_slots,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+        ),
         max_length=bundle.manifest.max_length,
         pad_token_id=pad_token(bundle.manifest),
         trained_with=bundle.manifest.trained_with,

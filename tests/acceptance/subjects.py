@@ -1,7 +1,8 @@
 """The engines that the acceptance suite is for, each with what a test must do beyond the ``Engine`` protocol.
 
-``cpu`` runs everywhere and proves the suite itself; ``simulated`` is the TensorRT engine over a simulated GPU. The
-others need what their markers say, and are skipped with the reason where it is missing.
+``cpu`` runs everywhere and proves the suite itself; ``simulated`` is the TensorRT engine over a simulated GPU;
+``cuda-graphs`` is ``cuda`` with forwards that ONNX Runtime records and replays. The others need what their markers say,
+and are skipped with the reason where it is missing.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class CpuSubject:
 
 
 class OrtDeviceSubject:
-    def __init__(self, bundle: Bundle, num_slots: int, device: Any) -> None:
+    def __init__(self, bundle: Bundle, num_slots: int, device: Any, *, cuda_graphs: bool = False) -> None:
         from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
 
-        self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device)
+        self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device, cuda_graphs=cuda_graphs)
         self._on_gpu = device == "cuda"
 
     def read_cache(self) -> dict[str, np.ndarray]:
@@ -122,6 +123,8 @@ class Kind:
             return CpuSubject(bundle, num_slots)
         if self.name in ("cuda", "device-cpu"):
             return OrtDeviceSubject(bundle, num_slots, self.name.removeprefix("device-"))
+        if self.name == "cuda-graphs":
+            return OrtDeviceSubject(bundle, num_slots, "cuda", cuda_graphs=True)
         return TrtSubject(bundle, num_slots, self.gpu)
 
 
@@ -130,6 +133,7 @@ KINDS = [
     "device-cpu",
     "simulated",
     pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda-graphs", marks=pytest.mark.gpu),
     pytest.param("tensorrt", marks=[pytest.mark.gpu, pytest.mark.tensorrt]),
 ]
 
@@ -140,9 +144,9 @@ def open_kind(name: str) -> Kind:
         from tests.tensorrt.simulation import SimulatedGpu
 
         return Kind(name=name, gpu=SimulatedGpu().gpu)
-    if name in ("cuda", "tensorrt") and (reason := probe_driver()):
+    if name in ("cuda", "cuda-graphs", "tensorrt") and (reason := probe_driver()):
         pytest.skip(f"no GPU: {reason}")
-    if name == "cuda":
+    if name in ("cuda", "cuda-graphs"):
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
