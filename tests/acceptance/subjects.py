@@ -8,7 +8,8 @@ and are skipped with the reason where it is missing.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,12 +139,14 @@ KINDS = [
 ]
 
 
-def open_kind(name: str) -> Kind:
-    """The kind of this name; skips the test, and says why, where this machine lacks it."""
+def open_kind(name: str, directory: Path) -> Kind:
+    """The kind of this name; skips the test, and says why, where this machine lacks it. The simulated one keeps its
+    kernels in the directory."""
     if name == "simulated":
         from tests.tensorrt.simulation import SimulatedGpu
 
-        return Kind(name=name, gpu=SimulatedGpu().gpu)
+        simulated = SimulatedGpu()
+        return Kind(name=name, gpu=replace(simulated.gpu, compiler=simulated.compiler(directory)))
     if name in ("cuda", "cuda-graphs", "tensorrt") and (reason := probe_driver()):
         pytest.skip(f"no GPU: {reason}")
     if name in ("cuda", "cuda-graphs"):
