@@ -360,14 +360,19 @@ class DeviceLoop:
 
         Not recorded is what no forward had that shape, and a context takes another shape only where it does not run.
         """
-        if self._left <= sum(flight.least for flight in flights):  # a forward gives a token at least
+        left = self._left - sum(flight.least for flight in flights)  # a forward gives a token at least
+        if left <= 0:
             return None
         start = self._end + sum(flight.most_rows for flight in flights)
         count = min(self._most, (self._engine.geometry.cache_length - start) // self._size)
         if flights and count < 1:
             return None
+        if self._form == "conditional":  # its length is no part of the graph, and it ends with the last request
+            length, count = self._most, min(count, left)
+        else:
+            length = count
         extent = self._engine.extent_for(start + count * self._size)
-        recording = _Recording(self._form, self._most if self._form == "conditional" else count, extent, *rules)
+        recording = _Recording(self._form, length, extent, *rules)
         if recording in self._graphs:
             return self._replay(recording, count)
         return None if flights else self._enqueue_new(recording)

@@ -33,7 +33,7 @@ from cllm_export.runtime.prompt_state import PromptState
 from cllm_export.runtime.service import Service
 from cllm_export.runtime.text import TextCodec
 from cllm_export.runtime.trt_engine import TrtEngine
-from tests.conftest import THREADS, Workshop
+from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import properties
 from tests.tensorrt.simulation import SimulatedGpu
 
@@ -344,3 +344,45 @@ def test_loops_are_made_once_for_each_n_and_k(bundle: Bundle, plan: Plan, tmp_pa
         assert loops.find(engine, block_size=8, forwards_per_sync=3) is not first
         assert loops.find(engine, block_size=16, forwards_per_sync=2) is not first
     assert simulated.cuda.is_empty()
+
+
+def test_an_old_driver_unrolls_and_the_statistics_say_why(bundle: Bundle, plan: Plan, tmp_path: Path):
+    side = open_side(bundle, plan, tmp_path)
+    side.simulated.cuda.driver = 12030
+    options: Options = {"block_size": 8, "max_new_tokens": 40, "ignore_eos": True}
+    with side.model as model:
+        expected = model.generate([5, 6, 7], **options)
+        for is_ahead in (False, True):
+            side.simulated.cuda.is_ahead = is_ahead
+            found = model.generate([5, 6, 7], **options, forwards_per_sync=3)
+            assert facts_of(found)["forwards"] == expected.forwards
+            on_device = found.statistics.on_device
+            assert on_device is not None
+            assert on_device.form == "unrolled"
+            assert "the driver has 12.3" in str(on_device.form_reason)
+            assert on_device.num_forwards - found.statistics.forwards <= 5
+    assert side.simulated.cuda.is_empty()
+
+
+def test_a_pinned_plan_decodes_on_the_device(workshop: Workshop, tmp_path: Path):
+    bundle = workshop.copy(workshop.bundle("small", **PINNED), tmp_path / "bundle")
+    simulated = SimulatedGpu()
+    gpu = replace(simulated.gpu, compiler=simulated.compiler(tmp_path))
+    engine = TrtEngine(bundle, plan=build_plan(bundle, gpu=gpu), gpu=gpu)
+    with Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)) as model:
+        options: Options = {"max_new_tokens": 30, "ignore_eos": True}
+        expected = model.generate([*range(3, 22)], **options)
+        for _ in range(2):
+            found = model.generate([*range(3, 22)], **options, forwards_per_sync=4)
+            assert (found.token_ids, found.forwards) == (expected.token_ids, expected.forwards)
+    assert simulated.cuda.is_empty()
+
+
+def test_a_kernel_that_does_not_compile_ends_the_request_before_it_reads(bundle: Bundle, plan: Plan, tmp_path: Path):
+    side = open_side(bundle, plan, tmp_path / "missing")
+    with side.model as model:
+        with pytest.raises(EngineError, match="NVRTC does not compile"):
+            model.generate([5, 6, 7], block_size=8, max_new_tokens=4, forwards_per_sync=3)
+        assert not side.simulated.tensorrt.executions
+        assert len(model.generate([5, 6, 7], block_size=8, max_new_tokens=4, ignore_eos=True).token_ids) == 4
+    assert side.simulated.cuda.is_empty()
