@@ -383,6 +383,15 @@ def generate(
     provider: Annotated[
         Provider, typer.Option("--provider", help="cpu, cuda (both ONNX Runtime), or tensorrt (the bundle's plan).")
     ] = "cpu",
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="cuda: have ONNX Runtime record forwards and replay them.")
+    ] = False,
+    forwards_per_sync: Annotated[
+        int | None,
+        typer.Option(
+            "--forwards-per-sync", min=1, help="tensorrt: decode on the device, asked once in so many forwards."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Statistics on standard error.")] = False,
     blocks: Annotated[bool, typer.Option("--show-blocks", help="Every block, coloured by what became of it.")] = False,
@@ -399,9 +408,6 @@ def generate(
             raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
         check_target(save_prefix)
     slots = num_slots or (_slots_for(bundle, len(given)) if provider != "tensorrt" else None)
-    model = load(bundle, threads=threads, num_slots=slots, draft_model=draft_model, provider=provider)
-    if load_prefix is not None:
-        model.load_prefix(load_prefix)
     options: dict[str, Any] = {
         "method": method,
         "block_size": _parse_block_size(block_size),
@@ -423,18 +429,29 @@ def generate(
         "grammar": _read_grammar(grammar, "--grammar"),
         "stop": tuple(stop or ()),
         "max_new_tokens": max_new_tokens,
+        "forwards_per_sync": forwards_per_sync,
     }
-    if len(given) > 1 and model.engine.num_slots > 1:
-        _print_together(model, given, options, as_json=as_json, stats=stats, blocks=blocks)
-        return
-    for entry in given:
-        with _naming(entry, len(given)):
-            if as_json:
-                _print_json_line(entry, model.generate(entry.content, **options))
-            else:
-                _print_text(model, entry, options, stats=stats, blocks=blocks)
-            if save_prefix is not None:
-                model.save_prefix(save_prefix, entry.content)
+    with load(
+        bundle,
+        threads=threads,
+        num_slots=slots,
+        draft_model=draft_model,
+        provider=provider,
+        cuda_graphs=cuda_graphs,
+    ) as model:
+        if load_prefix is not None:
+            model.load_prefix(load_prefix)
+        if len(given) > 1 and model.engine.num_slots > 1 and forwards_per_sync is None:
+            _print_together(model, given, options, as_json=as_json, stats=stats, blocks=blocks)
+            return
+        for entry in given:
+            with _naming(entry, len(given)):
+                if as_json:
+                    _print_json_line(entry, model.generate(entry.content, **options))
+                else:
+                    _print_text(model, entry, options, stats=stats, blocks=blocks)
+                if save_prefix is not None:
+                    model.save_prefix(save_prefix, entry.content)
 
 
 @app.command()
@@ -508,15 +525,16 @@ def trace(
     from cllm_export.traces import DEFAULT_METHODS, record_traces
 
     given = read_prompts(prompts, limit=limit)
-    traces = record_traces(
-        open_bundle(bundle),
-        load(bundle, threads=threads),
-        given,
-        methods=(method,) if method else DEFAULT_METHODS,
-        block_size=block_size,
-        fill=fill,
-        max_new_tokens=max_new_tokens,
-    )
+    with load(bundle, threads=threads) as model:
+        traces = record_traces(
+            open_bundle(bundle),
+            model,
+            given,
+            methods=(method,) if method else DEFAULT_METHODS,
+            block_size=block_size,
+            fill=fill,
+            max_new_tokens=max_new_tokens,
+        )
     _write_text(output, json.dumps(traces) + "\n")
     typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
 

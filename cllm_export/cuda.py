@@ -157,6 +157,21 @@ class Cuda:
     def destroy_stream(self, stream: Any) -> None:
         self._call("cudaStreamDestroy", stream)
 
+    def make_event(self) -> Any:
+        """A mark that a stream can carry; it takes no time, so that it costs none."""
+        return self._call("cudaEventCreateWithFlags", self.runtime.cudaEventDisableTiming)
+
+    def mark(self, event: Any, stream: Any) -> None:
+        """Put an event behind everything that a stream was given so far."""
+        self._call("cudaEventRecord", event, stream)
+
+    def wait_for(self, event: Any) -> None:
+        """Wait until a stream has come to where the event was last put; what was enqueued later may still run."""
+        self._call("cudaEventSynchronize", event)
+
+    def destroy_event(self, event: Any) -> None:
+        self._call("cudaEventDestroy", event)
+
     @contextmanager
     def capture(self, stream: Any) -> Iterator[list[Any]]:
         """Record what the block enqueues instead of running it; the list holds the launchable graph when it ends."""

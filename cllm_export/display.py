@@ -300,6 +300,14 @@ def show_statistics(generation: Generation) -> None:
         f"{entry.tokens_per_second:,.0f} tokens/s, fast-forwarded {entry.fast_forwarded}, stationary "
         f"{entry.stationary}, prefill {entry.prefill_seconds * 1e3:.1f} ms{reused}, {generation.finish_reason}[/dim]"
     )
+    if entry.on_device:
+        reason = f": {entry.on_device.form_reason}" if entry.on_device.form_reason else ""
+        ERR.print(
+            f"on the device {entry.on_device.num_forwards} forwards, {entry.on_device.num_syncs} waits of the host "
+            f"({entry.syncs_per_token:.3f} per token), {entry.on_device.form}{reason}",
+            style="dim",
+            markup=False,
+        )
 
 
 def show_blocks(model: Model, generation: Generation) -> None:

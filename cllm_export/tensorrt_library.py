@@ -25,6 +25,8 @@ class Gpu:
     tensorrt: Any
     cuda: Cuda
     facts: GpuFacts
+    compiler: tuple[Any, Any] | None = None
+    """``nvrtc`` and ``driver`` of cuda-python; None imports them where a kernel is first made."""
 
     @property
     def version(self) -> str:

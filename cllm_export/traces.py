@@ -73,6 +73,10 @@ class RecordingEngine:
         self.forwards.append(_inputs("prefill", input_ids, num_committed, write_index))
         self._engine.prefill(input_ids, num_committed, write_index)
 
+    def close(self) -> None:
+        """Close the engine that it runs."""
+        self._engine.close()
+
 
 def _inputs(
     kind: str, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]

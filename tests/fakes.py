@@ -152,6 +152,7 @@ class FakeEngine:
         self._num_slots = fixed_shapes.batch_size if fixed_shapes else num_slots
         self.run_seconds = 0.0
         self.calls: list[Call] = []
+        self.is_closed = False
         self.num_rows_restored = 0
         self.rows = [[UNWRITTEN] * geometry.cache_length for _ in range(self._num_slots)]
 
@@ -244,6 +245,9 @@ class FakeEngine:
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> None:
         self._write(Call("prefill", [list(chunk) for chunk in input_ids], list(num_committed), list(write_index)))
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         """Token and context of each row, in every tensor of the cache alike."""

@@ -1,7 +1,9 @@
-"""What sliding Jacobi decoding does between two forwards, as a CUDA kernel: accept, emit, cut, make the next block.
+"""What sliding Jacobi decoding does between two forwards, as a CUDA kernel: tell, accept, cut, make the next block.
 
-The rules are those of ``SlidingJacobi`` and ``Decode`` in ``docs/loop.md``, for one slot a thread. Plain C but for two
-words, so that tests compile the very same source for the CPU.
+The rules are those of ``SlidingJacobi`` and ``Decode`` in ``docs/loop.md``, for one slot a thread. What it tells is
+what the host would have had from the forward: an entry [1 + n] of the slot's ring, ``num_accepted`` and then
+``next_ids``, so that a host that comes later takes every step as the kernel did. Plain C but for two words, so that
+tests compile the very same source for the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ POINTERS = (
     "num_committed",
     "write_index",
     "left",
-    "emitted",
+    "turns",
     "ring",
     "eos",
 )
@@ -31,7 +33,7 @@ SOURCE = b"""
 extern "C" __global__ void commit_blocks(
     const long long *next_ids, const long long *num_accepted,
     long long *input_ids, long long *num_committed, long long *write_index,
-    int *left, int *emitted, int *ring, const int *eos,
+    int *left, int *turns, int *ring, const int *eos,
     int num_eos, int n, int ring_size, int fill, int num_slots)
 {
     int slot = blockIdx.x * blockDim.x + threadIdx.x;
@@ -40,14 +42,16 @@ extern "C" __global__ void commit_blocks(
     const long long *next = next_ids + (long long)slot * n;
     long long *block = input_ids + (long long)slot * n;
     int accepted = (int)num_accepted[slot];
+    int *entry = ring + ((long long)slot * ring_size + turns[slot] % ring_size) * (1 + n);
+    entry[0] = accepted;
+    for (int row = 0; row < n; row++)
+        entry[1 + row] = (int)next[row];
+    turns[slot]++;
     int ended = 0;
     for (int row = 0; row < accepted && left[slot] > 0 && !ended; row++) {
-        int token = (int)next[row];
-        ring[(long long)slot * ring_size + emitted[slot] % ring_size] = token;
-        emitted[slot]++;
         left[slot]--;
         for (int index = 0; index < num_eos; index++)
-            ended |= token == eos[index];
+            ended |= (int)next[row] == eos[index];
     }
     if (ended)
         left[slot] = 0;

@@ -78,6 +78,10 @@ class DraftModel:
     def num_lanes(self) -> int:
         return len(self._lanes)
 
+    def close(self) -> None:
+        """Let go of what the engine holds."""
+        self._engine.close()
+
     def draft(self, wishes: Mapping[int, Wish]) -> None:
         """Answer the wish of each slot, in ``Wish.found``; see ``Drafter``.
 

@@ -76,6 +76,10 @@ class Engine(Protocol):
         """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds, on a device above all. It cannot run afterwards; closing it again does nothing."""
+        ...
+
 
 @runtime_checkable
 class RowEngine(Engine, Protocol):

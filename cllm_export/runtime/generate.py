@@ -5,10 +5,10 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -43,10 +43,13 @@ from cllm_export.runtime.request import (
     make_decoder,
 )
 from cllm_export.runtime.sampling import MAX_LOGPROBS, MAX_SEED, Logprob, Sampler, Sampling
-from cllm_export.runtime.scheduler import Scheduler, Taker, Task
+from cllm_export.runtime.scheduler import Scheduler, Taker, Task, memory_of
 from cllm_export.runtime.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.text import Messages, TextCodec, TextStream
 from cllm_export.runtime.time_forwards import time_forwards
+
+if TYPE_CHECKING:
+    from cllm_export.runtime.device_request import DeviceLoops
 
 __all__ = [
     "METHODS",
@@ -113,6 +116,10 @@ class Options(TypedDict, total=False):
         temperature, top_k, top_p, min_p, repetition_penalty, logit_bias: see ``Sampling``; by default greedy.
         json_schema, regex, grammar: what the text must match (extra ``grammar``); one of them at most. ``grammar`` is a
             Lark grammar as llguidance takes it. A text that a limit or a stop string cuts is a beginning of a match.
+        forwards_per_sync: k: the loop stays on the device, and the host asks once in k forwards what they gave; the
+            text of a stream then comes in steps of that. For greedy requests of a TensorRT engine, one at a time, with
+            the method ``jacobi``, a ``block_size`` of the plan's (by default the model's own, never ``auto``) and the
+            fill ``pad`` or ``repeat``; whatever else is asked for beside it is refused.
         logprobs: log-probabilities of each new token, and this many of the most probable ones beside it, 0 to 20.
     """
 
@@ -134,6 +141,7 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     logit_bias: Mapping[int, float] | None
     logprobs: int | None
+    forwards_per_sync: int | None
     json_schema: str | Mapping[str, Any] | None
     regex: str | None
     grammar: str | None
@@ -186,13 +194,16 @@ class Prepared:
     max_new_tokens: int
     stop: tuple[str, ...]
     ignore_eos: bool
+    forwards_per_sync: int | None
+    """Where the loop stays on the device."""
 
 
 class Model:
     """A loaded model, of a bundle or of a checkpoint: one engine, one request at a time.
 
-    A second request while one runs (another thread, or a stream that is not exhausted) is refused with EngineError
-    rather than queued: queueing is a scheduler's work.
+    What its engine holds is free after ``close``, or where a ``with`` ends: on a device, memory that nobody else gets
+    meanwhile. A second request while one runs (another thread, or a stream that is not exhausted) is refused with
+    EngineError rather than queued: queueing is a scheduler's work.
 
     Attributes:
         facts: its defaults and limits.
@@ -228,7 +239,32 @@ class Model:
         self._forward_seconds = forward_seconds
         self._chooser: SizeChooser | None = None
         self._lock = threading.Lock()
+        self._is_closed = False
+        self._device_loops: DeviceLoops | None = None
         self._grammars: GrammarCompiler | None = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(EngineError) if kind else nullcontext():  # a stream that the error left open hides no error
+            self.close()
+
+    def close(self) -> None:
+        """Free what its engine holds, and a draft model's. It cannot run afterwards; closing it again does nothing.
+
+        Raises:
+            EngineError: a request is running, or a service is open.
+        """
+        if self._is_closed:
+            return
+        with self.in_use():
+            self._is_closed = True
+            if self._device_loops:
+                self._device_loops.close()
+            if self.draft_model:
+                self.draft_model.close()
+            self.engine.close()
 
     def generate(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Generation:
         """Decode one prompt. Every method, block size and fill gives the tokens that autoregressive decoding gives: the
@@ -353,9 +389,14 @@ class Model:
         sampling = self._settle_sampling(options)
         num_logprobs = _settle_logprobs(options.get("logprobs"))
         constraint = self._compile_grammar(options)
-        if shape:
-            _refuse_beside_lookahead(sampling, num_logprobs, constraint)
-            block_size: BlockSize = shape.max_rows
+        forwards_per_sync = options.get("forwards_per_sync")
+        if shape or forwards_per_sync is not None:
+            _refuse_beside("forwards_per_sync" if shape is None else LOOKAHEAD, sampling, num_logprobs, constraint)
+        if forwards_per_sync is not None:
+            require_at_least("forwards_per_sync", forwards_per_sync, 1)
+            block_size: BlockSize = self._settle_on_device(options, method, fill)
+        elif shape:
+            block_size = shape.max_rows
         else:
             block_size = self.settle_block_size(
                 options.get("block_size"), method, deterministic=bool(options.get("deterministic"))
@@ -373,7 +414,25 @@ class Model:
             max_new_tokens=_fit(len(ids), options.get("max_new_tokens"), self.facts.max_length),
             stop=stop,
             ignore_eos=bool(options.get("ignore_eos")),
+            forwards_per_sync=forwards_per_sync,
         )
+
+    def _settle_on_device(self, options: Options, method: Method, fill: str) -> int:
+        """n of a loop that stays on the device, everything that is asked for beside it checked."""
+        from cllm_export.runtime.device_request import FILLS, require_device_loop
+
+        if method != "jacobi":
+            raise OptionError(f"forwards_per_sync is for the method jacobi, and the method is {method}: say jacobi")
+        if fill not in FILLS:
+            raise OptionError(f"forwards_per_sync is for the fills {' and '.join(FILLS)}, and the fill is {fill!r}")
+        asked = options.get("block_size")
+        if asked == "auto":
+            raise OptionError("forwards_per_sync excludes block_size 'auto': n is one in all of them; give a number")
+        size = self.settle_block_size(asked, method, deterministic=True)
+        assert size != "auto", "it is not chosen where a request is deterministic"
+        num_eos = 0 if options.get("ignore_eos") else len(self.facts.eos_token_ids)
+        require_device_loop(self.engine, block_size=size, num_eos=num_eos)
+        return size
 
     def _settle_method(self, method: Method | None, block_size: object) -> Method:
         if method is None:
@@ -457,6 +516,8 @@ class Model:
 
     def make_loop(self, request: Prepared, *, stop_cut: StopCut | None, take: Taker) -> tuple[Task, Loop]:
         """The task of one request and what runs it, with the engine for itself."""
+        if request.forwards_per_sync is not None:
+            return self._make_device_loop(request, stop_cut, take)
         if request.lookahead is None:
             decode = self.make_decode(request, stop_cut)
             task = Task(request.prompt, decode, drafts=self.drafts_of(request), take=take)
@@ -470,6 +531,28 @@ class Model:
         task = Task(request.prompt, self._decode_with(decoder, request, stop_cut), take=take)
         engine = self._lookahead_engine()
         return task, LookaheadLoop(engine, task, decoder, block_size=request.lookahead.max_rows, pad_token_id=pad)
+
+    def _make_device_loop(self, request: Prepared, stop_cut: StopCut | None, take: Taker) -> tuple[Task, Loop]:
+        from cllm_export.runtime.device_request import DeviceLoops, DeviceRequest, require_device_loop
+
+        eos = self.eos_of(request)
+        assert isinstance(request.block_size, int), "n of such a request is a number"
+        assert request.forwards_per_sync, "and so is k"
+        engine = require_device_loop(self.engine, block_size=request.block_size, num_eos=len(eos))
+        self._device_loops = self._device_loops or DeviceLoops()
+        loop = self._device_loops.find(
+            engine, block_size=request.block_size, forwards_per_sync=request.forwards_per_sync
+        )
+        task = Task(request.prompt, self.make_decode(request, stop_cut), take=take)
+        return task, DeviceRequest(
+            loop,
+            task,
+            num_slots=engine.num_slots,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_ids=eos,
+            fill_token=None if request.fill == "repeat" else pad_token(self.facts),
+            memory=memory_of(engine, 0, self.prefix_cache),
+        )
 
     def _decode_with(self, decoder: Decoder, request: Prepared, stop_cut: StopCut | None) -> Decode:
         sampler = None
@@ -568,11 +651,13 @@ class Model:
         """Hold the model for one user.
 
         Raises:
-            EngineError: it is held already.
+            EngineError: it is held already, or closed.
         """
         if not self._lock.acquire(blocking=False):
             raise EngineError("another request is running on this model: finish or close its stream first")
         try:
+            if self._is_closed:
+                raise EngineError("this model is closed; load its bundle again")
             yield
         finally:
             self._lock.release()
@@ -710,6 +795,7 @@ def load(
     draft_model: str | Path | None = None,
     prefix_cache_bytes: int | None = None,
     provider: Provider = "cpu",
+    cuda_graphs: bool = False,
 ) -> Model:
     """Load a bundle for generation.
 
@@ -723,6 +809,7 @@ def load(
             begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB, and none where the
             engine cannot hand out its rows (``cuda``).
         provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
+        cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and extent, and replays it.
 
     Raises:
         OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
@@ -739,13 +826,13 @@ def load(
     draft = open_bundle(draft_model) if draft_model else None
     if draft:
         check_pair(bundle, draft)
-    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads)
+    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
     is_cpu = isinstance(engine, OrtEngine)
     return Model(
         bundle.manifest,
         engine,
         TextCodec.of_bundle(bundle),
-        draft_model=_load_draft_model(draft, engine.num_slots, threads, provider) if draft else None,
+        draft_model=_load_draft_model(draft, engine.num_slots, threads, provider, cuda_graphs) if draft else None,
         prompt_state=_make_prompt_state(bundle, engine, prefix_cache_bytes),
         forward_seconds=read_latency(bundle, num_slots=engine.num_slots, threads=threads) if is_cpu else None,
     )
@@ -766,7 +853,9 @@ def _make_prompt_state(bundle: Bundle, engine: Engine, max_bytes: int | None) ->
     )
 
 
-def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None, provider: Provider) -> DraftModel:
+def _load_draft_model(
+    bundle: Bundle, num_slots: int, threads: int | None, provider: Provider, cuda_graphs: bool
+) -> DraftModel:
     pinned = bundle.manifest.graphs["greedy"].fixed_shapes
     if pinned and pinned.batch_size < num_slots:
         raise OptionError(
@@ -774,17 +863,25 @@ def _load_draft_model(bundle: Bundle, num_slots: int, threads: int | None, provi
             f"build it with --batch-size {num_slots}, or without --fixed-shapes"
         )
     return DraftModel(
-        open_engine(bundle, provider, num_slots=None if pinned else num_slots, threads=threads),
+        open_engine(
+            bundle,
+            provider,
+            num_slots=None if pinned else num_slots,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+        ),
         max_length=bundle.manifest.max_length,
         pad_token_id=pad_token(bundle.manifest),
         trained_with=bundle.manifest.trained_with,
     )
 
 
-def _refuse_beside_lookahead(sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:
+def _refuse_beside(what: str, sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:
+    """Refuse what none but a loop that asks for logits can do."""
     given = {"sampling": not sampling.is_greedy, "logprobs": logprobs is not None, "a grammar": constraint is not None}
-    if asked := next((what for what, is_given in given.items() if is_given), None):
-        raise OptionError(f"lookahead is for greedy requests and excludes {asked}: choose another method")
+    if asked := next((name for name, is_given in given.items() if is_given), None):
+        instead = "choose another method" if what == LOOKAHEAD else "leave one of them out"
+        raise OptionError(f"{what} is for greedy requests and excludes {asked}: {instead}")
 
 
 def _settle_stop(stop: Sequence[str] | None) -> tuple[str, ...]:

@@ -3,10 +3,15 @@
 The CPU's ``OrtEngine`` binds host arrays, which a GPU cannot write to. Here every input and output is an OrtValue on
 the device: inputs are copied in, predictions out, and cache, positions and logits stay. On the device ``cpu`` the same
 code runs without a GPU, which is how it is tested; on CUDA it has not run yet.
+
+With CUDA graphs ONNX Runtime records each binding's forward and replays it: a graph has one set of shapes and
+addresses, which is what a binding is. To record, it runs a forward several times over; that changes nothing, since a
+forward writes the same rows again. Chunks of the prompt come in every length, and are not recorded.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,7 +21,7 @@ import numpy as np
 from cllm_export.bundle import GREEDY_GRAPH, Bundle
 from cllm_export.contract import KV_DTYPE, LOGITS, FixedShapes, Geometry, cache_names, check_forward
 from cllm_export.cuda import require_gpu
-from cllm_export.errors import EngineError, GpuError, MissingExtraError
+from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionError
 from cllm_export.runtime.engine import Forward
 from cllm_export.runtime.mapped_weights import MappedWeights
 from cllm_export.runtime.ort_engine import settle_slots
@@ -26,6 +31,11 @@ if TYPE_CHECKING:
 
 Device = Literal["cuda", "cpu"]
 PROVIDERS: dict[Device, str] = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+ENABLE_GRAPHS = ("enable_cuda_graph", "1")
+"""The provider's option for CUDA graphs."""
+GRAPH_ID = "gpu_graph_id"
+"""Entry of a run's options: which graph is recorded or replayed. 0 is ONNX Runtime's own."""
+NO_GRAPH = "-1"
 CHUNK = 128
 SMALLEST_EXTENT = 256
 ELEMENT_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}
@@ -39,6 +49,8 @@ class _Binding(NamedTuple):
     inputs: dict[str, Any]
     next_ids: Any
     logits: Any
+    run_options: Any
+    """None where nothing is recorded."""
 
 
 class OrtDeviceEngine:
@@ -48,8 +60,11 @@ class OrtDeviceEngine:
         bundle: an opened bundle.
         device: ``cuda``, which needs onnxruntime-gpu and a GPU; ``cpu`` for tests.
         num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
+        cuda_graphs: have ONNX Runtime record the forward of each n, extent and set of outputs, in each thread that runs
+            one, and replay it. It refuses a graph of which a node runs on the host.
 
     Raises:
+        OptionError: CUDA graphs on another device.
         GpuError: no GPU, or an ONNX Runtime without its CUDA provider.
         EngineError: ONNX Runtime does not take the graph.
         MissingExtraError: ONNX Runtime is not installed.
@@ -62,8 +77,11 @@ class OrtDeviceEngine:
         device: Device = "cuda",
         graph: str = GREEDY_GRAPH,
         num_slots: int | None = None,
+        cuda_graphs: bool = False,
         log_severity: int = 3,
     ) -> None:
+        if cuda_graphs and device != "cuda":
+            raise OptionError(f"cuda_graphs is for the device cuda, got {device!r}: leave it out")
         if device == "cuda":
             require_gpu()
         manifest = bundle.manifest
@@ -72,7 +90,10 @@ class OrtDeviceEngine:
         self._geometry = manifest.geometry
         self._num_slots = settle_slots(self._fixed, num_slots, manifest.batch_size)
         self._linked = MappedWeights(bundle)
-        self._session = _make_session(str(bundle.graph_path(graph)), device, log_severity, self._linked)
+        self._session = _make_session(
+            str(bundle.graph_path(graph)), device, log_severity, self._linked, cuda_graphs=cuda_graphs
+        )
+        self._graph_ids = itertools.count(1) if cuda_graphs else None
         self.run_seconds = 0.0
         self._element_type = ELEMENT_TYPES[KV_DTYPE[manifest.precision]]
         shape = (self._num_slots, self._geometry.num_kv_heads, self._geometry.cache_length, self._geometry.head_dim)
@@ -147,9 +168,10 @@ class OrtDeviceEngine:
         try:
             for name, values in given.items():
                 binding.inputs[name].update_inplace(np.array(values, np.int64))
-            self._session.run_with_iobinding(binding.io)
+            self._session.run_with_iobinding(binding.io, binding.run_options)
         except Exception as error:  # onnxruntime raises its own types, unrelated to each other
-            raise EngineError(f"ONNX Runtime failed in a forward on {self._device}: {error}") from error
+            advice = _advice(cuda_graphs=binding.run_options is not None)
+            raise EngineError(f"ONNX Runtime failed in a forward on {self._device}: {error}{advice}") from error
         self.run_seconds += perf_counter() - started
         return binding
 
@@ -190,7 +212,17 @@ class OrtDeviceEngine:
         for past, present in cache_names(self._geometry.num_layers):
             io.bind_ortvalue_input(past, self.cache[past])
             io.bind_ortvalue_output(present, self.cache[past])
-        return _Binding(io, inputs, next_ids, logits)
+        return _Binding(io, inputs, next_ids, logits, self._run_options(is_recorded=head_size == size))
+
+    def _run_options(self, *, is_recorded: bool) -> Any:
+        """Which graph a binding's runs are: its own, or none where it is a chunk of the prompt, which reads one row."""
+        if self._graph_ids is None:
+            return None
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry(GRAPH_ID, str(next(self._graph_ids)) if is_recorded else NO_GRAPH)
+        return options
 
     def _value(self, shape: tuple[int, ...], element_type: Any) -> Any:
         import onnxruntime
@@ -212,7 +244,12 @@ class OrtDeviceEngine:
         return value
 
 
-def _make_session(path: str, device: Device, log_severity: int, linked: MappedWeights) -> Any:
+def _advice(*, cuda_graphs: bool) -> str:
+    """What to try where ONNX Runtime fails that was asked for graphs."""
+    return "; it was asked for CUDA graphs: leave cuda_graphs (--cuda-graphs) out" if cuda_graphs else ""
+
+
+def _make_session(path: str, device: Device, log_severity: int, linked: MappedWeights, *, cuda_graphs: bool) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -227,10 +264,12 @@ def _make_session(path: str, device: Device, log_severity: int, linked: MappedWe
     options.log_severity_level = log_severity
     linked.hand_to(options)
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        asked = (provider, dict([ENABLE_GRAPHS])) if cuda_graphs else provider
+        session = onnxruntime.InferenceSession(path, options, providers=[asked])
     except Exception as error:  # onnxruntime raises its own types, unrelated to each other
+        advice = _advice(cuda_graphs=cuda_graphs)
         raise EngineError(
-            f"ONNX Runtime {onnxruntime.__version__} does not load {path} on {device}: {error}"
+            f"ONNX Runtime {onnxruntime.__version__} does not load {path} on {device}: {error}{advice}"
         ) from error
     if provider not in session.get_providers():  # it goes on with the CPU alone, and says so only in its log
         raise GpuError(f"ONNX Runtime did not start its {provider}; see what is missing with: cllm-export doctor")

@@ -109,7 +109,8 @@ class OrtEngine:
         self._geometry = manifest.geometry
         self._num_slots = settle_slots(self._fixed, num_slots, manifest.batch_size)
         self._linked = MappedWeights(bundle)  # sessions read them through this map
-        self._session = self._load(GREEDY_GRAPH)
+        self._is_closed = False
+        self._session: onnxruntime.InferenceSession | None = self._load(GREEDY_GRAPH)
         self._lookahead: onnxruntime.InferenceSession | None = None
         self._chunk = SMALL_CHUNK if bundle.weight_bytes <= CACHE_RESIDENT_BYTES else CHUNK
         self.run_seconds = 0.0
@@ -159,7 +160,17 @@ class OrtEngine:
         chunk_size = len(input_ids[0])
         self._run(input_ids, num_committed, write_index, chunk_size, chunk_size if self._fixed else 1)
 
+    def close(self) -> None:
+        """Drop sessions, buffers and cache. The engine cannot run afterwards; closing it again does nothing."""
+        self._is_closed = True
+        for bound in (self._bindings, self._row_bindings, self._buffers, self._row_buffers):
+            bound.clear()
+        self._cache_values.clear()
+        self.cache.clear()
+        self._session = self._lookahead = None
+
     def require_lookahead(self) -> None:
+        self._require_open()
         if self._lookahead is not None:
             return
         if LOOKAHEAD_GRAPH not in self._bundle.manifest.graphs:
@@ -194,10 +205,12 @@ class OrtEngine:
         return Forward(binding.buffers.next_ids.tolist(), self._num_accepted.tolist())
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        self._require_open()
         check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
         return np.stack([array[slot, :, start:stop] for array in self.cache.values()])
 
     def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        self._require_open()
         check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
         check_row_shape(rows, stop - start, geometry=self._geometry, dtype=next(iter(self.cache.values())).dtype)
         for array, tensor_rows in zip(self.cache.values(), rows, strict=True):
@@ -225,6 +238,10 @@ class OrtEngine:
         self._fill(binding, input_ids, num_committed, write_index)
         self._run_binding(binding, self._session)
         return binding.buffers
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise EngineError("this engine is closed; load the bundle again")
 
     def _check_slots(self, *given: Sequence[Any]) -> None:
         if any(len(each) != self._num_slots for each in given):
@@ -279,6 +296,7 @@ class OrtEngine:
 
     def _extent(self, block_size: int, write_index: int) -> int:
         """S of a forward, which fits the cache."""
+        self._require_open()
         cache_length = self._geometry.cache_length
         extent = self._fixed.kv_extent if self._fixed else kv_extent(write_index + block_size, cache_length)
         check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)

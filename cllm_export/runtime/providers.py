@@ -14,21 +14,30 @@ PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
 
 def open_engine(
-    bundle: Bundle, provider: Provider, *, num_slots: int | None = None, threads: int | None = None
+    bundle: Bundle,
+    provider: Provider,
+    *,
+    num_slots: int | None = None,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Engine:
     """A bundle's engine on a device, with as many slots as the bundle or the plan was built for unless told otherwise.
 
     Raises:
-        OptionError: no such provider, or slots that the plan has not.
+        OptionError: no such provider, slots that the plan has not, or ONNX Runtime's CUDA graphs elsewhere.
         GpuError, PlanError, EngineError, MissingExtraError: see the engine.
     """
     require_one_of("provider", provider, PROVIDERS)
+    if cuda_graphs and provider != "cuda":
+        raise OptionError(
+            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (tensorrt records graphs without)"
+        )
     if provider == "cpu":
         return OrtEngine(bundle, num_slots=num_slots, threads=threads)
     if provider == "cuda":
         from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
 
-        return OrtDeviceEngine(bundle, num_slots=num_slots)
+        return OrtDeviceEngine(bundle, num_slots=num_slots, cuda_graphs=cuda_graphs)
     from cllm_export.runtime.trt_engine import TrtEngine
 
     engine = TrtEngine(bundle)

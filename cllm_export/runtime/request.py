@@ -157,14 +157,19 @@ class Decode:
         return new
 
 
-def require_shareable(method: Method | None) -> None:
-    """Refuse a method whose forwards no other request can share.
+def require_shareable(method: Method | None, forwards_per_sync: int | None = None) -> None:
+    """Refuse a request whose forwards no other can share.
 
     Raises:
-        OptionError: it is lookahead.
+        OptionError: its method is lookahead, or its loop is to stay on the device.
     """
     if method == LOOKAHEAD:
         raise OptionError(_ONE_AT_A_TIME)
+    if forwards_per_sync is not None:
+        raise OptionError(
+            "forwards_per_sync runs one request at a time, through Model.generate or Model.stream: between its "
+            "forwards nobody is asked what else could run; leave it out"
+        )
 
 
 def make_decoder(

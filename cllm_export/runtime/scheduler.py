@@ -23,7 +23,7 @@ from cllm_export.runtime.engine import Engine, Forward, RowEngine
 from cllm_export.runtime.jacobi import Block
 from cllm_export.runtime.prefix_cache import PrefixCache
 from cllm_export.runtime.request import Decode
-from cllm_export.runtime.statistics import Statistics, summarize
+from cllm_export.runtime.statistics import OnDevice, Statistics, summarize
 
 Taker = Callable[[list[int]], None]
 """Takes a task's new tokens after each of its decode forwards."""
@@ -61,6 +61,8 @@ class Task:
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
         """Of the steps since its admission, by the clock, those in which it was paused as well; the last is the
         decode's share inside the engine."""
+        self.on_device: OnDevice | None = None
+        """Where its loop stayed on the device, what that took."""
         self._take = take
         self._ended = ended
 
@@ -73,6 +75,7 @@ class Task:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             engine_seconds=self.engine_seconds,
+            on_device=self.on_device,
         )
 
     def give(self, tokens: list[int]) -> None:
@@ -144,7 +147,7 @@ class Scheduler:
         self._is_reading_turn = False
         self._queue_size = queue_size
         self._drafter = drafter
-        self._slots = [Slot(pad_token_id, _memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
+        self._slots = [Slot(pad_token_id, memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
         self._size = self._width = 0
         self._waiting: deque[Task] = deque()
 
@@ -480,7 +483,12 @@ class Slot:
         return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]
 
 
-def _memory_of(engine: Engine, slot: int, cache: PrefixCache | None) -> SlotMemory | None:
+def memory_of(engine: Engine, slot: int, cache: PrefixCache | None) -> SlotMemory | None:
+    """What a slot takes and gives; None without a cache.
+
+    Raises:
+        EngineError: the engine cannot hand out its rows.
+    """
     if cache is None:
         return None
     if not isinstance(engine, RowEngine):

@@ -346,7 +346,7 @@ class Service:
         for name in ("block_size", "deterministic"):
             if name in options:
                 raise OptionError(f"{name} is the service's, one for all its requests: Service(model, block_size=...)")
-        require_shareable(options.get("method"))
+        require_shareable(options.get("method"), options.get("forwards_per_sync"))
         prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
         return Handle(self, prepared, self.model.eos_of(prepared))
 

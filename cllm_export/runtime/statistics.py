@@ -23,6 +23,20 @@ class ForwardRecord(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnDevice:
+    """What a decode took whose loop stayed on the device."""
+
+    num_forwards: int
+    """Enqueued; the idle ones at the end included, which are no forwards of the request's."""
+    num_syncs: int
+    """Times the host waited for the device while decoding."""
+    form: str
+    """Of its graphs: ``conditional`` or ``unrolled``."""
+    form_reason: str | None
+    """Why it is the latter."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
     """What one request took. Prefill, the prompt minus its last token, is never counted as forwards."""
 
@@ -43,6 +57,13 @@ class Statistics:
     decode_seconds: float
     engine_seconds: float
     """Seconds of the decode spent inside the engine; the rest is the loop's overhead."""
+    on_device: OnDevice | None = None
+    """None where the loop ran on the host."""
+
+    @property
+    def syncs_per_token(self) -> float | None:
+        """Waits of the host for the device / new tokens; None where the loop ran on the host."""
+        return self.on_device.num_syncs / max(1, self.new_tokens) if self.on_device else None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -62,6 +83,9 @@ class Statistics:
     def to_dict(self) -> dict[str, object]:
         """Every measure, JSON-ready."""
         histogram = {str(matched): count for matched, count in sorted(self.acceptance_histogram.items())}
+        on_device = {}
+        if self.on_device and self.syncs_per_token is not None:
+            on_device = {"on_device": vars(self.on_device) | {"syncs_per_token": round(self.syncs_per_token, 4)}}
         return {
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
@@ -75,6 +99,7 @@ class Statistics:
             "decode_seconds": round(self.decode_seconds, 6),
             "engine_seconds": round(self.engine_seconds, 6),
             "tokens_per_second": round(self.tokens_per_second, 2),
+            **on_device,
         }
 
 
@@ -86,6 +111,7 @@ def summarize(
     prefill_seconds: float,
     decode_seconds: float,
     engine_seconds: float,
+    on_device: OnDevice | None = None,
 ) -> Statistics:
     """Statistics of one request from the record of its forwards."""
     return Statistics(
@@ -99,6 +125,7 @@ def summarize(
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         engine_seconds=engine_seconds,
+        on_device=on_device,
     )
 
 

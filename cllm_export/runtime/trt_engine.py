@@ -85,7 +85,7 @@ class TrtEngine:
         self._geometry = bundle.manifest.geometry
         self._fixed = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
         self._settings = plan.manifest.settings
-        self._trt, self._cuda = gpu.tensorrt, gpu.cuda
+        self._gpu, self._trt, self._cuda = gpu, gpu.tensorrt, gpu.cuda
         self._inputs = graph_inputs(self._geometry, bundle.manifest.precision, self._fixed)
         self._outputs = graph_outputs(self._geometry, bundle.manifest.precision, self._fixed)
         self._cuda_graphs = cuda_graphs
@@ -195,6 +195,11 @@ class TrtEngine:
         self._run(shape, input_ids, num_committed, write_index)
 
     @property
+    def gpu(self) -> Gpu:
+        """What it runs on."""
+        return self._gpu
+
+    @property
     def cuda(self) -> Cuda:
         return self._cuda
 
@@ -222,6 +227,7 @@ class TrtEngine:
     def enqueue_decode(self, block_size: int, extent: int) -> None:
         """Enqueue a decode forward over what the buffers on the device hold, with no copy and no wait: for a loop that
         stays there. The caller sees to it that every slot's rows lie inside the extent."""
+        self._require_open()
         profile = PREFILL if self._fixed else 1 + self.block_sizes.index(block_size)
         self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, extent=extent))
 
@@ -238,6 +244,7 @@ class TrtEngine:
 
     def _copy_rows(self, rows: KvRows, slot: int, start: int, direction: Direction) -> None:
         """Copy rows [2L, K, rows, D] from or to a slot: those of a head lie together on both sides."""
+        self._require_open()
         geometry, row_bytes = self._geometry, self._geometry.head_dim * rows.itemsize
         size = rows.shape[2] * row_bytes
         if not size:
@@ -264,6 +271,7 @@ class TrtEngine:
 
     def read_cache(self, past: str) -> NDArray[np.generic]:
         """A cache tensor [B, K, C, D] copied to the host; bf16 comes as its bits, uint16. For tests and diagnosis."""
+        self._require_open()
         array = np.zeros(self._cache_shape(), self._cache_dtype)
         self._cuda.copy(array.ctypes.data, self._addresses[past], array.nbytes, "to host", self._stream)
         self._cuda.synchronize(self._stream)
@@ -271,6 +279,7 @@ class TrtEngine:
 
     def write_cache(self, past: str, array: NDArray[np.generic]) -> None:
         """Replace a cache tensor, as ``read_cache`` gives it."""
+        self._require_open()
         array = np.ascontiguousarray(array)
         self._cuda.copy(self._addresses[past], array.ctypes.data, array.nbytes, "to device", self._stream)
         self._cuda.synchronize(self._stream)
@@ -396,8 +405,7 @@ class TrtEngine:
         *,
         with_logits: bool = False,
     ) -> None:
-        if self._closed:
-            raise EngineError("this engine is closed; load the bundle again")
+        self._require_open()
         self._fill(shape, input_ids, num_committed, write_index)
         started = perf_counter()
         graph = self._graphs.get(shape)
@@ -412,6 +420,10 @@ class TrtEngine:
         self._cuda.synchronize(self._stream)
         self.num_syncs += 1
         self.run_seconds += perf_counter() - started
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("this engine is closed; load the bundle again")
 
     def _fill(
         self,

@@ -75,7 +75,7 @@ class TorchEngine:
         self._geometry = geometry
         self._num_slots = num_slots
         self._device = model.device
-        self._cache = SlotCache(geometry, num_slots, model.dtype, self._device)
+        self._held: SlotCache | None = SlotCache(geometry, num_slots, model.dtype, self._device)
         self._positions = torch.arange(geometry.cache_length, device=self._device)
         self.run_seconds = 0.0
 
@@ -152,6 +152,16 @@ class TorchEngine:
             logits_to_keep=num_rows,
         ).logits
         return logits
+
+    def close(self) -> None:
+        """Drop the cache; the model is its owner's. The engine cannot run afterwards."""
+        self._held = None
+
+    @property
+    def _cache(self) -> SlotCache:
+        if self._held is None:
+            raise EngineError("this engine is closed; make another of the model")
+        return self._held
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -1,13 +1,15 @@
 """The engines that the acceptance suite is for, each with what a test must do beyond the ``Engine`` protocol.
 
-``cpu`` runs everywhere and proves the suite itself; ``simulated`` is the TensorRT engine over a simulated GPU. The
-others need what their markers say, and are skipped with the reason where it is missing.
+``cpu`` runs everywhere and proves the suite itself; ``simulated`` is the TensorRT engine over a simulated GPU;
+``cuda-graphs`` is ``cuda`` with forwards that ONNX Runtime records and replays. The others need what their markers say,
+and are skipped with the reason where it is missing.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,10 +62,10 @@ class CpuSubject:
 
 
 class OrtDeviceSubject:
-    def __init__(self, bundle: Bundle, num_slots: int, device: Any) -> None:
+    def __init__(self, bundle: Bundle, num_slots: int, device: Any, *, cuda_graphs: bool = False) -> None:
         from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
 
-        self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device)
+        self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device, cuda_graphs=cuda_graphs)
         self._on_gpu = device == "cuda"
 
     def read_cache(self) -> dict[str, np.ndarray]:
@@ -122,6 +124,8 @@ class Kind:
             return CpuSubject(bundle, num_slots)
         if self.name in ("cuda", "device-cpu"):
             return OrtDeviceSubject(bundle, num_slots, self.name.removeprefix("device-"))
+        if self.name == "cuda-graphs":
+            return OrtDeviceSubject(bundle, num_slots, "cuda", cuda_graphs=True)
         return TrtSubject(bundle, num_slots, self.gpu)
 
 
@@ -130,19 +134,22 @@ KINDS = [
     "device-cpu",
     "simulated",
     pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda-graphs", marks=pytest.mark.gpu),
     pytest.param("tensorrt", marks=[pytest.mark.gpu, pytest.mark.tensorrt]),
 ]
 
 
-def open_kind(name: str) -> Kind:
-    """The kind of this name; skips the test, and says why, where this machine lacks it."""
+def open_kind(name: str, directory: Path) -> Kind:
+    """The kind of this name; skips the test, and says why, where this machine lacks it. The simulated one keeps its
+    kernels in the directory."""
     if name == "simulated":
         from tests.tensorrt.simulation import SimulatedGpu
 
-        return Kind(name=name, gpu=SimulatedGpu().gpu)
-    if name in ("cuda", "tensorrt") and (reason := probe_driver()):
+        simulated = SimulatedGpu()
+        return Kind(name=name, gpu=replace(simulated.gpu, compiler=simulated.compiler(directory)))
+    if name in ("cuda", "cuda-graphs", "tensorrt") and (reason := probe_driver()):
         pytest.skip(f"no GPU: {reason}")
-    if name == "cuda":
+    if name in ("cuda", "cuda-graphs"):
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -17,8 +17,9 @@ import pytest
 from cllm_export.bundle import Bundle
 from cllm_export.runtime.batch import decode_batch
 from cllm_export.runtime.engine import Engine, Forward
-from cllm_export.runtime.generate import Method
+from cllm_export.runtime.generate import Method, Model, Options
 from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.text import TextCodec
 from tests.acceptance.subjects import BLOCK_SIZES, KINDS, Kind, Subject, open_kind
 from tests.conftest import THREADS, Workshop
 from tests.fakes import PAD
@@ -39,8 +40,8 @@ MEMORY_SLACK = 16 << 20
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return open_kind(request.param)
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
+    return open_kind(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -118,6 +119,23 @@ def decode(engine: Engine, prompts: list[list[int]], method: Method, size: int, 
         pad_token_id=PAD,
     )
     return [[token for record in records for token in record.new] for records in decoded]
+
+
+@pytest.mark.parametrize("count", [1, 8, 100])
+def test_the_loop_on_the_device_gives_the_tokens_of_the_loop_on_the_host(
+    kind: Kind, single: Subject, bundle: Bundle, count: int
+):
+    """Through one engine, recorded graphs and new ones; with fewer waits of the host."""
+    if kind.gpu is None:
+        pytest.skip("of TensorRT's engine alone")
+    options: Options = {"method": "jacobi", "block_size": 16, "max_new_tokens": 100, "ignore_eos": True}
+    with Model(bundle.manifest, single.engine, TextCodec.of_bundle(bundle)) as model:
+        expected = model.generate([*range(3, 40)], **options)
+        for _ in range(3):
+            found = model.generate([*range(3, 40)], **options, forwards_per_sync=count)
+            assert (found.token_ids, found.forwards) == (expected.token_ids, expected.forwards)
+        assert found.statistics.on_device is not None
+        assert found.statistics.on_device.num_syncs <= -(-found.statistics.forwards // count) + 1
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,13 @@ import pytest
 
 from cllm_export.cuda import Cuda, open_cuda, probe_driver
 from cllm_export.errors import WhileGraphError
+from cllm_export.runtime import commit_kernel
 from cllm_export.runtime.condition_kernel import SET_CONDITIONAL
 from cllm_export.runtime.device_buffers import DeviceMemory, HostBuffer
 from cllm_export.runtime.device_kernel import Compiler, DeviceKernel, import_compiler
+from cllm_export.runtime.device_loop import follow
+from cllm_export.runtime.launch_copy import LaunchCopy
+from cllm_export.runtime.request import Decode, make_decoder
 from cllm_export.runtime.while_graph import WhileGraph
 
 INT32 = 4
@@ -53,6 +59,10 @@ class Device:
     count: DeviceKernel
     numbers: HostBuffer
     address: int
+    memory: DeviceMemory
+    owned: contextlib.ExitStack
+    """Frees what a test makes here."""
+    load: Callable[..., DeviceKernel]
 
     def read(self) -> list[int]:
         """[total, step, turns]."""
@@ -108,6 +118,9 @@ def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
             count=DeviceKernel(compiler, source=COUNT, name=b"count", kinds=(pointer, number, handle), **options),
             numbers=memory.host(3, np.dtype(np.int32)),
             address=memory.device(3 * INT32),
+            memory=memory,
+            owned=owned,
+            load=functools.partial(DeviceKernel, compiler, **options),
         )
 
 
@@ -154,3 +167,89 @@ def test_a_body_that_fails_leaves_the_stream_as_it_was(device: Device):
         WhileGraph(device.cuda, device.stream, fail)
     device.write(1, 2, 3)
     assert device.read() == [1, 2, 3]
+
+
+def test_what_a_launch_gave_is_read_while_the_next_one_may_run(device: Device):
+    copies = [LaunchCopy(device.cuda, device.owned, {"numbers": (3, np.int32)}) for _ in range(2)]
+    device.write(0, 7, 0)
+    with contextlib.closing(WhileGraph(device.cuda, device.stream, device.body(1000))) as graph:
+        for copy in copies:
+            graph.launch()
+            copy.enqueue({"numbers": device.address}, device.stream)
+        copies[0].wait()
+        assert copies[0]["numbers"].tolist() == [7000, 7, 1000]
+        copies[1].wait()
+        assert copies[1]["numbers"].tolist() == [7007, 7, 1001]
+
+
+class CommitBuffers:
+    """What the commit kernel reads and writes, on the device, with predictions that a test makes up."""
+
+    slots, size, ring_size = 3, 4, 2
+    ends = (1, 2)
+
+    def __init__(self, device: Device, *, limit: int) -> None:
+        self._device = device
+        self._kernel = device.load(source=commit_kernel.SOURCE, name=commit_kernel.NAME, kinds=commit_kernel.KINDS)
+        block = self.slots * self.size
+        wide = {"next_ids": block, "num_accepted": self.slots, "input_ids": block, "num_committed": self.slots}
+        narrow = {"left": self.slots, "turns": self.slots, "eos": len(self.ends)}
+        narrow["ring"] = self.slots * self.ring_size * (1 + self.size)
+        self._host = {name: device.memory.host(count, np.dtype(np.int64)) for name, count in wide.items()}
+        self._host["write_index"] = device.memory.host(self.slots, np.dtype(np.int64))
+        self._host |= {name: device.memory.host(count, np.dtype(np.int32)) for name, count in narrow.items()}
+        self.addresses = {name: device.memory.device(host.array.nbytes) for name, host in self._host.items()}
+        self.copy = LaunchCopy(
+            device.cuda,
+            device.owned,
+            {name: (host.array.size, host.array.dtype.type) for name, host in self._host.items()},
+        )
+        self.write("num_committed", [1] * self.slots)
+        self.write("write_index", range(self.slots))
+        self.write("left", [limit] * self.slots)
+        self.write("turns", [0] * self.slots)
+        self.write("eos", self.ends)
+
+    def write(self, name: str, values: Any) -> None:
+        host, device = self._host[name], self._device
+        host.array[:] = list(values)
+        device.cuda.copy(self.addresses[name], host.address, host.array.nbytes, "to device", device.stream)
+        device.cuda.synchronize(device.stream)
+
+    def commit(self, fill: int) -> None:
+        numbers = (len(self.ends), self.size, self.ring_size, fill, self.slots)
+        pointers = [self.addresses[name] for name in commit_kernel.POINTERS]
+        self._kernel.launch(self._device.stream, (*pointers, *numbers), threads=32)
+        self.copy.enqueue(self.addresses, self._device.stream)
+        self.copy.wait()
+
+
+@pytest.mark.parametrize("fill", ["pad", "repeat"])
+@pytest.mark.parametrize("limit", [1, 9, 40])
+def test_the_commit_kernel_is_the_policy_of_the_loop_on_the_host(device: Device, fill: str, limit: int):
+    """Block, write index, ring and end of three slots, forward by forward, over predictions that were made up."""
+    buffers, generator = CommitBuffers(device, limit=limit), random.Random(limit)
+    decodes = [
+        Decode(
+            make_decoder("jacobi", [9] * (1 + slot), fill=fill, seed=0, pad_token_id=0),
+            max_new_tokens=limit,
+            eos_token_ids=buffers.ends,
+        )
+        for slot in range(buffers.slots)
+    ]
+    for _ in range(12):
+        running = [decode.finish == "closed" for decode in decodes]
+        read = [len(decode.records) for decode in decodes]
+        buffers.write("next_ids", [generator.randrange(30) for _ in range(buffers.slots * buffers.size)])
+        buffers.write("num_accepted", [generator.randint(1, buffers.size) if runs else 0 for runs in running])
+        buffers.commit(0 if fill == "pad" else commit_kernel.REPEAT)
+        for slot, decode in enumerate(decodes):
+            sizes = {"ring_size": buffers.ring_size, "block_size": buffers.size}
+            follow(decode, buffers.copy.read_turns(slot, read[slot], **sizes), buffers.size)
+            assert len(decode.records) == read[slot] + running[slot]
+            goes_on = decode.finish == "closed"
+            assert bool(buffers.copy["left"][slot]) == bool(buffers.copy["num_committed"][slot]) == goes_on
+            if goes_on:
+                block = buffers.copy["input_ids"].reshape(buffers.slots, -1)[slot].tolist()
+                assert block == decode.next_block(buffers.size).tokens
+                assert buffers.copy["write_index"][slot] == decode.write_index

@@ -292,3 +292,13 @@ def test_the_trained_demo_decodes_several_tokens_a_forward(workshop: Workshop):
     assert ours.token_ids == theirs.token_ids
     assert ours.token_ids[-1] == EOS
     assert ours.statistics.tokens_per_forward > 2
+
+
+def test_a_closed_model_has_dropped_its_cache_and_leaves_the_module_to_its_owner(workshop: Workshop):
+    module, model = live(workshop, "llama")
+    with model:
+        expected = model.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).token_ids
+    with pytest.raises(EngineError, match="this engine is closed"):
+        model.engine.forward([[5, 6]], [1], [0])
+    again = model_around(module, open_checkpoint(workshop.checkpoint("llama")))
+    assert again.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).token_ids == expected

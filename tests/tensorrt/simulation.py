@@ -1,9 +1,10 @@
 """A GPU in host memory: what stands behind the doubles, so that plans and engines run and give real tokens.
 
-Device memory is host memory with bounds, a stream is a queue that runs when it is synchronized, a captured graph is
-the list of what was enqueued. A plan holds the parsed graph, and running it is ONNX Runtime on the CPU over the
-addresses that the context was given. It is far from a GPU in time and arithmetic, and strict where a GPU is silent:
-memory that is not there, shapes outside a profile, outputs read too early and caches apart all fail.
+Device memory is host memory with bounds, a stream is a queue that runs when it is waited for (or at once, where the
+device is to be ahead of the host), a captured graph is the list of what was enqueued. A plan holds the parsed graph,
+and running it is ONNX Runtime on the CPU over the addresses that the context was given. It is far from a GPU in time
+and arithmetic, and strict where a GPU is silent: memory that is not there, shapes outside a profile, outputs read too
+early and caches apart all fail.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,15 @@ class Node(NamedTuple):
     kind: str
     run: Thunk
     inner: int | None = None
+
+
+@dataclass
+class Marks:
+    """Of an event: how often it was recorded, where last, and how far that stream has come."""
+
+    put: int = 0
+    reached: int = 0
+    stream: int = 0
 
 
 class HostMemory(bytes):
@@ -71,12 +82,18 @@ class SimulatedCuda:
         self.captures: dict[int, list[Node]] = {}
         self.graphs: dict[int, list[Node]] = {}
         self.captured_into: dict[int, Handle] = {}
+        self.events: dict[int, Marks] = {}
+        self.is_ahead = False
+        """Whether a stream runs what it is given at once; else when somebody waits, and no further than he waits for.
+        A device is somewhere between, so that what is right in both is right."""
         self.nodes: dict[int, Node] = {}
         """By handle, those that were asked about."""
         self.bodies: dict[int, list[int]] = {}
         """Graph -> the bodies that it owns."""
         self.conditions: dict[int, list[int]] = {}
         """Handle of a conditional node -> (its graph, its value at launch, its value)."""
+        self.left_behind: list[int] = []
+        """Of each wait for an event, what the stream still had to do when it was over."""
         self.body_runs = 0
         self.runtime_version = 0
         self.broken: set[str] = set()
@@ -92,7 +109,7 @@ class SimulatedCuda:
 
     def is_empty(self) -> bool:
         """Whether everything that was made is gone."""
-        return not (self.device or self.host or self.queues or self.captures or self.graphs)
+        return not (self.device or self.host or self.queues or self.captures or self.graphs or self.events)
 
     def require_device(self, address: int, size: int) -> None:
         for start, memory in self.device.items():
@@ -103,8 +120,15 @@ class SimulatedCuda:
     def enqueue(self, stream: Any, thunk: Thunk, kind: str = "Kernel", inner: int | None = None) -> None:
         if int(stream) in self.captures:
             self.captures[int(stream)].append(Node(kind, thunk, inner))
-        else:
-            self.queues[int(stream)].append(thunk)
+            return
+        self.queues[int(stream)].append(thunk)
+        if self.is_ahead:
+            self._drain(int(stream))
+
+    def _drain(self, stream: int) -> None:
+        queue = self.queues[stream]
+        while queue:
+            queue.pop(0)()
 
     def _take(self, owner: dict[int, Any], what: str, handle: Any) -> Any:
         if int(handle) not in owner:
@@ -188,12 +212,42 @@ class SimulatedCuda:
     def cudaStreamSynchronize(self, cuda: CudaDouble, stream: Any) -> None:
         if int(stream) in self.captures:
             raise Nonconforming("a capturing stream was synchronized")
-        queue = self.queues[int(stream)]
-        while queue:
-            queue.pop(0)()
+        self._drain(int(stream))
 
     def cudaStreamDestroy(self, cuda: CudaDouble, stream: Any) -> None:
         self._take(self.queues, "stream", stream)
+
+    def cudaEventCreateWithFlags(self, cuda: CudaDouble, flags: int) -> Handle:
+        if flags != cuda.cudaEventDisableTiming:
+            raise Nonconforming("an event that takes the time costs it")
+        handle = self._handle()
+        self.events[int(handle)] = Marks()
+        return handle
+
+    def cudaEventRecord(self, cuda: CudaDouble, event: Any, stream: Any) -> None:
+        marks = self.events[int(event)]
+        if int(stream) in self.captures:
+            raise Nonconforming("an event of a capture cannot be waited for")
+        marks.put += 1
+        marks.stream = int(stream)
+
+        def run(number: int = marks.put) -> None:
+            marks.reached = number
+
+        self.enqueue(stream, run, "EventRecord")
+
+    def cudaEventSynchronize(self, cuda: CudaDouble, event: Any) -> None:
+        marks = self.events[int(event)]
+        if not marks.put:
+            raise Nonconforming("an event was waited for that nobody recorded: CUDA does not wait then")
+        while marks.reached < marks.put:
+            self.queues[marks.stream].pop(0)()
+        self.left_behind.append(len(self.queues[marks.stream]))
+
+    def cudaEventDestroy(self, cuda: CudaDouble, event: Any) -> None:
+        marks = self._take(self.events, "event", event)
+        if marks.reached < marks.put:
+            raise Nonconforming("an event was destroyed that the stream has not come to")
 
     def cudaStreamBeginCapture(self, cuda: CudaDouble, stream: Any, mode: Any) -> None:
         self.captures[int(stream)] = []

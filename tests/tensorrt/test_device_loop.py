@@ -52,10 +52,11 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @properties
 @given(data=st.data())
 def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.DataObject):
-    """Any predictions and counts, several slots at once: block, write index, tokens and end are the policy's own."""
+    """Any predictions and counts, several slots at once: block, write index and end are the policy's own, and the ring
+    holds what the policy was given."""
     slots, n, limit = (data.draw(st.integers(1, most)) for most in (3, 6, 20))
     fill = data.draw(st.sampled_from(["pad", "repeat"]))
-    eos, ring_size = [1, 2], 64
+    eos, ring_size = [1, 2], 3
     decodes = [
         Decode(
             SlidingJacobi(last_token=9, write_index=slot, fill=make_fill(fill, prompt=[9], pad_token_id=0, seed=0)),
@@ -66,15 +67,15 @@ def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.
     ]
     blocks = np.array([decode.next_block(n).tokens for decode in decodes], np.int64)
     committed, write_index = np.ones(slots, np.int64), np.arange(slots, dtype=np.int64)
-    left, emitted = np.full(slots, limit, np.int32), np.zeros(slots, np.int32)
-    ring, ends = np.zeros((slots, ring_size), np.int32), np.array(eos, np.int32)
+    left, turns = np.full(slots, limit, np.int32), np.zeros(slots, np.int32)
+    ring, ends = np.zeros((slots, ring_size, 1 + n), np.int32), np.array(eos, np.int32)
     for _ in range(4):
         next_ids = np.array(
             data.draw(st.lists(st.lists(st.integers(0, 12), min_size=n, max_size=n), min_size=slots, max_size=slots)),
             np.int64,
         )
         accepted = np.array([data.draw(st.integers(1, n)) if one else 0 for one in committed], np.int64)
-        arrays = (next_ids, accepted, blocks, committed, write_index, left, emitted, ring, ends)
+        arrays = (next_ids, accepted, blocks, committed, write_index, left, turns, ring, ends)
         for thread in range(slots + 2):
             kernel(
                 thread,
@@ -84,8 +85,10 @@ def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.
         for slot, decode in enumerate(decodes):
             if decode.finish == "closed":
                 decode.take(next_ids[slot].tolist(), int(accepted[slot]))
-            tokens = [token for record in decode.records for token in record.new]
-            assert ring[slot, : emitted[slot]].tolist() == tokens
+                entry = ring[slot, (turns[slot] - 1) % ring_size].tolist()
+                assert entry == [int(accepted[slot]), *next_ids[slot].tolist()]
+            assert turns[slot] == len(decode.records), "a slot that has ended tells nothing more"
+            assert bool(left[slot]) == (decode.finish == "closed")
             assert bool(committed[slot]) == (decode.finish == "closed")
             if decode.finish == "closed":
                 assert blocks[slot].tolist() == decode.next_block(n).tokens

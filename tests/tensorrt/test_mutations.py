@@ -120,10 +120,12 @@ def run(bundle: Bundle) -> list[Any]:
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    modules = (cuda, trt_graph, trt_engine, plan_module)
+    """Every module as it was: the very classes, which others have imported and ask after."""
+    before = {module: dict(vars(module)) for module in (cuda, trt_graph, trt_engine, plan_module)}
     yield
-    for module in modules:
-        importlib.reload(module)
+    for module, content in before.items():
+        vars(module).clear()
+        vars(module).update(content)
 
 
 def apply(mutation: Mutation) -> None:
