@@ -17,6 +17,7 @@ import pytest
 
 from cllm_export.bundle import Bundle, open_bundle
 from cllm_export.runtime.generate import Model, load
+from cllm_export.runtime.latency_file import LATENCY_NAME
 from tests.checkpoints import MAX_POSITIONS, VARIANTS, Variant, make_checkpoint
 from tests.remembered_traces import remember_traces
 
@@ -109,8 +110,8 @@ class Workshop:
         return self._once(("stock", name), load_stock)
 
     def copy(self, bundle: Bundle, target: Path) -> Bundle:
-        """A bundle that a test may change."""
-        shutil.copytree(bundle.path, target)
+        """A bundle that a test may change, without what ``bench`` may have measured of the shared one."""
+        shutil.copytree(bundle.path, target, ignore=shutil.ignore_patterns(LATENCY_NAME))
         return open_bundle(target)
 
     def build(self, checkpoint: Path, **options: Any) -> Bundle:
