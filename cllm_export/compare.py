@@ -76,7 +76,7 @@ class Timing:
 
     @property
     def expected(self) -> float:
-        """TPF(n) / T(n) in tokens per second: what settings of several bundles are told apart by."""
+        """TPF(n) / T(n) in tokens per second: what bare forwards, one like the other, would come to."""
         return self.tokens_per_forward / self.milliseconds * 1e3
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def compare(
     options = options or CompareOptions()
     _check(bundles)
     run = _Run(bundles, prompts, options, progress or (lambda *_: None))
-    timings = sorted(run.timings(), key=lambda timing: -timing.expected)
+    timings = sorted(run.timings(), key=lambda timing: -timing.tokens_per_second)
     return {
         "machine": describe_machine(options.threads),
         "prompts": len(prompts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,18 @@ from cllm_export.runtime.generate import Generation, Model
 from cllm_export.runtime.statistics import ForwardRecord, stationary_positions
 from cllm_export.verify import Parity
 
-OUT = Console(highlight=False, soft_wrap=True)
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+PIPE_WIDTH = 200
+"""Columns where there is no terminal to ask: no table of ours needs more, and a wrapped one is hard to read."""
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
+
+
+OUT, ERR = _console(stderr=False), _console(stderr=True)
 
 FAST_FORWARDED, ACCEPTED, STATIONARY, REJECTED = "green", "bold white on green", "yellow", "dim"
 MARKS = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("skip", "yellow")}

@@ -121,7 +121,7 @@ def _in_a_word(report: Mapping[str, Any]) -> str:
     if report["timings"]:
         settings = report["timings"]["settings"]
         plain = next(entry for entry in settings if entry["name"] == UNQUANTISED)
-        gain = settings[0]["expected_tokens_per_second"] / plain["expected_tokens_per_second"]
+        gain = settings[0]["tokens_per_second"] / plain["tokens_per_second"]
         words.append(
             f"{gain:.2f}x the unquantised bundle's tokens per second, at n = {settings[0]['block_size']}"
             if chosen

@@ -7,6 +7,7 @@ change to a weight is a change to its ``WeightSource``, carried out when weights
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,9 @@ from cllm_export.exporter.trace import TRACE_DOMAIN
 log = logging.getLogger(__name__)
 
 Pass = Callable[[DecoderGraph], None]
+
+_UNNAMED = re.compile(r"val_\d+")
+"""How the tracer and the graph's own authority name what nobody named: by a count of everything so far."""
 
 
 def run_passes(graph: DecoderGraph, passes: Sequence[Pass] | None = None) -> None:
@@ -308,10 +312,22 @@ def state_contract(
             if value.name not in kept:
                 value.name = f"{node.name}_{position}"
             value.shape, value.type = None, None
+    _number_constants(graph.graph)
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         if spec := specs.get(str(value.name)):
             value.shape = ir.Shape(spec.shape)
     graph.model.metadata_props.clear()
+
+
+def _number_constants(graph: ir.Graph) -> None:
+    """Number the constants that the tracer or a pass left unnamed as nodes first read them."""
+    unnamed = {name: value for name, value in graph.initializers.items() if _UNNAMED.fullmatch(name)}
+    read = dict.fromkeys(value for node in graph for value in node.inputs if value in set(unnamed.values()))
+    for name in unnamed:
+        del graph.initializers[name]
+    for index, value in enumerate(read):
+        value.name = f"constant_{index}"
+        graph.register_initializer(value)
 
 
 def pin_shapes(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes) -> None:
