@@ -29,6 +29,9 @@ MAX_CREDIT = 60.0
 """Such forwards that can be saved up, at most."""
 FAVOUR_OF_ONE = 1.02
 """By what factor drafts must be expected to pay: less than that is within the error of what is known."""
+FAVOUR_OF_TRAINED = 1.04
+"""And by what factor the size that a model was trained with: tuning made it the best one, and what a few forwards say
+of two neighbouring sizes is off by as much."""
 WORTH_A_CHANGE = 1.02
 """Expected gain below which a size is kept."""
 
@@ -118,8 +121,9 @@ class SizeChooser:
         """A new spell: of the best size, or a trial of another."""
         rates = self._rates(records)
         expected = rates.expected
-        best = max(self._sizes, key=lambda size: expected[size] * (FAVOUR_OF_ONE if size == 1 else 1))
-        if expected[best] <= expected[self._size] * WORTH_A_CHANGE:
+        value = {size: expected[size] * self._favour(size) for size in self._sizes}
+        best = max(self._sizes, key=value.__getitem__)
+        if value[best] <= value[self._size] * WORTH_A_CHANGE:
             best = self._size
         self._best_rate = expected[best]
         trial = self._pick_trial(rates, best)
@@ -127,6 +131,11 @@ class SizeChooser:
         stays_at_one = trial is None and best == self._size == 1
         self._spell = min(2 * self._spell, LONG_SPELL) if stays_at_one else SPELL
         self._size, self._num_left = (best, self._spell) if trial is None else (trial, TRIAL)
+
+    def _favour(self, size: int) -> float:
+        if size == 1:
+            return FAVOUR_OF_ONE
+        return FAVOUR_OF_TRAINED if size == self._first else 1.0
 
     def _pick_trial(self, rates: _Rates, best: int) -> int | None:
         """The cheapest trial of a size that may be better than the best known, where there is credit for it."""
