@@ -20,7 +20,7 @@ from statistics import median
 
 def measure(checkpoint: Path, output: Path) -> dict[str, float]:
     """One build: seconds, and its peaks in GB."""
-    command = [sys.executable, "-m", "cllm_export.cli", "build", str(checkpoint), "--output", str(output), "--force"]
+    command = [sys.executable, "-m", "cllm_export", "build", str(checkpoint), "--output", str(output), "--force"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     resident = anonymous = 0

@@ -49,7 +49,7 @@ def main() -> None:
     common += ["--threads", str(args.threads), "--repeats", "3"]
     genai = [str(args.genai_python), str(HERE / "peers" / "genai.py"), "--model", str(args.genai_model)]
     genai += ["--checkpoint", str(args.checkpoint), *common]
-    bench = [sys.executable, "-m", "cllm_export.cli", "bench", str(args.bundle), *common]
+    bench = [sys.executable, "-m", "cllm_export", "bench", str(args.bundle), *common]
     rounds = []
     for number in range(args.rounds):
         peer = run_json(genai, args.threads, args.core)

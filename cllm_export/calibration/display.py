@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cllm_export.compare import UNQUANTISED
+from cllm_export.calibration.compare import UNQUANTISED
 from cllm_export.display import OUT, show_comparison
 
 MAX_SHOWN = 10

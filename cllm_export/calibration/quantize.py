@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm_export.bundle import Bundle, Progress, check_output, open_bundle, output_error, require_one_of, staged_output
+from cllm_export.calibration.compare import UNQUANTISED, CompareOptions, compare
 from cllm_export.calibration.fake_quantization import FakeQuantization
 from cllm_export.calibration.fit import Budget, Builder, Fit, fit
 from cllm_export.calibration.measured import HeldOutOptions, Losses
 from cllm_export.calibration.sensitivity import StandIn
-from cllm_export.compare import UNQUANTISED, CompareOptions, compare
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.questions import Question
 from cllm_export.extras import needs_extra

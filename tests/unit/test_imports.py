@@ -20,7 +20,7 @@ ALLOWED = {
     "errors": set(),
     "contract": {"errors"},
     "linked": {"errors"},
-    "quantization": {"contract"},
+    "quantization": {"contract", "errors"},
     "bundle": {"contract", "errors", "linked", "quantization"},
     "extras": {"errors"},
     "prompts": {"errors"},
@@ -33,7 +33,6 @@ ALLOWED = {
     "doctor": {"cuda", "errors", "tensorrt_library"},
     "runtime": {"bundle", "contract", "cuda", "errors", "plans", "prompts", "runtime", "tensorrt_library"},
     "scales": {"bundle", "contract", "errors", "linked"},
-    "compare": {"bundle", "contract", "errors", "prompts", "runtime"},
     "calibration": {
         "__version__",
         "bundle",

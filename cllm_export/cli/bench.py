@@ -1,0 +1,140 @@
+"""`bench` and `compare`: times on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cllm_export import display
+from cllm_export.bundle import open_bundle
+from cllm_export.cli.app import app
+from cllm_export.cli.options import (
+    BlockSizeOption,
+    BundleArgument,
+    CheckpointOption,
+    DraftModelOption,
+    GuessesOption,
+    LimitOption,
+    MaxNewTokensOption,
+    NGramOption,
+    PromptsOption,
+    ReportOption,
+    SourcesOption,
+    ThreadsOption,
+    WindowOption,
+    require_use,
+    write_text,
+)
+from cllm_export.errors import OptionError, OutputError
+from cllm_export.extras import needs_extra
+from cllm_export.prompts import read_prompts
+from cllm_export.runtime.generate import METHODS, Method
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    prompts: PromptsOption = None,
+    checkpoint: CheckpointOption = None,
+    method: Annotated[
+        Method | None,
+        typer.Option("--method", help="Only this one, beside autoregressive; by default every loop but lookahead."),
+    ] = None,
+    block_size: BlockSizeOption = None,
+    fill: SourcesOption = None,
+    draft_model: DraftModelOption = None,
+    window: WindowOption = None,
+    ngram: NGramOption = None,
+    guesses: GuessesOption = None,
+    sweep: Annotated[str, typer.Option("--sweep", help="Further block sizes for the sliding loop: 4,8,12.")] = "",
+    max_new_tokens: MaxNewTokensOption = 128,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes; medians are reported.")] = 3,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: ReportOption = None,
+) -> None:
+    """Time every loop on real prompts, interleaved, and the forward at every block size."""
+    from cllm_export.bench import BenchOptions, run_bench
+
+    if limit is not None and prompts is None:
+        raise OptionError("--limit needs --prompts")
+    require_use(draft_model, method or "speculative", fill)
+    options = BenchOptions(
+        methods=_methods_to_time(method, has_draft_model=draft_model is not None),
+        block_size=block_size,
+        lookahead={
+            name: given
+            for name, given in (("window", window), ("ngram", ngram), ("guesses", guesses))
+            if given is not None
+        },
+        fill=fill,
+        draft_model=draft_model,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        repeats=repeats,
+        sweep=_parse_sizes(sweep),
+    )
+    opened = open_bundle(bundle)
+    if as_json and (as_json.is_dir() or not as_json.absolute().parent.is_dir()):
+        raise OutputError(f"cannot write the report to {as_json}: give a file in a directory that exists")
+    given = read_prompts(prompts, limit=limit) if prompts else ()
+    with display.progress_bar() as progress, needs_extra("export"):
+        report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)
+    if as_json:
+        write_text(as_json, json.dumps(report, indent=2) + "\n")
+    display.show_bench(report)
+
+
+@app.command()
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles of one model.", show_default=False)],
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    block_sizes: Annotated[
+        list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes; medians are reported.")] = 5,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: ReportOption = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of TPF against time.")] = None,
+) -> None:
+    """Say which of several bundles decodes fastest on this machine, and at which block size."""
+    from cllm_export.calibration.compare import CompareOptions
+    from cllm_export.calibration.compare import compare as run
+    from cllm_export.calibration.plots import check_plots, plot_trade_off
+    from cllm_export.evaluation.report_file import check_report_path, write_report
+
+    if as_json:
+        check_report_path(as_json)
+    check_plots(plots)
+    options = CompareOptions(
+        sizes=tuple(block_sizes or ()), max_new_tokens=max_new_tokens, rounds=rounds, threads=threads
+    )
+    opened, given = [open_bundle(path) for path in bundles], read_prompts(prompts, limit=limit)
+    with display.progress_bar() as progress:
+        report = run(opened, given, options, progress=progress)
+    if as_json:
+        write_report(as_json, report)
+    if plots:
+        plot_trade_off(report["settings"], plots)
+    display.show_comparison(report)
+
+
+def _methods_to_time(method: Method | None, *, has_draft_model: bool) -> tuple[Method, ...]:
+    """The baseline and the method asked for, else every loop: speculative decoding where a draft model is given."""
+    from cllm_export.bench import DEFAULT_METHODS
+
+    if method:
+        return (method,) if method == "autoregressive" else (method, "autoregressive")
+    return METHODS if has_draft_model else DEFAULT_METHODS
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise OptionError(f"--sweep must be block sizes such as 4,8,12, got {text!r}") from None

@@ -1,0 +1,179 @@
+"""`calibrate`, `convergence` and `quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cllm_export import display
+from cllm_export.bundle import open_bundle
+from cllm_export.cli.app import app
+from cllm_export.cli.options import (
+    BlockSizeOption,
+    BundleArgument,
+    FillOption,
+    LimitOption,
+    MaxNewTokensOption,
+    QuantizeForOption,
+    ReportOption,
+    ThreadsOption,
+    write_text,
+)
+from cllm_export.quantization import SCHEMES
+
+
+@app.command()
+def calibrate(
+    bundle: BundleArgument,
+    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.", show_default=False)],
+    mix: Annotated[
+        float, typer.Option("--mix", help="Share of the rows that come from block states; the rest is clean text.")
+    ] = 0.5,
+    num_rows: Annotated[int, typer.Option("--rows", help="Rows to observe, at most.")] = 16384,
+    gram: Annotated[bool, typer.Option("--gram", help="Gram matrices too, for GPTQ: a large file.")] = False,
+    block_size: BlockSizeOption = None,
+    fill: FillOption = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the rows that are drawn, and of fills.")] = 0,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing scales file.")] = False,
+    as_json: ReportOption = None,
+) -> None:
+    """See what the linear layers see while a bundle decodes, for `build --scales`. Run it again to go on."""
+    from cllm_export.calibration.calibrate import CalibrateOptions
+    from cllm_export.calibration.calibrate import calibrate as run
+    from cllm_export.calibration.display import show_calibration
+
+    options = CalibrateOptions(
+        mix=mix,
+        num_rows=num_rows,
+        gram=gram,
+        block_size=block_size,
+        fill=fill,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        threads=threads,
+    )
+    with display.progress_bar() as progress:
+        report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
+    if as_json:
+        write_text(as_json, json.dumps(report, indent=2) + "\n")
+    show_calibration(report)
+
+
+@app.command()
+def convergence(
+    bundles: Annotated[list[Path], typer.Argument(help="Quantised bundles.", show_default=False)],
+    against: Annotated[Path, typer.Option("--against", help="The unquantised bundle.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="Held-out prompts; with answers, if any.", show_default=False)
+    ],
+    block_size: BlockSizeOption = None,
+    fill: FillOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    as_json: ReportOption = None,
+) -> None:
+    """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
+    from cllm_export.calibration.convergence import measure_convergence
+    from cllm_export.calibration.display import show_convergence
+    from cllm_export.calibration.measured import HeldOutOptions
+    from cllm_export.evaluation.questions import read_questions
+    from cllm_export.evaluation.report_file import check_report_path, write_report
+
+    if as_json:
+        check_report_path(as_json)
+    options = HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads)
+    opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
+    questions = read_questions(prompts, limit=limit)
+    with display.progress_bar() as progress:
+        report = measure_convergence(opened, candidates, questions, options, progress=progress)
+    if as_json:
+        write_report(as_json, report)
+    show_convergence(report)
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
+    against: Annotated[Path, typer.Option("--against", help="Its unquantised fp32 bundle.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="Held-out prompts, on which forwards are counted.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    precision: Annotated[
+        list[str],
+        typer.Option(
+            "--precision",
+            metavar="|".join(SCHEMES),
+            help="How linear layers are quantised; several: the fastest here is chosen.",
+        ),
+    ],
+    max_tpf_loss: Annotated[
+        str, typer.Option("--max-tpf-loss", help="Share of the tokens per forward that may be lost.")
+    ] = "3%",
+    max_quality_loss: Annotated[
+        str | None,
+        typer.Option(
+            "--max-quality-loss",
+            help="Share of the score that may be lost: execution match, exact match, or equal texts without answers.",
+        ),
+    ] = None,
+    quantize_block: Annotated[
+        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    ] = None,
+    quantize_for: QuantizeForOption = None,
+    scales: Annotated[Path | None, typer.Option("--scales", help="What `calibrate` wrote.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure every layer even if the budget holds without.")
+    ] = False,
+    block_size: BlockSizeOption = None,
+    fill: FillOption = None,
+    max_new_tokens: MaxNewTokensOption = 128,
+    limit: LimitOption = None,
+    threads: ThreadsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: ReportOption = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of the sensitivity.")] = None,
+) -> None:
+    """Quantise as many layers as a budget allows, choose the fastest of several precisions, and say why."""
+    from cllm_export.calibration.display import show_choice
+    from cllm_export.calibration.fit import Budget, parse_share
+    from cllm_export.calibration.measured import HeldOutOptions
+    from cllm_export.calibration.plots import check_plots, plot_choice
+    from cllm_export.calibration.quantize import FitOptions, parse_schemes
+    from cllm_export.calibration.quantize import quantize as run
+    from cllm_export.evaluation.questions import read_questions
+    from cllm_export.evaluation.report_file import check_report_path, write_report
+
+    if as_json:
+        check_report_path(as_json)
+    check_plots(plots)
+    options = FitOptions(
+        schemes=parse_schemes(precision),
+        budget=Budget(
+            tpf=parse_share("--max-tpf-loss", max_tpf_loss),
+            quality=None if max_quality_loss is None else parse_share("--max-quality-loss", max_quality_loss),
+        ),
+        block_size=quantize_block,
+        engine=quantize_for,
+        scales=scales,
+        always_rank=sensitivity or plots is not None,
+        held_out=HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads),
+    )
+    questions = read_questions(prompts, limit=limit)
+    with display.progress_bar() as progress:
+        chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)
+    report = chosen.to_dict()
+    if as_json:
+        write_report(as_json, report)
+    if plots:
+        plot_choice(report, plots)
+    show_choice(str(output), report)

@@ -1,0 +1,43 @@
+"""Where the command line starts: errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from cllm_export import display
+from cllm_export.cli.app import EXIT_DEFECT, EXIT_ERROR, app
+from cllm_export.errors import CllmExportError
+
+
+def main() -> None:
+    """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
+    debug = _take_debug_flag(sys.argv)
+    try:
+        app()
+    except CllmExportError as error:
+        _fail(str(error), EXIT_ERROR, error if debug else None)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"the system refused: {error.strerror or error}{where}", EXIT_ERROR, error if debug else None)
+    except Exception as error:
+        message = (
+            f"{type(error).__name__}: {error}; this is a defect of cllm-export: run again with --debug and report it"
+        )
+        _fail(message, EXIT_DEFECT, error if debug else None)
+
+
+def _take_debug_flag(argv: list[str]) -> bool:
+    """Remove --debug from anywhere before a bare ``--``."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    debug = "--debug" in argv[:end]
+    argv[:end] = [argument for argument in argv[:end] if argument != "--debug"]
+    return debug
+
+
+def _fail(message: str, code: int, cause: BaseException | None = None) -> None:
+    if cause is not None:
+        traceback.print_exception(cause)
+    display.ERR.print("[bold red]error:[/bold red]", end=" ")
+    display.ERR.print(message, markup=False)
+    sys.exit(code)

@@ -1,0 +1,109 @@
+"""Options that several commands have, so that they are spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cllm_export.bundle import FillName
+from cllm_export.errors import OptionError, OutputError
+from cllm_export.quantization import Engine as QuantizedFor
+from cllm_export.runtime.draft import SOURCES, parse_fill
+from cllm_export.runtime.generate import Method
+
+
+def _check_fill(fill: str | None) -> str | None:
+    try:
+        if fill is not None:
+            parse_fill(fill)
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from None
+    return fill
+
+
+BundleArgument = Annotated[Path, typer.Argument(help="A directory that `cllm-export build` wrote.", show_default=False)]
+
+
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="JSON Lines (`prompt` or `messages`, optional `id`, `answer`), or a prompt a line."),
+]
+
+
+CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
+
+
+BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
+
+
+QuantizeForOption = Annotated[
+    QuantizedFor | None, typer.Option("--quantize-for", help="int4: the engine of the graph; by default onnxruntime.")
+]
+
+
+BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
+
+
+ChosenBlockSizeOption = Annotated[
+    str | None, typer.Option("--block-size", help="n, or auto: chosen forward by forward, the default of jacobi.")
+]
+
+
+ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
+
+
+SourcesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fill",
+        metavar="SOURCES",
+        help=f"Draft sources, asked in order: {', '.join(SOURCES)}, joined by +.",
+        callback=_check_fill,
+    ),
+]
+
+
+DraftModelOption = Annotated[
+    Path | None, typer.Option("--draft-model", help="Another bundle with the same tokenizer, for --fill model.")
+]
+
+
+FillOption = Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")]
+ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
+
+
+WindowOption = Annotated[int | None, typer.Option("--window", help="W of lookahead: columns of its window.")]
+
+
+NGramOption = Annotated[int | None, typer.Option("--ngram", help="N of lookahead: tokens of an n-gram.")]
+
+
+GuessesOption = Annotated[int | None, typer.Option("--guesses", help="G of lookahead: n-grams tried in a forward.")]
+
+
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most.")]
+
+
+def parse_block_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"--block-size must be an integer or auto, got {text!r}")
+    return int(text)
+
+
+def require_use(draft_model: Path | None, method: Method | None, fill: str | None) -> None:
+    """Refuse a draft model that nothing would ask."""
+    is_asked = "model" in parse_fill(fill) if fill else method == "speculative"
+    if draft_model and not is_asked:
+        raise OptionError("--draft-model needs --method speculative, or --fill with model among its sources")
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
