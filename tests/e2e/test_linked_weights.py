@@ -23,7 +23,10 @@ from tests.e2e.conftest import Cli, assert_refused, snapshot
 from tests.parity.compare import MARGIN_EPSILON as EPSILON
 from tests.parity.compare import assert_own_greedy_tokens, assert_same_tokens, random_prompts
 
-LINKED = ["llama", "llama-linear-bias-mqa", "mistral", "qwen2", "qwen3", "qwen3-untied-bias"]
+LINKED = [
+    *("llama", "llama-linear-bias-mqa", "qwen3-untied-bias"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2", "qwen3")),
+]
 """fp32 checkpoints: heads tied and not, biases, grouped and single keys, QK-norms, one file and shards."""
 
 

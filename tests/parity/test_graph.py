@@ -45,7 +45,15 @@ EXPORTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"precision": "fp16"}) for name in FP16),
 ]
 IDS = [f"{name}-{'-'.join(options)}" if options else name for name, options in EXPORTS]
-each_export = pytest.mark.parametrize(("name", "options"), EXPORTS, ids=IDS)
+SLOW = {f"{name}-precision" for name in FP16[:2]}
+"""Gemma 2 alone has fp16 in every run: it has all that is special about it."""
+each_export = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(*export, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, export in zip(IDS, EXPORTS, strict=True)
+    ],
+)
 
 DTYPES = {TensorProto.INT64: "int64", TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
