@@ -6,6 +6,7 @@ ceilings of. The product goes through the library whose forwards are measured, f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -74,7 +75,7 @@ def copy_on_host(threads: int, size: int = COPY_BYTES) -> Probe:
     """As ``copy_on_device``, of the processor's memory, by as many threads as the engine has."""
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
     bounds = [size * index // threads for index in range(threads + 1)]
-    parts = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
     pool = ThreadPoolExecutor(threads)
 
     def measure() -> dict[str, float]:
