@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -121,6 +121,7 @@ class Subject:
     cuda: Cuda | str
     """Or why there is none."""
     gpu: Gpu | None = None
+    models: dict[Form, Model] = field(default_factory=dict)
 
     def engine(self, form: Form) -> Engine:
         found = self.engines[form]
@@ -129,14 +130,21 @@ class Subject:
         return found
 
     def model(self, form: Form) -> Model:
-        """Reads every prompt anew."""
-        return Model(self.bundle.manifest, self.engine(form), TextCodec.of_bundle(self.bundle))
+        """One for each engine, since its loops on the device must go before that; it reads every prompt anew."""
+        if form not in self.models:
+            model = Model(self.bundle.manifest, self.engine(form), TextCodec.of_bundle(self.bundle))
+            self.models[form] = self.owned.enter_context(model)
+        return self.models[form]
 
 
 def open_subject(
     bundle: Bundle, provider: Provider, owned: ExitStack, *, slots: int | None, threads: int | None
 ) -> Subject:
-    """Raises: GpuError, PlanError, MissingExtraError, EngineError: the provider is not there, or not for this bundle."""
+    """A bundle on a provider.
+
+    Raises:
+        GpuError, PlanError, MissingExtraError, EngineError: the provider is not there, or not for this bundle.
+    """
     if provider == "tensorrt":
         return open_tensorrt(bundle, open_gpu(), owned)
     count = threads or available_threads()
@@ -267,8 +275,7 @@ def bare_forward(engine: TrtEngine, size: int, past: int, owned: ExitStack, *, i
     cuda, stream, extent = engine.cuda, engine.stream, engine.extent_for(past + size)
 
     def enqueue() -> None:
-        run = engine.enqueue_decode
-        run(size, extent)
+        engine.enqueue_decode(size, extent)
 
     if not is_graph:
         return enqueue
@@ -296,8 +303,6 @@ def probe_loop(subject: Subject, key: Key, settings: Settings) -> Probe:
     engine, model = subject.engine(key.form), subject.model(key.form)
     require_size(engine, key.size)
     prompt, options = some_prompt(engine, settings), loop_options(key.size, key.forwards_per_sync, settings)
-    if key.forwards_per_sync:
-        subject.owned.callback(model.close)  # its loops before the engine
 
     def measure() -> dict[str, float]:
         took = model.generate(prompt, **options).statistics
@@ -549,7 +554,9 @@ def decoding_rows(
             key, first = Key(name, form), Key("autoregressive", form)
             rate = samples.figure(key, "rate") if settings.prompts else "no --prompts were given"
             alone = samples.figure(first, "rate") if settings.prompts else rate
-            pairs = zip(texts.get(key, ()), texts.get(first, ()), strict=False)
+            differing = sum(
+                mine != other for mine, other in zip(texts.get(key, ()), texts.get(first, ()), strict=False)
+            )
             rows.append({
                 "cuda_graphs": form,
                 "method": name,
@@ -558,7 +565,7 @@ def decoding_rows(
                     rate if isinstance(rate, str) else samples.figure(key, "tokens_per_forward")
                 ),
                 "over_autoregressive": combine(lambda mine, alone: mine / alone, rate, alone),
-                "differing_sequences": sum(mine != other for mine, other in pairs),
+                "differing_sequences": spread(rate) if isinstance(rate, str) else differing,
             })  # fmt: skip
     return rows
 
@@ -625,7 +632,9 @@ DECODING: Columns = {
     "tokens/s": lambda row: show_value(row["tokens_per_second"], 1, ",.0f"),
     "tokens/forward": lambda row: show_value(row["tokens_per_forward"]),
     "over autoregressive": lambda row: show_value(row["over_autoregressive"], 1, ".3f"),
-    "sequences that differ": lambda row: str(row["differing_sequences"]),
+    "sequences that differ": lambda row: (
+        "-" if isinstance(row["differing_sequences"], dict) else str(row["differing_sequences"])
+    ),
 }
 
 
