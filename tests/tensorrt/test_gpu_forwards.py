@@ -26,6 +26,7 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 SIZES = (1, 8, 32)
 """The plan has profiles for the first two."""
 PROMPTS = ("select a", "where b")
+REPORTS = ["on_cpu", "on_device_cpu", "simulated"]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,15 @@ def on_cpu(script: ModuleType, bundle: Bundle, settings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def on_device_cpu(script: ModuleType, bundle: Bundle, settings: Any) -> dict[str, Any]:
+    """What the provider ``cuda`` runs, without CUDA: an engine of ONNX Runtime's device, and one that there is not."""
+    with ExitStack() as owned:
+        subject = script.open_subject(bundle, "cpu", owned, slots=1, threads=THREADS)
+        subject.engines = {False: OrtDeviceEngine(bundle, device="cpu"), True: "it was refused"}
+        return script.measure(subject, settings)
+
+
+@pytest.fixture(scope="module")
 def simulated(
     script: ModuleType, bundle: Bundle, settings: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
@@ -97,7 +107,7 @@ def row(report: dict[str, Any], part: str, **labels: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["on_cpu", "simulated"])
+@pytest.mark.parametrize("name", REPORTS)
 def test_every_figure_is_ordered_quartiles_or_has_a_reason(name: str, request: pytest.FixtureRequest) -> None:
     found = list(figures(request.getfixturevalue(name)))
     assert len(found) > 30
@@ -108,11 +118,11 @@ def test_every_figure_is_ordered_quartiles_or_has_a_reason(name: str, request: p
             assert each["low"] <= each["median"] <= each["high"]
 
 
-@pytest.mark.parametrize("name", ["on_cpu", "simulated"])
+@pytest.mark.parametrize("name", REPORTS)
 def test_forwards_are_shares_of_the_ceilings_of_their_round(name: str, request: pytest.FixtureRequest) -> None:
     report = request.getfixturevalue(name)
     assert all(ceiling["median"] > 0 for ceiling in report["ceilings"].values())
-    for form in {each["cuda_graphs"] for each in report["forwards"]}:
+    for form in {each["cuda_graphs"] for each in report["forwards"] if "median" in each["seconds"]}:
         one, eight = (row(report, "forwards", cuda_graphs=form, block_size=size) for size in (1, 8))
         assert one["over_one"] == {"median": 1.0, "low": 1.0, "high": 1.0}
         assert eight["operations"] > 7 * one["operations"] > 0
@@ -152,13 +162,18 @@ def test_a_loop_on_the_device_is_told_nothing_between_launches(simulated: dict[s
     assert 0 < four["to_host"] <= one["to_host"] + 4 * 2 * (8 + 1), "a launch copies its ring, full or not"
 
 
-def test_onnx_runtime_s_copies_are_counted_where_the_engine_makes_them(script: ModuleType, bundle: Bundle) -> None:
-    from gpu_bus import count_on_ort
+def test_onnx_runtime_s_copies_are_counted_where_the_engine_makes_them(on_device_cpu: dict[str, Any]) -> None:
+    found = row(on_device_cpu, "bus", block_size=8, forwards_per_sync=None, cuda_graphs=False)
+    assert (found["to_device"], found["to_host"]) == (8 * (8 + 2), 8 * (8 + 1))
 
-    engine = OrtDeviceEngine(bundle, device="cpu", num_slots=1)
-    script.run_forward(engine, 8, 20)
-    crossed = count_on_ort(lambda: script.run_forward(engine, 8, 20))
-    assert crossed == {"to device": 8 * (8 + 2), "to host": 8 * (8 + 1)}
+
+def test_an_engine_that_is_refused_leaves_its_reason_everywhere_and_the_other_s_figures(
+    on_device_cpu: dict[str, Any],
+) -> None:
+    for part in ("forwards", "loops", "decoding"):
+        refused = [each for each in on_device_cpu[part] if each["cuda_graphs"]]
+        assert {figure["not_measured"] for figure in figures(refused)} == {"it was refused"}
+        assert any("median" in figure for figure in figures(on_device_cpu[part]))
 
 
 def test_jacobi_decoding_is_compared_with_autoregressive_and_loses_nothing(simulated: dict[str, Any]) -> None:
