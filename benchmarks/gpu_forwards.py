@@ -30,11 +30,13 @@ from typing import Any
 from gpu_bus import CountingCuda, Crossed, count_on_cuda, count_on_ort
 from gpu_ceilings import Probe
 from gpu_probes import (
+    SIZES,
     Key,
     Settings,
     Subject,
     Work,
     decoding_options,
+    forward_work,
     open_subject,
     probe_copy,
     probe_decoding,
@@ -71,8 +73,8 @@ class Samples:
 
     def figure(self, key: Key, name: str) -> list[float] | str:
         """One of a probe's figures in every round, or the reason."""
-        if key in self.missing:
-            return self.missing[key]
+        if key not in self.given or key in self.missing:
+            return self.missing.get(key, "it was not asked for")
         values = [figures[name] for figures in self.given[key] if name in figures]
         return values or "this engine has no such figure"
 
@@ -143,34 +145,26 @@ def combine(compute: Callable[..., float], *figures: list[float] | str) -> Value
     """The spread of what is computed from several figures of each round; the first reason where one is missing."""
     if reason := next((each for each in figures if isinstance(each, str)), None):
         return {"not_measured": reason}
-    return spread([compute(*values) for values in zip(*figures, strict=False)])
+    return spread([compute(*values) for values in zip(*figures, strict=True)])
 
 
 def forward_rows(subject: Subject, settings: Settings, samples: Samples, work: Work) -> list[dict[str, Any]]:
-    manifest = subject.bundle.manifest
-    geometry, past, rows = manifest.geometry, settings.past, []
+    manifest, rows = subject.bundle.manifest, []
     copy, product = samples.figure(Key("copy"), "rate"), samples.figure(Key("product"), "rate")
     if manifest.quantization:
         product = f"the bundle is {manifest.quantization.scheme}, and the rate is of {manifest.precision}"
     for form, engine in subject.engines.items():
-        slots = 1 if isinstance(engine, str) else engine.num_slots
+        slots = manifest.batch_size if isinstance(engine, str) else engine.num_slots
+        one = samples.figure(Key("forward", form, 1), "seconds")
         for size in settings.sizes:
             seconds = samples.figure(Key("forward", form, size), "seconds")
-            read = work.weight_bytes + slots * (past + size) * geometry.kv_bytes_per_token(manifest.precision)
-            seen = size * past + size * (size + 1) // 2
-            attention = 4 * geometry.num_layers * geometry.num_heads * geometry.head_dim * seen
-            operations = slots * (2 * work.parameters * size + attention)
-            one = samples.figure(Key("forward", form, 1), "seconds")
-            rows.append({
-                "cuda_graphs": form,
-                "block_size": size,
-                "seconds": spread(seconds),
-                "over_one": combine(lambda mine, one: mine / one, seconds, one),
-                "bytes": read,
-                "bandwidth_share": combine(lambda mine, rate, read=read: read / mine / rate, seconds, copy),
-                "operations": operations,
-                "matrix_share": combine(lambda mine, rate, done=operations: done / mine / rate, seconds, product),
-            })  # fmt: skip
+            read, done = forward_work(manifest, work, slots=slots, size=size, past=settings.past)
+            row = {"cuda_graphs": form, "block_size": size, "bytes": read, "operations": done}
+            row["seconds"] = spread(seconds)
+            row["over_one"] = combine(lambda mine, one: mine / one, seconds, one)
+            row["bandwidth_share"] = combine(lambda mine, rate, read=read: read / mine / rate, seconds, copy)
+            row["matrix_share"] = combine(lambda mine, rate, done=done: done / mine / rate, seconds, product)
+            rows.append(row)
     return rows
 
 
@@ -333,6 +327,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(
         rounds=args.rounds,
         past=args.past,
+        sizes=tuple(sorted({*SIZES, args.block_size})),
         block_size=args.block_size,
         product_size=args.matrix_size or PRODUCT_SIZE[args.provider],
         prompts=tuple(prompt.content for prompt in prompts),

@@ -23,7 +23,7 @@ from gpu_ceilings import (
     write_product,
 )
 
-from cllm_export.bundle import Bundle
+from cllm_export.bundle import Bundle, Manifest
 from cllm_export.contract import KV_DTYPE
 from cllm_export.cuda import Cuda, open_cuda
 from cllm_export.errors import CllmExportError, EngineError, MissingExtraError
@@ -76,7 +76,7 @@ class Work:
     """What the forwards of a bundle must read and multiply, told from its graph."""
 
     parameters: int
-    """Of matrices that rows are multiplied with."""
+    """Of matrices that rows are multiplied with; of quantised ones, numbers as they are packed."""
     weight_bytes: int
     """Read by every forward, which leaves out tables that rows are looked up in."""
 
@@ -186,6 +186,15 @@ def read_work(bundle: Bundle) -> Work:
         if len(tensor.dims) == 2:
             parameters += tensor.dims[0] * tensor.dims[1]
     return Work(parameters=parameters, weight_bytes=weight_bytes)
+
+
+def forward_work(manifest: Manifest, work: Work, *, slots: int, size: int, past: int) -> tuple[int, int]:
+    """(bytes that a forward must read, operations that it must do): every slot's rows see those before them."""
+    geometry = manifest.geometry
+    read = work.weight_bytes + slots * (past + size) * geometry.kv_bytes_per_token(manifest.precision)
+    seen = size * past + size * (size + 1) // 2
+    attention = 4 * geometry.num_layers * geometry.num_heads * geometry.head_dim * seen
+    return read, slots * (2 * work.parameters * size + attention)
 
 
 def probe_copy(subject: Subject, settings: Settings) -> Probe:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +129,39 @@ def test_forwards_are_shares_of_the_ceilings_of_their_round(name: str, request: 
         assert eight["bytes"] > one["bytes"] > report["bundle"]["weight_bytes"]
         for each in (one, eight):
             assert all(each[key]["median"] > 0 for key in ("seconds", "bandwidth_share", "matrix_share"))
+
+
+def test_a_forward_reads_weights_and_rows_in_sight_and_each_row_sees_those_before_it(
+    script: ModuleType, bundle: Bundle
+) -> None:
+    of_bundle, manifest = bundle.manifest.geometry, bundle.manifest
+    geometry = replace(of_bundle, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
+    work = script.Work(parameters=1000, weight_bytes=5000)
+    read, done = script.forward_work(replace(manifest, geometry=geometry), work, slots=2, size=2, past=10)
+    assert read == 5000 + 2 * 12 * (2 * 3 * 2 * 8 * 4)
+    assert done == 2 * (2 * 1000 * 2 + 3 * 4 * (2 * 2 * 8) * (11 + 12))
+
+
+def test_a_table_that_rows_are_looked_up_in_is_not_read_by_every_forward(script: ModuleType, tmp_path: Path) -> None:
+    import onnx
+    from onnx import helper
+
+    def stored(name: str, *dims: int) -> Any:
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=dims, data_location=1)
+        tensor.external_data.add(key="location", value="weights.bin")
+        tensor.external_data.add(key="length", value=str(4 * dims[0] * (dims[1] if len(dims) > 1 else 1)))
+        return tensor
+
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("RMSNormalization", ["rows", "norm"], ["normed"]),
+        helper.make_node("MatMul", ["normed", "matrix"], ["out"]),
+    ]
+    weights = [stored("table", 9, 4), stored("norm", 4), stored("matrix", 4, 6)]
+    graph = helper.make_graph(nodes, "untied", [], [], initializer=weights)
+    (tmp_path / "model.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    work = script.read_work(SimpleNamespace(graph_path=lambda: tmp_path / "model.onnx"))
+    assert work == script.Work(parameters=4 * 6, weight_bytes=4 * (4 * 6 + 4))
 
 
 def test_what_a_provider_lacks_is_named(on_cpu: dict[str, Any], simulated: dict[str, Any]) -> None:
