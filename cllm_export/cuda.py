@@ -17,13 +17,17 @@ from cllm_export.errors import EngineError, GpuError, MissingExtraError
 
 DRIVER_LIBRARY = "libcuda.so.1"
 ADVICE = "see what this machine has with: cllm-export doctor"
-Direction = Literal["to device", "to host"]
+Direction = Literal["to device", "to host", "on device"]
 
 CUDA_13 = 13000
 """From this version of the runtime on, the bindings' ``cudaGraphAddNode`` takes the data of edges too."""
 _NODE_KIND = "cudaGraphNodeType"
 
-_KINDS = {"to device": "cudaMemcpyHostToDevice", "to host": "cudaMemcpyDeviceToHost"}
+_KINDS = {
+    "to device": "cudaMemcpyHostToDevice",
+    "to host": "cudaMemcpyDeviceToHost",
+    "on device": "cudaMemcpyDeviceToDevice",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,14 @@ class Cuda:
     def make_event(self) -> Any:
         """A mark that a stream can carry; it takes no time, so that it costs none."""
         return self._call("cudaEventCreateWithFlags", self.runtime.cudaEventDisableTiming)
+
+    def make_clock(self) -> Any:
+        """A mark that takes the time when a stream comes to it: for measuring."""
+        return self._call("cudaEventCreate")
+
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """Of the device, from one clock's mark to another's; both must have been waited for."""
+        return float(self._call("cudaEventElapsedTime", first, last)) / 1e3
 
     def mark(self, event: Any, stream: Any) -> None:
         """Put an event behind everything that a stream was given so far."""

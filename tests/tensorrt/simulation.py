@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,11 +47,13 @@ class Node(NamedTuple):
 
 @dataclass
 class Marks:
-    """Of an event: how often it was recorded, where last, and how far that stream has come."""
+    """Of an event: how often it was recorded, where last, how far that stream has come, and of a clock, when."""
 
     put: int = 0
     reached: int = 0
     stream: int = 0
+    is_clock: bool = False
+    time: float = 0.0
 
 
 class HostMemory(bytes):
@@ -190,6 +193,9 @@ class SimulatedCuda:
         self.enqueue(stream, lambda: ctypes.memset(devPtr, value, count), "Memset")
 
     def cudaMemcpyAsync(self, cuda: CudaDouble, dst: int, src: int, count: int, kind: Any, stream: Any) -> None:
+        if kind == cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice:
+            self._copy_on_device(dst, src, count, stream)
+            return
         to_device = kind == cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         device, host = (dst, src) if to_device else (src, dst)
         if int(stream) in self.captures and host not in self.host:
@@ -199,6 +205,14 @@ class SimulatedCuda:
             self.require_device(device, count)
             self.bytes_copied += count
             ctypes.memmove(dst, src, count)
+
+        self.enqueue(stream, run, "Memcpy")
+
+    def _copy_on_device(self, target: int, source: int, count: int, stream: Any) -> None:
+        def run() -> None:
+            self.require_device(target, count)
+            self.require_device(source, count)
+            ctypes.memmove(target, source, count)
 
         self.enqueue(stream, run, "Memcpy")
 
@@ -224,6 +238,19 @@ class SimulatedCuda:
         self.events[int(handle)] = Marks()
         return handle
 
+    def cudaEventCreate(self, cuda: CudaDouble) -> Handle:
+        handle = self._handle()
+        self.events[int(handle)] = Marks(is_clock=True)
+        return handle
+
+    def cudaEventElapsedTime(self, cuda: CudaDouble, start: Any, end: Any) -> Any:
+        first, last = self.events[int(start)], self.events[int(end)]
+        if not (first.is_clock and last.is_clock and first.put and last.put):
+            return cuda.cudaError_t.cudaErrorInvalidResourceHandle
+        if first.reached < first.put or last.reached < last.put:
+            return cuda.cudaError_t.cudaErrorNotReady
+        return (last.time - first.time) * 1e3
+
     def cudaEventRecord(self, cuda: CudaDouble, event: Any, stream: Any) -> None:
         marks = self.events[int(event)]
         if int(stream) in self.captures:
@@ -232,7 +259,7 @@ class SimulatedCuda:
         marks.stream = int(stream)
 
         def run(number: int = marks.put) -> None:
-            marks.reached = number
+            marks.reached, marks.time = number, perf_counter()
 
         self.enqueue(stream, run, "EventRecord")
 
