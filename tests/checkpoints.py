@@ -84,6 +84,22 @@ class Variant:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+SLOW_VARIANTS = frozenset(
+    (
+        "mistral-window",
+        "qwen2-window",
+        "llama-dynamic",
+        "gemma",
+        "ministral",
+        "granite",
+        "olmo2",
+        "starcoder2",
+        "stablelm",
+    )
+)
+"""Tests that take every variant take these with the slow ones alone: every family is built, verified and decoded from a
+published config in each run, and what else is special about these, another variant has too."""
+
 VARIANTS: dict[str, Variant] = {
     "llama": Variant(chat_template=CHAT_TEMPLATE, cllm={"n": 8, "fill": "repeat", "loop": "sliding"}),
     "llama-llama3-bf16-sharded": Variant(tied=False, rope=LLAMA3_ROPE, dtype="bfloat16", sharded=True, head_dim=24),

@@ -18,7 +18,7 @@ import pytest
 from cllm_export.bundle import Bundle, open_bundle
 from cllm_export.runtime.generate import Model, load
 from cllm_export.runtime.latency_file import LATENCY_NAME
-from tests.checkpoints import MAX_POSITIONS, VARIANTS, Variant, make_checkpoint
+from tests.checkpoints import MAX_POSITIONS, SLOW_VARIANTS, VARIANTS, Variant, make_checkpoint
 from tests.remembered_traces import remember_traces
 
 if TYPE_CHECKING:
@@ -35,6 +35,18 @@ THREADS = 1
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would break tests that fork
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if (
+            parameters is not None
+            and parameters.params.get("name") in SLOW_VARIANTS
+            and item.path.parent.name == "parity"
+        ):
+            item.add_marker(pytest.mark.slow)
 
 
 class Workshop:
