@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cllm_export.bundle import output_error
-from cllm_export.errors import MissingExtraError
+from cllm_export.errors import MissingExtraError, OutputError
 
 SENSITIVITY, TRADE_OFF = "sensitivity.png", "trade_off.png"
 _BAR_INCHES, _WIDTH, _MIN_HEIGHT = 0.18, 8.0, 3.0
@@ -19,7 +20,7 @@ def check_plots(directory: Path | None) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OutputError: the directory cannot be made.
+        OutputError: it is no directory, or one that could not be made.
     """
     if directory is None:
         return
@@ -27,10 +28,9 @@ def check_plots(directory: Path | None) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise MissingExtraError("matplotlib", extra="plot") from None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(error, directory) from None
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
 
 
 def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], directory: Path) -> Path:
@@ -90,6 +90,7 @@ def _figure(path: Path, *, height: float) -> Iterator[Any]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     yield figure.subplots()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise output_error(error, path) from error

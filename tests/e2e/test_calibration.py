@@ -148,6 +148,18 @@ def test_quantize_refuses_options_that_do_not_go_together(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_for_plots_is_judged_before_the_work_and_made_after_it(
+    cli: Cli, bundle: Path, prompts: Path, tmp_path: Path
+):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        outcome = cli("compare", bundle, "--prompts", prompts, "--plots", place)
+        assert_refused(outcome, "cannot write plots to", "is no directory")
+    outcome = cli("compare", bundle, "--prompts", tmp_path / "missing.jsonl", "--plots", tmp_path / "a" / "b")
+    assert_refused(outcome, "cannot read prompts")
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 def test_plots_without_their_extra_are_refused_before_any_work(bundle: Path, prompts: Path, tmp_path: Path):
     arguments = ("compare", bundle, "--prompts", prompts, "--plots", tmp_path / "plots")
     outcome = run_process(*arguments, prelude=without("matplotlib"))
