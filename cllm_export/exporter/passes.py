@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 Pass = Callable[[DecoderGraph], None]
 
-_UNNAMED = re.compile(r"val_\d+")
-"""How the tracer and the graph's own authority name what nobody named: by a count of everything so far."""
+_UNNAMED = re.compile(r"(val|constant)_\d+")
+"""How the tracer and the graph's own authority name what nobody named, by a count of everything so far; and how it was
+numbered here before, where a graph is folded once more and gets its numbers anew."""
 
 
 def run_passes(graph: DecoderGraph, passes: Sequence[Pass] | None = None) -> None:
