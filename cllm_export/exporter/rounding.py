@@ -39,10 +39,8 @@ class Rounding(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChannelRounding:
-    """8 bits with a sign, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has
-    scale 1, since TensorRT takes positive scales alone."""
+class _SignedChannels:
+    """What is stored of 8 bits with a sign and one scale for each row."""
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -51,13 +49,19 @@ class ChannelRounding:
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (width,), ()
 
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelRounding(_SignedChannels):
+    """8 bits with a sign, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has
+    scale 1, since TensorRT takes positive scales alone."""
+
     def __call__(self, rows: Tensor) -> Rounded:
         scales = positive(rows.abs().amax(dim=1).div_(INT8_MAX))
         return Rounded(_signed_codes(rows, scales), scales)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairRounding:
+class PairRounding(_SignedChannels):
     """8 bits with a sign, one scale for each row, that no processor's kernel saturates at, whatever the activations.
 
     The scale is that of ``ChannelRounding``, or larger where two magnitudes that a kernel adds would exceed
@@ -67,13 +71,6 @@ class PairRounding:
 
     scale_factor: float = 1.0
     """What scales are multiplied by: another factor of the product, which then needs no node of its own."""
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.int8
-
-    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (width,), ()
 
     def __call__(self, rows: Tensor) -> Rounded:
         magnitudes = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % PAIRED))
