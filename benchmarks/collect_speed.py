@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from cllm_export.exporter.checkpoint import open_checkpoint
+from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.pipeline import build
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.ort_engine import describe_machine
-from cllm_export.training.collect import CollectOptions, collect
-from cllm_export.training.source import open_source
-from cllm_export.training.torch_engine import load_weights
+from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.training.collection.collect import CollectOptions, collect
+from cllm_export.training.collection.source import open_source
+from cllm_export.training.model.torch_engine import load_weights
 
 BATCH_SIZES: dict[str, tuple[int, ...]] = {
     "engine": (1, 4, 8, 16),

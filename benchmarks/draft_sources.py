@@ -16,8 +16,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.generate import Generation, Method, Model, load
-from cllm_export.runtime.ort_engine import describe_machine
+from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.request_run import Generation
 
 PLAIN_FILLS = ("pad", "repeat", "prompt", "lookup", "pool", "pool+lookup", "lookup+pool")
 MODEL_FILLS = ("model", "lookup+model", "pool+lookup+model")

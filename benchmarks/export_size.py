@@ -42,7 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 LOAD = """
 import json, sys, time
-from cllm_export.runtime.generate import load
+from cllm_export.runtime.load import load
 def memory():
     lines = open("/proc/self/status").read().splitlines()
     kept = [line.split() for line in lines if line.startswith(("VmHWM", "VmRSS", "RssAnon"))]

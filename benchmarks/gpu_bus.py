@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from cllm_export.cuda import Cuda, Direction
+from cllm_export.runtime.engines.cuda import Cuda, Direction
 
 Crossed = dict[str, int]
 """Bytes by direction: ``to device``, ``to host``."""

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from cllm_export.contract import OPSET, DType
-from cllm_export.cuda import Cuda
+from cllm_export.bundle.contract import OPSET, DType
 from cllm_export.errors import EngineError
-from cllm_export.runtime.device_buffers import DeviceMemory
-from cllm_export.runtime.ort_device_engine import ELEMENT_TYPES, PROVIDERS, Device
-from cllm_export.runtime.trt_graph import errors_of
-from cllm_export.tensorrt_library import Gpu, Log
+from cllm_export.runtime.engines.cuda import Cuda
+from cllm_export.runtime.engines.onnxruntime_device import ELEMENT_TYPES, PROVIDERS, Device
+from cllm_export.tensorrt.device_buffers import DeviceMemory
+from cllm_export.tensorrt.graph import errors_of
+from cllm_export.tensorrt.library import Gpu, Log
 
 Probe = Callable[[], dict[str, float]]
 

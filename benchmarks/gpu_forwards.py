@@ -50,14 +50,14 @@ from gpu_probes import (
 )
 from gpu_table import Value, show
 
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.manifest import open_bundle
 from cllm_export.errors import CllmExportError, EngineError, OptionError
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.device_loop import DeviceLoop
-from cllm_export.runtime.engine import Engine
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.runtime.providers import PROVIDERS
-from cllm_export.runtime.trt_engine import TrtEngine
+from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.load import PROVIDERS
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.loop.device_loop import DeviceLoop
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192, "tensorrt": 8192}
 TARGET_BYTES, TOKEN_BYTES = 260, 8

@@ -23,18 +23,20 @@ from gpu_ceilings import (
     write_product,
 )
 
-from cllm_export.bundle import Bundle, Manifest
-from cllm_export.contract import KV_DTYPE
-from cllm_export.cuda import Cuda, open_cuda
+from cllm_export.bundle.contract import KV_DTYPE
+from cllm_export.bundle.manifest import Bundle, Manifest
 from cllm_export.errors import CllmExportError, EngineError, MissingExtraError
-from cllm_export.runtime.engine import Engine
-from cllm_export.runtime.generate import Model, Options
-from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
-from cllm_export.runtime.ort_engine import OrtEngine, available_threads, describe_machine
-from cllm_export.runtime.providers import Provider
-from cllm_export.runtime.text import TextCodec
-from cllm_export.runtime.trt_engine import TrtEngine
-from cllm_export.tensorrt_library import Gpu, open_gpu
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.engines.cuda import Cuda, open_cuda
+from cllm_export.runtime.engines.machine import available_threads, describe_machine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
+from cllm_export.runtime.load import Provider
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.library import Gpu, open_gpu
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 FORWARDS_PER_SYNC = (1, 2, 4, 8, 16)

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from cllm_export.exporter import passes
+from cllm_export.exporter.graph import passes
 from cllm_export.exporter.pipeline import build
-from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
 
 OPTIONAL = (passes.pack_qkv, passes.fold_query_groups)
 BLOCK_SIZES = (1, 4, 8, 16, 32)

@@ -24,8 +24,8 @@ import numpy as np
 
 from cllm_export import Service, load
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.request import Method
-from cllm_export.runtime.scheduler import StepReport
+from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.decoding.scheduler import StepReport
 
 METHODS: tuple[Method, ...] = ("jacobi", "autoregressive")
 

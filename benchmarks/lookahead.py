@@ -22,9 +22,12 @@ from statistics import median
 from typing import Any
 
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.generate import Generation, Model, Options, load
-from cllm_export.runtime.lookahead_layout import LookaheadShape
-from cllm_export.runtime.ort_engine import describe_machine
+from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape
+from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
+from cllm_export.runtime.request_run import Generation
 
 BASELINE = "autoregressive"
 

@@ -17,8 +17,10 @@ from statistics import median
 from typing import Any
 
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.generate import BlockSize, Model, load
-from cllm_export.runtime.ort_engine import describe_machine
+from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import BlockSize
 
 SIZES = (1, 4, 8, 12, 16, 24)
 RESAMPLES = 2000

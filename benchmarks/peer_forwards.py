@@ -36,8 +36,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from cllm_export.bundle import open_bundle
-from cllm_export.runtime.ort_engine import describe_machine
+from cllm_export.bundle.manifest import open_bundle
+from cllm_export.runtime.engines.machine import describe_machine
 
 PEERS = Path(__file__).resolve().parent / "peers"
 OURS, GENAI, LLAMA = "cllm-export", "GenAI", "llama.cpp"

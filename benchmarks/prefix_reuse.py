@@ -21,9 +21,9 @@ from time import perf_counter
 from typing import Any
 
 from cllm_export import Model, load
-from cllm_export.contract import require_at_least
+from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError
-from cllm_export.runtime.ort_engine import describe_machine
+from cllm_export.runtime.engines.machine import describe_machine
 
 NEW_TOKENS = 16
 """Decoded to compare the answers, off the clock."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from cllm_export.bundle import Bundle, open_bundle
+from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.prompts import Prompt, read_prompts
-from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
 
 BLOCK_SIZES = (1, 16)
 MAX_NEW_TOKENS = 128

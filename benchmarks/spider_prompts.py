@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cllm_export.evaluation.spider_prompt import read_spider, spider_prompt_lines
+from cllm_export.evaluation.tasks.spider_prompt import read_spider, spider_prompt_lines
 
 
 def main() -> None:

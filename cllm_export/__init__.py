@@ -5,15 +5,100 @@
     model = cllm_export.load("bundle")
     print(model.generate("The SQL database has ...").text)
 
-Importing this package loads neither torch, transformers nor onnx.
+Importing this package loads neither torch, transformers nor onnx: ``build``, ``verify`` and their options are imported
+when they are first named.
 """
 
 from __future__ import annotations
 
-from cllm_export.errors import CllmExportError
-from cllm_export.runtime.generate import Generation, Model, load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cllm_export.errors import (
+    BundleError,
+    CheckpointError,
+    ChecksumError,
+    CllmExportError,
+    EngineError,
+    GpuError,
+    MissingExtraError,
+    OptionError,
+    OutputError,
+    PlanError,
+    PromptError,
+    QueueFullError,
+    SnapshotError,
+    UnsupportedError,
+)
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
+from cllm_export.runtime.request_run import Generation, Stream
 from cllm_export.runtime.service import Handle, Service
 
-__all__ = ["CllmExportError", "Generation", "Handle", "Model", "Service", "__version__", "load"]
+if TYPE_CHECKING:
+    from cllm_export.bundle.manifest import Bundle, open_bundle
+    from cllm_export.exporter.options import BuildOptions
+    from cllm_export.exporter.pipeline import build
+    from cllm_export.prompts import Prompt, read_prompts
+    from cllm_export.verification.report import Parity, VerifyOptions
+    from cllm_export.verification.verify import verify
+
+__all__ = [
+    "BuildOptions",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "ChecksumError",
+    "CllmExportError",
+    "EngineError",
+    "Generation",
+    "GpuError",
+    "Handle",
+    "MissingExtraError",
+    "Model",
+    "OptionError",
+    "Options",
+    "OutputError",
+    "Parity",
+    "PlanError",
+    "Prompt",
+    "PromptError",
+    "QueueFullError",
+    "Service",
+    "SnapshotError",
+    "Stream",
+    "UnsupportedError",
+    "VerifyOptions",
+    "__version__",
+    "build",
+    "load",
+    "open_bundle",
+    "read_prompts",
+    "verify",
+]
 
 __version__ = "0.1.0"
+
+_LAZY = {
+    "BuildOptions": "cllm_export.exporter.options",
+    "Bundle": "cllm_export.bundle.manifest",
+    "Parity": "cllm_export.verification.report",
+    "Prompt": "cllm_export.prompts",
+    "VerifyOptions": "cllm_export.verification.report",
+    "build": "cllm_export.exporter.pipeline",
+    "open_bundle": "cllm_export.bundle.manifest",
+    "read_prompts": "cllm_export.prompts",
+    "verify": "cllm_export.verification.verify",
+}
+"""Public name -> the module that it is imported from when it is first named."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,6 @@
 """``python -m cllm_export``: the command line, in the form that launchers of several processes start it."""
 
-from cllm_export.cli import main
+from cllm_export.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cllm_export.bundle import Bundle, open_bundle
-from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.latency_file import LATENCY_NAME
+from cllm_export.bundle.manifest import Bundle, open_bundle
+from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
 from tests.checkpoints import MAX_POSITIONS, SLOW_VARIANTS, VARIANTS, Variant, make_checkpoint
 from tests.remembered_traces import remember_traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cllm_export.exporter.reference import Reference
+    from cllm_export.exporter.parity.reference import Reference
 
 PINNED: dict[str, Any] = {"fixed_shapes": True, "block_size": 8, "batch_size": 1}
 """Options of a build with fixed shapes, of which ``bench`` times no latencies either, which takes seconds."""
@@ -107,7 +108,7 @@ class Workshop:
 
     def reference(self, name: str) -> Reference:
         """The checkpoint in PyTorch, which tells the margin of every token."""
-        from cllm_export.exporter.reference import Reference
+        from cllm_export.exporter.parity.reference import Reference
 
         return self._once(("reference", name), lambda: Reference(self.checkpoint(name), max_length=MAX_POSITIONS))
 
@@ -133,7 +134,8 @@ class Workshop:
 
     @staticmethod
     def _build(checkpoint: Path, target: Path, options: dict[str, Any]) -> Bundle:
-        from cllm_export.exporter.pipeline import BuildOptions, build
+        from cllm_export.exporter.options import BuildOptions
+        from cllm_export.exporter.pipeline import build
 
         return build(checkpoint, target, BuildOptions(**{"weights": "copy", **options}))
 

@@ -17,7 +17,8 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cllm_export.bundle import (
+from cllm_export.bundle.contract import FixedShapes, Geometry, check_forward, check_rows
+from cllm_export.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GREEDY_GRAPH,
     TOKENIZER_NAME,
@@ -29,18 +30,16 @@ from cllm_export.bundle import (
     open_bundle,
     write_manifest,
 )
-from cllm_export.contract import FixedShapes, Geometry, check_forward, check_rows
 from cllm_export.errors import EngineError
-from cllm_export.runtime.autoregressive import Autoregressive
-from cllm_export.runtime.draft import Fill
-from cllm_export.runtime.draft_model import DraftModel
-from cllm_export.runtime.engine import Engine, Forward, KvRows, prefill
-from cllm_export.runtime.generate import Model
-from cllm_export.runtime.jacobi import BlockJacobi, SlidingJacobi
-from cllm_export.runtime.kv_cache import check_row_shape, kv_extent
-from cllm_export.runtime.prompt_state import PromptState
-from cllm_export.runtime.statistics import ForwardRecord
-from cllm_export.runtime.text import TextCodec
+from cllm_export.runtime.decoding.draft_model import DraftModel
+from cllm_export.runtime.decoding.drafts.sources import Fill
+from cllm_export.runtime.decoding.jacobi import Autoregressive, BlockJacobi, SlidingJacobi
+from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
+from cllm_export.runtime.decoding.statistics import ForwardRecord
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.base import Engine, Forward, KvRows, prefill
+from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent
+from cllm_export.runtime.model import Model
 
 PAD, EOS = 0, 1
 """The two special tokens of both fake tokenizers."""

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from cllm_export.contract import Geometry, Precision
-    from cllm_export.exporter.trace import Trace
+    from cllm_export.bundle.contract import Geometry, Precision
+    from cllm_export.exporter.graph.trace import Trace
 
 
 def remember_traces(directory: Path) -> None:
     """Let builds of this process take traces from this directory, and leave new ones there."""
-    from cllm_export.exporter import pipeline, trace
+    from cllm_export.exporter import pipeline
+    from cllm_export.exporter.graph import trace
 
     def remembered(config: PretrainedConfig, geometry: Geometry, precision: Precision) -> Trace:
         settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
@@ -53,7 +54,7 @@ def _read(place: Path) -> Trace:
     import onnx_ir as ir
     from safetensors.torch import load_file
 
-    from cllm_export.exporter.trace import Trace
+    from cllm_export.exporter.graph.trace import Trace
 
     names = json.loads((place / "names.json").read_text(encoding="utf-8"))
     constants = load_file(place / "constants.safetensors")

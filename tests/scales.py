@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cllm_export.bundle import Bundle
-from cllm_export.scales import InputStatistics, Provenance, write_scales
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.scales import InputStatistics, Provenance, write_scales
 
 NUM_TOKENS = 200
 

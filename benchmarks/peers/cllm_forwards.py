@@ -13,8 +13,9 @@ from time import perf_counter
 
 from forward_worker import serve
 
-from cllm_export.bundle import open_bundle
-from cllm_export.runtime.ort_engine import OrtEngine, describe_machine
+from cllm_export.bundle.manifest import open_bundle
+from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
 
 
 class CllmForwards:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.scales import HIGH_SHARE, FloatArray
+from cllm_export.bundle.scales import HIGH_SHARE, FloatArray
 
 GRAM_ROWS = 256
 """Rows that are multiplied at once: an [in, in] matrix is as many times less often read and written."""

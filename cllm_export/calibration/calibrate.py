@@ -15,22 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cllm_export import __version__
-from cllm_export.bundle import FILLS, Bundle, FillName, Progress, require_one_of, sha256_of
+from cllm_export.bundle.manifest import FILLS, Bundle, FillName
+from cllm_export.bundle.scales import FloatArray, InputStatistics, Provenance, Scales, open_scales, write_scales
+from cllm_export.bundle.storage import sha256_of
 from cllm_export.calibration.accumulate import GramAccumulator, num_above
 from cllm_export.calibration.edited_engine import EditedEngine, read_graph, require_unquantised
-from cllm_export.calibration.linear import LinearInput, linear_inputs, linear_layers
+from cllm_export.calibration.linear_inputs import LinearInput, linear_inputs, linear_layers
 from cllm_export.calibration.observe import Offsets, Statistics, add_all, observe
 from cllm_export.calibration.outliers import outliers
 from cllm_export.calibration.record import RecordOptions, record
 from cllm_export.calibration.recording import Recording, read_recordings, write_recordings
 from cllm_export.calibration.run_directory import RunDirectory, RunSettings, run_directory
 from cllm_export.calibration.selection import RowCounts, Selection, count_rows, select_rows
-from cllm_export.contract import require_at_least
+from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
+from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
-from cllm_export.runtime.generate import load, pad_token
-from cllm_export.runtime.ort_engine import available_threads, describe_machine
-from cllm_export.scales import FloatArray, InputStatistics, Provenance, Scales, open_scales, write_scales
+from cllm_export.runtime.engines.machine import available_threads, describe_machine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.options import pad_token
 
 if TYPE_CHECKING:
     from onnx import ModelProto

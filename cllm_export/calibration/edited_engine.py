@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import Bundle
+from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import CalibrationError
 from cllm_export.extras import needs_extra
-from cllm_export.runtime.ort_engine import OrtEngine, bindable, make_session
+from cllm_export.runtime.engines.onnxruntime import OrtEngine, bindable, make_session
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -11,14 +11,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cllm_export.bundle.scales import FloatArray
 from cllm_export.calibration.accumulate import Accumulator
-from cllm_export.calibration.linear import LinearInput
+from cllm_export.calibration.linear_inputs import LinearInput
 from cllm_export.calibration.recording import Recording
 from cllm_export.calibration.replay import Replayed, replay_states, replay_text
 from cllm_export.calibration.selection import Selection, count_rows, rows_between
 from cllm_export.errors import CalibrationError, DamagedRunError
-from cllm_export.runtime.engine import Engine
-from cllm_export.scales import FloatArray
+from cllm_export.runtime.engines.base import Engine
 
 CLEAN = "clean"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cllm_export.scales import InputStatistics
+from cllm_export.bundle.scales import InputStatistics
 
 TOWERING = 20.0
 """Times the median channel's range from which a channel counts as an outlier: with one scale for all channels it leaves

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cllm_export.bundle import FillName, Loop
+from cllm_export.bundle.manifest import FillName, Loop
 from cllm_export.calibration.recording import Recording, recording_of
 from cllm_export.errors import PromptError
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import Model
-from cllm_export.runtime.request import METHOD_OF_LOOP
-from cllm_export.runtime.sampling import MAX_SEED
+from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
+from cllm_export.runtime.decoding.sampling import MAX_SEED
+from cllm_export.runtime.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from cllm_export.runtime.statistics import ForwardRecord
+from cllm_export.runtime.decoding.statistics import ForwardRecord
 
 Stage = Literal["guess", "partial", "fixed"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cllm_export.calibration.recording import Recording, State
-from cllm_export.runtime.engine import Engine, prefill
+from cllm_export.runtime.engines.base import Engine, prefill
 
 
 class Replayed(NamedTuple):

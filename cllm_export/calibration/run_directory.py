@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cllm_export.bundle import FillName, Loop, output_error
+from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.storage import output_error
 from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
 
 RUN_NAME = "run.json"

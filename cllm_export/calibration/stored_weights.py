@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle import Bundle
+from cllm_export.bundle.manifest import Bundle
 
 if TYPE_CHECKING:
     from onnx import TensorProto

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.manifest import open_bundle
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -28,10 +27,12 @@ from cllm_export.cli.options import (
     require_use,
     write_text,
 )
+from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.show.decoding import show_bench, show_comparison
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.extras import needs_extra
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.generate import METHODS, Method
+from cllm_export.runtime.decoding.request import METHODS, Method
 
 
 @app.command()
@@ -57,7 +58,7 @@ def bench(
     as_json: ReportOption = None,
 ) -> None:
     """Time every loop on real prompts, interleaved, and the forward at every block size."""
-    from cllm_export.bench import BenchOptions, run_bench
+    from cllm_export.measure.bench import BenchOptions, run_bench
 
     if limit is not None and prompts is None:
         raise OptionError("--limit needs --prompts")
@@ -81,11 +82,11 @@ def bench(
     if as_json and (as_json.is_dir() or not as_json.absolute().parent.is_dir()):
         raise OutputError(f"cannot write the report to {as_json}: give a file in a directory that exists")
     given = read_prompts(prompts, limit=limit) if prompts else ()
-    with display.progress_bar() as progress, needs_extra("export"):
+    with progress_bar() as progress, needs_extra("export"):
         report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)
     if as_json:
         write_text(as_json, json.dumps(report, indent=2) + "\n")
-    display.show_bench(report)
+    show_bench(report)
 
 
 @app.command()
@@ -103,10 +104,10 @@ def compare(
     plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of TPF against time.")] = None,
 ) -> None:
     """Say which of several bundles decodes fastest on this machine, and at which block size."""
-    from cllm_export.calibration.compare import CompareOptions
-    from cllm_export.calibration.compare import compare as run
-    from cllm_export.calibration.plots import check_plots, plot_trade_off
+    from cllm_export.cli.show.plots import check_plots, plot_trade_off
     from cllm_export.evaluation.report_file import check_report_path, write_report
+    from cllm_export.measure.compare import CompareOptions
+    from cllm_export.measure.compare import compare as run
 
     if as_json:
         check_report_path(as_json)
@@ -115,18 +116,18 @@ def compare(
         sizes=tuple(block_sizes or ()), max_new_tokens=max_new_tokens, rounds=rounds, threads=threads
     )
     opened, given = [open_bundle(path) for path in bundles], read_prompts(prompts, limit=limit)
-    with display.progress_bar() as progress:
+    with progress_bar() as progress:
         report = run(opened, given, options, progress=progress)
     if as_json:
         write_report(as_json, report)
     if plots:
         plot_trade_off(report["settings"], plots)
-    display.show_comparison(report)
+    show_comparison(report)
 
 
 def _methods_to_time(method: Method | None, *, has_draft_model: bool) -> tuple[Method, ...]:
     """The baseline and the method asked for, else every loop: speculative decoding where a draft model is given."""
-    from cllm_export.bench import DEFAULT_METHODS
+    from cllm_export.measure.bench import DEFAULT_METHODS
 
     if method:
         return (method,) if method == "autoregressive" else (method, "autoregressive")

@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import FillName, Loop, TrainedWith
+from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.linked_weights import WeightsMode
+from cllm_export.bundle.manifest import FillName, Loop, TrainedWith
+from cllm_export.bundle.quantization import PrecisionName, split_precision
 from cllm_export.cli.app import app
 from cllm_export.cli.options import BaseOption, QuantizeForOption, write_text
-from cllm_export.contract import Precision
+from cllm_export.cli.show.console import bytes_text, progress_bar, say
+from cllm_export.cli.sizes import parse_size
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
-from cllm_export.linked import WeightsMode
-from cllm_export.quantization import PrecisionName, split_precision
-from cllm_export.sizes import parse_size
 
 Target = Literal["onnx", "tensorrt"]
 
@@ -94,12 +94,13 @@ def build(
     """Export a checkpoint into a bundle."""
     gpu = None
     if target == "tensorrt":
-        from cllm_export.tensorrt_library import open_gpu
+        from cllm_export.tensorrt.library import open_gpu
 
         gpu = open_gpu()  # before the export, which takes longer
     with needs_extra("export"):
-        from cllm_export.exporter.pipeline import BuildOptions, export
-        from cllm_export.exporter.quantize import quantize_options
+        from cllm_export.exporter.options import BuildOptions
+        from cllm_export.exporter.pipeline import export
+        from cllm_export.exporter.quantize.rewrite import quantize_options
     dtype, scheme = split_precision(precision, compute)
     options = BuildOptions(
         block_size=block_size,
@@ -125,17 +126,17 @@ def build(
     if target == "tensorrt" and options.quantize and "tensorrt" not in options.quantize.engines:
         advice = "add --quantize-for tensorrt" if scheme == "int4" else "choose int8, int4 or fp8"
         raise OptionError(f"--precision {scheme} makes a graph for ONNX Runtime, and --target is tensorrt: {advice}")
-    with display.progress_bar() as progress:
-        done = export(checkpoint, output, options, force=force, progress=progress, say=display.say)
-    size = display.bytes_text(done.report.bytes_written)
-    linked = f", {display.bytes_text(done.report.bytes_linked)} linked" if done.report.bytes_linked else ""
+    with progress_bar() as progress:
+        done = export(checkpoint, output, options, force=force, progress=progress, say=say)
+    size = bytes_text(done.report.bytes_written)
+    linked = f", {bytes_text(done.report.bytes_linked)} linked" if done.report.bytes_linked else ""
     typer.echo(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
     if as_json is not None:
         write_text(as_json, json.dumps(vars(done.report), indent=2) + "\n")
     if gpu is not None:
-        from cllm_export.exporter.plan import build_plan
+        from cllm_export.tensorrt.build_plan import build_plan
 
-        typer.echo(f"wrote {build_plan(done.bundle, gpu=gpu, say=display.say).path}")
+        typer.echo(f"wrote {build_plan(done.bundle, gpu=gpu, say=say).path}")
 
 
 def _trained_with(block_size: int | None, fill: FillName | None, loop: Loop | None) -> TrainedWith | None:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.manifest import open_bundle
+from cllm_export.bundle.quantization import SCHEMES
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -22,7 +22,7 @@ from cllm_export.cli.options import (
     ThreadsOption,
     write_text,
 )
-from cllm_export.quantization import SCHEMES
+from cllm_export.cli.show.console import progress_bar
 
 
 @app.command()
@@ -47,7 +47,7 @@ def calibrate(
     """See what the linear layers see while a bundle decodes, for `build --scales`. Run it again to go on."""
     from cllm_export.calibration.calibrate import CalibrateOptions
     from cllm_export.calibration.calibrate import calibrate as run
-    from cllm_export.calibration.display import show_calibration
+    from cllm_export.cli.show.calibration import show_calibration
 
     options = CalibrateOptions(
         mix=mix,
@@ -60,7 +60,7 @@ def calibrate(
         limit=limit,
         threads=threads,
     )
-    with display.progress_bar() as progress:
+    with progress_bar() as progress:
         report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
     if as_json:
         write_text(as_json, json.dumps(report, indent=2) + "\n")
@@ -82,18 +82,18 @@ def convergence(
     as_json: ReportOption = None,
 ) -> None:
     """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
-    from cllm_export.calibration.convergence import measure_convergence
-    from cllm_export.calibration.display import show_convergence
-    from cllm_export.calibration.measured import HeldOutOptions
-    from cllm_export.evaluation.questions import read_questions
+    from cllm_export.calibration.search.convergence import measure_convergence
+    from cllm_export.calibration.search.measured import HeldOutOptions
+    from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.report_file import check_report_path, write_report
+    from cllm_export.evaluation.tasks.questions import read_questions
 
     if as_json:
         check_report_path(as_json)
     options = HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
-    with display.progress_bar() as progress:
+    with progress_bar() as progress:
         report = measure_convergence(opened, candidates, questions, options, progress=progress)
     if as_json:
         write_report(as_json, report)
@@ -144,14 +144,14 @@ def quantize(
     plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of the sensitivity.")] = None,
 ) -> None:
     """Quantise as many layers as a budget allows, choose the fastest of several precisions, and say why."""
-    from cllm_export.calibration.display import show_choice
-    from cllm_export.calibration.fit import Budget, parse_share
-    from cllm_export.calibration.measured import HeldOutOptions
-    from cllm_export.calibration.plots import check_plots, plot_choice
-    from cllm_export.calibration.quantize import FitOptions, parse_schemes
-    from cllm_export.calibration.quantize import quantize as run
-    from cllm_export.evaluation.questions import read_questions
+    from cllm_export.calibration.search.budget import FitOptions, parse_schemes
+    from cllm_export.calibration.search.budget import quantize as run
+    from cllm_export.calibration.search.fit import Budget, parse_share
+    from cllm_export.calibration.search.measured import HeldOutOptions
+    from cllm_export.cli.show.calibration import show_choice
+    from cllm_export.cli.show.plots import check_plots, plot_choice
     from cllm_export.evaluation.report_file import check_report_path, write_report
+    from cllm_export.evaluation.tasks.questions import read_questions
 
     if as_json:
         check_report_path(as_json)
@@ -169,7 +169,7 @@ def quantize(
         held_out=HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads),
     )
     questions = read_questions(prompts, limit=limit)
-    with display.progress_bar() as progress:
+    with progress_bar() as progress:
         chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)
     report = chosen.to_dict()
     if as_json:

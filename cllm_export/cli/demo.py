@@ -21,7 +21,7 @@ def demo(
     threads: ThreadsOption = None,
 ) -> None:
     """Build the example's bundle, verify it, decode a few prompts and print the speed table."""
-    from cllm_export.demo import run_demo
+    from cllm_export.cli.run_demo import run_demo
 
     with needs_extra("export"):
         if not run_demo(example, output, threads=threads):

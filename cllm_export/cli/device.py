@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.manifest import open_bundle
 from cllm_export.cli.app import app
 from cllm_export.cli.options import BlockSizeOption, BundleArgument
-from cllm_export.contract import Precision
-from cllm_export.plans import Hardware
-from cllm_export.sizes import parse_size
+from cllm_export.cli.show.bundle import show_findings, show_memory
+from cllm_export.cli.show.console import say
+from cllm_export.cli.sizes import parse_size
+from cllm_export.tensorrt.plan_files import Hardware
 
 
 @app.command()
@@ -54,7 +55,7 @@ def plan(
     force: Annotated[bool, typer.Option("--force", help="Build it even if it is there.")] = False,
 ) -> None:
     """Build a bundle's TensorRT plan for this machine. Needs a GPU, TensorRT and no torch."""
-    from cllm_export.exporter.plan import PlanOptions, build_plan
+    from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
 
     options = PlanOptions(
         batch_size=batch_size,
@@ -69,7 +70,7 @@ def plan(
         strip_weights=strip_weights,
         version_compatible=version_compatible,
     )
-    typer.echo(f"wrote {build_plan(open_bundle(bundle), options, force=force, say=display.say).path}")
+    typer.echo(f"wrote {build_plan(open_bundle(bundle), options, force=force, say=say).path}")
 
 
 @app.command()
@@ -86,7 +87,7 @@ def plan_memory(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say what memory a device needs for a bundle and for building its plan, and how each figure is computed."""
-    from cllm_export.device_memory import MemoryOptions, memory_figures
+    from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
 
     options = MemoryOptions(
         precision=precision,
@@ -100,16 +101,16 @@ def plan_memory(
     if as_json:
         typer.echo(json.dumps([vars(figure) for figure in figures], indent=2))
     else:
-        display.show_memory(figures)
+        show_memory(figures)
 
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Say what of the GPU stack is here, what is missing or mismatched, and what fixes it."""
-    from cllm_export.doctor import examine, report
+    from cllm_export.tensorrt.doctor import examine, report
 
     findings = examine()
     if as_json:
         typer.echo(json.dumps(report(findings), indent=2))
     else:
-        display.show_findings(findings, report(findings))
+        show_findings(findings, report(findings))

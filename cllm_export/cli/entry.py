@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 
-from cllm_export import display
 from cllm_export.cli.app import EXIT_DEFECT, EXIT_ERROR, app
+from cllm_export.cli.show.console import ERR
 from cllm_export.errors import CllmExportError
 
 
@@ -38,6 +38,6 @@ def _take_debug_flag(argv: list[str]) -> bool:
 def _fail(message: str, code: int, cause: BaseException | None = None) -> None:
     if cause is not None:
         traceback.print_exception(cause)
-    display.ERR.print("[bold red]error:[/bold red]", end=" ")
-    display.ERR.print(message, markup=False)
+    ERR.print("[bold red]error:[/bold red]", end=" ")
+    ERR.print(message, markup=False)
     sys.exit(code)

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import GREEDY_GRAPH, FillName, open_bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, FillName, open_bundle
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -32,11 +31,14 @@ from cllm_export.cli.options import (
     require_use,
     write_text,
 )
+from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
-from cllm_export.runtime.generate import Generation, Method, Model, load
-from cllm_export.runtime.prefix_snapshot import check_target
-from cllm_export.runtime.providers import Provider
+from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
+from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.load import Provider, load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.request_run import Generation
 
 
 @app.command()
@@ -184,7 +186,7 @@ def trace(
     threads: ThreadsOption = None,
 ) -> None:
     """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
-    from cllm_export.traces import DEFAULT_METHODS, record_traces
+    from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 
     given = read_prompts(prompts, limit=limit)
     with load(bundle, threads=threads) as model:
@@ -311,11 +313,11 @@ def _print_together(
 
 def _print_generation(model: Model, generation: Generation, *, stats: bool, blocks: bool) -> None:
     if blocks:
-        display.show_blocks(model, generation)
+        show_blocks(model, generation)
     else:
         typer.echo(generation.text)
     if stats:
-        display.show_statistics(generation)
+        show_statistics(generation)
 
 
 def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats: bool, blocks: bool) -> None:
@@ -328,4 +330,4 @@ def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats:
             sys.stdout.flush()
         typer.echo()
         if stats:
-            display.show_statistics(stream.result())
+            show_statistics(stream.result())

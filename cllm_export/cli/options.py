@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.bundle import FillName
+from cllm_export.bundle.manifest import FillName
+from cllm_export.bundle.quantization import Engine as QuantizedFor
 from cllm_export.errors import OptionError, OutputError
-from cllm_export.quantization import Engine as QuantizedFor
-from cllm_export.runtime.draft import SOURCES, parse_fill
-from cllm_export.runtime.generate import Method
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
+from cllm_export.runtime.decoding.request import Method
 
 
 def _check_fill(fill: str | None) -> str | None:

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import FillName, Loop
+from cllm_export.bundle.manifest import FillName, Loop
 from cllm_export.cli.app import EXIT_FAILED, app
 from cllm_export.cli.options import BlockSizeOption, FillOption, LimitOption, ThreadsOption
+from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
 from cllm_export.errors import OptionError
-from cllm_export.evaluation.task import TaskName
+from cllm_export.evaluation.tasks.task import TaskName
 from cllm_export.extras import needs_extra
-from cllm_export.runtime.request import JacobiMethod
+from cllm_export.runtime.decoding.request import JacobiMethod
 from cllm_export.training import MixedPrecision, Objective, OptimizerName
 
 if TYPE_CHECKING:
-    from cllm_export.training.lora import LoraOptions
+    from cllm_export.training.model.lora import LoraOptions
 
 
 @app.command()
@@ -49,7 +50,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
-    from cllm_export.evaluation.command import EvaluateOptions, run_evaluation, run_probe
+    from cllm_export.evaluation.command import run_evaluation, run_probe
+    from cllm_export.evaluation.evaluate import EvaluateOptions
 
     options = EvaluateOptions(
         method=method,
@@ -60,12 +62,12 @@ def evaluate(
         threads=threads,
         allow_code_execution=allow_code_execution,
     )
-    with display.progress_bar() as progress:
+    with progress_bar() as progress:
         if probe:
             report = run_probe(source, data, task, parent, options, output=output, progress=progress)
         else:
             report = run_evaluation(source, data, task, parent, options, output=output, progress=progress)
-    (display.show_probe if probe else display.show_evaluation)(report)
+    (show_probe if probe else show_evaluation)(report)
 
 
 @app.command()
@@ -91,9 +93,9 @@ def collect(
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
     with needs_extra("train"):
-        from cllm_export.training.collect import CollectOptions, check_collection_output
-        from cllm_export.training.collect import collect as run
-        from cllm_export.training.source import open_source
+        from cllm_export.training.collection.collect import CollectOptions, check_collection_output
+        from cllm_export.training.collection.collect import collect as run
+        from cllm_export.training.collection.source import open_source
 
         options = CollectOptions(
             method=method,
@@ -106,12 +108,12 @@ def collect(
         )
         check_collection_output(output)
         opened = open_source(source, batch_size=batch_size, threads=threads, device=device)
-        with display.progress_bar() as progress:
+        with progress_bar() as progress:
             collection = run(opened, prompts, output, options, progress=progress)
     if as_json:
         typer.echo(json.dumps(collection.manifest.summary, indent=2))
     else:
-        display.show_collection(str(output), collection.manifest.summary or {})
+        show_collection(str(output), collection.manifest.summary or {})
     if not len(collection):
         raise typer.Exit(EXIT_FAILED)
 
@@ -207,7 +209,7 @@ def tune(
         evaluate_every=evaluate_every,
         patience=patience,
     )
-    with display.progress_bar() as progress:
+    with progress_bar() as progress:
         report = run_tune(
             checkpoint,
             prompts,
@@ -224,13 +226,13 @@ def tune(
         )
     if report is None:  # not the first of several processes
         return
-    display.show_tuning(str(output), report)
+    show_tuning(str(output), report)
     if report["stopped"] == "collapse":
         raise typer.Exit(EXIT_FAILED)
 
 
 def _lora_options(rank: int | None, alpha: float | None) -> LoraOptions | None:
-    from cllm_export.training.lora import LoraOptions
+    from cllm_export.training.model.lora import LoraOptions
 
     if rank is None:
         if alpha is not None:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cllm_export import display
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.manifest import open_bundle
 from cllm_export.cli.app import EXIT_FAILED, app
 from cllm_export.cli.options import (
     BaseOption,
@@ -19,6 +18,8 @@ from cllm_export.cli.options import (
     PromptsOption,
     ThreadsOption,
 )
+from cllm_export.cli.show.bundle import show_description, show_parity
+from cllm_export.cli.show.console import progress_bar
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
 from cllm_export.prompts import read_prompts
@@ -46,15 +47,15 @@ def verify(
     ] = None,
 ) -> None:
     """Prove a bundle lossless, write parity.json into it, and exit with 1 if it is not."""
-    from cllm_export.verify import VerifyOptions
-    from cllm_export.verify import verify as run
+    from cllm_export.verification.report import VerifyOptions
+    from cllm_export.verification.verify import verify as run
 
     if limit is not None and prompts is None:
         raise OptionError("--limit needs --prompts")
     options = VerifyOptions(
         max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads, by_layer=by_layer
     )
-    with display.progress_bar() as progress, needs_extra("export"):
+    with progress_bar() as progress, needs_extra("export"):
         parity = run(
             open_bundle(bundle),
             prompts=read_prompts(prompts, limit=limit) if prompts else (),
@@ -63,7 +64,7 @@ def verify(
             options=options,
             progress=progress,
         )
-    display.show_parity(parity)
+    show_parity(parity)
     if not parity.passed:
         raise typer.Exit(EXIT_FAILED)
 
@@ -71,10 +72,10 @@ def verify(
 @app.command()
 def inspect(bundle: BundleArgument, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Say what is in a bundle and what memory it needs."""
-    from cllm_export.inspect import describe
+    from cllm_export.bundle.inspect import describe
 
     description = describe(open_bundle(bundle))
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:
-        display.show_description(description)
+        show_description(description)

@@ -6,12 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle import Progress
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
 from cllm_export.evaluation.probe import MAX_NEW_TOKENS, PROMPTS, ProbeOptions, probe
 from cllm_export.evaluation.report_file import check_report_path, write_report
-from cllm_export.evaluation.task import TASKS, TaskName
+from cllm_export.evaluation.tasks.task import TASKS, TaskName
+from cllm_export.progress import Progress
 from cllm_export.prompts import read_prompts
 
 __all__ = ["EvaluateOptions", "run_evaluation", "run_probe"]

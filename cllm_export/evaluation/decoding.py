@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cllm_export.bundle import FILLS, FillName, Progress, require_one_of
-from cllm_export.contract import require_at_least
+from cllm_export.bundle.manifest import FILLS, FillName
+from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError, PromptError
+from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import Generation, Model
-from cllm_export.runtime.request import METHOD_OF_LOOP, JacobiMethod
+from cllm_export.runtime.decoding.request import METHOD_OF_LOOP, JacobiMethod
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.request_run import Generation
 
 JACOBI_METHODS: tuple[JacobiMethod, ...] = tuple(METHOD_OF_LOOP.values())
 

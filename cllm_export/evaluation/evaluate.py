@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle import FillName, Progress
+from cllm_export.bundle.manifest import FillName
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.evaluation.decoding import Decoded, Settings, decode_prompts, default_settings
-from cllm_export.evaluation.gsm8k_task import Gsm8kTask
-from cllm_export.evaluation.humaneval_task import HumanevalTask
 from cllm_export.evaluation.measures import measure
-from cllm_export.evaluation.prompt_task import PromptTask
-from cllm_export.evaluation.scores import Scores
 from cllm_export.evaluation.sources import kind_of, open_source
-from cllm_export.evaluation.task import Task, TaskName, user_message
-from cllm_export.runtime.generate import Model
-from cllm_export.runtime.request import JacobiMethod
+from cllm_export.evaluation.tasks.gsm8k_task import Gsm8kTask
+from cllm_export.evaluation.tasks.humaneval_task import HumanevalTask
+from cllm_export.evaluation.tasks.prompt_task import PromptTask
+from cllm_export.evaluation.tasks.scores import Scores
+from cllm_export.evaluation.tasks.task import Task, TaskName, user_message
+from cllm_export.progress import Progress
+from cllm_export.runtime.decoding.request import JacobiMethod
+from cllm_export.runtime.model import Model
 
 REPORT_VERSION = 1
 
@@ -52,7 +53,7 @@ def read_task(name: TaskName, data: Path, options: EvaluateOptions) -> Task:
         return Gsm8kTask.read(data, limit=options.limit)
     if name == "prompts":
         return PromptTask.read(data, limit=options.limit)
-    from cllm_export.evaluation.spider_task import SpiderTask  # needs the extra `evaluate`
+    from cllm_export.evaluation.tasks.spider_task import SpiderTask
 
     return SpiderTask.read(data, limit=options.limit)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cllm_export.evaluation.decoding import Answer, Settings
-from cllm_export.runtime.statistics import ForwardRecord, Statistics
+from cllm_export.runtime.decoding.statistics import ForwardRecord, Statistics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bench import measure_latency
-from cllm_export.bundle import FILLS, Bundle, Progress, open_bundle
+from cllm_export.bundle.manifest import FILLS, Bundle, open_bundle
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.decoding import JACOBI_METHODS, Settings, decode_prompts, default_settings
 from cllm_export.evaluation.measures import measure
 from cllm_export.evaluation.sources import kind_of
 from cllm_export.evaluation.verdict import Expectation, judge
 from cllm_export.extras import needs_extra
+from cllm_export.measure.bench import measure_latency
+from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.ort_engine import describe_machine
+from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
 
 BLOCK_SIZES = (1, 4, 8, 16, 32)
 FORM_PROMPTS = 8

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from cllm_export.bundle import MANIFEST_NAME
-from cllm_export.contract import require_at_least
+from cllm_export.bundle.manifest import MANIFEST_NAME
+from cllm_export.checks import require_at_least
 from cllm_export.errors import BundleError
 from cllm_export.extras import needs_extra
-from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.ort_engine import available_threads
+from cllm_export.runtime.engines.machine import available_threads
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
 
 SourceKind = Literal["bundle", "checkpoint"]
 CONFIG_NAME = "config.json"
@@ -46,6 +47,6 @@ def open_source(path: Path, *, threads: int | None = None) -> Model:
     with needs_extra("train"):
         import torch
 
-        from cllm_export.training.torch_engine import load_checkpoint
+        from cllm_export.training.model.torch_engine import load_checkpoint
     torch.set_num_threads(threads or available_threads())
     return load_checkpoint(path)

@@ -2,132 +2,71 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from cllm_export.bundle import (
-    CHAT_TEMPLATE_NAME,
-    GENERATION_CONFIG_NAME,
+from cllm_export.bundle.contract import BYTES, KV_DTYPE
+from cllm_export.bundle.linked_weights import WeightsMode
+from cllm_export.bundle.manifest import (
     GREEDY_GRAPH,
     LOOKAHEAD_GRAPH,
-    TOKENIZER_NAME,
+    MANIFEST_NAME,
     WEIGHTS_NAME,
     Bundle,
-    FileEntry,
-    GraphEntry,
-    Manifest,
-    Progress,
-    TrainedWith,
-    check_output,
     describe_files,
     open_bundle,
-    require_one_of,
-    staged_output,
     write_manifest,
 )
-from cllm_export.contract import BYTES, KV_DTYPE, PRECISIONS, FixedShapes, Geometry, Precision, require_at_least
-from cllm_export.errors import OptionError
-from cllm_export.exporter.adapter import Adapter, open_source
-from cllm_export.exporter.checkpoint import Checkpoint, TensorInfo, default_max_length, truncated_config
-from cllm_export.exporter.gptq import factor_bytes
-from cllm_export.exporter.graph import DecoderGraph, WeightSource
-from cllm_export.exporter.layers import TRACED_PERIODS, repeat_layers, repeated_period
-from cllm_export.exporter.linking import LINKED_PASSES
-from cllm_export.exporter.lint import ONNXRUNTIME_OPERATORS, require_clean
-from cllm_export.exporter.lookahead import derive_lookahead, lookahead_obstacle
-from cllm_export.exporter.memory import plan_memory, watched_memory
-from cllm_export.exporter.passes import PASSES, Pass, pin_shapes, run_passes, state_contract
-from cllm_export.exporter.quantize import QuantizeOptions, quantize
-from cllm_export.exporter.smoke import require_sound, smoke_bytes
-from cllm_export.exporter.static_layers import ColumnMaximum
-from cllm_export.exporter.stream import Piece, Use, rows_of, stream_files, stream_tensors
-from cllm_export.exporter.trace import check_tensors, geometry_of, trace_greedy
-from cllm_export.exporter.weights import (
-    ENGINE_DTYPE,
-    Layout,
+from cllm_export.bundle.scales import Scales, open_scales
+from cllm_export.bundle.storage import check_output, staged_output
+from cllm_export.exporter.checkpoint.adapter import Adapter, open_source
+from cllm_export.exporter.checkpoint.families import truncated_config
+from cllm_export.exporter.checkpoint.files import TensorInfo
+from cllm_export.exporter.checkpoint.read import Checkpoint
+from cllm_export.exporter.checkpoint.stream import Piece, Use, rows_of, stream_files, stream_tensors
+from cllm_export.exporter.graph.layers import TRACED_PERIODS, repeat_layers, repeated_period
+from cllm_export.exporter.graph.linking import LINKED_PASSES
+from cllm_export.exporter.graph.lookahead import derive_lookahead, lookahead_obstacle
+from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
+from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
+from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
+from cllm_export.exporter.options import BuildOptions, Settings, choose_weights, settle
+from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
+from cllm_export.exporter.quantize.gptq import factor_bytes
+from cllm_export.exporter.quantize.rewrite import quantize
+from cllm_export.exporter.quantize.static_layers import ColumnMaximum
+from cllm_export.exporter.stages import Stages
+from cllm_export.exporter.weights.memory import plan_memory, watched_memory
+from cllm_export.exporter.weights.weights import (
     WeightsFile,
     attach_weights,
     check_dtypes,
-    is_linkable,
     plan_weights,
     require_space,
 )
-from cllm_export.linked import WEIGHTS_MODES, LinkedFile, WeightsMode
-from cllm_export.quantization import ENGINES
-from cllm_export.runtime.ort_engine import available_threads
-from cllm_export.scales import Scales, open_scales
+from cllm_export.exporter.write_bundle import copy_text_files, finish_graph, lint_graph, make_manifest, write_graph
+from cllm_export.progress import Progress
+from cllm_export.runtime.engines.machine import available_threads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+
 log = logging.getLogger(__name__)
 
-DEFAULT_BLOCK_SIZE = 16
-MIN_MAX_BLOCK_SIZE = 64
-"""Decode forwards of up to this many tokens fit the cache of every bundle with symbolic shapes."""
-
-MIN_MAX_LENGTH = 2
 _TEXT_BYTES = 1 << 16
 """What a bundle takes besides its weights, at the least."""
-
-GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx"}
-TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """What ``cllm-export build`` lets the user choose."""
-
-    block_size: int | None = None
-    """n; by default what the model was trained with, else 16."""
-    max_length: int | None = None
-    """Prompt plus new tokens; by default the model's own length, capped at 2048."""
-    batch_size: int = 1
-    precision: Precision = "fp32"
-    """The dtype of what is computed and of the KV cache."""
-    quantize: QuantizeOptions | None = None
-    """How linear layers are quantised; by default they are not."""
-    fixed_shapes: bool = False
-    trained_with: TrainedWith | None = None
-    """Overrides the ``cllm`` section of the checkpoint's config."""
-    weights: WeightsMode | None = None
-    """By default ``link`` where every tensor has the engine's dtype already, else ``copy``."""
-    max_memory: int | None = None
-    """Bytes of anonymous memory that the build must stay under."""
-    base: Path | None = None
-    """The checkpoint that an adapter is for; by default the one that it names."""
-    num_layers: int | None = None
-    """The first so many layers alone, for debugging."""
-    lookahead: bool = False
-    """Add the lookahead graph. A model that can have none gets its greedy graph alone, and the report says why."""
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "max_length", "batch_size", "num_layers", "max_memory"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        require_one_of("precision", self.precision, PRECISIONS)
-        if self.weights is not None:
-            require_one_of("weights", self.weights, WEIGHTS_MODES)
-        if self.quantize and self.precision != "fp32" and "tensorrt" not in self.quantize.engines:
-            raise OptionError(
-                f"{self.quantize.scheme} for ONNX Runtime computes in fp32, got {self.precision}: leave --compute out"
-                f"{', or give --quantize-for tensorrt' if self.quantize.scheme == 'int4' else ''}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,33 +131,13 @@ def export(
     """
     options = options or BuildOptions()
     output = Path(output)
-    check_output(output, force=force)
+    check_output(output, force=force, marker=MANIFEST_NAME)
     with watched_memory() as memory:
         work = _Work(options, output, Stages(say or (lambda _: None), progress or (lambda *_: None)))
         report = work.run(Path(checkpoint_path), force=force)
     report = replace(report, peak=memory.peak)
     work.stages.say(f"peak memory {memory.peak / 1e6:,.0f} MB (predicted {report.predicted_peak / 1e6:,.0f} MB)")
     return Export(bundle=open_bundle(output), report=report)
-
-
-class Stages:
-    """Times the stages of a build, and says what each took."""
-
-    def __init__(self, say: Callable[[str], None], progress: Progress) -> None:
-        self.say = say
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.progress(name, 0, 1)
-        started = perf_counter()
-        yield
-        self.took(name, perf_counter() - started)
-
-    def took(self, name: str, seconds: float) -> None:
-        self.seconds[name] = round(seconds, 3)
-        self.say(f"{name:<12}{seconds:8.2f} s")
 
 
 class _Work:
@@ -255,11 +174,11 @@ class _Work:
             scales = open_scales(options.quantize.scales) if options.quantize and options.quantize.scales else None
             graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
             self._quantize(graph, checkpoint, adapter, scales)
-            _finish(graph, settings, stages)
+            finish_graph(graph, settings, stages)
             graphs = {GREEDY_GRAPH: graph}
             refused = self._add_lookahead(graphs, checkpoint, settings)
             layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
-            with staged_output(self._output, force=force) as staging:
+            with staged_output(self._output, force=force, marker=MANIFEST_NAME) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
                 weights = WeightsFile(staging / WEIGHTS_NAME, layout, memory.stage, adapter.merge if adapter else None)
                 with stages.stage("weights"), weights.filled():
@@ -278,10 +197,10 @@ class _Work:
                 with stages.stage("bundle"):
                     for name, each in graphs.items():
                         attach_weights(each, layout)
-                        _write_graph(each, name, staging)
-                    _copy_text_files(checkpoint, staging)
+                        write_graph(each, name, staging)
+                    copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
-                    write_manifest(staging, _manifest(checkpoint, settings, graphs, layout, files, sums))
+                    write_manifest(staging, make_manifest(checkpoint, settings, graphs, layout, files, sums))
                 if options.quantize:
                     self._require_sound(staging, checkpoint, adapter)
                 written = perf_counter()
@@ -325,7 +244,7 @@ class _Work:
             return obstacle
         with self.stages.stage("lookahead"):
             graphs[LOOKAHEAD_GRAPH] = graph = derive_lookahead(graphs[GREEDY_GRAPH], settings.geometry)
-            _lint(graph, ir.serde.serialize_model(graph.model))
+            lint_graph(graph, ir.serde.serialize_model(graph.model))
         return None
 
     def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None) -> None:
@@ -398,82 +317,6 @@ class _Scan:
         return sums
 
 
-def choose_weights(
-    options: BuildOptions, tensors: Mapping[str, TensorInfo], adapter: Adapter | None
-) -> tuple[WeightsMode, str]:
-    """Whether weights are linked or copied, and why.
-
-    Raises:
-        OptionError: linking was asked for, and nothing can be linked.
-    """
-    wanted = ENGINE_DTYPE[options.precision]
-    kept = [name for name, info in tensors.items() if is_linkable(info, options.precision)]
-    other = sorted({info.dtype for name, info in tensors.items() if name not in kept})
-    if options.weights == "link" and not kept:
-        raise OptionError(
-            f"no weight can be linked at --precision {options.precision}, which takes {wanted}: the checkpoint holds "
-            f"{', '.join(other)}; use --weights copy, or the precision that it has"
-        )
-    if options.quantize is not None:
-        if options.weights == "link":
-            raise OptionError(
-                f"no weight can be linked at --precision {options.quantize.scheme}, which stores them rounded: "
-                "leave --weights out"
-            )
-        return "copy", f"{options.quantize.scheme} stores them rounded"
-    if options.weights is not None:
-        return options.weights, f"--weights {options.weights} was given"
-    if adapter is not None:
-        return "copy", "an adapter is merged into them"
-    if len(kept) < len(tensors):
-        return "copy", f"{options.precision} takes {wanted} and the checkpoint holds {', '.join(other)}"
-    return "link", f"the checkpoint holds them in {wanted} already; the bundle needs it to stay where it is"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Options with every default settled for one checkpoint."""
-
-    block_size: int
-    max_length: int
-    batch_size: int
-    precision: Precision
-    trained_with: TrainedWith | None
-    geometry: Geometry
-    fixed: FixedShapes | None
-
-
-def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
-    trained_with = options.trained_with or checkpoint.trained_with
-    trained_block = trained_with.block_size if trained_with else DEFAULT_BLOCK_SIZE
-    block_size = options.block_size or trained_block
-    limit = int(checkpoint.config.max_position_embeddings)
-    max_length = options.max_length or default_max_length(checkpoint.config)
-    if max_length < MIN_MAX_LENGTH:
-        raise OptionError(f"--max-length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
-    if max_length > limit:
-        raise OptionError(f"--max-length {max_length} is beyond the model's own {limit} positions")
-    if block_size > max_length:
-        origin = "--block-size" if options.block_size else "the block size it was trained with,"
-        raise OptionError(f"{origin} {block_size} is above the max length {max_length}; choose a smaller --block-size")
-    max_block_size = block_size if options.fixed_shapes else max(block_size, MIN_MAX_BLOCK_SIZE)
-    geometry = geometry_of(checkpoint.config, max_length=max_length, max_block_size=max_block_size)
-    fixed = (
-        FixedShapes(batch_size=options.batch_size, block_size=block_size, kv_extent=geometry.cache_length)
-        if options.fixed_shapes
-        else None
-    )
-    return Settings(
-        block_size=block_size,
-        max_length=max_length,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        trained_with=trained_with,
-        geometry=geometry,
-        fixed=fixed,
-    )
-
-
 def _column_maximum(checkpoint: Checkpoint, adapter: Adapter | None) -> ColumnMaximum:
     """Reads the largest magnitude of each column of a tensor, merged with the adapter if there is one."""
 
@@ -498,15 +341,6 @@ def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, l
     return graph
 
 
-def _finish(graph: DecoderGraph, settings: Settings, stages: Stages) -> None:
-    """State the contract, and hold the graph to the lint."""
-    with stages.stage("lint"):
-        if settings.fixed:
-            pin_shapes(graph, settings.geometry, settings.fixed)
-        state_contract(graph, settings.geometry, settings.fixed)
-        _lint(graph, ir.serde.serialize_model(graph.model))  # the rules need no weights: find out before writing any
-
-
 def _trace(
     config: PretrainedConfig, settings: Settings, num_layers: int, passes: Sequence[Pass], stages: Stages
 ) -> DecoderGraph:
@@ -523,70 +357,3 @@ def _trace(
     with stages.stage("passes"):
         run_passes(graph, passes)
     return graph
-
-
-def _lint(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
-    """Hold the graph to TensorRT's rules, but for what quantises a graph that is not meant for it."""
-    engines = graph.quantization.engines if graph.quantization else ENGINES
-    require_clean(proto, unjudged=() if "tensorrt" in engines else ONNXRUNTIME_OPERATORS)
-
-
-def _write_graph(graph: DecoderGraph, name: str, directory: Path) -> None:
-    graph.model.producer_name, graph.model.graph.name = "cllm-export", name
-    proto = ir.serde.serialize_model(graph.model)
-    _lint(graph, proto)
-    onnx.save(proto, directory / GRAPH_FILES[name])
-    log.info("%s: %d nodes", GRAPH_FILES[name], len(proto.graph.node))
-
-
-def _copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
-    (directory / TOKENIZER_NAME).write_bytes(checkpoint.tokenizer_json)
-    if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
-        shutil.copyfile(checkpoint.path / GENERATION_CONFIG_NAME, directory / GENERATION_CONFIG_NAME)
-    if checkpoint.chat_template is not None:
-        (directory / CHAT_TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    graphs: Mapping[str, DecoderGraph],
-    layout: Layout,
-    files: dict[str, FileEntry],
-    sums: dict[Path, str],
-) -> Manifest:
-    used = {weight.file for weight in layout.linked.values()}
-    linked = {
-        path.name: LinkedFile(path=os.path.abspath(path), size=path.stat().st_size, sha256=digest)
-        for path, digest in sums.items()
-        if path.name in used
-    }
-    return Manifest(
-        family=checkpoint.family,
-        graphs={name: GraphEntry(file=GRAPH_FILES[name], fixed_shapes=settings.fixed) for name in graphs},
-        geometry=settings.geometry,
-        block_size=settings.block_size,
-        max_length=settings.max_length,
-        batch_size=settings.batch_size,
-        precision=settings.precision,
-        eos_token_ids=checkpoint.eos_token_ids,
-        pad_token_id=checkpoint.pad_token_id,
-        trained_with=settings.trained_with,
-        special_tokens=checkpoint.special_tokens,
-        checkpoint_fingerprint=checkpoint.fingerprint(sums),
-        tool_versions=_tool_versions(),
-        files=files,
-        linked_files=linked,
-        linked_weights=layout.linked,
-        quantization=graphs[GREEDY_GRAPH].quantization,
-    )
-
-
-def _tool_versions() -> dict[str, str]:
-    versions = {}
-    for name in TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

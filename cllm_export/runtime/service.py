@@ -17,14 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from cllm_export.contract import require_at_least
+from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
-from cllm_export.runtime.batch import MIN_READING_WIDTH
-from cllm_export.runtime.generate import READING, BlockSize, Generation, Model, Options, Prepared, pad_token
-from cllm_export.runtime.prefix_snapshot import check_target, write_snapshot
-from cllm_export.runtime.request import StopCut, require_shareable
-from cllm_export.runtime.scheduler import Scheduler, StepReport, Task
-from cllm_export.runtime.text import Messages, TextStream
+from cllm_export.runtime.decoding.batch import MIN_READING_WIDTH
+from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target, write_snapshot
+from cllm_export.runtime.decoding.request import StopCut, require_shareable
+from cllm_export.runtime.decoding.scheduler import Scheduler, StepReport
+from cllm_export.runtime.decoding.task import Task
+from cllm_export.runtime.decoding.text import Messages, TextStream
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import READING, BlockSize, Options, Prepared, pad_token
+from cllm_export.runtime.request_run import Generation
 
 log = logging.getLogger(__name__)
 

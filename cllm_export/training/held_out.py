@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
-from cllm_export.runtime.batch import BatchRequest, decode_requests
-from cllm_export.runtime.generate import Model, pad_token
-from cllm_export.runtime.request import METHOD_OF_LOOP
-from cllm_export.training.cleaning import is_repetitive
-from cllm_export.training.samples import Sample
+from cllm_export.runtime.decoding.batch import BatchRequest, decode_requests
+from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import pad_token
+from cllm_export.training.data.cleaning import is_repetitive
+from cllm_export.training.data.samples import Sample
 
 ROOM = 16
 """Tokens that an output may be longer than the longest target: the rest of one that never ends says nothing new."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cllm_export.bundle import FillName, Loop
-from cllm_export.runtime.draft import Fill, make_fill
-from cllm_export.training.samples import Sample
-from cllm_export.training.windows import Window, advance, fresh_window, recorded_window
+from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.runtime.decoding.drafts.sources import Fill, make_fill
+from cllm_export.training.data.samples import Sample
+from cllm_export.training.data.windows import Window, advance, fresh_window, recorded_window
 
 
 @dataclass(frozen=True, kw_only=True)

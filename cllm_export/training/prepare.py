@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cllm_export.bundle import TOKENIZER_NAME, Progress, sha256_of
-from cllm_export.contract import require_at_least
+from cllm_export.bundle.manifest import TOKENIZER_NAME
+from cllm_export.bundle.storage import sha256_of
+from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError, PromptError, TrajectoryError, TuningError
-from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
+from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
+from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
-from cllm_export.runtime.request import METHOD_OF_LOOP
-from cllm_export.runtime.text import TextCodec
-from cllm_export.training.collect import CollectOptions, collect
-from cllm_export.training.samples import TOO_LONG, Sample, Samples, encode_samples, with_shared_ids
-from cllm_export.training.source import open_source
-from cllm_export.training.trajectories import read_trajectories
+from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.training.collection.collect import CollectOptions, collect
+from cllm_export.training.collection.source import open_source
+from cllm_export.training.collection.trajectories import read_trajectories
+from cllm_export.training.data.samples import TOO_LONG, Sample, Samples, encode_samples, with_shared_ids
 from cllm_export.training.tune_options import TuneOptions
 
 

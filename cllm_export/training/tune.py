@@ -23,27 +23,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cllm_export.bundle import Progress
 from cllm_export.errors import OptionError, TuningError
-from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
-from cllm_export.runtime.generate import pad_token
-from cllm_export.training.attention import CPU_ATTENTION, register_cpu_attention
+from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
+from cllm_export.progress import Progress
+from cllm_export.runtime.options import pad_token
+from cllm_export.training.data.samples import Sample, digest_samples
 from cllm_export.training.held_out import HeldOutScore, held_out_length, measure
-from cllm_export.training.lora import add_lora, merge_lora
 from cllm_export.training.losses import autoregressive_loss, consistency_loss
+from cllm_export.training.model.attention import CPU_ATTENTION, register_cpu_attention
+from cllm_export.training.model.lora import add_lora, merge_lora
+from cllm_export.training.model.packed_model import PackedModel
+from cllm_export.training.model.packing import Packed, pack
+from cllm_export.training.model.torch_engine import load_weights, model_around
 from cllm_export.training.optimizers import make_optimizers, set_learning_rate
-from cllm_export.training.packed_model import PackedModel
-from cllm_export.training.packing import Packed, pack
 from cllm_export.training.pool import Pool, PoolOptions
-from cllm_export.training.processes import (
-    failing_together,
-    first_then_others,
-    join_processes,
-    largest,
-    of_first,
-)
-from cllm_export.training.samples import Sample, digest_samples
-from cllm_export.training.torch_engine import load_weights, model_around
+from cllm_export.training.processes import failing_together, first_then_others, join_processes, largest, of_first
 from cllm_export.training.tune_options import TuneOptions
 from cllm_export.training.work import WorkDirectory
 

@@ -6,13 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cllm_export.bundle import FILLS, LOOPS, FillName, Loop, TrainedWith, require_one_of
-from cllm_export.contract import require_at_least
+from cllm_export.bundle.manifest import FILLS, LOOPS, FillName, Loop, TrainedWith
+from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint import Checkpoint, refuse_in_torch
-from cllm_export.exporter.pipeline import BuildOptions, Settings, settle
+from cllm_export.exporter.checkpoint.read import Checkpoint, refuse_in_torch
+from cllm_export.exporter.options import BuildOptions, Settings, settle
 from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
-from cllm_export.training.lora import LoraOptions
+from cllm_export.training.model.lora import LoraOptions
 
 CHOICES = {
     "objective": OBJECTIVES,

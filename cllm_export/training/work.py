@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cllm_export.bundle import TrainedWith, check_output, staged_output
+from cllm_export.bundle.manifest import TrainedWith
+from cllm_export.bundle.storage import check_output, staged_output
 from cllm_export.errors import OptionError, OutputError, TuningError
-from cllm_export.exporter.checkpoint import SINGLE_WEIGHTS, Checkpoint
+from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
+from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.training.event_log import EventLog
 from cllm_export.training.processes import failing_together
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from cllm_export.bundle import Bundle
-from cllm_export.cuda import probe_driver
-from cllm_export.runtime.engine import Engine
-from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.engines.cuda import probe_driver
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import THREADS
 
 BLOCK_SIZES = (1, 8, 16, 32, 64)
@@ -63,7 +63,7 @@ class CpuSubject:
 
 class OrtDeviceSubject:
     def __init__(self, bundle: Bundle, num_slots: int, device: Any, *, cuda_graphs: bool = False) -> None:
-        from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
+        from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
 
         self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device, cuda_graphs=cuda_graphs)
         self._on_gpu = device == "cuda"
@@ -88,8 +88,8 @@ class OrtDeviceSubject:
 
 class TrtSubject:
     def __init__(self, bundle: Bundle, num_slots: int, gpu: Any) -> None:
-        from cllm_export.exporter.plan import PlanOptions, build_plan
-        from cllm_export.runtime.trt_engine import TrtEngine
+        from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+        from cllm_export.tensorrt.engine import TrtEngine
 
         plan = build_plan(bundle, PlanOptions(batch_size=num_slots, block_sizes=BLOCK_SIZES), gpu=gpu)
         self._gpu = gpu
@@ -157,7 +157,7 @@ def open_kind(name: str, directory: Path) -> Kind:
     if name == "tensorrt":
         if missing := [each for each in ("tensorrt", "cuda") if importlib.util.find_spec(each) is None]:
             pytest.skip(f"{missing[0]} is not installed: pip install 'cllm-export[tensorrt]'")
-        from cllm_export.tensorrt_library import open_gpu
+        from cllm_export.tensorrt.library import open_gpu
 
         return Kind(name=name, gpu=open_gpu())
     return Kind(name=name)

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cllm_export.bundle import Bundle
-from cllm_export.runtime.batch import decode_batch
-from cllm_export.runtime.engine import Engine, Forward
-from cllm_export.runtime.generate import Method, Model, Options
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.runtime.text import TextCodec
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.runtime.decoding.batch import decode_batch
+from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.base import Engine, Forward
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
 from tests.acceptance.subjects import BLOCK_SIZES, KINDS, Kind, Subject, open_kind
 from tests.conftest import THREADS, Workshop
 from tests.fakes import PAD

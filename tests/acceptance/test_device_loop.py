@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cllm_export.cuda import Cuda, open_cuda, probe_driver
 from cllm_export.errors import WhileGraphError
-from cllm_export.runtime import commit_kernel
-from cllm_export.runtime.condition_kernel import SET_CONDITIONAL
-from cllm_export.runtime.device_buffers import DeviceMemory, HostBuffer
-from cllm_export.runtime.device_kernel import Compiler, DeviceKernel, import_compiler
-from cllm_export.runtime.device_loop import follow
-from cllm_export.runtime.launch_copy import LaunchCopy
-from cllm_export.runtime.request import Decode, make_decoder
-from cllm_export.runtime.while_graph import WhileGraph
+from cllm_export.runtime.decoding.request import Decode, make_decoder
+from cllm_export.runtime.engines.cuda import Cuda, open_cuda, probe_driver
+from cllm_export.tensorrt.device_buffers import DeviceMemory, HostBuffer
+from cllm_export.tensorrt.loop import commit_kernel
+from cllm_export.tensorrt.loop.condition_kernel import SET_CONDITIONAL
+from cllm_export.tensorrt.loop.device_kernel import Compiler, DeviceKernel, import_compiler
+from cllm_export.tensorrt.loop.device_loop import follow
+from cllm_export.tensorrt.loop.launch_copy import LaunchCopy
+from cllm_export.tensorrt.loop.while_graph import WhileGraph
 
 INT32 = 4
 ADD = b"""

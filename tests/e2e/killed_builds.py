@@ -27,11 +27,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cllm_export.bundle import open_bundle, staged_output
-from cllm_export.linked import WEIGHTS_MODES, WeightsMode
+from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
+from cllm_export.bundle.manifest import open_bundle
+from cllm_export.bundle.storage import staged_output
 
 if TYPE_CHECKING:
-    from cllm_export.exporter.pipeline import BuildOptions
+    from cllm_export.exporter.options import BuildOptions
 
 PHASES = ("checkpoint", "trace", "weights", "bundle", "exchange")
 BEFORE_STAGING = PHASES[:2]
@@ -70,10 +71,10 @@ class Phases:
             os.read(self._permission, 1)
 
     @contextmanager
-    def staged(self, target: Path, *, force: bool) -> Iterator[Path]:
+    def staged(self, target: Path, *, force: bool, marker: str) -> Iterator[Path]:
         """``staged_output``, within the phases that it begins."""
         self.enter("weights")
-        with staged_output(target, force=force) as staging:
+        with staged_output(target, force=force, marker=marker) as staging:
             yield staging
             self.enter("exchange")
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cllm_export.bundle import Bundle, describe_files, open_bundle, write_manifest
+from cllm_export.bundle.manifest import Bundle, describe_files, open_bundle, write_manifest
 from tests.checkpoints import edit_json
 from tests.conftest import PINNED, Workshop
 from tests.e2e.conftest import Cli, assert_refused, snapshot

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from cllm_export.bundle import open_bundle
-from cllm_export.runtime.generate import load
+from cllm_export.bundle.manifest import open_bundle
+from cllm_export.runtime.load import load
 from tests.checkpoints import Variant, edit_json, edit_weights, hub_snapshot, make_checkpoint
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, assert_refused, snapshot

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cllm_export.bundle import open_bundle
-from cllm_export.scales import open_scales
+from cllm_export.bundle.manifest import open_bundle
+from cllm_export.bundle.scales import open_scales
 from tests.conftest import Workshop
 from tests.e2e.conftest import Cli, assert_refused, run_process
 from tests.e2e.test_missing_extras import without

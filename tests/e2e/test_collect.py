@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from cllm_export.errors import TrajectoryError
-from cllm_export.exporter.checkpoint import open_checkpoint
-from cllm_export.runtime.generate import load
-from cllm_export.training.collection import MANIFEST_NAME, read_manifest
-from cllm_export.training.trajectories import read_trajectories
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.runtime.load import load
+from cllm_export.training.collection.collection import MANIFEST_NAME, read_manifest
+from cllm_export.training.collection.trajectories import read_trajectories
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.e2e.conftest import Cli, assert_refused, environment, run_process, snapshot
 from tests.e2e.test_missing_extras import without

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cllm_export import __version__
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.manifest import open_bundle
 from tests.checkpoints import hub_snapshot
 from tests.conftest import DEMO, PINNED, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, run_process

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle import FILLS
+from cllm_export.bundle.manifest import FILLS
 from cllm_export.errors import OutputError
 from cllm_export.evaluation.report_file import write_report
 from tests.conftest import PINNED, Workshop

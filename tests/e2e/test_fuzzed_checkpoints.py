@@ -24,11 +24,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cllm_export.bundle import open_bundle
+from cllm_export.bundle.manifest import open_bundle
 from cllm_export.errors import CheckpointError
-from cllm_export.exporter.checkpoint import EMBEDDING, HEAD, SINGLE_WEIGHTS, WEIGHTS_INDEX, open_checkpoint
+from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS, WEIGHTS_INDEX
+from cllm_export.exporter.checkpoint.read import EMBEDDING, HEAD, open_checkpoint
+from cllm_export.exporter.graph.trace import check_tensors
 from cllm_export.exporter.pipeline import build
-from cllm_export.exporter.trace import check_tensors
 from tests.checkpoints import Variant
 from tests.conftest import Workshop
 from tests.e2e.conftest import snapshot

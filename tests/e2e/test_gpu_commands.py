@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cllm_export.cuda import DRIVER_LIBRARY
+from cllm_export.runtime.engines.cuda import DRIVER_LIBRARY
 from tests.e2e.conftest import Cli
 from tests.fakes import write_bundle
 

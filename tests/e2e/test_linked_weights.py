@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 import pytest
 
-from cllm_export.bundle import WEIGHTS_NAME, Bundle, open_bundle
+from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle, open_bundle
 from cllm_export.errors import BundleError, ChecksumError, EngineError
-from cllm_export.exporter.lint import lint
-from cllm_export.runtime.generate import load
+from cllm_export.exporter.lint.rules import lint
+from cllm_export.runtime.load import load
 from tests.checkpoints import VARIANTS, make_checkpoint
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, assert_refused, snapshot
@@ -271,7 +271,7 @@ def test_a_memory_bound_that_cannot_be_kept_is_refused(
 def test_pieces_of_any_size_give_the_same_file(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
     """A few rows at a time, with and without room for a whole weight: transposed, stacked and cast alike."""
     from cllm_export.exporter import pipeline
-    from cllm_export.exporter.memory import MemoryPlan
+    from cllm_export.exporter.weights.memory import MemoryPlan
 
     expected = workshop.bundle("qwen2-window", precision="fp16").manifest.files[WEIGHTS_NAME]
     for stage in (0, 20_000):

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from cllm_export.bundle import Bundle, describe_files, write_manifest
+from cllm_export.bundle.manifest import Bundle, describe_files, write_manifest
 from tests.conftest import Workshop
 from tests.e2e.conftest import Cli, assert_refused
 

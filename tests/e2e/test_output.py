@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cllm_export.bundle import WEIGHTS_NAME, Bundle, open_bundle
-from cllm_export.runtime.generate import load
+from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle, open_bundle
+from cllm_export.runtime.load import load
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, snapshot
 

@@ -88,7 +88,7 @@ def test_a_graph_for_onnx_runtime_is_refused_for_a_plan(
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("cllm_export.tensorrt_library.open_gpu", object)
+    monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", object)
     options = ("--output", output, "--precision", "int4", "--target", "tensorrt")
     assert_refused(cli("build", workshop.checkpoint("small"), *options), "add --quantize-for tensorrt")
     assert list(output.parent.iterdir()) == []

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cllm_export.bundle import TrainedWith
+from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import TuningError
-from cllm_export.exporter.checkpoint import open_checkpoint
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.training.data.samples import Sample
+from cllm_export.training.model.torch_engine import load_checkpoint
 from cllm_export.training.prepare import prepare
-from cllm_export.training.samples import Sample
-from cllm_export.training.torch_engine import load_checkpoint
 from cllm_export.training.tune import tune
 from cllm_export.training.tune_options import TuneOptions
 from tests.checkpoints import EOS, MAX_POSITIONS, PAD, Variant, edit_json, edit_weights
@@ -721,8 +721,8 @@ def test_two_files_of_one_name_are_answered_apart(cli: Cli, workshop: Workshop, 
 
 @pytest.fixture(scope="module")
 def trajectories(workshop: Workshop, unanswered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cllm_export.training.collect import CollectOptions, collect
-    from cllm_export.training.source import open_source
+    from cllm_export.training.collection.collect import CollectOptions, collect
+    from cllm_export.training.collection.source import open_source
 
     output = tmp_path_factory.mktemp("collected") / "trajectories"
     collect(open_source(workshop.checkpoint(ENDING)), unanswered, output, CollectOptions(max_new_tokens=60))

@@ -88,7 +88,7 @@ def _obey(orders: Orders) -> None:
 
 
 def _run(orders: Orders) -> None:
-    from cllm_export.cli import main
+    from cllm_export.cli.entry import main
 
     if orders.accelerator:
         from accelerate import PartialState

@@ -11,8 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cllm_export.exporter.reference import Reference
-    from cllm_export.runtime.engine import Engine
+    from cllm_export.exporter.parity.reference import Reference
+    from cllm_export.runtime.engines.base import Engine
 
 PROMPT_LENGTHS = (1, 2, 9, 40, 130, 190)
 """Prefill takes a prompt without its last token, in chunks of 16 for a model this small and of 128 at most: no row,

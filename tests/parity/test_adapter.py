@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from cllm_export.bundle import WEIGHTS_NAME, Bundle  # noqa: E402 - after the skips
+from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402 - after the skips
 from tests.checkpoints import edit_json  # noqa: E402
 from tests.conftest import Workshop  # noqa: E402
 from tests.e2e.conftest import assert_refused, cli, output  # noqa: E402, F401 - fixtures

@@ -16,14 +16,14 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402 - after the skip
 from torch.nn import functional  # noqa: E402
 
-from cllm_export.bundle import Bundle  # noqa: E402
+from cllm_export.bundle.manifest import Bundle  # noqa: E402
+from cllm_export.bundle.scales import open_scales  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError, ScalesError  # noqa: E402
-from cllm_export.exporter import int4  # noqa: E402
-from cllm_export.exporter.lint import lint  # noqa: E402
-from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
-from cllm_export.runtime.generate import load  # noqa: E402
-from cllm_export.scales import open_scales  # noqa: E402
-from cllm_export.verify import check_rows_are_isolated  # noqa: E402
+from cllm_export.exporter.lint.rules import lint  # noqa: E402
+from cllm_export.exporter.quantize import int4  # noqa: E402
+from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
+from cllm_export.runtime.load import load  # noqa: E402
+from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
 from tests.parity.compare import random_prompts  # noqa: E402
 from tests.parity.test_int8_dynamic import assert_lossless, differences, engine_logits  # noqa: E402

@@ -7,18 +7,18 @@ import json
 import numpy as np
 import pytest
 
+from cllm_export.bundle.scales import open_scales
 from cllm_export.calibration.calibrate import CalibrateOptions, calibrate
 from cllm_export.calibration.edited_engine import EditedEngine, read_graph
-from cllm_export.calibration.fake_quantization import FakeQuantization, round_float8, round_pairs
-from cllm_export.calibration.fit import Budget, fit
-from cllm_export.calibration.linear import checkpoint_tensors, linear_inputs, linear_layers
-from cllm_export.calibration.measured import HeldOutOptions, Losses
+from cllm_export.calibration.linear_inputs import checkpoint_tensors, linear_inputs, linear_layers
 from cllm_export.calibration.recording import read_recordings
-from cllm_export.calibration.sensitivity import StandIn
+from cllm_export.calibration.search.fake_quantization import FakeQuantization, round_float8, round_pairs
+from cllm_export.calibration.search.fit import Budget, fit
+from cllm_export.calibration.search.measured import HeldOutOptions, Losses
+from cllm_export.calibration.search.sensitivity import StandIn
 from cllm_export.errors import CalibrationError, OutputError
-from cllm_export.evaluation.questions import read_questions
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.scales import open_scales
+from cllm_export.evaluation.tasks.questions import read_questions
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import THREADS
 
 WORDS = ("select", "name", "from", "city", "where", "count", "order", "the")
@@ -209,7 +209,7 @@ def test_static_stand_ins_without_scales_are_refused(scheme):
 
 def test_an_8_bit_stand_in_rounds_weights_as_a_bundle_does():
     torch = pytest.importorskip("torch")
-    from cllm_export.exporter.rounding import PairRounding
+    from cllm_export.exporter.graph.rounding import PairRounding
 
     matrix = np.random.default_rng(0).standard_normal((9, 70)).astype(np.float32)
     matrix[3] = 0
@@ -220,7 +220,7 @@ def test_an_8_bit_stand_in_rounds_weights_as_a_bundle_does():
 
 def test_an_fp8_stand_in_rounds_weights_as_a_bundle_does():
     torch = pytest.importorskip("torch")
-    from cllm_export.exporter.rounding import Float8Rounding
+    from cllm_export.exporter.graph.rounding import Float8Rounding
 
     matrix = np.random.default_rng(0).standard_normal((9, 70)).astype(np.float32) ** 5  # of many magnitudes
     matrix[3] = 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.generate import METHODS, Model, load
+from cllm_export.runtime.decoding.request import METHODS
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
 from cllm_export.runtime.service import Service
 from tests.conftest import DEMO, THREADS, Workshop
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cllm_export.exporter.checkpoint import FAMILIES
-from cllm_export.runtime.generate import load
-from cllm_export.verify import VerifyOptions, verify
+from cllm_export.exporter.checkpoint.families import FAMILIES
+from cllm_export.runtime.load import load
+from cllm_export.verification.report import VerifyOptions
+from cllm_export.verification.verify import verify
 from tests.checkpoints import VARIANTS
 from tests.conftest import THREADS, Workshop
 

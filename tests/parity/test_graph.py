@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
 
-from cllm_export.bundle import WEIGHTS_NAME, Bundle
-from cllm_export.contract import OPSET, TensorSpec, graph_inputs, graph_outputs
-from cllm_export.exporter.lint import require_clean
-from cllm_export.verify import MARGIN_EPSILON
+from cllm_export.bundle.contract import OPSET, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle
+from cllm_export.exporter.lint.rules import require_clean
+from cllm_export.verification.tokens import MARGIN_EPSILON
 from tests.checkpoints import MAX_POSITIONS, VARIANTS
 from tests.conftest import Workshop
 from tests.parity.compare import (

@@ -15,16 +15,20 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402 - after the skip
 from torch.nn import functional  # noqa: E402
 
-from cllm_export.bundle import WEIGHTS_NAME, Bundle  # noqa: E402
+from cllm_export.bundle.inspect import describe  # noqa: E402
+from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
-from cllm_export.exporter import int8_dynamic  # noqa: E402
-from cllm_export.exporter.quantize import QuantizeOptions  # noqa: E402
-from cllm_export.exporter.rounding import PairRounding  # noqa: E402
-from cllm_export.inspect import describe  # noqa: E402
+from cllm_export.exporter.graph.rounding import PairRounding  # noqa: E402
+from cllm_export.exporter.quantize import int8_dynamic  # noqa: E402
+from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
-from cllm_export.runtime.generate import METHODS, Model, load  # noqa: E402
-from cllm_export.runtime.ort_engine import OrtEngine  # noqa: E402
-from cllm_export.verify import VerifyOptions, check_rows_are_isolated, verify  # noqa: E402
+from cllm_export.runtime.decoding.request import METHODS  # noqa: E402
+from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402
+from cllm_export.runtime.load import load  # noqa: E402
+from cllm_export.runtime.model import Model  # noqa: E402
+from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
+from cllm_export.verification.report import VerifyOptions  # noqa: E402
+from cllm_export.verification.verify import verify  # noqa: E402
 from tests.checkpoints import VARIANTS, edit_weights, make_checkpoint  # noqa: E402
 from tests.conftest import DEMO, THREADS, Workshop  # noqa: E402
 from tests.parity.compare import random_prompts  # noqa: E402
@@ -203,7 +207,8 @@ def test_zero_weights_and_zero_rows_give_zeros(workshop: Workshop, tmp_path: Pat
 def test_a_bundle_that_does_not_compute_its_model_is_not_left_behind(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from cllm_export.exporter.pipeline import BuildOptions, build
+    from cllm_export.exporter.options import BuildOptions
+    from cllm_export.exporter.pipeline import build
 
     monkeypatch.setattr(int8_dynamic, "PairRounding", lambda **_: PairRounding())  # scales 127 times too large
     with pytest.raises(QuantizationError, match="does not compute its model"):

@@ -6,12 +6,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cllm_export.bundle import Bundle
-from cllm_export.contract import cache_names, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import cache_names, graph_inputs, graph_outputs
+from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError
-from cllm_export.runtime.engine import prefill
-from cllm_export.runtime.generate import Model
-from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.engines.base import prefill
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.model import Model
 from tests.checkpoints import PAD, VARIANTS
 from tests.conftest import THREADS, Workshop
 from tests.parity.compare import fill_slots, random_prompts, stock_cache

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cllm_export import verify as verify_module
-from cllm_export.bundle import Bundle
+from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint import SINGLE_WEIGHTS, open_checkpoint
-from cllm_export.exporter.layer_parity import LayerError, compare_layers
-from cllm_export.exporter.layer_reference import LayerReference
-from cllm_export.verify import VerifyOptions, verify
+from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.exporter.parity.layer_parity import LayerError, compare_layers
+from cllm_export.exporter.parity.layer_reference import LayerReference
+from cllm_export.verification import tokens as verify_module
+from cllm_export.verification.report import VerifyOptions
+from cllm_export.verification.verify import verify
 from tests.checkpoints import VARIANTS
 from tests.conftest import PINNED, THREADS, Workshop
 

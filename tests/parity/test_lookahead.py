@@ -9,19 +9,22 @@ import numpy as np
 import onnx
 import pytest
 
-from cllm_export.bundle import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle, open_bundle
-from cllm_export.contract import graph_outputs, lookahead_inputs
+from cllm_export.bundle.contract import graph_outputs, lookahead_inputs
+from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle, open_bundle
 from cllm_export.errors import EngineError, GraphError, OptionError
-from cllm_export.exporter.checkpoint import open_checkpoint
-from cllm_export.exporter.lint import require_clean
-from cllm_export.exporter.lookahead import derive_lookahead
-from cllm_export.exporter.passes import PASSES, name_replaceable_values, state_contract
-from cllm_export.exporter.pipeline import BuildOptions, Stages, _trace, export, settle
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.exporter.graph.lookahead import derive_lookahead
+from cllm_export.exporter.graph.passes import PASSES, name_replaceable_values, state_contract
+from cllm_export.exporter.lint.rules import require_clean
+from cllm_export.exporter.options import BuildOptions, settle
+from cllm_export.exporter.pipeline import _trace, export
+from cllm_export.exporter.stages import Stages
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.lookahead_layout import LookaheadShape, layout_of
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.verify import MARGIN_EPSILON as VERIFY_EPSILON
+from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape, layout_of
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.verification.tokens import MARGIN_EPSILON as VERIFY_EPSILON
 from tests.checkpoints import MAX_POSITIONS, WINDOW
 from tests.conftest import DEMO, PINNED, THREADS, Workshop
 from tests.parity.compare import (

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cllm_export.exporter.checkpoint import open_checkpoint
-from cllm_export.training.attention import CPU_ATTENTION, register_cpu_attention
-from cllm_export.training.packed_model import PackedModel
-from cllm_export.training.packing import Packed, pack
-from cllm_export.training.samples import Sample
-from cllm_export.training.torch_engine import load_weights
-from cllm_export.training.windows import Window
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.training.data.samples import Sample
+from cllm_export.training.data.windows import Window
+from cllm_export.training.model.attention import CPU_ATTENTION, register_cpu_attention
+from cllm_export.training.model.packed_model import PackedModel
+from cllm_export.training.model.packing import Packed, pack
+from cllm_export.training.model.torch_engine import load_weights
 from tests.checkpoints import TRAINABLE
 from tests.conftest import THREADS, Workshop
 from tests.parity.compare import LOGIT_TOLERANCE

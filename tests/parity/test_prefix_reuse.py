@@ -13,8 +13,9 @@ import random
 import numpy as np
 import pytest
 
-from cllm_export.runtime.generate import Model, load
-from cllm_export.runtime.ort_engine import OrtEngine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
 from cllm_export.runtime.service import Service
 from tests.checkpoints import PAD
 from tests.conftest import DEMO, THREADS, Workshop

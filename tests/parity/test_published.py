@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cllm_export.contract import Geometry
-from cllm_export.exporter.checkpoint import open_checkpoint
-from cllm_export.runtime.generate import load
+from cllm_export.bundle.contract import Geometry
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.runtime.load import load
 from tests.checkpoints import BOS, EOS, PAD, Variant
 from tests.conftest import THREADS, Workshop
 from tests.parity.compare import (
@@ -54,7 +54,7 @@ def shrunk(workshop: Workshop, name: str) -> Path:
 def test_a_published_config_gives_the_geometry_of_its_model(name: str):
     from transformers import AutoConfig
 
-    from cllm_export.exporter.trace import geometry_of
+    from cllm_export.exporter.graph.trace import geometry_of
 
     published = CONFIGS[name]
     config = AutoConfig.for_model(**published)
@@ -75,7 +75,7 @@ def test_a_shrunk_copy_of_a_published_checkpoint_decodes_losslessly_with_its_cha
     workshop: Workshop, name: str
 ):
     """Jacobi against autoregressive at one shape: equality; against PyTorch, but for margins under MARGIN_EPSILON."""
-    from cllm_export.exporter.reference import Reference
+    from cllm_export.exporter.parity.reference import Reference
 
     checkpoint = shrunk(workshop, name)
     assert open_checkpoint(checkpoint).raw_config["rms_norm_eps"] == CONFIGS[name]["rms_norm_eps"]

@@ -10,12 +10,13 @@ import onnx_ir as ir
 import pytest
 
 from cllm_export.exporter import pipeline
-from cllm_export.exporter.checkpoint import Checkpoint, open_checkpoint
-from cllm_export.exporter.graph import DecoderGraph
-from cllm_export.exporter.layers import repeat_layers, repeated_period
-from cllm_export.exporter.linking import LINKED_PASSES
-from cllm_export.exporter.passes import PASSES, Pass, state_contract
-from cllm_export.exporter.pipeline import BuildOptions, Stages, settle
+from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
+from cllm_export.exporter.graph.layers import repeat_layers, repeated_period
+from cllm_export.exporter.graph.linking import LINKED_PASSES
+from cllm_export.exporter.graph.model import DecoderGraph
+from cllm_export.exporter.graph.passes import PASSES, Pass, state_contract
+from cllm_export.exporter.options import BuildOptions, settle
+from cllm_export.exporter.stages import Stages
 from tests.checkpoints import VARIANTS, Variant
 from tests.conftest import Workshop
 

@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from cllm_export.exporter.rotary import rotary_tables, settle_rope
+from cllm_export.exporter.graph.rotary import rotary_tables, settle_rope
 from tests.checkpoints import DYNAMIC_ROPE, LAYERED_ROPE, LINEAR_ROPE, LLAMA3_ROPE, LONGROPE, PARTIAL_ROPE, YARN_ROPE
 
 ORIGINAL, LIMIT = LONGROPE["original_max_position_embeddings"], 256

@@ -8,7 +8,9 @@ import random
 
 import pytest
 
-from cllm_export.runtime.generate import Model, Options, load
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
 from cllm_export.runtime.service import Handle, Service
 from tests.conftest import DEMO, THREADS, Workshop
 

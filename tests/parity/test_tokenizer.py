@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cllm_export.errors import CheckpointError, MissingExtraError, UnsupportedError
-from cllm_export.exporter.checkpoint import open_checkpoint
-from cllm_export.runtime.text import TextCodec
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.runtime.decoding.text import TextCodec
 from tests.checkpoints import BOS, edit_json
 from tests.conftest import Workshop
 
@@ -105,7 +105,7 @@ def test_a_llama_tokenizer_that_does_not_say_so_puts_the_beginning_of_sequence_f
 
 
 def test_a_bundle_of_such_a_checkpoint_encodes_as_the_reference_does(workshop: Workshop, checkpoint: Path):
-    from cllm_export.exporter.reference import Reference
+    from cllm_export.exporter.parity.reference import Reference
 
     settings(checkpoint)
     bundle = workshop.build(checkpoint, max_length=64)
@@ -115,7 +115,7 @@ def test_a_bundle_of_such_a_checkpoint_encodes_as_the_reference_does(workshop: W
 
 
 def test_training_asks_for_the_converted_tokenizer(checkpoint: Path):
-    from cllm_export.training.torch_engine import load_checkpoint
+    from cllm_export.training.model.torch_engine import load_checkpoint
 
     with pytest.raises(UnsupportedError, match=r"no tokenizer\.json, only tokenizer\.model: build a bundle"):
         load_checkpoint(checkpoint)

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cllm_export.bundle import FillName
+from cllm_export.bundle.manifest import FillName
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.autoregressive import Autoregressive
-from cllm_export.runtime.draft import RepeatFill
-from cllm_export.runtime.engine import Engine
-from cllm_export.runtime.generate import Method, Model, Options
-from cllm_export.runtime.jacobi import SlidingJacobi
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.verify import MARGIN_EPSILON as VERIFY_EPSILON
+from cllm_export.runtime.decoding.drafts.sources import RepeatFill
+from cllm_export.runtime.decoding.jacobi import Autoregressive, SlidingJacobi
+from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
+from cllm_export.verification.tokens import MARGIN_EPSILON as VERIFY_EPSILON
 from tests.checkpoints import EOS, VARIANTS
 from tests.conftest import DEMO, PINNED, THREADS, Workshop
 from tests.parity.compare import (

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from cllm_export.bundle import TrainedWith
+from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import CheckpointError, EngineError, OptionError, UnsupportedError
-from cllm_export.exporter.checkpoint import open_checkpoint
-from cllm_export.exporter.trace import geometry_of
-from cllm_export.runtime.batch import decode_batch
-from cllm_export.runtime.generate import METHODS, Method, Model, load
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.training.torch_engine import TorchEngine, load_checkpoint, load_weights, model_around
+from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.exporter.graph.trace import geometry_of
+from cllm_export.runtime.decoding.batch import decode_batch
+from cllm_export.runtime.decoding.request import METHODS, Method
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.training.model.torch_engine import TorchEngine, load_checkpoint, load_weights, model_around
 from tests.checkpoints import EOS, MAX_POSITIONS, TRAINABLE, UNTRAINABLE, WINDOW, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.parity.compare import (

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cllm_export.cuda import Cuda
-from cllm_export.tensorrt_library import Gpu
+from cllm_export.runtime.engines.cuda import Cuda
+from cllm_export.tensorrt.library import Gpu
 from tests.tensorrt.doubles import CudaDouble, Nonconforming, TensorRtDouble, describe
 from tests.tensorrt.install import CUDA, TENSORRT
 

@@ -20,17 +20,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm_export.bundle import Bundle
+from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError, OptionError, WhileGraphError
-from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.runtime import commit_kernel, condition_kernel
-from cllm_export.runtime.commit_kernel import REPEAT, SOURCE
-from cllm_export.runtime.device_kernel import compile_kernel
-from cllm_export.runtime.device_loop import DeviceLoop, Form
-from cllm_export.runtime.draft import make_fill
-from cllm_export.runtime.jacobi import SlidingJacobi
-from cllm_export.runtime.request import Decode
-from cllm_export.runtime.trt_engine import TrtEngine
+from cllm_export.runtime.decoding.drafts.sources import make_fill
+from cllm_export.runtime.decoding.jacobi import SlidingJacobi
+from cllm_export.runtime.decoding.request import Decode
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.loop import commit_kernel, condition_kernel
+from cllm_export.tensorrt.loop.commit_kernel import REPEAT, SOURCE
+from cllm_export.tensorrt.loop.device_kernel import compile_kernel
+from cllm_export.tensorrt.loop.device_loop import DeviceLoop, Form
 from tests.acceptance.test_acceptance import decode as decode_on_host
 from tests.conftest import Workshop
 from tests.fakes import properties
@@ -277,7 +277,7 @@ def test_a_kernel_compiles_for_real_devices(capability: str, kernel_module: Modu
     code = (
         "from cuda.bindings import nvrtc\n"
         f"from {kernel_module.__name__} import SOURCE\n"
-        "from cllm_export.runtime.device_kernel import compile_kernel\n"
+        "from cllm_export.tensorrt.loop.device_kernel import compile_kernel\n"
         f"print(compile_kernel(nvrtc, SOURCE, {capability!r})[:4])"
     )
     paths = {"LD_LIBRARY_PATH": str(library.parent), "PYTHONPATH": f"{BUILD.parent}:{bindings}"}

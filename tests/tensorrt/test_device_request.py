@@ -20,19 +20,22 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from cllm_export import load
-from cllm_export.bundle import Bundle
-from cllm_export.cli import main
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.cli.entry import main
 from cllm_export.errors import EngineError, OptionError
-from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.plans import Plan
-from cllm_export.runtime import device_loop, trt_engine
-from cllm_export.runtime.device_request import DeviceLoops
-from cllm_export.runtime.generate import Generation, Model, Options
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.runtime.prompt_state import PromptState
+from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import Options
+from cllm_export.runtime.request_run import Generation
 from cllm_export.runtime.service import Service
-from cllm_export.runtime.text import TextCodec
-from cllm_export.runtime.trt_engine import TrtEngine
+from cllm_export.tensorrt import engine as trt_engine
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.loop import device_loop
+from cllm_export.tensorrt.loop.device_request import DeviceLoops
+from cllm_export.tensorrt.plan_files import Plan
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import properties
 from tests.tensorrt.simulation import SimulatedGpu
@@ -254,7 +257,7 @@ def test_a_device_that_fails_ends_the_request_and_frees_the_model(bundle: Bundle
 
 def test_a_device_that_ends_a_request_too_early_is_found_out(device: Side, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device_loop.DeviceLoop, "decode", lambda *_, **__: iter(()))
-    monkeypatch.setattr("cllm_export.runtime.device_request.DeviceRequest.cancel", lambda *_: None)
+    monkeypatch.setattr("cllm_export.tensorrt.loop.device_request.DeviceRequest.cancel", lambda *_: None)
     with pytest.raises(EngineError, match="ended a request that has not ended by its rules"):
         device.model.generate([5, 6], block_size=8, max_new_tokens=3, forwards_per_sync=2)
 

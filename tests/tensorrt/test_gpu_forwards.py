@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle import Bundle
-from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.runtime.ort_device_engine import OrtDeviceEngine
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
 from tests.conftest import THREADS, Workshop
 from tests.tensorrt.simulation import SimulatedGpu
 
@@ -239,7 +239,7 @@ def test_the_text_has_a_line_for_what_was_not_measured(
 def test_where_the_provider_is_not_there_it_ends_in_one_sentence(
     script: ModuleType, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cllm_export import cuda
+    from cllm_export.runtime.engines import cuda
 
     monkeypatch.setattr(cuda, "probe_driver", lambda: "the NVIDIA driver finds no GPU")
     for provider in ("cuda", "tensorrt"):

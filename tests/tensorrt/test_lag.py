@@ -17,15 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cllm_export import cuda as cuda_module
-from cllm_export.bundle import Bundle
-from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.plans import Plan
-from cllm_export.runtime import device_loop, launch_copy
-from cllm_export.runtime.batch import decode_batch
-from cllm_export.runtime.device_loop import DeviceLoop, Form
-from cllm_export.runtime.trt_engine import TrtEngine
-from cllm_export.tensorrt_library import Gpu
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.runtime.decoding.batch import decode_batch
+from cllm_export.runtime.engines import cuda as cuda_module
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.library import Gpu
+from cllm_export.tensorrt.loop import device_loop, launch_copy
+from cllm_export.tensorrt.loop.device_loop import DeviceLoop, Form
+from cllm_export.tensorrt.plan_files import Plan
 from tests.conftest import Workshop
 from tests.fakes import properties
 from tests.tensorrt.doubles import Nonconforming

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cllm_export import cuda
-from cllm_export.bundle import Bundle
-from cllm_export.exporter import plan as plan_module
-from cllm_export.runtime import trt_engine, trt_graph
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.runtime.engines import cuda
+from cllm_export.tensorrt import build_plan as plan_module
+from cllm_export.tensorrt import engine as trt_engine
+from cllm_export.tensorrt import graph as trt_graph
 from tests.conftest import Workshop
 from tests.tensorrt.doubles import Nonconforming
 from tests.tensorrt.simulation import SimulatedGpu

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle import Bundle
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import GpuError, OptionError, PlanError
-from cllm_export.exporter.plan import PlanOptions, build_plan, default_extents, profiles_of, settle
-from cllm_export.plans import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
-from cllm_export.quantization import Quantization
-from cllm_export.runtime.trt_engine import TrtEngine, platform_of
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan, default_extents, profiles_of, settle
+from cllm_export.tensorrt.engine import TrtEngine, platform_of
+from cllm_export.tensorrt.plan_files import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
 from tests.conftest import PINNED, Workshop
 from tests.fakes import with_manifest
 from tests.tensorrt.simulation import SimulatedGpu, versions

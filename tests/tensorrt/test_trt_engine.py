@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cllm_export.bundle import Bundle
+from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError
-from cllm_export.exporter.plan import PlanOptions, build_plan
-from cllm_export.runtime.engine import prefill
-from cllm_export.runtime.generate import METHODS, Model
-from cllm_export.runtime.ort_engine import OrtEngine
-from cllm_export.runtime.text import TextCodec
-from cllm_export.runtime.trt_engine import TrtEngine
+from cllm_export.runtime.decoding.request import METHODS
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.base import prefill
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.model import Model
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.engine import TrtEngine
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.tensorrt import simulation
 from tests.tensorrt.simulation import SimulatedGpu, versions

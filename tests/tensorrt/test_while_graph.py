@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm_export import cuda as cuda_module
 from cllm_export.errors import WhileGraphError
-from cllm_export.runtime.condition_kernel import KINDS, SOURCE
-from cllm_export.runtime.while_graph import ALLOWED, WhileGraph
+from cllm_export.runtime.engines import cuda as cuda_module
+from cllm_export.tensorrt.loop.condition_kernel import KINDS, SOURCE
+from cllm_export.tensorrt.loop.while_graph import ALLOWED, WhileGraph
 from tests.fakes import properties
 from tests.tensorrt.doubles import CudaDouble, Nonconforming, describe
 from tests.tensorrt.install import CUDA

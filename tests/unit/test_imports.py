@@ -16,63 +16,59 @@ PACKAGE = Path(cllm_export.__file__).parent
 ROOT = PACKAGE.parent
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "tensorrt", "cuda"}
 EXPORT_ONLY = {"torch", "transformers", "onnx"}
-ALLOWED = {
-    "errors": set(),
-    "contract": {"errors"},
-    "linked": {"errors"},
-    "quantization": {"contract", "errors"},
-    "bundle": {"contract", "errors", "linked", "quantization"},
-    "extras": {"errors"},
-    "prompts": {"errors"},
-    "sizes": {"errors"},
-    "cuda": {"errors"},
-    "tensorrt_library": {"cuda", "errors"},
-    "plans": {"bundle", "contract", "errors"},
-    "device_memory": {"bundle", "contract", "errors"},
-    "traces": {"bundle", "contract", "errors", "prompts", "runtime"},
-    "doctor": {"cuda", "errors", "tensorrt_library"},
-    "runtime": {"bundle", "contract", "cuda", "errors", "plans", "prompts", "runtime", "tensorrt_library"},
-    "scales": {"bundle", "contract", "errors", "linked"},
-    "calibration": {
-        "__version__",
-        "bundle",
-        "calibration",
-        "contract",
-        "display",
-        "errors",
-        "evaluation",
-        "exporter",
-        "extras",
-        "linked",
-        "prompts",
-        "quantization",
-        "runtime",
-        "scales",
-        "verify",
-    },
-    "evaluation": {
-        "bench",
-        "bundle",
-        "contract",
-        "errors",
-        "evaluation",
-        "exporter",
-        "extras",
-        "prompts",
-        "runtime",
-        "training",
-    },
-}
-"""Module or folder of the package -> what of the package it may import."""
+
+FLOORS = """
+errors
+checks  extras  progress  prompts
+bundle
+runtime.engines
+runtime.decoding.block_size  runtime.decoding.drafts  runtime.decoding.prefix
+runtime.decoding
+runtime.decoding.lookahead  tensorrt
+tensorrt.loop
+runtime
+exporter.checkpoint  exporter.lint
+exporter.graph
+exporter.quantize  exporter.weights  exporter.parity
+exporter
+training.data
+training.model
+training.collection
+training
+evaluation.sandbox  evaluation.sql
+evaluation.tasks
+verification
+measure
+evaluation
+calibration
+calibration.search
+cli.show
+cli
+__init__  __main__
+"""
+"""The house, from the ground up: every folder of the package, and every module beside its root.
+
+A file imports from its own folder and from floors below; folders on one floor know nothing of each other. ``__init__``
+is the package's face and may name anything.
+"""
+FLOOR_OF = {place: floor for floor, line in enumerate(FLOORS.strip().splitlines()) for place in line.split()}
+MOST_FILES = 16
+"""Modules of a folder, ``__init__`` included."""
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def place_of(path: Path) -> str:
-    """The module or folder of the package that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in modules()}
+
+
+def place_of(module: str) -> str:
+    """The folder that a module belongs to; of a module beside the package's root, itself."""
+    module = module.removesuffix(".__init__") if module != "__init__" else module
+    if (PACKAGE / module.replace(".", "/")).is_dir():
+        return module
+    return module.rpartition(".")[0] or module
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -101,62 +97,106 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def places_imported(path: Path) -> set[str]:
-    """Modules and folders of the package that a file imports."""
-    return {name.split(".")[1] for name in imports_of(path) if name.startswith("cllm_export.")}
+def own_imports(names: Iterator[str]) -> set[str]:
+    """The package's modules among imported names."""
+    inside = (name.removeprefix("cllm_export.") for name in names if name.startswith("cllm_export."))
+    found = (name if name in MODULES or f"{name}.__init__" in MODULES else name.rpartition(".")[0] for name in inside)
+    return {module for module in found if module}
 
 
-@pytest.mark.parametrize("module", ["cllm_export", "cllm_export.runtime", "cllm_export.bundle"])
+def loaded_by(code: str, packages: set[str]) -> list[str]:
+    """Which of these packages a new process has loaded after some code."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print(*sorted({packages} & set(sys.modules)))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize("module", ["cllm_export", "cllm_export.runtime.service", "cllm_export.bundle.manifest"])
 def test_importing_the_runtime_loads_nothing_heavy(module):
-    code = f"import sys, {module}; print(*sorted({HEAVY} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == []
+    assert loaded_by(f"import {module}", HEAVY) == []
 
 
-@pytest.mark.parametrize("place", ALLOWED)
-def test_imports_point_one_way(place):
-    files = [path for path in modules() if place_of(path) == place]
-    assert files
-    for path in files:
-        assert places_imported(path) <= ALLOWED[place], path
+def test_every_folder_stands_on_a_floor():
+    assert {place_of(module) for module in MODULES} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    here = place_of(module)
+    for imported in own_imports(imports_of(MODULES[module])):
+        there = place_of(imported)
+        assert there == here or FLOOR_OF[there] < FLOOR_OF[here], f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Within a folder as well, at load: a circle breaks whoever is imported first."""
+    arrows = {module: own_imports(imports_at_load(path)) & set(MODULES) for module, path in MODULES.items()}
+    waiting, done = list(arrows), set()
+    while waiting:
+        ready = [module for module in waiting if arrows[module] - {module} <= done]
+        assert ready, f"these import each other in a circle: {waiting}"
+        done.update(ready)
+        waiting = [module for module in waiting if module not in done]
+
+
+def test_no_folder_is_a_heap():
+    """Five modules beside the package's root, and few enough in a folder to be read at a glance."""
+    beside = {module for module in MODULES if "." not in module} - {"__init__", "__main__"}
+    assert len(beside) <= 5
+    for folder in {path.parent for path in MODULES.values()}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
+def test_unit_tests_mirror_the_tree():
+    for folder in (path for path in (ROOT / "tests" / "unit").rglob("*") if path.is_dir() and path.name[0] != "_"):
+        assert (PACKAGE / folder.relative_to(ROOT / "tests" / "unit")).is_dir(), folder
 
 
 def test_plans_are_built_without_torch_or_onnx():
-    code = "import sys, cllm_export.exporter.plan; print(*sorted({'torch', 'onnx', 'tensorrt'} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == []
+    assert loaded_by("import cllm_export.tensorrt.build_plan", {"torch", "onnx", "tensorrt"}) == []
 
 
-def test_the_exporter_never_imports_the_command_line():
-    for path in modules():
-        if place_of(path) == "exporter":
-            assert "cli" not in places_imported(path), path
-
-
-def test_only_the_exporter_and_the_training_load_torch_transformers_or_onnx():
-    for path in modules():
-        if place_of(path) not in ("exporter", "training"):
+def test_only_exporter_and_training_load_torch_transformers_or_onnx():
+    for module, path in MODULES.items():
+        if module.split(".")[0] not in ("exporter", "training"):
             loaded = {name.split(".")[0] for name in imports_at_load(path)}
-            assert not loaded & EXPORT_ONLY, path
+            assert not loaded & EXPORT_ONLY, module
 
 
-def test_only_the_command_line_and_the_evaluation_import_the_training_and_only_when_they_need_it():
-    """What stands in its ``__init__`` loads nothing, and may be imported by any of them."""
-    training = {f"cllm_export.training.{path.stem}" for path in modules() if place_of(path) == "training"}
-    for path in modules():
-        place = place_of(path)
-        if place not in ("training", "cli", "evaluation"):
-            assert "training" not in places_imported(path), path
-        if place != "training":
-            loaded = {".".join(name.split(".")[:3]) for name in imports_at_load(path)}
-            assert not loaded & training, path
+def test_training_is_loaded_only_by_itself():
+    """Others import it where they need it. Its ``__init__`` loads nothing, and may be imported by any of them."""
+    for module, path in MODULES.items():
+        if module.split(".")[0] != "training":
+            loaded = own_imports(imports_at_load(path)) - {"training"}
+            assert not any(name.split(".")[0] == "training" for name in loaded), module
 
 
-def test_the_package_loads_neither_exporter_nor_command_line():
-    assert places_imported(PACKAGE / "__init__.py") <= {"errors", "runtime"}
+def test_the_face_loads_the_runtime_alone():
+    assert {name.split(".")[0] for name in own_imports(imports_at_load(PACKAGE / "__init__.py"))} == {
+        "errors",
+        "runtime",
+    }
 
 
-def test_the_public_names_are_the_ones_promised():
-    promised = ["CllmExportError", "Generation", "Handle", "Model", "Service", "__version__", "load"]
-    assert sorted(cllm_export.__all__) == promised
-    assert all(hasattr(cllm_export, name) for name in cllm_export.__all__)
+def test_every_public_name_can_be_imported():
+    """Those that need torch are imported when they are named, not before."""
+    pytest.importorskip("torch")
+    for name in cllm_export.__all__:
+        assert getattr(cllm_export, name) is not None
+    assert set(cllm_export.__all__) <= set(dir(cllm_export))
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        cllm_export.nothing  # noqa: B018
+
+
+def test_every_error_a_caller_may_catch_is_public():
+    """Those of the runtime, of a build and of a verification; other commands' errors are caught by their base."""
+    for name in ("OptionError", "PromptError", "QueueFullError", "EngineError", "BundleError", "CheckpointError"):
+        assert issubclass(getattr(cllm_export, name), cllm_export.CllmExportError)

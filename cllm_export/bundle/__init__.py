@@ -1,0 +1,1 @@
+"""The bundle: the directory that the exporter hands to the runtime. Nothing here exports or runs anything."""

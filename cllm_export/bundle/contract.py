@@ -1,0 +1,224 @@
+"""The engine contract: name, dtype and shape of every graph input and output. The one place that states it.
+
+Shape legend, used in docstrings everywhere:
+
+    B  slots: rows of the batch, each with its own request and write index
+    n  tokens of the block (or of a chunk of the prompt)
+    h  rows the head is computed for: n when decoding, 1 in prefill
+    S  visible KV extent: how many cache rows attention reads
+    C  cache length: how many rows the KV cache has
+    K  key/value heads      D  head dimension      L  layers      V  vocabulary
+
+One forward over a block:
+
+    input_ids      [B, n]  the block: committed tokens whose KV is not stored yet, then the draft; or a prompt chunk
+    num_committed  [B]     leading tokens of the block known to be right; 0 marks an idle slot
+    write_index    [B]     valid KV rows of each slot; where the KV of this block is written, an idle slot's too
+    kv_positions   [S]     0..S-1; its length sets the extent, its values build the mask
+    head_rows      [h]     rows the head is computed for: 0..n-1 when decoding, 0 alone in prefill
+    past_key.l, past_value.l        [B, K, C, D]
+
+    next_ids       [B, h]  greedy token after each row in head_rows
+    num_accepted   [B]     rows that are right; the write index moves by exactly this. 0 for an idle slot
+    logits         [B h, V]  float32, slot by slot, as the model returns them; fetched only where some slot samples
+    present_key.l, present_value.l  [B, K, C, D], bound to the same memory as the past
+
+With c committed tokens, the new tokens of a slot are ``next_ids[c - 1 : num_accepted]``.
+
+The lookahead graph has two more inputs, between ``head_rows`` and the past. They belong to the whole forward: what the
+rows of a block are to each other is the same in every slot.
+
+    row_offsets    [n]     row i sits at position write_index + row_offsets[i]
+    row_mask       [n, n]  bool: row i sees row j of the block; it sees every row of the cache below write_index
+
+Rows of the head come first, so their KV lies where later forwards look for it; that of all other rows is dead at once.
+Its ``num_accepted`` compares each row with the row before it, which means something for the leading rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cllm_export.checks import require_at_least
+from cllm_export.errors import EngineError
+
+CONTRACT_VERSION = 2
+"""Raised whenever an engine built for the previous contract would run a new graph wrongly."""
+
+OPSET = 24
+"""ONNX opset of every graph: the newest that TensorRT 10.15 parses, and the first with TensorScatter."""
+
+LOGITS = "logits"
+"""The output that an engine need not fetch; a plan for greedy decoding alone may drop it."""
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+DType = Literal["int64", "float32", "float16", "bfloat16", "bool"]
+
+KV_DTYPE: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+BYTES: dict[DType, int] = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedShapes:
+    """The shapes a graph is pinned to: B, n and S as numbers in the file itself."""
+
+    batch_size: int
+    block_size: int
+    kv_extent: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "block_size", "kv_extent"):
+            require_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What the shapes of a model's engine follow from."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    cache_length: int
+    """C: rows of the KV cache and of the RoPE table, ``max_length + max_block_size - 1``."""
+    max_block_size: int
+    """The largest n a decode forward may have, so that what fits never depends on n."""
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            require_at_least(name, getattr(self, name), 1)
+
+    def kv_bytes_per_token(self, precision: Precision) -> int:
+        """Bytes of KV cache that one token of one slot takes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES[KV_DTYPE[precision]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, dtype and shape of one graph input or output; a symbolic axis is a string."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+def graph_inputs(geometry: Geometry, precision: Precision, fixed: FixedShapes | None = None) -> list[TensorSpec]:
+    """Specs of every graph input, in graph order. ``fixed`` pins B, n and S (and h, which is then n)."""
+    b, n, s = _axes(fixed)
+    return [
+        TensorSpec(name="input_ids", dtype="int64", shape=(b, n)),
+        TensorSpec(name="num_committed", dtype="int64", shape=(b,)),
+        TensorSpec(name="write_index", dtype="int64", shape=(b,)),
+        TensorSpec(name="kv_positions", dtype="int64", shape=(s,)),
+        TensorSpec(name="head_rows", dtype="int64", shape=(_head_axis(fixed),)),
+        *_cache_specs("past", geometry, precision, b),
+    ]
+
+
+def lookahead_inputs(geometry: Geometry, precision: Precision) -> list[TensorSpec]:
+    """Specs of every input of the lookahead graph, in graph order: those of the greedy graph and two more."""
+    inputs = graph_inputs(geometry, precision)
+    first_cache = len(inputs) - 2 * geometry.num_layers
+    _, n, _ = _axes(None)
+    rows = [
+        TensorSpec(name="row_offsets", dtype="int64", shape=(n,)),
+        TensorSpec(name="row_mask", dtype="bool", shape=(n, n)),
+    ]
+    return [*inputs[:first_cache], *rows, *inputs[first_cache:]]
+
+
+def graph_outputs(geometry: Geometry, precision: Precision, fixed: FixedShapes | None = None) -> list[TensorSpec]:
+    """Specs of every graph output, in graph order."""
+    b, _, _ = _axes(fixed)
+    return [
+        TensorSpec(name="next_ids", dtype="int64", shape=(b, _head_axis(fixed))),
+        TensorSpec(name="num_accepted", dtype="int64", shape=(b,)),
+        TensorSpec(name=LOGITS, dtype="float32", shape=(_row_axis(fixed), geometry.vocab_size)),
+        *_cache_specs("present", geometry, precision, b),
+    ]
+
+
+def cache_names(num_layers: int) -> Iterator[tuple[str, str]]:
+    """(past, present) names of every cache tensor, in graph order: key and value of layer 0, of layer 1, ..."""
+    for layer in range(num_layers):
+        for kind in ("key", "value"):
+            yield f"past_{kind}.{layer}", f"present_{kind}.{layer}"
+
+
+POSITIONS = "positions"
+"""Name of the value [B, n] that rotations take: the absolute position of every row."""
+
+VISIBLE = "visible"
+"""Name of the value [B, 1, n, S] that says which cache rows a row sees, in a graph without a window."""
+
+HIDDEN = "hidden."
+
+
+def hidden_name(layer: int) -> str:
+    """Name of the value [B, n, hidden size] that enters a layer; that of ``num_layers`` leaves the last one."""
+    return f"{HIDDEN}{layer}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a value between layers has this name."""
+    return name.startswith(HIDDEN)
+
+
+def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry: Geometry) -> None:
+    """Check, on the host and before a forward, that the block's rows lie inside the extent and the cache.
+
+    ONNX Runtime raises on a write outside the cache, TensorRT ignores it silently, and an extent that is one short
+    hides a row from itself without an error: so nobody else can be trusted with this.
+
+    Raises:
+        EngineError: the forward would write or read outside its bounds.
+    """
+    if write_index < 0:
+        raise EngineError(f"the write index must be at least 0, got {write_index}")
+    needed = write_index + block_size
+    if needed > geometry.cache_length:
+        raise EngineError(
+            f"a block of {block_size} at write index {write_index} needs {needed} cache rows, "
+            f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger --max-length"
+        )
+    if kv_extent < needed:
+        raise EngineError(f"KV extent {kv_extent} is below write index {write_index} + block {block_size}")
+
+
+def check_rows(*, slot: int, start: int, stop: int, num_slots: int, geometry: Geometry) -> None:
+    """Check that rows ``start`` to ``stop`` of a slot exist, before they are copied.
+
+    Raises:
+        EngineError: no such slot, or rows outside the cache.
+    """
+    if not 0 <= slot < num_slots:
+        raise EngineError(f"there is no slot {slot}: the engine has {num_slots}, from 0")
+    if not 0 <= start <= stop <= geometry.cache_length:
+        raise EngineError(f"rows {start} to {stop} are no rows of a cache of {geometry.cache_length}")
+
+
+def _axes(fixed: FixedShapes | None) -> tuple[int | str, int | str, int | str]:
+    return (fixed.batch_size, fixed.block_size, fixed.kv_extent) if fixed else ("B", "n", "S")
+
+
+def _head_axis(fixed: FixedShapes | None) -> int | str:
+    return fixed.block_size if fixed else "h"
+
+
+def _row_axis(fixed: FixedShapes | None) -> int | str:
+    return fixed.batch_size * fixed.block_size if fixed else "R"
+
+
+def _cache_specs(prefix: str, geometry: Geometry, precision: Precision, batch: int | str) -> list[TensorSpec]:
+    shape = (batch, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
+    index = 0 if prefix == "past" else 1
+    names = [pair[index] for pair in cache_names(geometry.num_layers)]
+    return [TensorSpec(name=name, dtype=KV_DTYPE[precision], shape=shape) for name in names]

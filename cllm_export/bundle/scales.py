@@ -1,0 +1,332 @@
+"""The scales file: what each linear layer of a model saw while it was calibrated. Written by ``calibrate``, read by
+``build --scales``.
+
+One safetensors file of float32. For each input of a linear layer, *in* channels wide:
+
+    amax/NAME       [in]      largest |x| of each channel: static int8 with smoothing (arXiv 2211.10438), fp8
+    high/NAME       [in]      what |x| of each channel stays at or below in ``HIGH_SHARE`` of the rows: a robust amax
+    mean_abs/NAME   [in]      mean |x| of each channel: AWQ (arXiv 2306.00978)
+    gram/NAME       [in, in]  sum of x x^T over the rows, only where it was asked for: GPTQ (arXiv 2210.17323)
+
+Layers that read the same value (the three projections of an attention; gate and up) share one input, whose NAME is the
+first of their tensors. Each is found by the name that its weight has in the checkpoint, which exporter and bundle both
+know. How it was made stands in the header, with a checksum over the file. Needs numpy alone; it neither collects
+statistics nor quantises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cllm_export.bundle.linked_weights import read_places
+from cllm_export.bundle.manifest import Bundle, FillName, Loop
+from cllm_export.bundle.storage import output_error, sync_directory
+from cllm_export.checks import from_fields, require_at_least
+from cllm_export.errors import OutputError, ScalesError
+
+SCALES_VERSION = 1
+HIGH_SHARE = 0.999
+"""Of the rows that ``high`` covers."""
+AGAIN = "calibrate again with: cllm-export calibrate"
+
+FloatArray = NDArray[np.float32]
+VECTORS = ("amax", "high", "mean_abs")
+_METADATA, _CHECKSUM, _NO_SUM = "scales", "sha256", "0" * 64
+_BLOCK = 1 << 22
+"""Bytes that are hashed at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How scales were made, and what they are of."""
+
+    checkpoint_fingerprint: str
+    """As in the bundle's manifest: what a quantised build of the same checkpoint can compare."""
+    bundle_fingerprint: str
+    prompts_sha256: str
+    num_prompts: int
+    loop: Loop
+    fill: FillName
+    block_size: int
+    seed: int
+    mix: float
+    """Share of the rows that come from block states; the others are of clean text. As asked for."""
+    rows: dict[str, int]
+    """Observed rows: ``clean``, and of block states by their stage of convergence."""
+    tool_versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        require_at_least("num_prompts", self.num_prompts, 1)
+        require_at_least("block_size", self.block_size, 1)
+        if not 0 <= self.mix <= 1 or any(type(count) is not int or count < 0 for count in self.rows.values()):
+            raise ValueError(f"mix or rows are out of range: {self.mix}, {self.rows}")
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows.values())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputStatistics:
+    """What was seen of one input of linear layers."""
+
+    tensors: tuple[str, ...]
+    """Checkpoint tensors of the weights that read it."""
+    num_rows: int
+    amax: FloatArray
+    high: FloatArray
+    mean_abs: FloatArray
+
+    def __post_init__(self) -> None:
+        require_at_least("num_rows", self.num_rows, 1)
+        shapes = {getattr(self, kind).shape for kind in VECTORS}
+        if not self.tensors or len(shapes) != 1 or len(self.amax.shape) != 1:
+            raise ValueError(f"statistics of {self.tensors} have the shapes {shapes}")
+
+    @property
+    def name(self) -> str:
+        return self.tensors[0]
+
+    @property
+    def width(self) -> int:
+        return int(self.amax.shape[0])
+
+
+Gram = Callable[[], FloatArray]
+"""Gives the Gram matrix [in, in] of an input when it is its turn to be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """An opened scales file. Vectors are in memory; Gram matrices are read when asked for."""
+
+    path: Path
+    provenance: Provenance
+    inputs: tuple[InputStatistics, ...]
+    grams: dict[str, int] = field(repr=False)
+    """Name of an input -> offset of its Gram matrix in the file, in bytes."""
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, InputStatistics]:
+        return {tensor: entry for entry in self.inputs for tensor in entry.tensors}
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every checkpoint tensor whose layer was observed."""
+        return tuple(self._by_tensor)
+
+    def of(self, tensor: str) -> InputStatistics:
+        """Statistics of the input of the layer whose weight is this checkpoint tensor.
+
+        Raises:
+            ScalesError: it was not observed.
+        """
+        entry = self._by_tensor.get(tensor)
+        if entry is None:
+            raise ScalesError(f"{self.path} has no statistics of {tensor}; {AGAIN}")
+        return entry
+
+    def gram(self, tensor: str) -> FloatArray:
+        """Sum of x x^T [in, in] over the rows of the input of this layer; a read-only map of the file.
+
+        Raises:
+            ScalesError: the file holds none.
+        """
+        entry = self.of(tensor)
+        if entry.name not in self.grams:
+            raise ScalesError(f"{self.path} has no Gram matrix of {tensor}; calibrate again with --gram")
+        shape = (entry.width, entry.width)
+        return np.memmap(self.path, np.float32, "r", offset=self.grams[entry.name], shape=shape)
+
+    def require_checkpoint(self, fingerprint: str) -> None:
+        """Refuse scales of another checkpoint.
+
+        Raises:
+            ScalesError: they are.
+        """
+        own = self.provenance.checkpoint_fingerprint
+        if own != fingerprint:
+            raise ScalesError(
+                f"{self.path} was calibrated with another checkpoint (fingerprint {own[:12]}, this one has "
+                f"{fingerprint[:12]}); {AGAIN} on a bundle of this checkpoint"
+            )
+
+    def require_bundle(self, bundle: Bundle) -> None:
+        """Refuse scales of another bundle.
+
+        Raises:
+            ScalesError: they are.
+        """
+        own = self.provenance.bundle_fingerprint
+        if own != bundle.fingerprint:
+            raise ScalesError(
+                f"{self.path} was calibrated with another bundle (fingerprint {own[:12]}, {bundle.path} has "
+                f"{bundle.fingerprint[:12]}); {AGAIN} {bundle.path}"
+            )
+
+    def require_tensors(self, widths: Mapping[str, int]) -> None:
+        """Refuse scales that lack a layer or have one of another width.
+
+        Args:
+            widths: checkpoint tensor of each layer that is to be quantised -> its number of input channels.
+
+        Raises:
+            ScalesError: names the first one.
+        """
+        for tensor, width in widths.items():
+            if self.of(tensor).width != width:
+                raise ScalesError(
+                    f"{self.path} has {self.of(tensor).width} channels for {tensor}, which has {width}; {AGAIN}"
+                )
+
+
+def write_scales(
+    path: Path,
+    provenance: Provenance,
+    inputs: Sequence[InputStatistics],
+    grams: Mapping[str, Gram] | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Write a scales file; the target appears whole or not at all.
+
+    Args:
+        grams: name of an input -> its Gram matrix, asked for one at a time; of every input or of none.
+
+    Raises:
+        OutputError: the target exists and ``force`` is not set, or cannot be written.
+        ScalesError: a value is not finite.
+    """
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists; replace it with --force or choose another --output")
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with staged.open("xb") as file:
+            _write(file, provenance, inputs, grams or {})
+            os.fsync(file.fileno())
+        staged.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise output_error(error, path) from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def open_scales(path: Path) -> Scales:
+    """Open a scales file, and check version, checksum and that every statistic is finite.
+
+    Raises:
+        ScalesError: missing, damaged, or of another version.
+    """
+    try:
+        metadata, places = _read_header(path), read_places(path)
+        _check_sum(path, str(metadata[_CHECKSUM]))
+        raw = json.loads(metadata[_METADATA])
+        if (version := raw["version"]) != SCALES_VERSION:
+            advice = "upgrade cllm-export" if version > SCALES_VERSION else AGAIN
+            raise ScalesError(f"{path} has version {version}, this cllm-export reads {SCALES_VERSION}: {advice}")
+        provenance = from_fields(Provenance, raw["provenance"])
+        inputs = tuple(_read_input(path, entry, places) for entry in raw["inputs"])
+    except OSError as error:
+        raise ScalesError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ScalesError(f"{path} is no scales file, or is damaged: {error}; {AGAIN}") from None
+    grams = {name.removeprefix("gram/"): place[0] for name, place in places.items() if name.startswith("gram/")}
+    return Scales(path=path, provenance=provenance, inputs=inputs, grams=grams)
+
+
+def _write(
+    file: BinaryIO, provenance: Provenance, inputs: Sequence[InputStatistics], grams: Mapping[str, Gram]
+) -> None:
+    described = [{"tensors": entry.tensors, "num_rows": entry.num_rows} for entry in inputs]
+    raw = {"version": SCALES_VERSION, "provenance": asdict(provenance), "inputs": described}
+    header: dict[str, Any] = {"__metadata__": {_METADATA: json.dumps(raw, sort_keys=True), _CHECKSUM: _NO_SUM}}
+    offset = 0
+    for name, shape in _shapes(inputs, with_grams=bool(grams)):
+        length = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    for data in (len(text).to_bytes(8, "little"), text, *_vectors(inputs)):
+        file.write(data)
+        digest.update(data)
+    for entry in inputs if grams else ():
+        data = _bytes(f"gram/{entry.name}", grams[entry.name](), (entry.width, entry.width))
+        file.write(data)
+        digest.update(data)
+    # as a pair of the metadata: zeros alone may stand in the provenance, whose own quotes are escaped
+    file.seek(8 + text.index(f'"{_CHECKSUM}":"{_NO_SUM}"'.encode()) + len(f'"{_CHECKSUM}":"'))
+    file.write(digest.hexdigest().encode())
+
+
+def _shapes(inputs: Iterable[InputStatistics], *, with_grams: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    inputs = list(inputs)
+    for entry in inputs:
+        yield from ((f"{kind}/{entry.name}", (entry.width,)) for kind in VECTORS)
+    if with_grams:
+        yield from ((f"gram/{entry.name}", (entry.width, entry.width)) for entry in inputs)
+
+
+def _vectors(inputs: Iterable[InputStatistics]) -> Iterator[bytes]:
+    for entry in inputs:
+        yield from (_bytes(f"{kind}/{entry.name}", getattr(entry, kind), (entry.width,)) for kind in VECTORS)
+
+
+def _bytes(name: str, values: FloatArray, shape: tuple[int, ...]) -> bytes:
+    assert values.shape == shape, f"{name} has the shape {values.shape}"
+    if not np.isfinite(values).all():
+        raise ScalesError(f"{name} is not finite: the model overflows on these prompts; no scales were written")
+    return np.ascontiguousarray(values, "<f4").tobytes()
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise ValueError(f"its header would take {length} bytes")
+        metadata = json.loads(file.read(length)).get("__metadata__", {})
+    if not {_METADATA, _CHECKSUM} <= set(metadata):
+        raise ValueError("its header does not say how it was made")
+    return dict(metadata)
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    """The sum is over the file with zeros where the sum itself stands."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        digest.update(start + header.replace(expected.encode(), _NO_SUM.encode(), 1))
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    if len(expected) != len(_NO_SUM) or digest.hexdigest() != expected:
+        raise ValueError(f"its sha256 is {digest.hexdigest()}, it says {expected!r}")
+
+
+def _read_input(path: Path, raw: dict[str, Any], places: Mapping[str, tuple[int, int, str, tuple[int, ...]]]) -> Any:
+    tensors = tuple(raw["tensors"])
+    vectors = {kind: _read_vector(path, places[f"{kind}/{tensors[0]}"]) for kind in VECTORS}
+    if not all(np.isfinite(vector).all() and (vector >= 0).all() for vector in vectors.values()):
+        raise ValueError(f"the statistics of {tensors[0]} are not finite, or below 0")
+    return InputStatistics(tensors=tensors, num_rows=raw["num_rows"], **vectors)
+
+
+def _read_vector(path: Path, place: tuple[int, int, str, tuple[int, ...]]) -> FloatArray:
+    offset, _, dtype, shape = place
+    if dtype != "F32" or len(shape) != 1:
+        raise ValueError(f"a statistic is {dtype} {list(shape)}")
+    return np.fromfile(path, "<f4", shape[0], offset=offset).astype(np.float32)

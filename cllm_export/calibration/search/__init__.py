@@ -1,0 +1,1 @@
+"""What quantising costs, and which layers to keep."""

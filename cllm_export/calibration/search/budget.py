@@ -1,0 +1,271 @@
+"""``cllm-export quantize``: from a checkpoint and held-out prompts to the fastest bundle that stays within a budget.
+
+Each precision keeps as few layers as the budget allows it; where there are several, the bundles that hold the budget
+are timed here beside the unquantised one, and the fastest is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
+from cllm_export.bundle.quantization import SCHEMES, Engine, Scheme
+from cllm_export.bundle.scales import open_scales
+from cllm_export.bundle.storage import check_output, output_error, staged_output
+from cllm_export.calibration.search.fake_quantization import FakeQuantization
+from cllm_export.calibration.search.fit import Budget, Builder, Fit, fit
+from cllm_export.calibration.search.measured import HeldOutOptions, Losses
+from cllm_export.calibration.search.sensitivity import StandIn
+from cllm_export.checks import require_one_of
+from cllm_export.errors import CalibrationError, OptionError
+from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.extras import needs_extra
+from cllm_export.measure.compare import UNQUANTISED, CompareOptions, compare
+from cllm_export.progress import Progress
+from cllm_export.runtime.load import load
+from cllm_export.verification.files import require_source
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.quantize.rewrite import QuantizeOptions
+
+TAKERS: dict[str, tuple[Scheme, ...]] = {
+    "--scales": ("int8", "int4", "fp8"),
+    "--quantize-block": ("int4",),
+    "--quantize-for": ("int4",),
+}
+"""Schemes that an option is for; the others are built without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What ``cllm-export quantize`` lets the user choose beside paths.
+
+    Raises:
+        OptionError: no scheme, one twice, several for an engine that is not timed here, or an option that is for none.
+    """
+
+    schemes: tuple[Scheme, ...]
+    budget: Budget
+    block_size: int | None = None
+    """Input channels that share a scale of a 4-bit weight."""
+    engine: Engine | None = None
+    """Engine that an ``int4`` graph is for."""
+    scales: Path | None = None
+    """What ``int8`` and ``fp8`` need, and ``int4`` takes GPTQ from."""
+    always_rank: bool = False
+    held_out: HeldOutOptions
+
+    def __post_init__(self) -> None:
+        if not self.schemes or len(set(self.schemes)) < len(self.schemes):
+            raise OptionError(
+                f"--precision must be given once for each scheme, got {', '.join(self.schemes) or 'none'}"
+            )
+        if len(self.schemes) > 1 and self.engine not in (None, "onnxruntime"):
+            raise OptionError(
+                f"several precisions are told apart by their speed with ONNX Runtime: give one --precision with "
+                f"--quantize-for {self.engine}, got {', '.join(self.schemes)}"
+            )
+        for flag, given in (
+            ("--scales", self.scales),
+            ("--quantize-block", self.block_size),
+            ("--quantize-for", self.engine),
+        ):
+            if given is not None and not set(TAKERS[flag]) & set(self.schemes):
+                takers = " and ".join(TAKERS[flag])
+                raise OptionError(f"{flag} is for {takers}, got {given} with --precision {', '.join(self.schemes)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What one scheme came to: a bundle within the budget, or why there is none."""
+
+    scheme: Scheme
+    fit: Fit | None
+    refused: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"scheme": self.scheme, "refused": self.refused} | (self.fit.to_dict() if self.fit else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The bundle that was written, and what it was chosen from."""
+
+    bundle: Bundle
+    scheme: str
+    """That of the bundle, or ``fp32`` where no quantised bundle was faster than the unquantised one."""
+    candidates: tuple[Candidate, ...]
+    timings: Mapping[str, Any] | None
+    """The report of ``compare``, its bundles named by scheme; None where there was nothing to choose between."""
+    budget: Budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "max_tpf_loss": self.budget.tpf,
+            "max_quality_loss": self.budget.quality,
+            "chosen": self.scheme,
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "timings": self.timings,
+        }
+
+
+def parse_schemes(given: Sequence[str]) -> tuple[Scheme, ...]:
+    """Names as ``--precision`` was given them.
+
+    Raises:
+        OptionError: one is none.
+    """
+    for name in given:
+        require_one_of("--precision", name, SCHEMES)
+    return tuple(scheme for name in given for scheme in SCHEMES if scheme == name)
+
+
+def quantize(
+    checkpoint: Path,
+    baseline: Bundle,
+    questions: Sequence[Question],
+    output: Path,
+    options: FitOptions,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Choice:
+    """Build the fastest quantised bundle of a checkpoint within a budget; each scheme keeps as few layers as it can.
+
+    Args:
+        baseline: the unquantised fp32 bundle of the same checkpoint; the new one is built with its block size, length
+            and slots.
+        questions: prompts on which losses are measured: not those that scales were made with.
+
+    Raises:
+        CalibrationError: no scheme holds the budget, or a bundle or scales are of another model.
+        OutputError: the output exists and ``force`` is not set, or cannot be written.
+        CllmExportError: whatever a build may raise.
+    """
+    check_output(output, force=force, marker=MANIFEST_NAME)
+    require_source(baseline, checkpoint)
+    stand_ins = {scheme: _stand_in(baseline, scheme, options) for scheme in options.schemes}
+    parent = output.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(error, output) from None
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory:
+        build = _Builder(checkpoint, baseline, Path(directory), options)
+        candidates = tuple(
+            _fit(baseline, questions, how, build.of(scheme), options, progress) for scheme, how in stand_ins.items()
+        )
+        within = {each.scheme: each.fit.bundle for each in candidates if each.fit}
+        if not within:
+            raise CalibrationError("; ".join(f"{each.scheme}: {each.refused}" for each in candidates))
+        timings, chosen = None, next(iter(within))
+        if len(options.schemes) > 1:
+            timings = _time(baseline, within, questions, options.held_out, progress)
+            chosen = timings["settings"][0]["name"]
+        written = within[chosen] if chosen in within else build.unquantised()
+        with staged_output(output, force=force, marker=MANIFEST_NAME) as staging:
+            for path in written.path.iterdir():
+                shutil.move(path, staging / path.name)
+    return Choice(
+        bundle=open_bundle(output), scheme=chosen, candidates=candidates, timings=timings, budget=options.budget
+    )
+
+
+def _stand_in(baseline: Bundle, scheme: Scheme, options: FitOptions) -> FakeQuantization:
+    scales = open_scales(options.scales) if options.scales and scheme in TAKERS["--scales"] else None
+    if scales:
+        scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
+    return FakeQuantization(scheme=scheme, scales=scales, block=options.block_size or 32)
+
+
+def _fit(
+    baseline: Bundle,
+    questions: Sequence[Question],
+    how: FakeQuantization,
+    build: Builder,
+    options: FitOptions,
+    progress: Progress | None,
+) -> Candidate:
+    """The bundle of one scheme that holds the budget. Why there is none is an error only if there is no other."""
+    stand_in = StandIn(baseline, questions, how, options.held_out, progress)
+
+    def losses_of(bundle: Bundle) -> Losses:
+        return stand_in.losses_of(load(bundle.path, threads=options.held_out.threads, prefix_cache_bytes=0))
+
+    try:
+        found = fit(stand_in, build, losses_of, options.budget, always_rank=options.always_rank)
+    except CalibrationError as error:
+        if len(options.schemes) == 1:
+            raise
+        return Candidate(scheme=how.scheme, fit=None, refused=str(error))
+    return Candidate(scheme=how.scheme, fit=found)
+
+
+def _time(
+    baseline: Bundle,
+    within: Mapping[Scheme, Bundle],
+    questions: Sequence[Question],
+    options: HeldOutOptions,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Bundles in the budget beside the unquantised one, the fastest first."""
+    names = [UNQUANTISED, *within]
+    sizes = (options.block_size,) if options.block_size and options.block_size > 1 else ()
+    report = compare(
+        [baseline, *within.values()],
+        [question.prompt for question in questions],
+        CompareOptions(sizes=sizes, max_new_tokens=options.max_new_tokens, threads=options.threads),
+        progress=progress,
+    )
+    paths = {str(bundle.path): name for name, bundle in zip(names, [baseline, *within.values()], strict=True)}
+    return report | {"settings": [entry | {"name": paths[entry["name"]]} for entry in report["settings"]]}
+
+
+class _Builder:
+    """Builds the checkpoint as the unquantised bundle was built, by one scheme or another."""
+
+    def __init__(self, checkpoint: Path, baseline: Bundle, directory: Path, options: FitOptions) -> None:
+        self._checkpoint, self._manifest = checkpoint, baseline.manifest
+        self._directory, self._options = directory, options
+
+    def of(self, scheme: Scheme) -> Builder:
+        """Builds by a scheme, in the place of its earlier bundle."""
+        return lambda keep: self._build(scheme, self._quantized(scheme, keep))
+
+    def unquantised(self) -> Bundle:
+        """The bundle once more, with its weights in it, so that it can be moved."""
+        return self._build(UNQUANTISED, None)
+
+    def _quantized(self, scheme: Scheme, keep: tuple[str, ...]) -> QuantizeOptions:
+        with needs_extra("export"):
+            from cllm_export.exporter.quantize.rewrite import QuantizeOptions
+        chosen = self._options
+        return QuantizeOptions(
+            scheme=scheme,
+            block_size=chosen.block_size if scheme in TAKERS["--quantize-block"] else None,
+            keep=keep,
+            scales=chosen.scales if scheme in TAKERS["--scales"] else None,
+            engine=chosen.engine if scheme in TAKERS["--quantize-for"] else None,
+        )
+
+    def _build(self, name: str, quantized: QuantizeOptions | None) -> Bundle:
+        with needs_extra("export"):
+            from cllm_export.exporter.options import BuildOptions
+            from cllm_export.exporter.pipeline import build
+        manifest = self._manifest
+        options = BuildOptions(
+            block_size=manifest.block_size,
+            max_length=manifest.max_length,
+            batch_size=manifest.batch_size,
+            trained_with=manifest.trained_with,
+            quantize=quantized,
+            weights="copy",
+        )
+        return build(self._checkpoint, self._directory / name, options, force=True)

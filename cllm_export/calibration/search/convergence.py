@@ -1,0 +1,115 @@
+"""``cllm-export convergence``: what quantised bundles lose against the unquantised one, convergence first.
+
+Every bundle decodes the same held-out prompts; then each is run over the block states that the unquantised one went
+through. Times are not taken here: that is ``compare``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle
+from cllm_export.calibration.search.flips import Predictions, count_flips, predict
+from cllm_export.calibration.search.measured import HeldOutOptions, Measured, compare_texts, measure_decode, tpf_loss
+from cllm_export.calibration.search.perplexity import perplexity
+from cllm_export.errors import CalibrationError
+from cllm_export.evaluation.decoding import Settings
+from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.progress import Progress
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import pad_token
+
+
+def measure_convergence(
+    baseline: Bundle,
+    candidates: Sequence[Bundle],
+    questions: Sequence[Question],
+    options: HeldOutOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare quantised bundles with the unquantised one they stand for; the report, JSON-ready.
+
+    ``baseline`` and each of ``candidates`` hold path, fingerprint, weight_bytes, tokens_per_forward, perplexity (over
+    the new tokens of the baseline's texts), and scores where prompts have answers. A candidate has also tpf_loss
+    (a share), exact_match, first_divergence (in new tokens) and flips: see ``FlipCount``.
+
+    Raises:
+        CalibrationError: a candidate is of another checkpoint or tokenizer.
+        OptionError: an option does not suit a bundle.
+        PromptError: not one prompt can be decoded.
+        EngineError: an engine failed.
+    """
+    options = options or HeldOutOptions()
+    progress = progress or (lambda *_: None)
+    for candidate in candidates:
+        require_same_model(baseline, candidate)
+    run = _Run(baseline, questions, options, progress)
+    return {
+        "prompts": len(run.before.recordings),
+        "settings": asdict(run.settings),
+        "baseline": _describe(baseline) | run.before.to_dict() | {"perplexity": run.perplexity},
+        "candidates": [run.judge(candidate) for candidate in candidates],
+    }
+
+
+def require_same_model(baseline: Bundle, candidate: Bundle) -> None:
+    """Refuse to compare bundles of different models.
+
+    Raises:
+        CalibrationError: they are.
+    """
+    first, second = baseline.manifest, candidate.manifest
+    for what, ours, theirs in (
+        ("checkpoint", first.checkpoint_fingerprint, second.checkpoint_fingerprint),
+        ("tokenizer", first.files[TOKENIZER_NAME].sha256, second.files[TOKENIZER_NAME].sha256),
+    ):
+        if ours != theirs:
+            raise CalibrationError(
+                f"{candidate.path} and {baseline.path} are of different {what}s (fingerprints {theirs[:12]} and "
+                f"{ours[:12]}): compare bundles of one checkpoint"
+            )
+
+
+class _Run:
+    """What the unquantised bundle did, and others held against it."""
+
+    def __init__(
+        self, baseline: Bundle, questions: Sequence[Question], options: HeldOutOptions, progress: Progress
+    ) -> None:
+        self._questions, self._options, self._progress = questions, options, progress
+        self._pad = pad_token(baseline.manifest)
+        model = load(baseline.path, threads=options.threads, prefix_cache_bytes=0)
+        self.settings: Settings = options.settings(model)
+        self.before: Measured = measure_decode(model, questions, self.settings, progress, "decoding")
+        self._predictions = self._predict(model)
+        self.perplexity = perplexity(model.engine, self.before.recordings, self._pad)
+
+    def judge(self, candidate: Bundle) -> dict[str, Any]:
+        """What a candidate lost."""
+        model = load(candidate.path, threads=self._options.threads, prefix_cache_bytes=0)
+        after = measure_decode(model, self._questions, self.settings, self._progress, "decoding")
+        flips = count_flips(self.before.recordings, self._predictions, self._predict(model))
+        return (
+            _describe(candidate)
+            | after.to_dict()
+            | {
+                "perplexity": perplexity(model.engine, self.before.recordings, self._pad),
+                "tpf_loss": tpf_loss(self.before, after),
+            }
+            | compare_texts(self.before, after)
+            | {"flips": flips.to_dict()}
+        )
+
+    def _predict(self, model: Model) -> Predictions:
+        recordings = self.before.recordings
+        return predict(
+            model.engine, recordings, self._pad, lambda done: self._progress("block states", done, len(recordings))
+        )
+
+
+def _describe(bundle: Bundle) -> dict[str, Any]:
+    return {"path": bundle.path.name, "fingerprint": bundle.fingerprint, "weight_bytes": bundle.weight_bytes}

@@ -1,0 +1,164 @@
+"""One bundle's decode of held-out prompts, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from cllm_export.bundle.manifest import FillName
+from cllm_export.calibration.recording import Recording, recording_of
+from cllm_export.checks import require_at_least
+from cllm_export.errors import CalibrationError
+from cllm_export.evaluation.decoding import Settings, decode_prompts, default_settings
+from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.evaluation.tasks.score_prompts import EXACT, EXECUTION, score_prompts
+from cllm_export.progress import Progress
+from cllm_export.runtime.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutOptions:
+    """How held-out prompts are decoded; by default as the model was trained."""
+
+    block_size: int | None = None
+    fill: FillName | None = None
+    max_new_tokens: int = 128
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_new_tokens", "threads"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+
+    def settings(self, model: Model) -> Settings:
+        """The settings for a model."""
+        default = default_settings(model, max_new_tokens=self.max_new_tokens)
+        return Settings(
+            method=default.method,
+            block_size=self.block_size or default.block_size,
+            fill=self.fill or default.fill,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The decode of every prompt that could be."""
+
+    questions: tuple[Question, ...]
+    recordings: tuple[Recording, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(len(recording.new) for recording in self.recordings)
+
+    @property
+    def forwards(self) -> int:
+        return sum(len(recording.states) for recording in self.recordings)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """New tokens / decode forwards."""
+        return self.new_tokens / self.forwards
+
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """Of what has an answer: SQL is executed for them, which takes longer than to decode it."""
+        scores = score_prompts(self.questions, self.texts)
+        return {measure: share.to_dict() for measure, share in scores.shares.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the scores."""
+        return {
+            "prompts": len(self.recordings),
+            "new_tokens": self.new_tokens,
+            "forwards": self.forwards,
+            "tokens_per_forward": round(self.tokens_per_forward, 4),
+            "scores": self.scores,
+        }
+
+
+def measure_decode(
+    model: Model,
+    questions: Sequence[Question],
+    settings: Settings,
+    progress: Progress | None = None,
+    stage: str = "prompts",
+) -> Measured:
+    """Decode held-out prompts.
+
+    Raises:
+        OptionError: the settings do not suit the model.
+        PromptError: not one prompt can be decoded.
+    """
+    prompts = [question.prompt for question in questions]
+    decoded = decode_prompts(model, prompts, settings, compare=False, progress=progress, stage=stage)
+    chosen = [questions[answer.index] for answer in decoded.answers]
+    return Measured(
+        questions=tuple(chosen),
+        recordings=tuple(
+            recording_of(question.prompt.id, model.encode(question.prompt.content), answer.generation.forwards)
+            for question, answer in zip(chosen, decoded.answers, strict=True)
+        ),
+        texts=tuple(answer.generation.text for answer in decoded.answers),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What a bundle lost against the unquantised one, on the same prompts."""
+
+    tpf: float
+    """Share of tokens per forward; below 0 where there are more."""
+    quality: float
+    """Share of prompts: ``quality_loss``."""
+
+
+def tpf_loss(before: Measured, after: Measured) -> float:
+    """Share of the tokens per forward that is lost; below 0 where there are more."""
+    return 1 - after.tokens_per_forward / before.tokens_per_forward
+
+
+def quality_loss(before: Measured, after: Measured) -> float:
+    """Share of prompts that are answered worse: of the score that is lost, by execution where answers can be executed,
+    else by exact match; where no prompt has an answer, of texts that are not the unquantised bundle's."""
+    for measure in (EXECUTION, EXACT):
+        first, second = (each.scores.get(measure, {}).get("share") for each in (before, after))
+        if first is not None and second is not None:
+            return float(first - second)
+    return 1 - float(compare_texts(before, after)["exact_match"]["share"])
+
+
+def losses_between(before: Measured, after: Measured) -> Losses:
+    """What the second of two bundles lost."""
+    return Losses(tpf=tpf_loss(before, after), quality=quality_loss(before, after))
+
+
+def compare_texts(before: Measured, after: Measured) -> dict[str, Any]:
+    """Exact matches and where the others first differ, in new tokens. JSON-ready.
+
+    Raises:
+        CalibrationError: they decoded different prompts.
+    """
+    if [each.prompt for each in before.recordings] != [each.prompt for each in after.recordings]:
+        raise CalibrationError("the bundles tokenise or take prompts differently: build both from one checkpoint alike")
+    pairs = [(first.new, second.new) for first, second in zip(before.recordings, after.recordings, strict=True)]
+    divergences = sorted(_first_difference(*pair) for pair in pairs if pair[0] != pair[1])
+    return {
+        "exact_match": {
+            "equal": len(pairs) - len(divergences),
+            "of": len(pairs),
+            "share": round(1 - len(divergences) / len(pairs), 6),
+        },
+        "first_divergence": {"earliest": divergences[0], "median": median(divergences)} if divergences else None,
+    }
+
+
+def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that two texts have in common at their start."""
+    shorter = min(len(first), len(second))
+    return next((index for index in range(shorter) if first[index] != second[index]), shorter)

@@ -1,0 +1,80 @@
+"""The demo: one example from checkpoint to speed table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.cli.show.bundle import show_parity
+from cllm_export.cli.show.console import OUT, bytes_text, progress_bar
+from cllm_export.cli.show.decoding import show_bench, show_blocks, show_statistics
+from cllm_export.errors import CheckpointError
+from cllm_export.measure.bench import BenchOptions, run_bench
+from cllm_export.prompts import Prompt, read_prompts
+from cllm_export.runtime.load import load
+from cllm_export.runtime.model import Model
+from cllm_export.verification.report import VerifyOptions
+from cllm_export.verification.verify import verify
+
+VERIFIED, SHOWN, TIMED = 100, 3, 40
+SWEEP = (4, 8, 12)
+
+
+def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool:
+    """Build the example's checkpoint into ``output``, verify it, decode a few prompts, print the speed table.
+
+    Returns:
+        Whether the bundle passed verification; the demo ends there if not.
+
+    Raises:
+        CheckpointError: the example is not there.
+    """
+    if not (example / "checkpoint").is_dir():
+        raise CheckpointError(
+            f"{example} has no checkpoint/; run the demo from a clone of the repository, or give --example"
+        )
+    prompts = read_prompts(example / "prompts.jsonl")
+    bundle = _build(example / "checkpoint", output)
+    if not _verify(bundle, prompts, example / "checkpoint", threads):
+        return False
+    _decode(load(bundle.path, threads=threads), prompts[:SHOWN])
+    _time(bundle, prompts[:TIMED], threads)
+    return True
+
+
+def _build(checkpoint: Path, output: Path) -> Bundle:
+    from cllm_export.exporter.pipeline import build
+
+    OUT.rule("build")
+    with progress_bar() as progress:
+        bundle = build(checkpoint, output, force=True, progress=progress)
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    OUT.print(f"wrote {output} ({bytes_text(size)})", markup=False)
+    return bundle
+
+
+def _verify(bundle: Bundle, prompts: list[Prompt], checkpoint: Path, threads: int | None) -> bool:
+    OUT.rule("verify")
+    with progress_bar() as progress:
+        options = VerifyOptions(threads=threads)
+        parity = verify(bundle, prompts=prompts[:VERIFIED], checkpoint=checkpoint, options=options, progress=progress)
+    show_parity(parity)
+    return parity.passed
+
+
+def _decode(model: Model, prompts: list[Prompt]) -> None:
+    OUT.rule("decode")
+    for prompt in prompts:
+        generation = model.generate(prompt.content, deterministic=True)
+        OUT.print(str(prompt.content).rsplit("Question:", 1)[-1].strip(), style="dim", markup=False)
+        show_blocks(model, generation)
+        show_statistics(generation)
+
+
+def _time(bundle: Bundle, prompts: list[Prompt], threads: int | None) -> None:
+    OUT.rule("speed")
+    with progress_bar() as progress:
+        report = run_bench(
+            bundle, prompts=prompts, options=BenchOptions(threads=threads, sweep=SWEEP), progress=progress
+        )
+    show_bench(report)

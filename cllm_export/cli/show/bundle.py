@@ -1,0 +1,94 @@
+"""What the command line shows of a bundle, of a machine and of a verification."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from cllm_export.cli.show.console import MARKS, OUT, bytes_text, plain_table
+from cllm_export.tensorrt.doctor import Finding
+from cllm_export.tensorrt.memory import Figure
+from cllm_export.verification.report import Parity
+
+
+def show_description(description: Mapping[str, Any]) -> None:
+    """What ``inspect`` found, a line for each thing."""
+    OUT.print(Text(description["path"], "bold"))
+    for name, value in _description_lines(description):
+        OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
+
+
+def show_memory(figures: Sequence[Figure]) -> None:
+    """Each figure and, below it, how it is computed."""
+    for figure in figures:
+        OUT.print(Text.assemble((f"{figure.name:<16} ", "bold"), f"{bytes_text(figure.bytes):>10}"))
+        OUT.print(Text(f"    {figure.how}", "dim"))
+
+
+def show_findings(findings: Sequence[Finding], report: Mapping[str, Any]) -> None:
+    """What ``doctor`` found, and below each finding what mends it."""
+    OUT.print(Text(report["system"], "bold"))
+    for finding in findings:
+        style = {"ok": "green", "not needed": "dim"}.get(finding.state, "bold red")
+        OUT.print(Text.assemble(f"{finding.name:<13} ", (f"{finding.state:<11} ", style), finding.detail))
+        if finding.fix:
+            OUT.print(Text(f"    fix: {finding.fix}", "yellow"))
+    usable = [name for name, works in report["engines"].items() if works]
+    OUT.print(f"engines that can be used here: {', '.join(usable) or 'none'}")
+
+
+def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    shown = ("family", "precision", "block_size", "max_length", "batch_size", "eos_token_ids", "trained_with")
+    for key in shown:
+        value = description[key]
+        yield key.replace("_", " "), _pairs(value) if isinstance(value, dict) else str(value or "-").strip("[]")
+    if description["quantization"]:
+        yield "quantization", _quantization_text(description["quantization"])
+    for name, graph in description["graphs"].items():
+        pinned = graph["fixed_shapes"]
+        yield f"graph {name}", f"{graph['file']}: {_pairs(pinned) if pinned else 'symbolic B, n, S, h'}"
+    for name, size in description["files"].items():
+        yield f"file {name}", bytes_text(size)
+    for path, size in description["linked_files"].items():
+        yield "linked to", f"{path}: {bytes_text(size)}"
+    for name, size in description["memory"].items():
+        yield f"memory {name.replace('_', ' ')}", bytes_text(size)
+    yield "fingerprint", description["fingerprint"]
+    yield "parity", description["parity"]
+
+
+def _quantization_text(quantization: Mapping[str, Any]) -> str:
+    """What was quantised and, by reason, how many weights were not."""
+    blocks = f", blocks of {quantization['block_size']}" if quantization["block_size"] else ""
+    reasons = Counter(quantization["kept"].values())
+    kept = "; ".join(f"{count} kept ({reason})" for reason, count in sorted(reasons.items()))
+    scheme, engines = quantization["scheme"], ", ".join(quantization["engines"])
+    return f"{scheme}, {quantization['method']}{blocks}, for {engines}: {len(quantization['weights'])} weights" + (
+        f"; {kept}" if kept else ""
+    )
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def show_parity(parity: Parity) -> None:
+    """Each check with its mark."""
+    for check in parity.checks:
+        mark, style = MARKS[check.passed]
+        OUT.print(Text.assemble((mark, style), "  ", (check.name, "bold"), "  ", check.detail))
+        if parts := check.data.get("parts"):
+            OUT.print(_parts_table(parts))
+    OUT.print(Text("verified", "bold green") if parity.passed else Text("not verified", "bold red"))
+
+
+def _parts_table(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """The error of each part of a graph."""
+    table = plain_table("part", "largest error")
+    for part in parts:
+        table.add_row(part["part"], f"{part['error']:.1e}")
+    return table

@@ -1,0 +1,102 @@
+"""Plots of what the commands of calibration report. Needs the extra ``plot``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cllm_export.bundle.storage import output_error
+from cllm_export.errors import MissingExtraError, OutputError
+
+SENSITIVITY, TRADE_OFF = "sensitivity.png", "trade_off.png"
+_BAR_INCHES, _WIDTH, _MIN_HEIGHT = 0.18, 8.0, 3.0
+
+
+def check_plots(directory: Path | None) -> None:
+    """Refuse to plot before any work, where it will not be possible.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: it is no directory, or one that could not be made.
+    """
+    if directory is None:
+        return
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("matplotlib", extra="plot") from None
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
+
+
+def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], directory: Path) -> Path:
+    """Share of block-state predictions that each layer flips by itself, in the model's order; kept ones stand out.
+
+    Args:
+        layers: ``sensitivity`` of a report.
+        kept: names of layers that keep their precision.
+    """
+    ordered = sorted(layers, key=lambda entry: _order(entry["layer"]))
+    names = [entry["layer"] for entry in ordered]
+    with _figure(directory / SENSITIVITY, height=max(_MIN_HEIGHT, _BAR_INCHES * len(names))) as axes:
+        colours = ["tab:orange" if name in kept else "tab:blue" for name in names]
+        axes.barh(names, [entry["flips"]["all"]["rate"] for entry in ordered], color=colours)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", labelsize=6)
+        axes.set_xlabel("flipped predictions on block states, this layer alone quantised (orange: kept)")
+    return directory / SENSITIVITY
+
+
+def plot_choice(report: Mapping[str, Any], directory: Path) -> None:
+    """What there is to plot of a report of ``quantize``: layers of the chosen precision, and the times if any."""
+    chosen = next((each for each in report["candidates"] if each["scheme"] == report["chosen"]), None)
+    if chosen:
+        plot_sensitivity(chosen["sensitivity"], [entry["layer"] for entry in chosen["kept"]], directory)
+    if report["timings"]:
+        plot_trade_off(report["timings"]["settings"], directory)
+
+
+def plot_trade_off(settings: Sequence[Mapping[str, Any]], directory: Path) -> Path:
+    """Tokens per forward against the time of a forward, a line for each bundle and a point for each n.
+
+    Args:
+        settings: those of a report of ``compare``. Marks are as large as the bundle's weights.
+    """
+    largest = max(entry["weight_bytes"] for entry in settings)
+    with _figure(directory / TRADE_OFF, height=5.0) as axes:
+        for name in dict.fromkeys(entry["name"] for entry in settings):
+            own = sorted((e for e in settings if e["name"] == name), key=lambda entry: int(entry["block_size"]))
+            label = f"{own[0]['precision']}, {own[0]['weight_bytes'] / 1e6:.1f} MB"
+            times, tokens = [[entry[key] for entry in own] for key in ("milliseconds", "tokens_per_forward")]
+            line = axes.plot(times, tokens, label=label)[0]
+            axes.scatter(times, tokens, s=120 * own[0]["weight_bytes"] / largest, color=line.get_color())
+            for entry, x, y in zip(own, times, tokens, strict=True):
+                axes.annotate(f"n={entry['block_size']}", (x, y), fontsize=7)
+        axes.set_xlabel("milliseconds a forward, T(n)")
+        axes.set_ylabel("tokens per forward, TPF(n)")
+        axes.legend()
+    return directory / TRADE_OFF
+
+
+@contextmanager
+def _figure(path: Path, *, height: float) -> Iterator[Any]:
+    """Axes of a figure that is written when the block ends; no display is opened."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    yield figure.subplots()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise output_error(error, path) from error
+
+
+def _order(layer: str) -> tuple[int, str]:
+    """Layers by their number, not its digits."""
+    numbers = [int(part) for part in layer.split(".") if part.isdigit()]
+    return (numbers[0] if numbers else -1, layer)

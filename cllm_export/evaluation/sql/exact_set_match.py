@@ -1,0 +1,31 @@
+"""Spider's exact-set match without values: two queries match if every component of theirs does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cllm_export.evaluation.sql.schema import Schema
+from cllm_export.evaluation.sql.sql_components import UnparsableError, components
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetMatch:
+    """How a prediction compares with its gold query."""
+
+    matches: bool | None
+    """None where the gold query cannot be taken apart, so that nothing can be said."""
+    differing: tuple[str, ...] = ()
+    """Components that differ; ``unparsable`` for a prediction that is not one query."""
+
+
+def exact_set_match(schema: Schema, gold: str, predicted: str) -> SetMatch:
+    """Compare two queries on one schema, component by component (Yu et al. 2018, arXiv 1809.08887)."""
+    try:
+        wanted = components(gold, schema)
+    except UnparsableError:
+        return SetMatch(matches=None)
+    try:
+        differing = wanted.differing(components(predicted, schema))
+    except UnparsableError:
+        return SetMatch(matches=False, differing=("unparsable",))
+    return SetMatch(matches=not differing, differing=tuple(differing))

@@ -1,0 +1,1 @@
+"""What is asked and who judges the answers, a task a file."""

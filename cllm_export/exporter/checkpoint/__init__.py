@@ -1,0 +1,1 @@
+"""A checkpoint directory: opened, judged, refused by name."""

@@ -1,0 +1,197 @@
+"""A LoRA adapter as PEFT saves it, merged into its base while the weights are streamed: W + scale * B A, in fp32.
+
+What would be merged wrongly or not at all is refused by name. A target that its base has no matrix for is refused too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cllm_export.bundle.manifest import TOKENIZER_NAME
+from cllm_export.errors import CheckpointError, OptionError, UnsupportedError
+from cllm_export.exporter.checkpoint.files import TensorInfo, read_header, read_json, refuse_links
+from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
+from cllm_export.exporter.checkpoint.stream import Piece
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Ways to start the matrices that leave the base as it is; others (pissa, olora, loftq, ...) change it."""
+
+REFUSED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules trained whole (modules_to_save)",
+    "lora_bias": "biases in its matrices (lora_bias)",
+    "layer_replication": "repeated layers (layer_replication)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+    "target_parameters": "adapted parameters (target_parameters)",
+    "alora_invocation_tokens": "activation by tokens (aLoRA)",
+    "arrow_config": "routing among adapters (arrow)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal matrices (BD-LoRA)",
+}
+"""Key of ``adapter_config.json`` -> what it asks for, where it is set."""
+
+
+class Matrices(NamedTuple):
+    """The two matrices on one weight, and the scale of their product."""
+
+    down: TensorInfo
+    """A [r, in]."""
+    up: TensorInfo
+    """B [out, r]."""
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An opened adapter: what it adds to which tensor of its base."""
+
+    path: Path
+    matrices: Mapping[str, Matrices]
+    """Tensor of the base -> what is added to it."""
+
+    def merge(self, piece: Piece, rows: Tensor) -> Tensor:
+        """Some rows of a tensor of the base, with what the adapter adds to them."""
+        matrices = self.matrices.get(piece.name)
+        if matrices is None:
+            return rows
+        down, up = _read(matrices.down), _read(matrices.up, piece.start, piece.stop)
+        merged = rows.float() + (up @ down) * matrices.scale
+        if not torch.isfinite(merged).all():
+            raise CheckpointError(f"{self.path} merged into tensor {piece.name} gives NaN or infinity: it is damaged")
+        return merged
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter and no checkpoint of its own."""
+    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+
+
+def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter | None]:
+    """A checkpoint; or an adapter's base, and the adapter to merge into it.
+
+    Raises:
+        OptionError: a base was given for what is no adapter.
+    """
+    if is_adapter(path):
+        return open_adapter(path, base, max_length=max_length)
+    if base is not None:
+        raise OptionError(f"--base is for adapters; {path} has no adapter_config.json, or has a config.json as well")
+    return open_checkpoint(path, max_length=max_length), None
+
+
+def open_adapter(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter]:
+    """Open an adapter and its base: the base's checkpoint with the adapter's tokenizer, if it brings one.
+
+    Raises:
+        CheckpointError: either is missing or damaged, or they do not fit together.
+        UnsupportedError: it asks for what is not merged.
+    """
+    refuse_links(path)
+    config = read_json(path / CONFIG_NAME)
+    _refuse(config, path)
+    base = base or _stated_base(config, path)
+    text_path = path if (path / TOKENIZER_NAME).is_file() else None
+    checkpoint = open_checkpoint(base, max_length=max_length, text_path=text_path)
+    if not (path / WEIGHTS_NAME).is_file():
+        raise CheckpointError(f"{path} has no {WEIGHTS_NAME}; an adapter saved as a pickle is never loaded")
+    adapter = Adapter(path=path, matrices=_matrices(config, path, checkpoint))
+    return checkpoint.with_adapter((path / CONFIG_NAME, path / WEIGHTS_NAME)), adapter
+
+
+def _refuse(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedError(f"{path} is an adapter of type {config.get('peft_type')!r}; only LORA is merged")
+    for key, what in REFUSED.items():
+        if config.get(key):
+            raise UnsupportedError(f"{path} uses {what}, which is not merged here; merge it with peft first")
+    if config.get("bias", "none") != "none":
+        raise UnsupportedError(f"{path} trains biases (bias {config['bias']!r}), which is not merged here")
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise UnsupportedError(
+            f"{path} starts from {config['init_lora_weights']!r}, which changes its base; merge it with peft first"
+        )
+
+
+def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
+    stated = config.get("base_model_name_or_path")
+    if not isinstance(stated, str) or not Path(stated).is_dir():
+        raise OptionError(
+            f"{path} names its base as {stated!r}, which is no directory here; give the base with --base CHECKPOINT"
+        )
+    return Path(stated)
+
+
+def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> dict[str, Matrices]:
+    held = read_header(path / WEIGHTS_NAME)
+    found: dict[str, Matrices] = {}
+    for name in sorted(held, key=lambda each: (each.endswith(".weight"), each)):  # what is no matrix first
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
+        if match is None or not name.startswith(PREFIX):
+            raise UnsupportedError(
+                f"{path / WEIGHTS_NAME} has a tensor {name}, which is no LoRA matrix of a linear layer"
+            )
+        module, target = match[1], f"{match[1]}.weight"
+        pair = [held.get(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"]
+        if target not in checkpoint.tensors:
+            raise CheckpointError(f"{path} adapts {module}, which its base {checkpoint.path} has no weight for")
+        if pair[0] is None or pair[1] is None:
+            raise CheckpointError(f"{path / WEIGHTS_NAME} has only one of the two matrices on {module}")
+        found[target] = _pair(config, path, module, pair[0], pair[1], checkpoint.tensors[target])
+    if not found:
+        raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA matrix")
+    return found
+
+
+def _pair(
+    config: Mapping[str, Any], path: Path, module: str, down: TensorInfo, up: TensorInfo, weight: TensorInfo
+) -> Matrices:
+    rank = _setting(config, "r", "rank_pattern", module, path)
+    alpha = _setting(config, "lora_alpha", "alpha_pattern", module, path)
+    if down.shape != (rank, *weight.shape[1:]) or up.shape != (*weight.shape[:1], rank) or len(weight.shape) != 2:
+        raise CheckpointError(
+            f"{path} adapts {module} {list(weight.shape)} with matrices {list(down.shape)} and {list(up.shape)}, which "
+            f"do not fit it at rank {rank:g}: it is of another base"
+        )
+    for info in (down, up):
+        if info.dtype not in _DTYPES:
+            raise CheckpointError(f"{path} holds the matrices of {module} in {info.dtype}; expected floating point")
+    return Matrices(down, up, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _setting(config: Mapping[str, Any], key: str, patterns_key: str, module: str, path: Path) -> float:
+    """The value of a module: of the first pattern that its name ends with, else the adapter's own."""
+    value, patterns = config.get(key), config.get(patterns_key) or {}
+    for pattern, stated in patterns.items():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise UnsupportedError(f"{path} has {patterns_key} {pattern!r}; only plain module names are understood")
+        if module == pattern or module.endswith(f".{pattern}"):
+            value = stated
+            break
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"{path / CONFIG_NAME} gives {module} the {key} {value!r}; expected a number above 0")
+    return value
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read(info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
+    """Some rows of a matrix, in fp32."""
+    stop = info.shape[0] if stop is None else stop
+    row_bytes = info.length // info.shape[0]
+    with info.file.open("rb") as file:
+        file.seek(info.offset + start * row_bytes)
+        data = bytearray(file.read((stop - start) * row_bytes))
+    if len(data) != (stop - start) * row_bytes:
+        raise CheckpointError(f"{info.file} was cut short while it was read")
+    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).view(stop - start, info.shape[1]).float()

@@ -1,0 +1,146 @@
+"""The files of a checkpoint: which there are, what their headers say, what they may link to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cllm_export.bundle.linked_weights import read_places
+from cllm_export.checks import require_plain_name
+from cllm_export.errors import BundleError, CheckpointError, UnsupportedError
+
+SINGLE_WEIGHTS = "model.safetensors"
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+LONGEST_NAME = 255
+"""Bytes that a file name may have on any file system in use."""
+
+PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor of the checkpoint lies, its safetensors dtype (``BF16``, ``F32``, ...) and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """In bytes."""
+
+
+def refuse_links(path: Path) -> None:
+    """Refuse a file that is a link to elsewhere: what it leads to is no part of the checkpoint, and might be private.
+
+    In a Hugging Face cache, ``MODEL/snapshots/REVISION/FILE`` is a link into ``MODEL/blobs``, which is.
+    """
+    root = Path(os.path.realpath(path))
+    homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    for file in sorted(path.iterdir()):
+        target = Path(os.path.realpath(file))
+        if file.is_symlink() and not target.is_dir() and not any(home in target.parents for home in homes):
+            raise CheckpointError(
+                f"{file} is a link that leaves the checkpoint, to {target}; put the file itself there"
+            )
+
+
+def find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name!r} stands in both {tensors[name].file} and {file}")
+            tensors[name] = info
+    return tensors
+
+
+def weight_files(path: Path) -> list[Path]:
+    if (path / WEIGHTS_INDEX).is_file():
+        return _shards(path)
+    if (path / SINGLE_WEIGHTS).is_file():
+        return [path / SINGLE_WEIGHTS]
+    if pickled := [name for name in PICKLED_WEIGHTS if (path / name).exists()]:
+        raise CheckpointError(
+            f"{path} has only pickled weights ({pickled[0]}), which are never loaded because a pickle can run code; "
+            "convert them with save_pretrained(..., safe_serialization=True) on a machine you trust"
+        )
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedError(
+            f"{path} is a LoRA adapter, where a whole checkpoint is needed; merge it first (merge_and_unload)"
+        )
+    raise CheckpointError(f"{path} has no weights: neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}")
+
+
+def _shards(path: Path) -> list[Path]:
+    weight_map = read_json(path / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / WEIGHTS_INDEX} has no weight_map; download the checkpoint again")
+    for name in weight_map.values():
+        _require_shard_name(path, name)
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(
+                f"shard {name} of {path} is missing, though {WEIGHTS_INDEX} names it; download it again"
+            )
+    if (path / SINGLE_WEIGHTS).is_file() and SINGLE_WEIGHTS not in names:
+        raise CheckpointError(
+            f"{path} has both {SINGLE_WEIGHTS} and {WEIGHTS_INDEX}, which may hold different weights: remove one"
+        )
+    return [path / name for name in names]
+
+
+def _require_shard_name(path: Path, name: object) -> None:
+    """What stands in the index as a shard must be the plain name of a file beside it."""
+    index = path / WEIGHTS_INDEX
+    if not isinstance(name, str) or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
+        raise CheckpointError(f"{index} names a shard {reprlib.repr(name)}, which is no file name; download it again")
+    try:
+        require_plain_name(name)
+    except BundleError:
+        raise CheckpointError(f"{index} names a shard outside the checkpoint: {name!r}") from None
+
+
+def layer_of(name: str) -> int:
+    """Number of the layer that a tensor belongs to; -1 for one that belongs to none."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file. The library checks that they lie inside it, end to end and apart.
+
+    Raises:
+        CheckpointError: it is damaged or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+        return {
+            name: TensorInfo(file=file, dtype=dtype, shape=shape, offset=offset, length=length)
+            for name, (offset, length, dtype, shape) in read_places(file).items()
+        }
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CheckpointError(f"{file} ({size} bytes) is damaged or cut short: {error}; download it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,315 @@
+"""A Hugging Face checkpoint directory, opened and judged: what it holds, and whether the graph can express it.
+
+Everything here happens before any work: a checkpoint that cannot be exported is refused by name. Nothing is
+unpickled and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from cllm_export.bundle.manifest import GENERATION_CONFIG_NAME, TOKENIZER_NAME, FillName, Loop, TrainedWith
+from cllm_export.bundle.storage import sha256_of
+from cllm_export.errors import CheckpointError, CllmExportError, OptionError, UnsupportedError
+from cllm_export.exporter.checkpoint.families import (
+    refuse_layers,
+    refuse_rope,
+    refuse_unsupported,
+    truncated_config,
+    window_within,
+)
+from cllm_export.exporter.checkpoint.files import (
+    TensorInfo,
+    find_tensors,
+    layer_of,
+    read_json,
+    refuse_links,
+    weight_files,
+)
+from cllm_export.exporter.checkpoint.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+
+DEFAULT_MAX_LENGTH_CAP = 2048
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint whose architecture the exporter supports."""
+
+    path: Path
+    raw_config: Mapping[str, Any]
+    """``config.json`` as it stands."""
+    config: PretrainedConfig
+    """The same as transformers reads it."""
+    tensors: Mapping[str, TensorInfo]
+    weight_files: tuple[Path, ...]
+    text_path: Path
+    """Where tokenizer and chat template are: ``path``, or an adapter that brings its own."""
+    adapter_files: tuple[Path, ...] = ()
+    """Config and weights of the adapter that is merged into it."""
+
+    @property
+    def family(self) -> str:
+        return str(self.raw_config["model_type"])
+
+    @property
+    def trained_with(self) -> TrainedWith | None:
+        """The ``cllm`` section of ``config.json``: how the model was consistency-tuned."""
+        section = self.raw_config.get("cllm")
+        if section is None:
+            return None
+        return _trained_with(section, self.path)
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        path = self.path / GENERATION_CONFIG_NAME
+        return read_json(path) if path.exists() else {}
+
+    @cached_property
+    def tokenizer_config(self) -> Mapping[str, Any]:
+        path = self.text_path / "tokenizer_config.json"
+        return read_json(path) if path.exists() else {}
+
+    @cached_property
+    def tokenizer_json(self) -> bytes:
+        """``tokenizer.json``, made of ``tokenizer.model`` where that is all there is.
+
+        Raises:
+            MissingExtraError: the packages for that are not installed.
+        """
+        if (self.text_path / TOKENIZER_NAME).is_file():
+            return (self.text_path / TOKENIZER_NAME).read_bytes()
+        text: str = convert_tokenizer(self.text_path, self.tokenizer_config).backend_tokenizer.to_str(pretty=True)
+        return text.encode()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids; those of ``generation_config.json`` win, as in transformers."""
+        for source in (self.generation_config, self.raw_config):
+            value = source.get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (value,)
+        return ()
+
+    @property
+    def pad_token_id(self) -> int | None:
+        for source in (self.generation_config, self.raw_config):
+            if isinstance(value := source.get("pad_token_id"), int) and 0 <= value < self.config.vocab_size:
+                return value
+        return None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and the like by name: what chat templates refer to."""
+        tokens = {}
+        path = self.text_path / "special_tokens_map.json"
+        older = read_json(path) if path.exists() else {}
+        for name, value in (*older.items(), *self.tokenizer_config.items()):
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                tokens[name] = text
+        return tokens
+
+    @property
+    def chat_template(self) -> str | None:
+        path = self.text_path / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        template = self.tokenizer_config.get("chat_template")
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default", next(iter(named.values()), None))
+        return template if isinstance(template, str) else None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, read through a memory map; only this tensor enters memory.
+
+        Raises:
+            CheckpointError: the file changed since it was opened.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.tensors[name].file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name} from {self.tensors[name].file}: {error}") from None
+
+    def fingerprint(self, known: Mapping[Path, str] | None = None) -> str:
+        """sha256 over ``config.json`` and every weight file: equal for equal checkpoints, wherever they lie.
+
+        ``known`` are sums of files that were taken already.
+        """
+        digest = hashlib.sha256()
+        for path in sorted({self.path / "config.json", *self.weight_files, *self.adapter_files}):
+            digest.update(f"{path.name}:{(known or {}).get(path) or sha256_of(path)}\n".encode())
+        return digest.hexdigest()
+
+    def with_adapter(self, files: tuple[Path, ...]) -> Checkpoint:
+        """The same, to be merged with an adapter of these files."""
+        return replace(self, adapter_files=files)
+
+    def with_layers(self, num_layers: int) -> Checkpoint:
+        """The same with its first layers alone.
+
+        Raises:
+            OptionError: it has not that many.
+        """
+        total = int(self.config.num_hidden_layers)
+        if num_layers > total:
+            raise OptionError(f"--num-layers {num_layers} is more than the {total} layers of {self.path}")
+        kept = {name: info for name, info in self.tensors.items() if layer_of(name) < num_layers}
+        return replace(self, config=truncated_config(self.config, num_layers), tensors=kept)
+
+
+def default_max_length(config: PretrainedConfig) -> int:
+    """The model's own length, capped at 2048."""
+    return min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
+
+
+def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_path: Path | None = None) -> Checkpoint:
+    """Open a checkpoint and refuse, by name, what cannot be exported.
+
+    ``max_length`` is the length the bundle is to be built for: a sliding window is accepted where it cannot matter.
+    ``text_path`` is where the tokenizer is, if not beside the weights.
+
+    Raises:
+        CheckpointError: missing, partial or damaged.
+        UnsupportedError: an architecture the graph cannot express yet.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+    for directory in dict.fromkeys((path, text_path or path)):
+        refuse_links(directory)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    raw = read_json(path / "config.json")
+    refuse_unsupported(raw, path)
+    text_path = text_path or path
+    if not (text_path / TOKENIZER_NAME).is_file() and not (text_path / SENTENCEPIECE_NAME).is_file():
+        raise CheckpointError(
+            f"{text_path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    config = _read_config(path)
+    refuse_layers(config, path)
+    refuse_rope(config, path, max_length)
+    files = weight_files(path)
+    checkpoint = Checkpoint(
+        path=path,
+        raw_config=raw,
+        config=config,
+        tensors=find_tensors(files),
+        weight_files=tuple(files),
+        text_path=text_path,
+    )
+    _check_sections(checkpoint)
+    return checkpoint
+
+
+def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
+    """Refuse what a bundle can express, but training and decoding in PyTorch cannot: their mask is causal alone,
+    PyTorch's attention has no softcap, and they read ``tokenizer.json``.
+
+    Raises:
+        UnsupportedError: such a checkpoint would be trained, or decoded, as another model than it is.
+    """
+    if (window := window_within(checkpoint.config, max_length)) is not None:
+        raise UnsupportedError(
+            f"{checkpoint.path} has layers with a sliding window of {window} tokens, and training and decoding in "
+            f"PyTorch know no window: choose --max-length {window} or less (it is {max_length}), or build a bundle"
+        )
+    if getattr(checkpoint.config, "attn_logit_softcapping", None):
+        raise UnsupportedError(
+            f"{checkpoint.path} caps its attention scores (attn_logit_softcapping), which training and decoding in "
+            "PyTorch cannot do yet: build a bundle, which can"
+        )
+    if not (checkpoint.path / TOKENIZER_NAME).is_file():
+        raise UnsupportedError(
+            f"{checkpoint.path} has no {TOKENIZER_NAME}, only {SENTENCEPIECE_NAME}: build a bundle, which converts it, "
+            f"and copy the bundle's {TOKENIZER_NAME} into the checkpoint"
+        )
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many unrelated types for a bad config
+        raise CheckpointError(f"{path / 'config.json'} is not a valid config: {error}") from None
+
+
+def _check_sections(checkpoint: Checkpoint) -> None:
+    """Touch what is read late, so that a bad value is found before any work."""
+    config = checkpoint.config
+    ids = checkpoint.eos_token_ids
+    if any(type(token) is not int or not 0 <= token < config.vocab_size for token in ids):
+        raise CheckpointError(
+            f"{checkpoint.path} has eos_token_id {ids}, outside its vocabulary of {config.vocab_size}"
+        )
+    _ = checkpoint.trained_with, checkpoint.special_tokens
+    try:
+        (checkpoint.chat_template or "").encode()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    try:
+        Tokenizer.from_buffer(checkpoint.tokenizer_json)
+    except CllmExportError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{checkpoint.text_path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
+    _check_tied_head(checkpoint)
+
+
+def _check_tied_head(checkpoint: Checkpoint) -> None:
+    """Refuse a stored head that differs from the table its config ties it to: transformers would then untie them."""
+    if not checkpoint.config.tie_word_embeddings or not {HEAD, EMBEDDING} <= set(checkpoint.tensors):
+        return
+    head, table = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
+    if head.shape != table.shape or head.dtype != table.dtype or not _same_bytes(head, table):
+        raise CheckpointError(
+            f"{HEAD} of {checkpoint.path} differs from {EMBEDDING}, though its config ties them "
+            "(tie_word_embeddings): set that to false if the stored head is meant, else remove the tensor"
+        )
+
+
+def _same_bytes(first: TensorInfo, second: TensorInfo, *, piece_bytes: int = 1 << 24) -> bool:
+    """Whether two tensors are equal byte for byte, read in pieces: a head may have gigabytes."""
+    with first.file.open("rb") as a, second.file.open("rb") as b:
+        a.seek(first.offset)
+        b.seek(second.offset)
+        for start in range(0, first.length, piece_bytes):
+            size = min(piece_bytes, first.length - start)
+            if a.read(size) != b.read(size):
+                return False
+    return True
+
+
+def _trained_with(section: Any, path: Path) -> TrainedWith:
+    where = f"the cllm section of {path / 'config.json'}"
+    if not isinstance(section, dict) or set(section) - {"n", "fill", "loop"}:
+        raise CheckpointError(f'{where} must look like {{"n": 16, "fill": "pad", "loop": "sliding"}}, got {section!r}')
+    fill: FillName = section.get("fill", "pad")
+    loop: Loop = section.get("loop", "sliding")
+    try:
+        return TrainedWith(block_size=section.get("n", 0), fill=fill, loop=loop)
+    except OptionError as error:
+        raise CheckpointError(f"{where}: {error}") from None

@@ -1,0 +1,1 @@
+"""The graph: traced, rewritten, without weights."""

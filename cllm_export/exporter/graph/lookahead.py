@@ -1,0 +1,112 @@
+"""The lookahead graph: the finished greedy graph with other positions and another mask (arXiv 2402.02057).
+
+Nothing is traced anew and no weight is named a second time: two values of the greedy graph, which carry names for this,
+are computed from two more inputs instead. What the inputs mean stands in ``contract.py``.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import optimizer
+from transformers import PretrainedConfig
+
+from cllm_export.bundle.contract import POSITIONS, VISIBLE, Geometry, TensorSpec, lookahead_inputs
+from cllm_export.errors import GraphError
+from cllm_export.exporter.checkpoint.families import window_within
+from cllm_export.exporter.graph.model import DecoderGraph
+from cllm_export.exporter.graph.passes import state_contract
+
+IR_DTYPE = {"int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+
+
+def lookahead_obstacle(config: PretrainedConfig, *, max_length: int, fixed_shapes: bool) -> str | None:
+    """Why a model can have no lookahead graph; None where it can."""
+    if fixed_shapes:
+        return "its block grows and shrinks by what was accepted, and --fixed-shapes pins the block"
+    if (window := window_within(config, max_length)) is not None:
+        return (
+            f"its mask knows no window, and layers of this model see {window} tokens of the max length {max_length}: "
+            f"build with --max-length {window} or less"
+        )
+    return None
+
+
+def derive_lookahead(greedy: DecoderGraph, geometry: Geometry) -> DecoderGraph:
+    """The lookahead graph of a greedy graph that states its contract; the greedy graph stays as it is.
+
+    Raises:
+        GraphError: a value that has to be replaced is not there by its name.
+    """
+    graph = DecoderGraph(
+        model=greedy.model.clone(),
+        precision=greedy.precision,
+        weights=dict(greedy.weights),
+        constants=dict(greedy.constants),
+        quantization=greedy.quantization,
+    )
+    inputs = lookahead_inputs(geometry, graph.precision)
+    values = _add_inputs(graph, inputs)
+    positions, visible = _require_value(graph, POSITIONS), _require_value(graph, VISIBLE)
+    by_slot = ir.node("Unsqueeze", [values["write_index"], graph.add_constant([1])])
+    place = ir.node("Add", [by_slot.outputs[0], values["row_offsets"]])
+    graph.graph.insert_before(graph.graph[0], [by_slot, place])
+    _replace(positions, place.outputs[0])
+    _replace(visible, _insert_visible(graph, values, by_slot))
+    optimizer.remove_unused_nodes(graph.model)
+    graph.drop_unused_weights()
+    state_contract(graph, geometry, inputs=inputs)
+    return graph
+
+
+def _insert_visible(graph: DecoderGraph, values: dict[str, ir.Value], by_slot: ir.Node) -> ir.Value:
+    """Which cache rows a row sees [B, 1, n, S]: those below the write index, and those of the block by ``row_mask``.
+
+    A cache row s is row s - write_index of the block. Rows outside it look up column 0, which counts for none of them:
+    Clip of integers is not for TensorRT, and a Gather outside its axis for nobody.
+    """
+    nodes: list[ir.Node] = []
+
+    def op(name: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        nodes.append(ir.node(name, list(inputs), attributes))
+        return nodes[-1].outputs[0]
+
+    zero, one = graph.add_constant([0]), graph.add_constant([1])
+    length = op("Shape", values["row_offsets"])
+    column = op("Sub", values["kv_positions"], by_slot.outputs[0])
+    past = op("Less", column, zero)
+    in_block = op("And", op("Not", past), op("Less", column, length))
+    seen = op("Gather", values["row_mask"], op("Where", in_block, column, zero), axis=1)
+    by_row = op("And", op("Transpose", seen, perm=[1, 0, 2]), op("Unsqueeze", in_block, one))
+    visible = op("Unsqueeze", op("Or", op("Unsqueeze", past, one), by_row), one)
+    graph.graph.insert_after(by_slot, nodes)
+    return visible
+
+
+def _add_inputs(graph: DecoderGraph, specs: list[TensorSpec]) -> dict[str, ir.Value]:
+    """Inputs of the graph by name, the contract's in its order and new ones among them; weights behind."""
+    present = {str(value.name): value for value in graph.graph.inputs}
+    for spec in specs:
+        if spec.name not in present:
+            dtype = ir.TensorType(IR_DTYPE[spec.dtype])
+            present[spec.name] = ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=dtype)
+    stated = [spec.name for spec in specs]
+    weights = [str(value.name) for value in graph.graph.inputs if str(value.name) not in stated]
+    graph.graph.inputs.clear()
+    graph.graph.inputs.extend([present[name] for name in (*stated, *weights)])
+    return present
+
+
+def _require_value(graph: DecoderGraph, name: str) -> ir.Value:
+    for node in graph.graph:
+        for value in node.outputs:
+            if value.name == name:
+                return value
+    raise GraphError(f"the greedy graph has no value named {name!r}, which its lookahead variant replaces")
+
+
+def _replace(value: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads a value read another one, under the same name."""
+    name = value.name
+    ir.convenience.replace_all_uses_with(value, new)
+    value.name, new.name = f"{name}.replaced", name
+    new.shape, new.type = value.shape, value.type

@@ -1,0 +1,127 @@
+"""The graph in memory while passes work on it: an ONNX model without data, and where each weight will come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.quantization import Quantization
+from cllm_export.exporter.graph.rounding import INT4, Rounding
+
+Holds = Literal["values", "codes", "scales"]
+
+IR_DTYPE = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.uint8: ir.DataType.UINT8,
+    torch.int8: ir.DataType.INT8,
+    INT4: ir.DataType.INT4,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+}
+
+COMPUTE_DTYPE: dict[Precision, ir.DataType] = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """How one weight of the graph is made of checkpoint tensors: stacked along their first axis, ``offset`` added in
+    fp32, rounded if it is quantised, then transposed."""
+
+    tensors: tuple[str, ...]
+    transposed: bool = False
+    offset: float = 0.0
+    """For norms whose scale is 1 + weight."""
+    divisor: Tensor | None = None
+    """What the sum is divided by, row by row: the channels that a norm makes are smoothed in its own scale."""
+    rounding: Rounding | None = None
+    holds: Holds = "values"
+    """Which part of what the rounding gives; ``values`` where there is none."""
+
+
+@dataclass(kw_only=True)
+class DecoderGraph:
+    """A decoder's ONNX model whose weights are still graph inputs, with a source for each."""
+
+    model: ir.Model
+    precision: Precision
+    weights: dict[str, WeightSource] = field(default_factory=dict)
+    """Graph input -> checkpoint tensors it is made of."""
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Graph input -> value that no checkpoint holds (RoPE tables, row numbers)."""
+    quantization: Quantization | None = None
+    """What was quantised, once that is done."""
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of activations, and of the scales that make integers activations' equals."""
+        return COMPUTE_DTYPE[self.precision]
+
+    def add_weight(self, name: str, source: WeightSource, *, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
+        """Add a weight as a graph input, of the dtype of ``like``; the one there is if the name is taken."""
+        for value in self.graph.inputs:
+            if value.name == name:
+                return value
+        return self._add_input(name, source, shape, like.type)
+
+    def add_rounded(self, name: str, source: WeightSource, *, shape: tuple[int, ...]) -> ir.Value:
+        """Add the codes or the scales of a quantised weight as a graph input."""
+        assert source.rounding is not None
+        dtype = IR_DTYPE[source.rounding.code_dtype] if source.holds == "codes" else self.dtype
+        return self._add_input(name, source, shape, ir.TensorType(dtype))
+
+    def _add_input(self, name: str, source: WeightSource, shape: tuple[int, ...], kind: Any) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+        self.graph.inputs.append(value)
+        self.weights[name] = source
+        return value
+
+    def drop_unused_weights(self) -> None:
+        """Remove weights and constants that no node reads any more."""
+        for value in [value for value in self.graph.inputs if self._is_stored(value) and not value.uses()]:
+            self.graph.inputs.remove(value)
+            self.weights.pop(str(value.name), None)
+            self.constants.pop(str(value.name), None)
+
+    def add_constant(self, values: list[int]) -> ir.Value:
+        """A small int64 constant of the graph itself, shared by equal values."""
+        name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def add_scalar(self, name: str, number: np.generic) -> ir.Value:
+        """A constant without axes of the graph itself, by its name."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(np.asarray(number), name=name)
+        value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def count(self, op_type: str) -> int:
+        """Number of nodes of one operator type."""
+        return sum(node.op_type == op_type for node in self.graph)
+
+    def _is_stored(self, value: ir.Value) -> bool:
+        return value.name in self.weights or value.name in self.constants

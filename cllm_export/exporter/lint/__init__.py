@@ -1,0 +1,1 @@
+"""TensorRT's parser rules, as a lint."""

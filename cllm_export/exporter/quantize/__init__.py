@@ -1,0 +1,1 @@
+"""Quantisation of the graph's linear layers."""

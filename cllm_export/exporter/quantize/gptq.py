@@ -1,0 +1,109 @@
+"""GPTQ: a weight is rounded channel by channel, and what rounding one does to the output is undone by the next ones.
+
+arXiv 2210.17323. The rows of a matrix have nothing to do with each other once the Gram matrix of the layer's input is
+known, so they are rounded as they are streamed. Written here because the libraries that have it (neural-compressor,
+nvidia-modelopt, optimum) calibrate a PyTorch model or a whole ONNX model in memory, on samples of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cllm_export.bundle.scales import Scales
+from cllm_export.errors import QuantizationError
+from cllm_export.exporter.checkpoint.files import TensorInfo
+from cllm_export.exporter.graph.rounding import Rounded, block_scales, int4_codes, packed
+
+DAMPING = 0.01
+"""Share of the mean of the Gram matrix's diagonal that is added to it, as in the paper."""
+
+MATRICES = 4
+"""Matrices as large as the Gram matrix that are held while one is factored."""
+
+
+def factor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Anonymous memory that factors take, by the widest layer of a checkpoint."""
+    widest = max((info.shape[1] for name, info in tensors.items() if ".layers." in name and len(info.shape) == 2))
+    return MATRICES * torch.float32.itemsize * widest**2
+
+
+class Factors:
+    """The factor that compensation needs of each layer's input, the last one kept: [in, in] is large."""
+
+    def __init__(self, scales: Scales) -> None:
+        self._scales = scales
+        self._name: str | None = None
+        self._factor: Tensor | None = None
+
+    def of(self, tensor: str) -> Tensor:
+        """Upper Cholesky factor [in, in] of the inverse of the damped Gram matrix of this checkpoint tensor's input.
+
+        Raises:
+            ScalesError: the scales have no Gram matrix of it.
+            QuantizationError: the matrix has no inverse, even damped.
+        """
+        name = self._scales.of(tensor).name
+        if self._factor is None or name != self._name:
+            self._factor = None  # the old one goes before the new one comes
+            self._factor, self._name = self._make(tensor), name
+        return self._factor
+
+    def _make(self, tensor: str) -> Tensor:
+        gram = torch.from_numpy(self._scales.gram(tensor).copy())
+        diagonal = gram.diagonal()
+        diagonal[diagonal == 0] = 1  # a channel that was always 0: nothing depends on how it is rounded
+        diagonal += DAMPING * diagonal.mean()
+        try:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        except RuntimeError as error:  # what torch.linalg raises
+            raise QuantizationError(
+                f"the Gram matrix of the input of {tensor} has no inverse ({error}): calibrate with more prompts"
+            ) from None
+        return factor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GptqRounding:
+    """4 bits in blocks as ``BlockRounding`` stores them, each column chosen in view of those before it."""
+
+    block_size: int
+    tensor: str
+    """A checkpoint tensor that reads the same input."""
+    factors: Factors
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        blocks = -(-width // self.block_size)
+        return (blocks, self.block_size // 2), (blocks,)
+
+    def __call__(self, rows: Tensor) -> Rounded:
+        factor = self.factors.of(self.tensor)
+        count, width = rows.shape
+        codes = torch.zeros(count, -(-width // self.block_size), self.block_size)
+        scales = torch.zeros(codes.shape[:2])
+        for block, start in enumerate(range(0, width, self.block_size)):
+            stop = min(start + self.block_size, width)
+            scales[:, block] = block_scales(rows[:, start:stop])
+            chosen, errors = self._columns(rows[:, start:stop], scales[:, block], factor[start:stop, start:stop])
+            codes[:, block, : stop - start] = chosen
+            rows[:, stop:] -= errors @ factor[start:stop, stop:]
+        return Rounded(packed(codes), scales)
+
+    @staticmethod
+    def _columns(rows: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of a block [r, columns], and the error of each column over its diagonal entry of the factor."""
+        codes, errors = torch.empty_like(rows), torch.empty_like(rows)
+        for column in range(rows.shape[1]):
+            values = rows[:, column]
+            codes[:, column] = int4_codes(values[:, None], scales)[:, 0]
+            errors[:, column] = (values - codes[:, column] * scales) / factor[column, column]
+            rows[:, column + 1 :] -= errors[:, column, None] * factor[column, column + 1 :]
+        return codes, errors

@@ -1,0 +1,1 @@
+"""Weights, streamed from the checkpoint into the bundle."""

@@ -1,0 +1,370 @@
+"""Where each weight of a graph lies, and the one pass over the checkpoint that puts it there.
+
+A weight either stays in the checkpoint's file, if the engine can take it as it is stored, or goes to ``weights.bin``.
+Every offset is known before a byte is written, so tensors are read in the order they are stored, a piece at a time:
+checked, cast, and put at their place through a map of the output, which needs no memory of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.linked_weights import LinkedWeight
+from cllm_export.bundle.manifest import WEIGHTS_NAME
+from cllm_export.errors import CheckpointError, GraphError, OutputError
+from cllm_export.exporter.checkpoint.files import TensorInfo
+from cllm_export.exporter.checkpoint.stream import FiniteScan, Piece, rows_of
+from cllm_export.exporter.graph.model import IR_DTYPE, DecoderGraph, WeightSource
+from cllm_export.exporter.graph.rounding import INT4, Rounded
+from cllm_export.exporter.graph.trace import TORCH_DTYPE
+
+ALIGNMENT = 4096
+"""Bytes a weight is aligned to: a page, so that engines can map it."""
+
+STORED_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+ENGINE_DTYPE: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+"""How safetensors spells the dtype of an engine's weights."""
+
+Change = Callable[[Piece, Tensor], Tensor]
+"""Makes the rows of a tensor, as they are stored, into what is exported: merges an adapter, say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one weight or constant lies in ``weights.bin``."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of its bytes, where they hold two values each along the last axis, else of its values."""
+        return (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == INT4 else self.shape
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.dtype == INT4 else self.dtype
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.stored_shape) * self.stored_dtype.itemsize
+
+
+class Part(NamedTuple):
+    """One checkpoint tensor's share of a weight: from which row on it stands in it, before it is transposed."""
+
+    weight: str
+    first_row: int
+    source: WeightSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Every weight's place, settled before anything is written."""
+
+    written: dict[str, Place]
+    linked: dict[str, LinkedWeight]
+    parts: dict[str, list[Part]]
+    """Checkpoint tensor -> the written weights it is part of."""
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of ``weights.bin``."""
+        return max((place.offset + place.length for place in self.written.values()), default=0)
+
+
+def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse tensors that are not floating point.
+
+    Raises:
+        CheckpointError: one is not; names it.
+    """
+    for name, info in sorted(tensors.items()):
+        if info.dtype not in STORED_DTYPE:
+            raise CheckpointError(f"tensor {name} has dtype {info.dtype}; expected one of {', '.join(STORED_DTYPE)}")
+
+
+def is_linkable(info: TensorInfo, precision: Precision) -> bool:
+    """Whether an engine of this precision can take the tensor as it is stored."""
+    aligned = info.length and info.offset % (info.length // max(1, math.prod(info.shape))) == 0
+    return info.dtype == ENGINE_DTYPE[precision] and bool(aligned)
+
+
+def plan_weights(
+    graph: DecoderGraph, tensors: Mapping[str, TensorInfo], *, link: bool, changed: Iterable[str] = ()
+) -> Layout:
+    """Give every weight its place: in the order in which the checkpoint stores it, so that sums can follow.
+
+    Args:
+        link: leave what can be linked where it is.
+        changed: tensors that an adapter changes.
+    """
+    written: dict[str, Place] = {}
+    linked: dict[str, LinkedWeight] = {}
+    parts: dict[str, list[Part]] = {}
+    changed, offset = set(changed), 0
+
+    def place(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        nonlocal offset
+        written[name] = Place(offset=offset, shape=shape, dtype=dtype)
+        offset = -(-(offset + written[name].length) // ALIGNMENT) * ALIGNMENT
+
+    for name, source in sorted(graph.weights.items(), key=lambda item: _stored_at(item[1], tensors)):
+        infos = [tensors[tensor] for tensor in source.tensors]
+        if link and _stays(source, infos[0], graph.precision) and not changed & set(source.tensors):
+            info = infos[0]
+            linked[source.tensors[0]] = LinkedWeight(
+                file=info.file.name, offset=info.offset, length=info.length, dtype=info.dtype, shape=info.shape
+            )
+            continue
+        rows = 0
+        for tensor, info in zip(source.tensors, infos, strict=True):
+            parts.setdefault(tensor, []).append(Part(name, rows, source))
+            rows += rows_of(info)
+        shape = (rows, *_row_shape(source, infos[0]))
+        place(name, shape[::-1] if source.transposed else shape, _dtype_of(source, graph.precision))
+    for name, constant in sorted(graph.constants.items()):
+        place(name, tuple(constant.shape), constant.dtype)
+    return Layout(written=written, linked=linked, parts=parts)
+
+
+def attach_weights(graph: DecoderGraph, layout: Layout) -> None:
+    """Turn the graph's weight inputs into initializers that point into their files."""
+    stored = set(graph.weights) | set(graph.constants)
+    for value in [value for value in graph.graph.inputs if value.name in stored]:
+        name = str(value.name)
+        tensor = _external(name, layout)
+        if value.shape is not None and tuple(value.shape.dims) != tuple(tensor.shape.dims):
+            raise GraphError(f"weight {name} is stored as {tensor.shape}, the graph expects {value.shape}")
+        graph.graph.inputs.remove(value)
+        value.const_value = tensor
+        value.shape, value.type = ir.Shape(tensor.shape.dims), ir.TensorType(tensor.dtype)
+        graph.graph.register_initializer(value)
+
+
+def require_space(directory: Path, needed: int, target: Path) -> None:
+    """Find out before writing that the disk has no room.
+
+    Raises:
+        OutputError: it has not; says what is needed and what is free.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OutputError(
+            f"the disk is full: {target} needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; "
+            "free space, choose another --output, or link the weights instead of copying them (--weights link)"
+        )
+
+
+class WeightsFile:
+    """``weights.bin`` while it is filled, piece by piece in any order; its checksum follows in a thread of its own."""
+
+    def __init__(self, path: Path, layout: Layout, stage_bytes: int, change: Change | None = None) -> None:
+        self._layout = layout
+        self._free = stage_bytes
+        self._staged: dict[str, Tensor] = {}
+        """Weights in the making that fit the memory for them; others grow in the file's own pages."""
+        self._change = change
+        self._file = path.open("w+b", buffering=0)
+        _allocate(self._file.fileno(), layout.size)
+        self._map = mmap.mmap(self._file.fileno(), layout.size)
+        self._left = {name: math.prod(place.shape) for name, place in layout.written.items()}
+        self._whole = {name: threading.Event() for name in layout.written}
+        self._stopped = False
+        self._overflow: dict[torch.dtype, FiniteScan] = {}
+        self._sum: Future[str] | None = None
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """Follow what is put into the file meanwhile with its checksum."""
+        with ThreadPoolExecutor(1, thread_name_prefix="checksum") as pool:
+            self._sum = pool.submit(self._checksum)
+            try:
+                yield
+            except BaseException:
+                self._stopped = True
+                for event in self._whole.values():
+                    event.set()
+                raise
+            finally:
+                self._file.close()
+
+    def sha256(self) -> str:
+        """Checksum of the file, once it is whole."""
+        assert self._sum is not None
+        return self._sum.result()
+
+    def put_constant(self, name: str, value: Tensor) -> None:
+        self._target(name).copy_(value)
+        self._count(name, value.numel())
+
+    def put(self, piece: Piece) -> None:
+        """Cast or round some rows of a tensor and put them wherever they belong.
+
+        Raises:
+            CheckpointError: a value does not fit the engine's dtype.
+        """
+        rounded: dict[int, Rounded] = {}
+        for part in self._layout.parts.get(piece.name, ()):
+            rows = self._rows(piece, part, rounded)
+            target = self._target(part.weight)
+            first = part.first_row + piece.start
+            if self._layout.written[part.weight].dtype == INT4:
+                put_pairs(target, rows.t(), first)
+            elif part.source.transposed:
+                turned = rows.t().contiguous()  # in blocks, three times as fast as straight into strided rows
+                target[:, first : first + rows.shape[0]].copy_(turned)
+            else:
+                target[first : first + rows.shape[0]].copy_(rows)
+            self._count(part.weight, rows.numel())
+
+    def _rows(self, piece: Piece, part: Part, rounded: dict[int, Rounded]) -> Tensor:
+        """The rows of a piece as they are stored; each rounding of them is done once for its codes and its scales."""
+        rounding = part.source.rounding
+        if rounding is None:
+            return self._cast(piece, part.source, self._layout.written[part.weight].dtype)
+        if id(rounding) not in rounded:
+            values = self._cast(piece, part.source, torch.float32)
+            stored = piece.info.dtype == "F32" and self._change is None and not part.source.offset
+            rounded[id(rounding)] = rounding(values.clone() if stored else values)  # the piece is hashed meanwhile
+        return rounded[id(rounding)].codes if part.source.holds == "codes" else rounded[id(rounding)].scales
+
+    def _cast(self, piece: Piece, source: WeightSource, dtype: torch.dtype) -> Tensor:
+        """The rows of a piece in a dtype; what is added to them is added in fp32."""
+        shape = (piece.stop - piece.start, *piece.info.shape[1:])
+        rows = stored = torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
+        if self._change:
+            rows = self._change(piece, rows)
+        if source.offset:
+            rows = rows.float() + source.offset  # never in place: the piece is hashed meanwhile
+        if source.divisor is not None:
+            rows = rows.float() / source.divisor[piece.start : piece.stop]
+        cast = rows.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(rows.dtype).max or rows.dtype != stored.dtype:
+            self._require_fitting(piece, cast)
+        return cast
+
+    def _require_fitting(self, piece: Piece, cast: Tensor) -> None:
+        if cast.dtype not in self._overflow:
+            meaning = f"holds values that do not fit {cast.dtype}: build with --precision fp32"
+            self._overflow[cast.dtype] = FiniteScan(meaning)
+        dtype = next(name for name, each in STORED_DTYPE.items() if each == cast.dtype)
+        bits = _bytes_of(cast.contiguous())
+        self._overflow[cast.dtype].add(piece.name, dtype, bits, last=piece.stop == rows_of(piece.info))
+
+    def _target(self, name: str) -> Tensor:
+        """Where a weight grows: in memory if there is room, else over the file's own pages."""
+        place = self._layout.written[name]
+        if name in self._staged:
+            return self._staged[name]
+        if place.length <= self._free:
+            self._free -= place.length
+            self._staged[name] = torch.empty(place.stored_shape, dtype=place.stored_dtype)
+            return self._staged[name]
+        dtype, count = place.stored_dtype, math.prod(place.stored_shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=place.offset).view(place.stored_shape)
+
+    def _count(self, name: str, values: int) -> None:
+        self._left[name] -= values
+        if self._left[name] <= 0:
+            if (staged := self._staged.pop(name, None)) is not None:
+                self._write(staged, self._layout.written[name])
+            self._whole[name].set()
+
+    def _write(self, staged: Tensor, place: Place) -> None:
+        data = _bytes_of(staged)
+        self._file.seek(place.offset)
+        while len(data):
+            data = data[self._file.write(data) :]
+        self._free += place.length
+
+    def _checksum(self) -> str:
+        digest, at = hashlib.sha256(), 0
+        with memoryview(self._map) as view:
+            for name, place in self._layout.written.items():
+                self._whole[name].wait()
+                if self._stopped:
+                    return ""
+                end = place.offset + place.length
+                digest.update(view[at:end])
+                if hasattr(self._map, "madvise"):  # written pages stay in the system's cache, not in this process
+                    self._map.madvise(mmap.MADV_DONTNEED, at - at % mmap.PAGESIZE, end - at + at % mmap.PAGESIZE)
+                at = end
+        return digest.hexdigest()
+
+
+def put_pairs(target: Tensor, columns: Tensor, first: int) -> None:
+    """Put 4-bit integers [in, r] into bytes [in, out / 2] from column ``first`` on, two in a byte, the even one low.
+
+    A piece may end between the two of a byte, so each is put beside what stands there.
+    """
+    for odd in (0, 1):
+        skipped = (odd - first) % 2
+        chosen = (columns[:, skipped::2] & 15).to(torch.uint8)
+        start = (first + skipped) // 2
+        others = 0xF0 >> 4 * odd
+        target[:, start : start + chosen.shape[1]].bitwise_and_(others).bitwise_or_(chosen << 4 * odd)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    values: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(values).cast("B")
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve the file's bytes, so that a full disk is an error here and not a signal when a page is written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+def _stays(source: WeightSource, info: TensorInfo, precision: Precision) -> bool:
+    as_stored = len(source.tensors) == 1 and not source.transposed and not source.offset
+    return as_stored and is_linkable(info, precision)
+
+
+def _row_shape(source: WeightSource, info: TensorInfo) -> tuple[int, ...]:
+    """Shape of what one row of a tensor becomes."""
+    if source.rounding is None:
+        return info.shape[1:]
+    codes, scales = source.rounding.row_shapes(info.shape[1])
+    return codes if source.holds == "codes" else scales
+
+
+def _dtype_of(source: WeightSource, precision: Precision) -> torch.dtype:
+    if source.rounding is None or source.holds == "scales":
+        return TORCH_DTYPE[precision]
+    return source.rounding.code_dtype
+
+
+def _stored_at(source: WeightSource, tensors: Mapping[str, TensorInfo]) -> tuple[str, int]:
+    last = max((tensors[name] for name in source.tensors), key=lambda info: (str(info.file), info.offset))
+    return str(last.file), last.offset
+
+
+def _external(name: str, layout: Layout) -> ir.ExternalTensor:
+    if linked := layout.linked.get(name):
+        dtype, shape = IR_DTYPE[STORED_DTYPE[linked.dtype]], ir.Shape(linked.shape)
+        return ir.ExternalTensor(linked.file, linked.offset, linked.length, dtype, shape=shape, name=name)
+    place = layout.written[name]
+    dtype, shape = IR_DTYPE[place.dtype], ir.Shape(place.shape)
+    return ir.ExternalTensor(WEIGHTS_NAME, place.offset, place.length, dtype, shape=shape, name=name)

@@ -1,0 +1,119 @@
+"""The files of a bundle, but for its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from cllm_export.bundle.linked_weights import LinkedFile
+from cllm_export.bundle.manifest import (
+    CHAT_TEMPLATE_NAME,
+    GENERATION_CONFIG_NAME,
+    GREEDY_GRAPH,
+    LOOKAHEAD_GRAPH,
+    TOKENIZER_NAME,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+)
+from cllm_export.bundle.quantization import ENGINES
+from cllm_export.exporter.checkpoint.read import Checkpoint
+from cllm_export.exporter.graph.model import DecoderGraph
+from cllm_export.exporter.graph.passes import pin_shapes, state_contract
+from cllm_export.exporter.lint.rules import ONNXRUNTIME_OPERATORS, require_clean
+from cllm_export.exporter.options import Settings
+from cllm_export.exporter.stages import Stages
+from cllm_export.exporter.weights.weights import (
+    Layout,
+)
+
+log = logging.getLogger(__name__)
+
+GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx"}
+
+TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
+
+
+def finish_graph(graph: DecoderGraph, settings: Settings, stages: Stages) -> None:
+    """State the contract, and hold the graph to the lint."""
+    with stages.stage("lint"):
+        if settings.fixed:
+            pin_shapes(graph, settings.geometry, settings.fixed)
+        state_contract(graph, settings.geometry, settings.fixed)
+        lint_graph(
+            graph, ir.serde.serialize_model(graph.model)
+        )  # the rules need no weights: find out before writing any
+
+
+def lint_graph(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
+    """Hold the graph to TensorRT's rules, but for what quantises a graph that is not meant for it."""
+    engines = graph.quantization.engines if graph.quantization else ENGINES
+    require_clean(proto, unjudged=() if "tensorrt" in engines else ONNXRUNTIME_OPERATORS)
+
+
+def write_graph(graph: DecoderGraph, name: str, directory: Path) -> None:
+    graph.model.producer_name, graph.model.graph.name = "cllm-export", name
+    proto = ir.serde.serialize_model(graph.model)
+    lint_graph(graph, proto)
+    onnx.save(proto, directory / GRAPH_FILES[name])
+    log.info("%s: %d nodes", GRAPH_FILES[name], len(proto.graph.node))
+
+
+def copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
+    (directory / TOKENIZER_NAME).write_bytes(checkpoint.tokenizer_json)
+    if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(checkpoint.path / GENERATION_CONFIG_NAME, directory / GENERATION_CONFIG_NAME)
+    if checkpoint.chat_template is not None:
+        (directory / CHAT_TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
+
+
+def make_manifest(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    graphs: Mapping[str, DecoderGraph],
+    layout: Layout,
+    files: dict[str, FileEntry],
+    sums: dict[Path, str],
+) -> Manifest:
+    used = {weight.file for weight in layout.linked.values()}
+    linked = {
+        path.name: LinkedFile(path=os.path.abspath(path), size=path.stat().st_size, sha256=digest)
+        for path, digest in sums.items()
+        if path.name in used
+    }
+    return Manifest(
+        family=checkpoint.family,
+        graphs={name: GraphEntry(file=GRAPH_FILES[name], fixed_shapes=settings.fixed) for name in graphs},
+        geometry=settings.geometry,
+        block_size=settings.block_size,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+        eos_token_ids=checkpoint.eos_token_ids,
+        pad_token_id=checkpoint.pad_token_id,
+        trained_with=settings.trained_with,
+        special_tokens=checkpoint.special_tokens,
+        checkpoint_fingerprint=checkpoint.fingerprint(sums),
+        tool_versions=_tool_versions(),
+        files=files,
+        linked_files=linked,
+        linked_weights=layout.linked,
+        quantization=graphs[GREEDY_GRAPH].quantization,
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for name in TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,1 @@
+"""Figures: what forwards and prompts take."""

@@ -1,0 +1,153 @@
+"""Golden traces: the inputs and outputs of every forward of a few requests, for those who write the loop elsewhere.
+
+A loop in C++ that is fed the outputs of a trace must give its inputs and tokens, forward by forward, without a model or
+an engine. The rules that it follows are in ``docs/loop.md``, and so is the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cllm_export.bundle.contract import CONTRACT_VERSION, FixedShapes, Geometry
+from cllm_export.bundle.manifest import Bundle, FillName
+from cllm_export.errors import OptionError
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.engines.base import Engine, Forward
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import pad_token
+
+TRACE_VERSION = 1
+DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
+FILLS: tuple[FillName, ...] = ("pad", "repeat")
+"""Fills that a trace may use: the others need rules beyond the loop's own."""
+
+
+class RecordingEngine:
+    """An engine that runs another and keeps what went in and what came out. ``forwards`` grows with every call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.forwards: list[dict[str, Any]] = []
+
+    @property
+    def run_seconds(self) -> float:
+        return self._engine.run_seconds
+
+    @run_seconds.setter
+    def run_seconds(self, seconds: float) -> None:
+        self._engine.run_seconds = seconds
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._engine.geometry
+
+    @property
+    def num_slots(self) -> int:
+        return self._engine.num_slots
+
+    @property
+    def fixed_shapes(self) -> FixedShapes | None:
+        return self._engine.fixed_shapes
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self._engine.prefill_chunk
+
+    def forward(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
+    ) -> Forward:
+        inputs = _inputs("decode", input_ids, num_committed, write_index)
+        forward = self._engine.forward(input_ids, num_committed, write_index, with_logits=with_logits)
+        self.forwards.append(inputs | {"next_ids": forward.next_ids[0], "num_accepted": forward.num_accepted[0]})
+        return forward
+
+    def prefill(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> None:
+        self.forwards.append(_inputs("prefill", input_ids, num_committed, write_index))
+        self._engine.prefill(input_ids, num_committed, write_index)
+
+    def close(self) -> None:
+        """Close the engine that it runs."""
+        self._engine.close()
+
+
+def _inputs(
+    kind: str, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+) -> dict[str, Any]:
+    """Of slot 0, copied: a loop may reuse its lists."""
+    return {
+        "kind": kind,
+        "input_ids": list(input_ids[0]),
+        "num_committed": num_committed[0],
+        "write_index": write_index[0],
+    }
+
+
+def record_traces(
+    bundle: Bundle,
+    model: Model,
+    prompts: Iterable[Prompt],
+    *,
+    methods: Sequence[Method] = DEFAULT_METHODS,
+    block_size: int | None = None,
+    fill: FillName = "pad",
+    max_new_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Decode every prompt with every method and keep every forward; JSON-ready. ``model`` is of this bundle.
+
+    Raises:
+        OptionError: the fill has rules beyond the loop's, or an option is out of range.
+        PromptError: a prompt is malformed or too long.
+    """
+    if fill not in FILLS:
+        raise OptionError(f"fill must be one of {', '.join(FILLS)} in a trace, got {fill!r}")
+    recorder = RecordingEngine(model.engine)
+    recorded = Model(model.facts, recorder, model.codec)
+    traces = []
+    for prompt in prompts:
+        for method in methods:
+            recorder.forwards = []
+            options = recorded.prepare(
+                prompt.content,
+                method=method,
+                block_size=block_size,
+                deterministic=block_size is None,
+                fill=fill,
+                max_new_tokens=max_new_tokens,
+            )
+            generation = recorded.generate(
+                options.prompt, method=method, block_size=options.block_size, fill=fill, max_new_tokens=max_new_tokens
+            )
+            traces.append(
+                {
+                    "prompt": prompt.id,
+                    "method": method,
+                    "prompt_ids": list(options.prompt),
+                    "block_size": options.block_size,
+                    "fill": fill,
+                    "max_new_tokens": options.max_new_tokens,
+                    "forwards": recorder.forwards,
+                    "token_ids": list(generation.token_ids),
+                    "finish_reason": generation.finish_reason,
+                }
+            )
+    return {
+        "trace_version": TRACE_VERSION,
+        "contract_version": CONTRACT_VERSION,
+        "bundle_fingerprint": bundle.fingerprint,
+        "geometry": asdict(model.engine.geometry),
+        "prefill_chunk": model.engine.prefill_chunk,
+        "max_length": model.facts.max_length,
+        "eos_token_ids": list(model.facts.eos_token_ids),
+        "pad_token_id": pad_token(model.facts),
+        "traces": traces,
+    }

@@ -1,0 +1,1 @@
+"""How a request decodes: policies, the scheduler, sampling, text. Lists and numpy alone."""

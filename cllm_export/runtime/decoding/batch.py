@@ -1,0 +1,103 @@
+"""Many prompts through the slots of one engine, all known beforehand: evaluation, collection, held-out decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from cllm_export.bundle.manifest import FillName
+from cllm_export.checks import require_at_least
+from cllm_export.errors import OptionError
+from cllm_export.runtime.decoding.request import Decode, Method, make_decoder
+from cllm_export.runtime.decoding.scheduler import Scheduler
+from cllm_export.runtime.decoding.statistics import ForwardRecord
+from cllm_export.runtime.decoding.task import Task
+from cllm_export.runtime.engines.base import Engine
+
+MIN_READING_WIDTH = 16
+"""Tokens that a forward takes at least while some slot reads its prompt, where the engine lets n vary: at n = 1 a
+prompt would otherwise be read a token a forward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRequest:
+    """One prompt of a batch."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int = 0
+    """Of the ``prompt`` fill."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise OptionError("a prompt of a batch must hold at least one token")
+        require_at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+def decode_batch(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    method: Method,
+    block_size: int,
+    fill: FillName,
+    seed: int,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int],
+    pad_token_id: int,
+) -> list[tuple[ForwardRecord, ...]]:
+    """Decode prompts (token ids) greedily, as many at once as the engine has slots; the forwards of each, in order.
+
+    Each gives the tokens, and the forwards, that it gives alone: slots do not see each other. (Through an engine that
+    rounds differently for different shapes, but for ties.)
+
+    Raises:
+        OptionError: a prompt is empty, or an option is out of range.
+        EngineError: the engine failed, or a prompt and its new tokens do not fit.
+    """
+    requests = [BatchRequest(prompt=prompt, max_new_tokens=max_new_tokens, seed=seed) for prompt in prompts]
+    decodes = decode_requests(
+        engine,
+        requests,
+        method=method,
+        block_size=block_size,
+        fill=fill,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+    )
+    return [tuple(decode.records) for decode in decodes]
+
+
+def decode_requests(
+    engine: Engine,
+    requests: Sequence[BatchRequest],
+    *,
+    method: Method,
+    block_size: int,
+    fill: FillName,
+    eos_token_ids: Collection[int],
+    pad_token_id: int,
+    finished: Callable[[int], None] | None = None,
+) -> list[Decode]:
+    """Like ``decode_batch``, with a limit and a seed for each prompt; ``finished`` is called with the number done."""
+    num_done = 0
+
+    def ended(_: Task) -> None:
+        nonlocal num_done
+        num_done += 1
+        if finished:
+            finished(num_done)
+
+    reading_width = min(MIN_READING_WIDTH, engine.geometry.max_block_size)
+    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, reading_width=reading_width)
+    tasks = []
+    for request in requests:
+        decoder = make_decoder(method, request.prompt, fill=fill, seed=request.seed, pad_token_id=pad_token_id)
+        decode = Decode(decoder, max_new_tokens=request.max_new_tokens, eos_token_ids=eos_token_ids)
+        tasks.append(Task(request.prompt, decode, ended=ended))
+        scheduler.submit(tasks[-1])
+    while not scheduler.is_idle:
+        scheduler.step()
+        if failed := next((task for task in tasks if task.error), None):
+            raise failed.error or AssertionError
+    return [task.decode for task in tasks]

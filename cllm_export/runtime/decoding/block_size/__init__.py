@@ -1,0 +1,1 @@
+"""Who chooses n, and what a forward of n tokens takes."""

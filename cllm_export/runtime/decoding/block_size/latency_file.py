@@ -1,0 +1,70 @@
+"""``latency.json``: T(n) as ``cllm-export bench`` measured it, beside a bundle's files and none of them.
+
+It counts only for the bundle, machine, threads and number of slots that it was measured with. Where it does not match
+it is left alone, and the runtime measures for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.errors import OutputError
+from cllm_export.runtime.engines.machine import describe_machine
+
+log = logging.getLogger(__name__)
+
+LATENCY_NAME = "latency.json"
+_CONDITIONS = ("processor", "threads", "onnxruntime")
+
+
+def read_latency(bundle: Bundle, *, num_slots: int, threads: int | None) -> dict[int, float] | None:
+    """Seconds of a forward by block size; None where the bundle has none for this machine, with the reason logged."""
+    path = bundle.path / LATENCY_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        found, seconds = raw["conditions"], {int(size): float(value) for size, value in raw["seconds"].items()}
+        if not seconds or min(seconds) < 1 or not all(0 < value < math.inf for value in seconds.values()):
+            raise ValueError("it names no block size, or a size or time that is not positive")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s is left alone, it cannot be read: %s; write it again with cllm-export bench", path, error)
+        return None
+    expected = _conditions(bundle, num_slots, threads)
+    differing = sorted(key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key])
+    if differing:
+        log.info("%s is left alone, it was measured with another %s", path, ", ".join(differing))
+        return None
+    return seconds
+
+
+def write_latency(bundle: Bundle, seconds: Mapping[int, float], *, num_slots: int, threads: int | None) -> None:
+    """Write it, whole or not at all.
+
+    Raises:
+        OutputError: the bundle cannot be written to.
+    """
+    target = bundle.path / LATENCY_NAME
+    scratch = target.with_name(f".{LATENCY_NAME}.{os.getpid()}")
+    report = {
+        "conditions": _conditions(bundle, num_slots, threads),
+        "seconds": {str(size): value for size, value in sorted(seconds.items())},
+    }
+    try:
+        scratch.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        scratch.replace(target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+
+
+def _conditions(bundle: Bundle, num_slots: int, threads: int | None) -> dict[str, Any]:
+    machine = describe_machine(threads)
+    conditions = {name: machine[name] for name in _CONDITIONS}
+    return {"bundle_fingerprint": bundle.fingerprint, "num_slots": num_slots, **conditions}

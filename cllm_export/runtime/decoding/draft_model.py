@@ -1,0 +1,250 @@
+"""A draft model: another bundle with the same tokenizer, whose greedy tokens are drafts for the model that verifies.
+
+It has an engine and a KV cache of its own, with one lane for each slot of the model, and runs the project's own loop:
+sliding Jacobi with the n that a CLLM was trained with, and with n = 1, which is autoregressive decoding, otherwise.
+What is drafted here is never trusted, so nothing here can change a token. Source: speculative decoding (arXiv
+2211.17192).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle, FillName, TrainedWith
+from cllm_export.errors import BundleError, EngineError, OptionError
+from cllm_export.runtime.decoding.drafts.sources import Wish, make_fill
+from cllm_export.runtime.decoding.jacobi import SlidingJacobi
+from cllm_export.runtime.engines.base import Engine
+
+UNTRAINED = TrainedWith(block_size=1, fill="pad", loop="sliding")
+IGNORED_TOKENIZER_KEYS = ("truncation", "padding")
+"""Settings that trainers leave in a ``tokenizer.json``; a codec turns them off."""
+
+
+class Drafter(Protocol):
+    """Answers what requests wish for, all of one forward of the model at once."""
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds spent inside its engine so far."""
+        ...
+
+    def draft(self, wishes: Mapping[int, Wish]) -> None:
+        """Answer the wish of each slot, in ``Wish.found``; with fewer tokens where the model holds no more."""
+        ...
+
+
+class DraftModel:
+    """Drafts through the slots of one engine, in lockstep: each forward takes every lane further that still has to go.
+
+    A lane keeps the tokens it went over, whose KV lies in its slot. What a wish has in common with them stays, whoever
+    wished for it; the rest is dead rows, and moving the write index is all that it takes.
+
+    Args:
+        engine: as many slots as that of the model that verifies.
+        max_length: tokens of a text that it holds.
+        pad_token_id: fills rows that nobody uses.
+        trained_with: of a CLLM.
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_length: int, pad_token_id: int, trained_with: TrainedWith | None = None
+    ) -> None:
+        self._engine = engine
+        self._pad = pad_token_id
+        self._width = engine.fixed_shapes.block_size if engine.fixed_shapes else None
+        largest = self._width or engine.geometry.max_block_size
+        settled = trained_with or UNTRAINED
+        size = min(settled.block_size, largest)
+        self._lanes = [
+            Lane(
+                block_size=size,
+                max_width=max(size, min(engine.prefill_chunk, largest)),
+                fill=settled.fill,
+                pad_token_id=pad_token_id,
+                max_length=max_length,
+            )
+            for _ in range(engine.num_slots)
+        ]
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds spent inside the engine so far."""
+        return self._engine.run_seconds
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self._lanes)
+
+    def close(self) -> None:
+        """Let go of what the engine holds."""
+        self._engine.close()
+
+    def draft(self, wishes: Mapping[int, Wish]) -> None:
+        """Answer the wish of each slot, in ``Wish.found``; see ``Drafter``.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        lanes = {index: self._lanes[index] for index in wishes}
+        for index, lane in lanes.items():
+            lane.start(wishes[index].tokens, wishes[index].count)
+        while short := [index for index, lane in lanes.items() if lane.is_short]:
+            self._forward(short)
+        for index, lane in lanes.items():
+            wishes[index].found = lane.found
+
+    def _forward(self, short: Sequence[int]) -> None:
+        """One forward, in which these lanes read or draft and the others lie idle over their dead rows."""
+        idle = Rows([], 0)
+        rows = [lane.next_rows() if index in short else idle for index, lane in enumerate(self._lanes)]
+        width = self._width or max(len(tokens) for tokens, _ in rows)
+        blocks = [[*tokens, *[self._pad] * (width - len(tokens))] for tokens, _ in rows]
+        num_committed = [committed for _, committed in rows]
+        write_index = [lane.write_index for lane in self._lanes]
+        if all(self._lanes[index].is_reading for index in short):
+            self._engine.prefill(blocks, num_committed, write_index)
+            for index in short:
+                self._lanes[index].has_read()
+            return
+        forward = self._engine.forward(blocks, num_committed, write_index)
+        for index in short:
+            self._lanes[index].take(forward.next_ids[index], forward.num_accepted[index])
+
+
+class Rows(NamedTuple):
+    """What a lane puts into a forward: its tokens, and how many of them are known to be right."""
+
+    tokens: list[int]
+    num_committed: int
+
+
+class Lane:
+    """One text in one slot: the tokens wished for, then those that the model itself goes on with."""
+
+    def __init__(self, *, block_size: int, max_width: int, fill: FillName, pad_token_id: int, max_length: int) -> None:
+        self._block_size = block_size
+        self._max_width = max_width
+        self._fill = fill
+        self._pad = pad_token_id
+        self._max_length = max_length
+        self._tokens: list[int] = []
+        self._num_written = 0
+        """Leading tokens whose KV is right."""
+        self._first = self._goal = 0
+        """Tokens of the wish, and how many there must be with its answer."""
+        self._decoder: SlidingJacobi | None = None
+        self._rows = Rows([], 0)
+        self._num_unread = 0
+        self.is_reading = False
+        """Whether the rows of the last ``next_rows`` are a chunk of the text, and give no token."""
+
+    @property
+    def write_index(self) -> int:
+        """Where the slot's next rows are written; within what the cache holds, however far the loop ran ahead."""
+        return min(self._num_written, self._max_length - 1)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it takes more forwards to answer."""
+        return len(self._tokens) < self._goal
+
+    @property
+    def found(self) -> list[int]:
+        """The answer."""
+        return self._tokens[self._first : self._goal]
+
+    def start(self, tokens: list[int], count: int) -> None:
+        """Take a wish. Where the model has said what these tokens end with, it only goes on."""
+        self._first, self._goal = len(tokens), min(len(tokens) + count, self._max_length)
+        shared = num_shared(self._tokens, tokens)
+        if shared == len(tokens):
+            return
+        self._num_written = min(self._num_written, shared)
+        self._tokens = list(tokens)
+        fill = make_fill(self._fill, prompt=tokens, pad_token_id=self._pad, seed=0)
+        self._decoder = SlidingJacobi(last_token=tokens[-1], write_index=len(tokens) - 1, fill=fill)
+
+    def next_rows(self) -> Rows:
+        """What the next forward runs at ``write_index``: what is unread, then the loop's block if there is room."""
+        assert self._decoder, "a lane that is short has been started"
+        unread = self._tokens[self._num_written : -1]
+        self.is_reading = len(unread) >= self._max_width
+        self._num_unread = min(len(unread), self._max_width)
+        if self.is_reading:
+            self._rows = Rows(unread[: self._max_width], self._max_width)
+        else:
+            block = self._decoder.next_block(min(self._block_size, self._max_width - len(unread)))
+            self._rows = Rows([*unread, *block.tokens], len(unread) + block.num_committed)
+        return self._rows
+
+    def has_read(self) -> None:
+        """The rows are written."""
+        self._num_written += self._num_unread
+
+    def take(self, next_ids: Sequence[int], num_accepted: int) -> None:
+        """Take the outputs of the forward for this lane."""
+        self.has_read()
+        if self.is_reading or not self._decoder:
+            return
+        size = len(self._rows.tokens)
+        new = self._decoder.commit(
+            list(next_ids[self._num_unread : size]), min(num_accepted, size) - self._num_unread
+        ).tokens
+        if not new:
+            raise EngineError("the draft model's engine accepted nothing: its graph is broken, rebuild the bundle")
+        self._tokens += new
+        self._num_written = self._decoder.write_index
+
+
+def num_shared(known: Sequence[int], tokens: Sequence[int]) -> int:
+    """Leading tokens that are the same in both."""
+    most = min(len(known), len(tokens))
+    if known[:most] == tokens[:most]:
+        return most
+    return next(index for index in range(most) if known[index] != tokens[index])
+
+
+def check_pair(model: Bundle, draft: Bundle) -> None:
+    """Refuse a draft model whose tokens mean something else, or which holds shorter texts.
+
+    Raises:
+        OptionError: vocabulary, tokenizer or lengths differ; it says which and how.
+    """
+    ours, theirs = model.manifest, draft.manifest
+    name = f"draft model {draft.path}"
+    if ours.geometry.vocab_size != theirs.geometry.vocab_size:
+        raise OptionError(
+            f"{name} has {theirs.geometry.vocab_size} tokens and the model {ours.geometry.vocab_size}: "
+            "take one with the same tokenizer"
+        )
+    if differing := _differing_keys(model, draft):
+        raise OptionError(
+            f"{name} has another tokenizer ({TOKENIZER_NAME} differs in {', '.join(differing)}): "
+            "take one with the same tokenizer"
+        )
+    if theirs.max_length < ours.max_length:
+        raise OptionError(
+            f"{name} holds {theirs.max_length} tokens and the model {ours.max_length}: "
+            f"build it with --max-length {ours.max_length}"
+        )
+
+
+def _differing_keys(model: Bundle, draft: Bundle) -> list[str]:
+    """Sections in which two tokenizers differ, settings that a codec turns off left aside."""
+    ours, theirs = (_read_tokenizer(bundle) for bundle in (model, draft))
+    keys = sorted((ours.keys() | theirs.keys()) - set(IGNORED_TOKENIZER_KEYS))
+    return [key for key in keys if ours.get(key) != theirs.get(key)]
+
+
+def _read_tokenizer(bundle: Bundle) -> dict[str, Any]:
+    path = bundle.file(TOKENIZER_NAME)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} is not a tokenizer: it holds no JSON object")
+    return content

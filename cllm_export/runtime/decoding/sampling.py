@@ -1,0 +1,309 @@
+"""Sampling as a deterministic map of the text: noise fixed for each absolute position, so that Jacobi stays lossless.
+
+The token at position t is the argmax over v of ``score_t(v) / temperature + gumbel(seed, t, v)`` on the support that
+top-k, top-p and min-p leave: an exact draw from the softmax (the Gumbel-max trick), and the same one whichever
+forward, row or neighbour it is drawn in. "Greedy" becomes "perturbed argmax", and every rule of Jacobi decoding holds
+as it stands: the fixed point is the autoregressive sample of that seed. Sources: predictive sampling with forecasting
+autoregressive models (arXiv 2002.09928); Philox (Salmon et al. 2011) as the counter-based generator.
+
+Shapes: n tokens of the block, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cllm_export.checks import require_at_least
+from cllm_export.errors import EngineError, OptionError
+from cllm_export.runtime.decoding.constraint import Constraint
+
+Float32Array = NDArray[np.float32]
+
+MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
+"""Alternatives that may be asked for beside a token's own log-probability, as in public serving APIs."""
+
+SMALLEST, LARGEST = 1e-6, 1e6
+"""Bounds of temperature (but for 0) and repetition penalty."""
+LARGEST_BIAS = 1e20
+"""Bound of a bias that is no ban. Within these bounds no score leaves float32, where two that overflow would tie."""
+
+TOP_P_HEAD = 256
+"""Tokens among which top-p looks for its share before it sorts the whole vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. The defaults are greedy decoding.
+
+    Applied in this order: logit bias, repetition penalty, grammar, temperature, top-k, top-p (of what top-k left),
+    min-p.
+
+    Args:
+        temperature: 0 is greedy; else 1e-6 to 1e6.
+        top_k: keep the k most probable tokens, and those equal to the last of them; 0 keeps all.
+        top_p: keep the most probable tokens that together reach this probability, in (0, 1].
+        min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1].
+        repetition_penalty: divides positive scores of tokens that stand in prompt or text, multiplies negative ones;
+            1e-6 to 1e6.
+        logit_bias: added to the scores of these token ids, -1e20 to 1e20; ``-inf`` bans one.
+        seed: of the noise.
+
+    Raises:
+        OptionError: a value is out of range; its name and range are told.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = f"{SMALLEST:g} to {LARGEST:g}"
+        _require_number(
+            "temperature", self.temperature, f"0 or {bounds}", lambda value: value == 0 or SMALLEST <= value <= LARGEST
+        )
+        require_at_least("top_k", self.top_k, 0)
+        _require_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
+        _require_number("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
+        _require_number(
+            "repetition_penalty", self.repetition_penalty, bounds, lambda value: SMALLEST <= value <= LARGEST
+        )
+        require_at_least("seed", self.seed, 0)
+        if self.seed > MAX_SEED:
+            raise OptionError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise OptionError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        for token, bias in self.logit_bias.items():
+            if not _is_number(bias) or not (abs(bias) <= LARGEST_BIAS or bias == -math.inf):
+                raise OptionError(
+                    f"logit_bias of token {token!r} must be a number from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}, or "
+                    f"-inf, got {bias!r}"
+                )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the graph's own argmax is the token drawn, so that no logits are needed."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logit_bias
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise OptionError unless every biased token is one of the model's."""
+        for token in self.logit_bias:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise OptionError(f"logit_bias takes token ids from 0 to {vocab_size - 1}, got {token!r}")
+
+
+class Logprob(NamedTuple):
+    """Log-probabilities at one new token, in the model's own distribution: before bias, penalty and temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens and theirs, the best first."""
+
+
+class Sampler:
+    """Draws the tokens of one request from the logits of its blocks. Remembers text, never tensors.
+
+    Args:
+        sampling: how.
+        prompt: token ids.
+        vocab_size: V.
+        constraint: what a grammar allows.
+    """
+
+    def __init__(
+        self, sampling: Sampling, *, prompt: Sequence[int], vocab_size: int, constraint: Constraint | None = None
+    ) -> None:
+        sampling.check_tokens(vocab_size)
+        self._constraint = constraint
+        self._num_constrained = len(prompt)
+        self._sampling = sampling
+        self._text = list(prompt)
+        self._seen = np.zeros(vocab_size, bool)
+        self._num_seen = 0
+        self._noise: dict[int, Float32Array] = {}
+        self._bias = np.zeros(vocab_size, np.float32) if sampling.logit_bias else None
+        if self._bias is not None:
+            self._bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these tokens."""
+        self._text += tokens
+
+    def forced(self, write_index: int, limit: int) -> list[int]:
+        """Tokens, up to ``limit``, that a grammar leaves no choice about after the text so far.
+
+        They are what ``draw`` would draw, whatever the logits; ``write_index`` is that of the next block.
+
+        Raises:
+            EngineError: the grammar does not go on with the text.
+        """
+        if not self._constraint or limit < 1:
+            return []
+        self._constrain(write_index)
+        forced = self._constraint.forced(self._text[write_index + 1 :], limit)
+        banned = (index for index, token in enumerate(forced) if self._sampling.logit_bias.get(token) == -math.inf)
+        return forced[: next(banned, len(forced))]
+
+    def _constrain(self, write_index: int) -> None:
+        """Bring the grammar to the state after the token at ``write_index``, the first of a block there."""
+        if self._constraint:
+            self._constraint.advance(self._text[self._num_constrained : write_index + 1])
+            self._num_constrained = max(self._num_constrained, write_index + 1)
+
+    def draw(self, block: Sequence[int], num_committed: int, write_index: int, logits: Float32Array) -> DrawnBlock:
+        """The token after each row of a block, and how many rows are right.
+
+        Args:
+            block: tokens [n] of the forward; row i stands at position ``write_index + i``.
+            num_committed: leading rows known to be right.
+            write_index: where the block stands.
+            logits: float32 [n, V].
+
+        Raises:
+            EngineError: logits are NaN.
+            OptionError: bias and grammar leave no token.
+        """
+        scores = self.scores(block, write_index, logits)
+        dead = self._first_dead(scores, num_known=len(self._text) - write_index - 1)
+        next_ids: list[int] = scores.argmax(axis=-1).tolist()
+        right = num_committed
+        while right < len(block) and block[right] == next_ids[right - 1]:
+            right += 1
+        return DrawnBlock(next_ids, min(right, dead))
+
+    def scores(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
+        """What the drawn tokens are the argmax of, [n, V]: adjusted logits over temperature, filtered, and their noise.
+
+        Arguments and errors are those of ``draw``.
+        """
+        if np.isnan(logits.max(axis=-1)).any():
+            raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
+        scores = self._adjusted(block, write_index, logits)
+        if self._sampling.temperature:
+            scores = scores / np.float32(self._sampling.temperature)
+            noisy = scores + self._noise_of(write_index, len(block))
+            scores = np.where(scores >= self._threshold(scores), noisy, -np.inf)
+        return scores
+
+    def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
+        """Scores [n, V] after bias and penalty; row i is penalised for the text up to and with its own token."""
+        scores = logits
+        if self._bias is not None:
+            scores = scores + self._bias
+        if self._sampling.repetition_penalty != 1:
+            penalty = np.float32(self._sampling.repetition_penalty)
+            seen = self._seen_by_row(block, write_index)
+            scores = np.where(seen, np.where(scores > 0, scores / penalty, scores * penalty), scores)
+        if self._constraint:
+            self._constrain(write_index)
+            scores = np.where(self._constraint.allowed(block[1:]), scores, -np.inf).astype(np.float32, copy=False)
+        return scores
+
+    def _first_dead(self, scores: Float32Array, *, num_known: int) -> int:
+        """The first row that no token may follow, the number of rows if there is none. No row is accepted from it on.
+
+        Raises:
+            OptionError: it is the row of the last token of the text, ``num_known`` rows behind the block's first.
+        """
+        if not self._constraint and self._bias is None:
+            return len(scores)
+        is_dead = np.isneginf(scores.max(axis=-1))
+        dead = int(is_dead.argmax()) if is_dead.any() else len(scores)
+        if dead <= num_known:
+            raise OptionError("logit_bias and grammar leave no token to go on with: allow one at least")
+        return dead
+
+    def _seen_by_row(self, block: Sequence[int], write_index: int) -> NDArray[np.bool_]:
+        self._seen[self._text[self._num_seen : write_index + 1]] = True
+        self._num_seen = max(self._num_seen, write_index + 1)
+        seen = np.repeat(self._seen[None], len(block), axis=0)
+        for row in range(1, len(block)):
+            seen[row:, block[row]] = True
+        return seen
+
+    def _threshold(self, scores: Float32Array) -> Float32Array:
+        """The lowest score [n, 1] of each row's support."""
+        sampling, vocab_size = self._sampling, scores.shape[1]
+        lowest = np.full((len(scores), 1), -np.inf, np.float32)
+        if 0 < sampling.top_k < vocab_size:
+            lowest = np.partition(scores, vocab_size - sampling.top_k, axis=-1)[:, vocab_size - sampling.top_k, None]
+        if sampling.min_p:
+            lowest = np.maximum(lowest, scores.max(axis=-1, keepdims=True) + np.float32(math.log(sampling.min_p)))
+        if sampling.top_p < 1:
+            kept = lowest if sampling.top_k else np.full_like(lowest, -np.inf)
+            rows = [_nucleus(row[row >= floor], sampling.top_p) for row, floor in zip(scores, kept[:, 0], strict=True)]
+            lowest = np.maximum(lowest, np.array(rows, np.float32)[:, None])
+        return lowest
+
+    def _noise_of(self, write_index: int, block_size: int) -> Float32Array:
+        """Gumbel noise [n, V] of the tokens that a block's rows predict; rows are kept while their position is open."""
+        positions = range(write_index + 1, write_index + 1 + block_size)
+        self._noise = {
+            position: self._noise[position]
+            if position in self._noise
+            else gumbel_noise(self._sampling.seed, position, len(self._seen))
+            for position in positions
+        }
+        return np.stack([self._noise[position] for position in positions])
+
+
+class DrawnBlock(NamedTuple):
+    """What ``Sampler.draw`` gives: the graph's two outputs, for one slot."""
+
+    next_ids: list[int]
+    num_accepted: int
+
+
+def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float32Array:
+    """Standard Gumbel noise [V] for the token at an absolute position, a function of its arguments alone.
+
+    Value v is the v-th 64-bit output of Philox4x64-10 with the key (seed, position) and counter 0, its upper 52 bits
+    taken as u in (0, 1), as -log(-log(u)).
+    """
+    raw = np.random.Philox(key=np.array([seed, position], np.uint64), counter=0).random_raw(vocab_size)
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    noise: Float32Array = (-np.log(-np.log(uniform))).astype(np.float32)
+    return noise
+
+
+def logprobs_of(logits: Float32Array, token: int, count: int) -> Logprob:
+    """The log-probability of a token, and of the ``count`` most probable ones, under logits [V]."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= math.log(np.exp(values).sum())
+    best = np.argsort(-values, kind="stable")[:count] if count else np.array([], np.int64)
+    return Logprob(token, float(values[token]), tuple((int(index), float(values[index])) for index in best))
+
+
+def _nucleus(scores: Float32Array, top_p: float) -> np.float32:
+    """The lowest score among the most probable tokens that reach ``top_p`` of the probability of all."""
+    highest = scores.max()
+    total = np.exp(scores.astype(np.float64) - highest).sum()
+    for size in (TOP_P_HEAD, len(scores)):
+        head = scores if size >= len(scores) else np.partition(scores, len(scores) - size)[-size:]
+        head = np.sort(head)[::-1]
+        share = np.cumsum(np.exp(head.astype(np.float64) - highest)) / total
+        reached = int(np.searchsorted(share, top_p))
+        if reached < len(head):
+            return np.float32(head[reached])
+    return np.float32(scores.min())  # rounding left the sum of all a hair below top_p
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_number(name: str, value: float, said: str, is_right: Callable[[float], bool]) -> None:
+    if not _is_number(value) or not is_right(value):
+        raise OptionError(f"{name} must be a number, {said}, got {value!r}")

@@ -1,0 +1,200 @@
+"""One slot of an engine: idle, reading its prompt, or decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cllm_export.errors import CllmExportError, EngineError
+from cllm_export.runtime.decoding.drafts.sources import Wish
+from cllm_export.runtime.decoding.jacobi import Block
+from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
+from cllm_export.runtime.decoding.task import Task
+from cllm_export.runtime.engines.base import Engine, Forward, RowEngine
+
+
+class SlotMemory:
+    """What one slot of an engine takes from a prefix cache, and gives to it."""
+
+    def __init__(self, engine: RowEngine, slot: int, cache: PrefixCache) -> None:
+        self._engine = engine
+        self._slot = slot
+        self._cache = cache
+
+    def restore(self, tokens: Sequence[int]) -> int:
+        """Write the rows of the longest beginning that was kept; how many tokens it has."""
+        match, start = self._cache.match(tokens), 0
+        for rows in match.pieces:
+            self._engine.write_rows(self._slot, start, start := start + rows.shape[2], rows)
+        return match.length
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Keep the rows of the tokens that the slot holds from position 0."""
+        self._cache.insert(tokens, lambda start, stop: self._engine.read_rows(self._slot, start, stop))
+
+
+class Slot:
+    """One row of the batch: idle, reading its prompt, or decoding. What it held before is dead rows."""
+
+    def __init__(self, pad_token_id: int, memory: SlotMemory | None) -> None:
+        self._pad = pad_token_id
+        self._memory = memory
+        self.task: Task | None = None
+        self._block = Block([], 0)
+        self._num_read = self._num_reading = 0
+        self.num_new = 0
+        """Tokens that the last forward made known."""
+        self.is_paused = False
+        """Whether the next forward passes it over."""
+
+    @property
+    def is_idle(self) -> bool:
+        return self.task is None
+
+    @property
+    def num_to_read(self) -> int:
+        """Tokens of the prompt whose KV is not written yet, the last one never counted: it is the first block's."""
+        return 0 if self.task is None else len(self.task.prompt) - 1 - self._num_read
+
+    @property
+    def is_reading(self) -> bool:
+        return self.num_to_read > 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next forward must fetch logits for it."""
+        return self.task is not None and not self.is_reading and self.task.decode.needs_logits
+
+    def admit(self, task: Task) -> None:
+        """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
+        self.task, self._num_read, self.is_paused = task, 0, False
+        if self._memory:
+            self._num_read = task.reused_tokens = self._memory.restore(task.prompt[:-1])
+
+    def clear(self) -> None:
+        self.task = None
+
+    def wish(self, block_size: int) -> Wish | None:
+        """What a draft model must answer before the next forward. A task that fails to say it ends alone."""
+        task = self.task
+        if task is None or self.is_reading or self.is_paused:
+            return None
+        try:
+            return task.decode.wish(block_size)
+        except Exception as error:  # as of its block
+            self.leave(error)
+            return None
+
+    def draft(self, block_size: int) -> int:
+        """Make up the block of a slot that decodes, ``block_size`` tokens or as many as it is bound to; its length.
+
+        A task that fails to say its block (a grammar's failure, say) ends alone.
+        """
+        if self.task is None or self.is_reading or self.is_paused:
+            return 0
+        try:
+            self._block = self.task.decode.next_block(block_size)
+        except Exception as error:
+            self.leave(error)
+            return 0
+        return len(self._block.tokens)
+
+    def leave(self, error: Exception | None = None) -> None:
+        """End the task, and keep what it read and gave, as far as its KV is written."""
+        task = self.task
+        if task is None:
+            return
+        try:
+            self._keep(task)
+        except Exception as failure:  # an engine that cannot give its rows has failed
+            error = error or engine_failure(failure)
+        self.task = None
+        task.end(error)
+
+    def next_rows(self, width: int) -> tuple[list[int], int, int]:
+        """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
+
+        A slot that decodes fills as many of them as its block has, one that reads its prompt as many as it can; one
+        that is paused is idle above the rows it holds.
+        """
+        task = self.task
+        if task is None:
+            return [self._pad] * width, 0, 0
+        if self.is_paused:
+            return [self._pad] * width, 0, self._num_rows(task)
+        if to_read := self.num_to_read:
+            self._num_reading = min(width, to_read)
+            chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
+            return self._padded(chunk, width), self._num_reading, self._num_read
+        tokens, num_committed = self._block
+        return self._padded(tokens, width), num_committed, task.decode.write_index
+
+    def has_read(self) -> None:
+        """The chunk of the prompt has its KV."""
+        self._num_read += self._num_reading
+        if self.task and not self.is_reading:
+            self._keep(self.task)  # for those that come while this one still decodes
+
+    def take(self, forward: Forward, index: int) -> int:
+        """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
+        self.num_new, task = 0, self.task
+        if task is None or self.is_paused:
+            return 0
+        if self.is_reading:
+            self.has_read()
+            return 0
+        size, logits = len(self._block.tokens), forward.logits
+        try:
+            new = task.decode.take(
+                forward.next_ids[index][:size],
+                min(forward.num_accepted[index], size),
+                None if logits is None else logits[index, :size],
+            )
+            task.give(new)
+        except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
+            self.leave(error)
+            return 0
+        self.num_new = len(new)
+        return self.num_new
+
+    def settle(self, was_reading: bool, seconds: float, engine_seconds: float) -> None:
+        """Account for the step's time, and end the task where it has ended."""
+        task = self.task
+        if task is None:
+            return
+        if was_reading:
+            task.prefill_seconds += seconds
+            return
+        task.decode_seconds += seconds
+        task.engine_seconds += engine_seconds
+        if task.decode.finish != "closed":
+            self.leave()
+
+    def _keep(self, task: Task) -> None:
+        if self._memory is None:
+            return
+        text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
+        self._memory.keep(text[: self._num_rows(task)])
+
+    def _num_rows(self, task: Task) -> int:
+        """KV rows that it holds of the task's text."""
+        return self._num_read if self.is_reading else task.decode.num_rows
+
+    def _padded(self, tokens: list[int], width: int) -> list[int]:
+        return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]
+
+
+def memory_of(engine: Engine, slot: int, cache: PrefixCache | None) -> SlotMemory | None:
+    """What a slot takes and gives; None without a cache.
+
+    Raises:
+        EngineError: the engine cannot hand out its rows.
+    """
+    if cache is None:
+        return None
+    if not isinstance(engine, RowEngine):
+        raise EngineError(f"{type(engine).__name__} cannot hand out its rows: run it without a prefix cache")
+    return SlotMemory(engine, slot, cache)
+
+
+def engine_failure(error: Exception) -> CllmExportError:
+    return error if isinstance(error, CllmExportError) else EngineError(f"the engine failed: {error!r}")

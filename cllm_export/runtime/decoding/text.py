@@ -1,0 +1,181 @@
+"""Text in and out: tokenizer, chat template, and text that grows without ever splitting a UTF-8 character."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tokenizers import Tokenizer
+
+from cllm_export.bundle.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Bundle
+from cllm_export.errors import BundleError, PromptError
+
+INCOMPLETE = "\ufffd"
+"""What tokenizers decode a cut-off UTF-8 sequence to."""
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class TextCodec:
+    """A model's tokenizer and chat template.
+
+    Args:
+        directory: holds ``tokenizer.json``: a bundle's or a checkpoint's.
+        chat_template: the template's text, None where the model has none.
+        special_tokens: bos_token, eos_token and the like by name, as chat templates refer to them.
+
+    Raises:
+        BundleError: there is no tokenizer, or it is damaged.
+    """
+
+    def __init__(self, directory: Path, *, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+        self.directory = directory
+        self._chat_template = chat_template
+        self._special_tokens = special_tokens
+        try:
+            self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{directory / TOKENIZER_NAME} is not a tokenizer: {error}") from None
+        self.tokenizer.no_truncation()  # trainers save these settings; a prompt is never cut or padded in silence
+        self.tokenizer.no_padding()
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> TextCodec:
+        """The codec of an opened bundle."""
+        if not bundle.has(TOKENIZER_NAME):
+            raise BundleError(f"{bundle.path} has no {TOKENIZER_NAME}; rebuild it from a checkpoint that has one")
+        template = None
+        if bundle.has(CHAT_TEMPLATE_NAME):
+            try:
+                template = bundle.file(CHAT_TEMPLATE_NAME).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise BundleError(f"{bundle.path / CHAT_TEMPLATE_NAME} cannot be read: {error}") from None
+        return cls(bundle.path, chat_template=template, special_tokens=bundle.manifest.special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens its tokenizer adds.
+
+        Raises:
+            PromptError: the text holds half a surrogate pair, which no UTF-8 text can.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows a prompt: no special tokens are added.
+
+        Raises:
+            PromptError: the text holds half a surrogate pair, which no UTF-8 text can.
+        """
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of chat messages rendered with the model's template, ready for the assistant's turn.
+
+        Raises:
+            PromptError: the model has no chat template, or the template refuses the messages.
+        """
+        return self._encode(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Messages) -> str:
+        """Chat messages as the text the model was trained on."""
+        template = self._template
+        try:
+            rendered: str = template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
+        except Exception as error:  # a template is code of the checkpoint's, and may fail in any way
+            raise PromptError(f"the chat template refuses these messages: {error}") from None
+        return rendered
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids)))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt is not valid Unicode at character {error.start}") from None
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self._chat_template is None:
+            raise PromptError(f"{self.directory} has no chat template: give the prompt as text, not as messages")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+        def refuse(message: str) -> NoReturn:
+            raise TemplateError(message)
+
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        try:
+            return environment.from_string(self._chat_template)
+        except TemplateError as error:
+            raise BundleError(f"{self.directory / CHAT_TEMPLATE_NAME} is not a valid template: {error}") from None
+
+
+class TextStream:
+    """Turns tokens into text, one by one, cut at the first stop string to be completed.
+
+    Bytes that are not yet a whole character are held back, and so is text that may still turn into a stop string.
+    The text is the same however tokens were handed over: all text of a request goes through here.
+    """
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
+        self._codec = codec
+        self._stop = stop
+        self._window: list[int] = []
+        """The tokens of the last text, which give the next ones their context, then those not yet a character."""
+        self._num_context = 0
+        self._text = ""
+        self._emitted = 0
+        self.stopped = False
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Text that is certain after these tokens and was not before; nothing once a stop string was reached."""
+        for token in tokens:
+            if not self.stopped:
+                self._window.append(token)
+                self._advance(at_end=False)
+        return self._emit(len(self._text) if self.stopped else len(self._text) - self._held())
+
+    def flush(self) -> str:
+        """The rest, at the end of the request: what was held back became neither a character nor a stop string."""
+        if not self.stopped:
+            self._advance(at_end=True)
+        return self._emit(len(self._text))
+
+    @property
+    def text(self) -> str:
+        """Everything so far, held-back text included."""
+        return self._text
+
+    def _advance(self, *, at_end: bool) -> None:
+        before = self._codec.decode(self._window[: self._num_context])
+        after = self._codec.decode(self._window)
+        if len(after) > len(before) and (at_end or not after.endswith(INCOMPLETE)):
+            self._text += after[len(before) :]
+            del self._window[: self._num_context]
+            self._num_context = len(self._window)
+            self._cut()
+
+    def _cut(self) -> None:
+        starts = [start for text in self._stop if (start := self._text.find(text)) >= 0]
+        if starts:
+            self._text, self.stopped = self._text[: min(starts)], True
+
+    def _held(self) -> int:
+        lengths = (size for text in self._stop for size in range(1, len(text)) if self._text.endswith(text[:size]))
+        return max(lengths, default=0)
+
+    def _emit(self, end: int) -> str:
+        delta = self._text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
+        return delta

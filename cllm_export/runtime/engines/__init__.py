@@ -1,0 +1,1 @@
+"""What runs a forward over a static KV cache."""

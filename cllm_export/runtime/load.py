@@ -1,0 +1,148 @@
+"""Load a bundle: its engine on a device, its tokenizer, what it keeps of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from cllm_export.bundle.manifest import Bundle, open_bundle
+from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.errors import OptionError
+from cllm_export.runtime.decoding.block_size.latency_file import read_latency
+from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair
+from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.base import Engine, RowEngine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import PREFIX_CACHE_BYTES, pad_token
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    num_slots: int | None = None,
+    draft_model: str | Path | None = None,
+    prefix_cache_bytes: int | None = None,
+    provider: Provider = "cpu",
+    cuda_graphs: bool = False,
+) -> Model:
+    """Load a bundle for generation.
+
+    Args:
+        path: a directory that ``cllm-export build`` wrote.
+        num_slots: B, the requests that a ``Service`` decodes at once; by default the bundle's batch size, which one
+            with fixed shapes is pinned to.
+        threads: threads inside the engine; by default as many as the process may use. Of the CPU alone.
+        draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
+        prefix_cache_bytes: KV to keep of texts that were read and given, in the host's memory, so that a prompt that
+            begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB, and none where the
+            engine cannot hand out its rows (``cuda``).
+        provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
+        cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and extent, and replays it.
+
+    Raises:
+        OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
+        GpuError, PlanError: no GPU, or no plan that runs on it.
+        BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
+        EngineError: the engine does not take the graph.
+        MissingExtraError: no engine is installed.
+    """
+    if threads is not None:
+        require_at_least("threads", threads, 1)
+    if prefix_cache_bytes is not None:
+        require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
+    bundle = open_bundle(path)
+    draft = open_bundle(draft_model) if draft_model else None
+    if draft:
+        check_pair(bundle, draft)
+    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
+    is_cpu = isinstance(engine, OrtEngine)
+    return Model(
+        bundle.manifest,
+        engine,
+        TextCodec.of_bundle(bundle),
+        draft_model=_load_draft_model(draft, engine.num_slots, threads, provider, cuda_graphs) if draft else None,
+        prompt_state=_make_prompt_state(bundle, engine, prefix_cache_bytes),
+        forward_seconds=read_latency(bundle, num_slots=engine.num_slots, threads=threads) if is_cpu else None,
+    )
+
+
+def _make_prompt_state(bundle: Bundle, engine: Engine, max_bytes: int | None) -> PromptState | None:
+    if not isinstance(engine, RowEngine):
+        if max_bytes:
+            raise OptionError(f"{type(engine).__name__} keeps no prompts: leave prefix_cache_bytes out, or give 0")
+        return None
+    if max_bytes == 0:
+        return None
+    return PromptState(
+        engine,
+        max_bytes=PREFIX_CACHE_BYTES if max_bytes is None else max_bytes,
+        fingerprint=bundle.fingerprint,
+        max_length=bundle.manifest.max_length,
+    )
+
+
+def _load_draft_model(
+    bundle: Bundle, num_slots: int, threads: int | None, provider: Provider, cuda_graphs: bool
+) -> DraftModel:
+    pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+    if pinned and pinned.batch_size < num_slots:
+        raise OptionError(
+            f"draft model {bundle.path} is pinned to {pinned.batch_size} slots and the model has {num_slots}: "
+            f"build it with --batch-size {num_slots}, or without --fixed-shapes"
+        )
+    return DraftModel(
+        open_engine(
+            bundle,
+            provider,
+            num_slots=None if pinned else num_slots,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+        ),
+        max_length=bundle.manifest.max_length,
+        pad_token_id=pad_token(bundle.manifest),
+        trained_with=bundle.manifest.trained_with,
+    )
+
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+def open_engine(
+    bundle: Bundle,
+    provider: Provider,
+    *,
+    num_slots: int | None = None,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
+) -> Engine:
+    """A bundle's engine on a device, with as many slots as the bundle or the plan was built for unless told otherwise.
+
+    Raises:
+        OptionError: no such provider, slots that the plan has not, or ONNX Runtime's CUDA graphs elsewhere.
+        GpuError, PlanError, EngineError, MissingExtraError: see the engine.
+    """
+    require_one_of("provider", provider, PROVIDERS)
+    if cuda_graphs and provider != "cuda":
+        raise OptionError(
+            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (tensorrt records graphs without)"
+        )
+    if provider == "cpu":
+        return OrtEngine(bundle, num_slots=num_slots, threads=threads)
+    if provider == "cuda":
+        from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
+
+        return OrtDeviceEngine(bundle, num_slots=num_slots, cuda_graphs=cuda_graphs)
+    from cllm_export.tensorrt.engine import TrtEngine
+
+    engine = TrtEngine(bundle)
+    if num_slots not in (None, engine.num_slots):
+        slots = engine.num_slots
+        engine.close()
+        raise OptionError(
+            f"the plan was built for {slots} slots, got num_slots={num_slots}: build one with --batch-size"
+        )
+    return engine

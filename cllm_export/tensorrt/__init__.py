@@ -1,0 +1,1 @@
+"""TensorRT: plans, the engine, the loop on the device."""

@@ -1,0 +1,371 @@
+"""Bundle to TensorRT plan, on the machine that will run it. Needs TensorRT and a GPU, and neither torch nor onnx.
+
+The network is the bundle's own graph, parsed as it is and strongly typed: precision is what the ONNX says. There is
+one optimization profile for chunks of the prompt and one for each block size n, since a kernel that is right for one
+row is wrong for sixteen. Success means that the plan lies in its place, deserializes and runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from cllm_export.bundle.contract import LOGITS, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
+from cllm_export.bundle.storage import sha256_of, staged_output
+from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.errors import CllmExportError, GpuError, OptionError, PlanError
+from cllm_export.runtime.decoding.batch import MIN_READING_WIDTH
+from cllm_export.tensorrt.engine import TrtEngine, platform_of
+from cllm_export.tensorrt.graph import GraphSource, errors_of
+from cllm_export.tensorrt.library import Gpu, Log, open_gpu, version_numbers
+from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
+from cllm_export.tensorrt.plan_files import (
+    HARDWARE,
+    PLAN_MANIFEST_NAME,
+    PLAN_NAME,
+    Hardware,
+    Plan,
+    PlanManifest,
+    PlanSettings,
+    Platform,
+    open_plan,
+    plan_key,
+    plans_of,
+)
+
+DEFAULT_CHUNK = 128
+"""Tokens a prefill forward takes: wide enough to be bound by arithmetic on most GPUs, narrow enough to need little
+scratch."""
+SMALLEST_EXTENT = 256
+MEGABYTE = 1_000_000
+BFLOAT16_SINCE = 8
+"""Major compute capability of Ampere, the first with bf16 matrix units."""
+
+Say = Callable[[str], None]
+Shape = tuple[int, ...]
+
+
+class Range(NamedTuple):
+    """Least, likely and largest shape of an input in one profile."""
+
+    least: Shape
+    likely: Shape
+    largest: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What ``cllm-export plan`` lets the user choose; None and () stand for what the bundle suggests."""
+
+    batch_size: int | None = None
+    block_sizes: tuple[int, ...] = ()
+    """n of each decode profile; by default 1, the bundle's block size, and 16, with which batches read prompts."""
+    prefill_chunk: int | None = None
+    extents: tuple[int, ...] = ()
+    """KV extents; by default 256 and each double of it, up to the whole cache."""
+    workspace: int | None = None
+    optimization_level: int = 3
+    logits: bool = True
+    weight_streaming: bool = False
+    strip_weights: bool = False
+    version_compatible: bool = False
+    hardware: Hardware = "same"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prefill_chunk", "workspace"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+        require_one_of("hardware", self.hardware, HARDWARE)
+
+
+def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
+    """Options with every default settled for one bundle.
+
+    Raises:
+        OptionError: an option is out of range for it.
+    """
+    fixed, geometry = manifest.graphs[GREEDY_GRAPH].fixed_shapes, manifest.geometry
+    sizes = tuple(sorted(set(options.block_sizes))) or _default_sizes(manifest)
+    extents = tuple(sorted(set(options.extents) | {geometry.cache_length})) if options.extents else ()
+    batch, chunk = options.batch_size or manifest.batch_size, options.prefill_chunk
+    if fixed:
+        _require_pinned(options, fixed.block_size, fixed.batch_size)
+        sizes, extents = (fixed.block_size,), (fixed.kv_extent,)
+        batch, chunk = fixed.batch_size, fixed.block_size
+    if sizes[-1] > geometry.max_block_size:
+        raise OptionError(f"block_size must be at most {geometry.max_block_size} for this bundle, got {sizes[-1]}")
+    if extents and extents[-1] > geometry.cache_length:
+        raise OptionError(f"extent must be at most the cache's {geometry.cache_length} rows, got {extents[-1]}")
+    return PlanSettings(
+        batch_size=batch,
+        block_sizes=sizes,
+        prefill_chunk=min(chunk or DEFAULT_CHUNK, geometry.cache_length),
+        extents=extents or default_extents(geometry.cache_length),
+        workspace=options.workspace,
+        optimization_level=options.optimization_level,
+        logits=options.logits,
+        weight_streaming=options.weight_streaming,
+        strip_weights=options.strip_weights,
+        version_compatible=options.version_compatible,
+        hardware=options.hardware,
+    )
+
+
+def _default_sizes(manifest: Manifest) -> tuple[int, ...]:
+    """1 for autoregressive decoding, the bundle's own, and what a batch reads prompts with."""
+    reading = min(max(manifest.block_size, MIN_READING_WIDTH), manifest.geometry.max_block_size)
+    return tuple(sorted({1, manifest.block_size, reading}))
+
+
+def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> None:
+    asked = (*options.block_sizes, options.batch_size, options.prefill_chunk, *options.extents)
+    if any(value is not None for value in asked) and (
+        set(options.block_sizes) - {block_size} or options.batch_size not in (None, batch_size) or options.extents
+    ):
+        raise OptionError(
+            f"this bundle is pinned to {batch_size} slots and blocks of {block_size}; leave batch size, block size and "
+            "extents out, or build the bundle without --fixed-shapes"
+        )
+
+
+def default_extents(cache_length: int) -> tuple[int, ...]:
+    """Each doubled, so that a forward reads less than twice what it needs, and captured graphs stay few."""
+    extents, extent = [], SMALLEST_EXTENT
+    while extent < cache_length:
+        extents.append(extent)
+        extent *= 2
+    return (*extents, cache_length)
+
+
+def build_plan(
+    bundle: Bundle,
+    options: PlanOptions | None = None,
+    *,
+    gpu: Gpu | None = None,
+    force: bool = False,
+    say: Say | None = None,
+) -> Plan:
+    """Build the plan of a bundle for this machine, or give the one that is there already.
+
+    ``say`` is told, a line at a time, what memory the build is expected to take and what each stage took.
+
+    Raises:
+        GpuError: no GPU, or one that lacks the bundle's precision; TensorRT is missing or too old.
+        OptionError: an option is out of range for the bundle.
+        PlanError: TensorRT refused the graph, could not build it, or what it built does not run.
+        OutputError: the plan cannot be written.
+    """
+    _require_graph(bundle)
+    gpu, say = gpu or open_gpu(), say or (lambda _: None)
+    settings, platform = settle(options or PlanOptions(), bundle.manifest), platform_of(gpu)
+    _require_precision(bundle, platform)
+    target = plans_of(bundle) / plan_key(bundle.fingerprint, platform, settings)
+    if (target / PLAN_MANIFEST_NAME).is_file() and not force:
+        plan = open_plan(target)
+        plan.check_file()
+        say(f"{target} is there already, built for this bundle, machine and settings")
+        return plan
+    for line in predicted_memory(bundle, settings):
+        say(line)
+    with staged_output(target, force=True, marker=PLAN_MANIFEST_NAME) as staging:
+        _write_plan(bundle, settings, platform, gpu, staging, say)
+        _smoke(bundle, open_plan(staging), gpu, say)
+    return open_plan(target)
+
+
+def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
+    """What the build is expected to take, in lines."""
+    figures = memory_figures(
+        bundle,
+        MemoryOptions(
+            block_size=settings.block_sizes[-1],
+            batch_size=settings.batch_size,
+            prefill_chunk=settings.prefill_chunk,
+            workspace=settings.workspace,
+        ),
+    )
+    return [f"predicted {each.name}: {each.bytes / MEGABYTE:,.0f} MB ({each.how})" for each in figures]
+
+
+def _require_graph(bundle: Bundle) -> None:
+    """Refuse a graph of operators that TensorRT has not, before anything is started."""
+    quantization = bundle.manifest.quantization
+    if quantization and "tensorrt" not in quantization.engines:
+        raise PlanError(
+            f"{bundle.path} is {quantization.scheme} for {', '.join(quantization.engines)}, with operators that "
+            "TensorRT has not: build the bundle with --precision int4 --quantize-for tensorrt, int8 or fp8"
+        )
+
+
+def _require_precision(bundle: Bundle, platform: Platform) -> None:
+    if bundle.manifest.precision == "bf16" and version_numbers(platform.compute_capability)[0] < BFLOAT16_SINCE:
+        raise GpuError(
+            f"{bundle.path} is a bf16 bundle, and {platform.gpu} (compute capability {platform.compute_capability}) "
+            f"has no bf16: build the bundle with --precision fp16, or use a GPU of {BFLOAT16_SINCE}.0 or newer"
+        )
+
+
+def _write_plan(bundle: Bundle, settings: PlanSettings, platform: Platform, gpu: Gpu, staging: Path, say: Say) -> None:
+    """Parse, configure, build, and write plan and manifest."""
+    log = Log(gpu.tensorrt)
+    builder = gpu.tensorrt.Builder(log.logger)
+    started = perf_counter()
+    source = GraphSource(bundle)
+    network, parser = _parse(source, gpu.tensorrt, builder, log)
+    _check_network(bundle, network)
+    if not settings.logits:
+        _drop_logits(network)
+    say(f"parsed in {perf_counter() - started:.1f} s")
+    config = _configure(bundle, settings, gpu.tensorrt, builder)
+    started = perf_counter()
+    with _timing_cache(plans_of(bundle), platform, config):
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise PlanError(log.explain(f"TensorRT {gpu.version} could not build a plan of {bundle.path}"))
+    say(f"built in {perf_counter() - started:.1f} s")
+    path = staging / PLAN_NAME
+    path.write_bytes(serialized)
+    manifest = PlanManifest(
+        bundle_fingerprint=bundle.fingerprint,
+        platform=platform,
+        settings=settings,
+        size=path.stat().st_size,
+        sha256=sha256_of(path),
+    )
+    (staging / PLAN_MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    del parser  # it holds the weights that the network refers to, until here, and reads some from the source's maps
+
+
+def _parse(source: GraphSource, tensorrt: Any, builder: Any, log: Log) -> tuple[Any, Any]:
+    """(network, the parser that holds its weights) of the bundle's graph."""
+    strongly_typed = 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strongly_typed)
+    parser = tensorrt.OnnxParser(network, log.logger)
+    if not source.parse(parser):
+        message = f"TensorRT {tensorrt.__version__} does not take {source.path}: {errors_of(parser)}"
+        raise PlanError(log.explain(message))
+    return network, parser
+
+
+def _check_network(bundle: Bundle, network: Any) -> None:
+    """The network has the contract's inputs and outputs, none of which TensorRT would want in host memory."""
+    manifest = bundle.manifest
+    tensors = {
+        "inputs": [network.get_input(index) for index in range(network.num_inputs)],
+        "outputs": [network.get_output(index) for index in range(network.num_outputs)],
+    }
+    for kind, specs in (("inputs", graph_inputs), ("outputs", graph_outputs)):
+        expected = {spec.name for spec in specs(manifest.geometry, manifest.precision)}
+        found = {tensor.name for tensor in tensors[kind]}
+        if found != expected:
+            raise PlanError(f"the parsed network has other {kind} than the contract: {sorted(found ^ expected)}")
+    if shaping := [tensor.name for tensor in tensors["inputs"] if tensor.is_shape_tensor]:
+        raise PlanError(
+            f"TensorRT takes {shaping[0]} for a shape, which must lie in host memory: this graph cannot run on the "
+            "device; build the bundle again with this version of cllm-export, and report it if that does not help"
+        )
+
+
+def _drop_logits(network: Any) -> None:
+    outputs = (network.get_output(index) for index in range(network.num_outputs))
+    network.unmark_output(next(tensor for tensor in outputs if tensor.name == LOGITS))
+
+
+def _configure(bundle: Bundle, settings: PlanSettings, tensorrt: Any, builder: Any) -> Any:
+    config = builder.create_builder_config()
+    config.builder_optimization_level = settings.optimization_level
+    config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, settings.workspace)
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 is a promise of precision; who wants speed builds fp16 or bf16
+    for flag in _flags(settings):
+        config.set_flag(getattr(tensorrt.BuilderFlag, flag))
+    if settings.hardware != "same":
+        level = getattr(tensorrt.HardwareCompatibilityLevel, _LEVELS[settings.hardware])
+        config.hardware_compatibility_level = level
+    for ranges in profiles_of(bundle.manifest, settings):
+        profile = builder.create_optimization_profile()
+        for name, shapes in ranges.items():
+            profile.set_shape(name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise PlanError(f"TensorRT refuses the optimization profile {ranges}")
+    return config
+
+
+_LEVELS: dict[Hardware, str] = {"compute-capability": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS"}
+
+
+def _flags(settings: PlanSettings) -> list[str]:
+    """REFIT_IDENTICAL, not REFIT: the weights put back are the ones built with, and TensorRT's notes know REFIT to lose
+    biases."""
+    wanted = {
+        "WEIGHT_STREAMING": settings.weight_streaming,
+        "STRIP_PLAN": settings.strip_weights,
+        "REFIT_IDENTICAL": settings.strip_weights,
+        "VERSION_COMPATIBLE": settings.version_compatible,
+    }
+    return [flag for flag, is_wanted in wanted.items() if is_wanted]
+
+
+def profiles_of(manifest: Manifest, settings: PlanSettings) -> list[dict[str, Range]]:
+    """Shapes of every input in each profile: chunks of the prompt, then each n. None where shapes are fixed."""
+    if manifest.graphs[GREEDY_GRAPH].fixed_shapes:
+        return []
+    specs = graph_inputs(manifest.geometry, manifest.precision)
+    prefill = _ranges(specs, settings, n=(1, settings.prefill_chunk, settings.prefill_chunk), h=1)
+    return [prefill, *(_ranges(specs, settings, n=(size, size, size), h=size) for size in settings.block_sizes)]
+
+
+def _ranges(specs: list[TensorSpec], settings: PlanSettings, *, n: Shape, h: int) -> dict[str, Range]:
+    extents = (settings.extents[0], settings.extents[len(settings.extents) // 2], settings.extents[-1])
+
+    def shape(spec: TensorSpec, index: int) -> Shape:
+        lengths = {"B": settings.batch_size, "n": n[index], "S": extents[index], "h": h}
+        return tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+
+    return {spec.name: Range(shape(spec, 0), shape(spec, 1), shape(spec, 2)) for spec in specs}
+
+
+@contextlib.contextmanager
+def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[None]:
+    """Let the build use what earlier ones measured on the same GPU and version, and keep what it measures."""
+    name = f"{platform.gpu}-{platform.compute_capability}-{platform.tensorrt}"
+    path = directory / f"timing-{''.join(letter if letter.isalnum() else '-' for letter in name)}.cache"
+    known = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(known)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another machine under the same name: start anew
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    yield
+    measured = bytes(config.get_timing_cache().serialize())
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+        file.write(measured)
+    Path(file.name).replace(path)
+
+
+def _smoke(bundle: Bundle, plan: Plan, gpu: Gpu, say: Say) -> None:
+    """Load the plan and run it: a chunk of a prompt, and a block of every size."""
+    started = perf_counter()
+    try:
+        with TrtEngine(bundle, plan=plan, gpu=gpu) as engine:
+            slots = engine.num_slots
+            chunk = engine.prefill_chunk
+            engine.prefill([[0] * chunk] * slots, [chunk] * slots, [0] * slots)
+            for size in plan.manifest.settings.block_sizes:
+                forward = engine.forward([[0] * size] * slots, [1] * slots, [1] * slots)
+                _check_smoke(forward.next_ids, forward.num_accepted, size, engine.geometry.vocab_size)
+    except CllmExportError as error:
+        raise PlanError(f"the plan was built and does not run: {error}") from error
+    say(f"loaded and ran in {perf_counter() - started:.1f} s")
+
+
+def _check_smoke(next_ids: list[list[int]], num_accepted: list[int], size: int, vocab_size: int) -> None:
+    sound = all(1 <= count <= size for count in num_accepted)
+    if not sound or not all(0 <= token < vocab_size for row in next_ids for token in row):
+        raise PlanError(f"a block of {size} gave next_ids {next_ids} and num_accepted {num_accepted}")

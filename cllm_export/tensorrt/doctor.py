@@ -1,0 +1,188 @@
+"""What of the GPU stack is on this machine, what is missing or mismatched, and the line that fixes each.
+
+Works on a machine with nothing: packages are looked up, not imported, until the driver was probed. It builds and runs
+nothing; that a plan runs here is shown by building one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cllm_export.errors import CllmExportError
+from cllm_export.runtime.engines.cuda import DRIVER_LIBRARY, GpuFacts, open_cuda, probe_driver, version_text
+from cllm_export.tensorrt.library import OLDEST, version_numbers
+
+State = Literal["ok", "missing", "mismatch", "not needed"]
+
+OLDEST_CUDA_PYTHON = (12, 8)
+OLDEST_ORT = (1, 28)
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
+CUDNN = "libcudnn.so.9"
+PIP = "pip install '{}'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One part of the stack."""
+
+    name: str
+    state: State
+    detail: str
+    fix: str | None = None
+    """The line that mends it."""
+
+
+def examine() -> list[Finding]:
+    """Every finding, from the driver up."""
+    driver = _driver()
+    facts = _facts() if driver.state == "ok" else None
+    findings = [driver, _gpu(driver, facts), _cuda_python(facts), _tensorrt(facts), _onnxruntime(driver.state == "ok")]
+    return [*findings, _cudnn()]
+
+
+def report(findings: list[Finding]) -> dict[str, Any]:
+    """The findings, JSON-ready, and which engines they leave."""
+    state = {finding.name: finding.state for finding in findings}
+    gpu = state["driver"] == "ok" and state["GPU"] == "ok"
+    plan = gpu and state["cuda-python"] == state["TensorRT"] == "ok"
+    return {
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "findings": [asdict(finding) for finding in findings],
+        "engines": {"cpu": state["ONNX Runtime"] in ("ok", "not needed"), "tensorrt": plan},
+    }
+
+
+def _driver() -> Finding:
+    if reason := probe_driver():
+        fix = (
+            "install NVIDIA's driver for this system, or start the container with --gpus all (Jetson: --runtime nvidia)"
+        )
+        return Finding(name="driver", state="missing", detail=reason, fix=fix)
+    number = ctypes.c_int(0)
+    ctypes.CDLL(DRIVER_LIBRARY).cuDriverGetVersion(ctypes.byref(number))
+    return Finding(name="driver", state="ok", detail=f"takes CUDA up to {version_text(number.value)}")
+
+
+def _facts() -> GpuFacts | None:
+    try:
+        return open_cuda().facts()
+    except (CllmExportError, RuntimeError, OSError):
+        return None
+
+
+def _gpu(driver: Finding, facts: GpuFacts | None) -> Finding:
+    if driver.state != "ok":
+        return Finding(name="GPU", state="missing", detail="none without a driver")
+    if facts is None:
+        return Finding(name="GPU", state="missing", detail="there is one; cuda-python is needed to ask it more")
+    memory = f"{facts.memory / 1e9:.1f} GB"
+    return Finding(
+        name="GPU", state="ok", detail=f"{facts.name}, compute capability {facts.compute_capability}, {memory}"
+    )
+
+
+def _cuda_python(facts: GpuFacts | None) -> Finding:
+    version, fix = _version("cuda-bindings"), PIP.format("cuda-python>=12.8")
+    if version is None:
+        return Finding(name="cuda-python", state="missing", detail="not installed", fix=fix)
+    numbers = version_numbers(version)
+    if numbers[:2] < OLDEST_CUDA_PYTHON:
+        return Finding(name="cuda-python", state="mismatch", detail=f"{version} is older than 12.8", fix=fix)
+    if facts and numbers[0] > version_numbers(facts.driver)[0]:
+        major = version_numbers(facts.driver)[0]
+        return Finding(
+            name="cuda-python",
+            state="mismatch",
+            detail=f"{version} is for CUDA {numbers[0]}, the driver takes up to {facts.driver}",
+            fix=PIP.format(f"cuda-python=={major}.*"),
+        )
+    return Finding(name="cuda-python", state="ok", detail=version)
+
+
+def _tensorrt(facts: GpuFacts | None) -> Finding:
+    found = next((version for version in map(_version, TENSORRT_PACKAGES) if version), None)
+    oldest = ".".join(map(str, OLDEST))
+    if found is None:
+        fix = PIP.format(f"tensorrt>={oldest}") + "; on a Jetson it comes with JetPack: see docs/tensorrt.md"
+        return Finding(name="TensorRT", state="missing", detail="not installed", fix=fix)
+    if version_numbers(found)[:2] < OLDEST:
+        fix = PIP.format(f"tensorrt>={oldest}")
+        return Finding(name="TensorRT", state="mismatch", detail=f"{found} is older than {oldest}", fix=fix)
+    if facts is None:
+        return Finding(name="TensorRT", state="ok", detail=f"{found}, not loaded: there is no GPU to load it for")
+    return _loaded_tensorrt(found)
+
+
+def _loaded_tensorrt(version: str) -> Finding:
+    from cllm_export.tensorrt.library import import_tensorrt
+
+    try:
+        import_tensorrt()
+    except CllmExportError as error:
+        fix = f"pip install --force-reinstall 'tensorrt=={version}'"
+        return Finding(name="TensorRT", state="mismatch", detail=str(error), fix=fix)
+    return Finding(name="TensorRT", state="ok", detail=f"{version}, loads")
+
+
+def _onnxruntime(has_driver: bool) -> Finding:
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    if not both:
+        fix = "pip install 'cllm-export[cpu]', or 'cllm-export[cuda]' on a GPU"
+        return Finding(name="ONNX Runtime", state="missing", detail="not installed", fix=fix)
+    if len(both) == 2:
+        fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one that is wanted"
+        return Finding(
+            name="ONNX Runtime",
+            state="mismatch",
+            detail="onnxruntime and onnxruntime-gpu overwrite each other",
+            fix=fix,
+        )
+    version = _version(both[0]) or ""
+    if version_numbers(version)[:2] < OLDEST_ORT:
+        fix = PIP.format(f"{both[0]}>=1.28")
+        return Finding(name="ONNX Runtime", state="mismatch", detail=f"{version} is older than 1.28", fix=fix)
+    providers = _providers()
+    detail = f"{both[0]} {version}, providers {', '.join(providers)}"
+    if has_driver and "CUDAExecutionProvider" not in providers:
+        fix = "pip uninstall -y onnxruntime; pip install 'cllm-export[cuda]'"
+        return Finding(name="ONNX Runtime", state="ok", detail=detail + "; for the CPU alone", fix=fix)
+    return Finding(name="ONNX Runtime", state="ok", detail=detail)
+
+
+def _providers() -> list[str]:
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
+def _cudnn() -> Finding:
+    """Only ONNX Runtime's CUDA provider needs it; this project's graphs have no convolution for TensorRT to give it."""
+    version = _version("nvidia-cudnn-cu13") or _version("nvidia-cudnn-cu12")
+    if version is None and _loads(CUDNN):
+        version = "of the system"
+    if version is not None:
+        return Finding(name="cuDNN", state="ok", detail=version)
+    if _version("onnxruntime-gpu") is None:
+        return Finding(name="cuDNN", state="not needed", detail="only ONNX Runtime's CUDA provider needs it")
+    fix = PIP.format("nvidia-cudnn-cu13")
+    return Finding(name="cuDNN", state="missing", detail=f"{CUDNN} is not there, and onnxruntime-gpu needs it", fix=fix)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _version(package: str, lookup: Callable[[str], str] = importlib.metadata.version) -> str | None:
+    try:
+        return lookup(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,508 @@
+"""The TensorRT engine: a plan, static device buffers, the KV cache updated in place, one CUDA graph for each shape.
+
+Needs ``tensorrt`` and cuda-python and no torch. What stays on the device: weights, cache, positions, logits unless a
+slot samples. What crosses the bus in a forward: the block and two numbers a slot in, its predictions and one number a
+slot out. Contexts share one scratch buffer, since one stream runs one forward at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cllm_export.bundle.contract import (
+    BYTES,
+    LOGITS,
+    FixedShapes,
+    Geometry,
+    TensorSpec,
+    cache_names,
+    check_forward,
+    check_rows,
+    graph_inputs,
+    graph_outputs,
+)
+from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
+from cllm_export.errors import EngineError
+from cllm_export.runtime.engines.base import Forward, KvRows
+from cllm_export.runtime.engines.cuda import Cuda, Direction
+from cllm_export.runtime.engines.kv_cache import check_row_shape
+from cllm_export.tensorrt.device_buffers import DeviceMemory
+from cllm_export.tensorrt.graph import GraphSource, errors_of
+from cllm_export.tensorrt.library import Gpu, Log, open_gpu
+from cllm_export.tensorrt.plan_files import Plan, Platform, find_plan, require_fit
+
+INT64 = 8
+PREFILL = 0
+"""Index of the profile for chunks of the prompt; those of block sizes follow."""
+DTYPE_NAMES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+
+
+class _Shape(NamedTuple):
+    """What a forward's kernels follow from."""
+
+    profile: int
+    block_size: int
+    head_size: int
+    extent: int
+
+
+def platform_of(gpu: Gpu) -> Platform:
+    """What a plan that is built or run here is tied to."""
+    facts = gpu.facts
+    return Platform(
+        gpu=facts.name, compute_capability=facts.compute_capability, tensorrt=gpu.version, driver=facts.driver
+    )
+
+
+class TrtEngine:
+    """Runs a bundle's plan. See ``Engine`` for the calls. Not thread-safe; close it, or use it in a ``with``.
+
+    Args:
+        bundle: an opened bundle.
+        plan: which of its plans; by default the one that fits this machine.
+        gpu: the GPU; by default the first.
+        cuda_graphs: replay captured forwards; without, every forward is enqueued kernel by kernel, for comparison.
+
+    Raises:
+        GpuError: no GPU, or TensorRT is missing or too old.
+        PlanError: no plan of this bundle for this machine.
+        EngineError: TensorRT does not load the plan, or it breaks the contract.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, plan: Plan | None = None, gpu: Gpu | None = None, cuda_graphs: bool = True
+    ) -> None:
+        gpu = gpu or open_gpu()
+        plan = plan or find_plan(bundle, platform_of(gpu))
+        require_fit(plan, bundle, platform_of(gpu))
+        self._geometry = bundle.manifest.geometry
+        self._fixed = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
+        self._settings = plan.manifest.settings
+        self._gpu, self._trt, self._cuda = gpu, gpu.tensorrt, gpu.cuda
+        self._inputs = graph_inputs(self._geometry, bundle.manifest.precision, self._fixed)
+        self._outputs = graph_outputs(self._geometry, bundle.manifest.precision, self._fixed)
+        self._cuda_graphs = cuda_graphs
+        self._log = Log(self._trt)
+        self.run_seconds = 0.0
+        self.num_syncs = 0
+        """Times the host waited for the device, one a forward."""
+        self._graphs: dict[_Shape, Any] = {}
+        self._contexts: dict[int, Any] = {}
+        self._bound: dict[int, _Shape] = {}
+        """Profile -> the shape that its context is set to."""
+        with contextlib.ExitStack() as owned:
+            self._stream = self._cuda.make_stream()
+            owned.callback(self._cuda.destroy_stream, self._stream)
+            self._engine = self._load(bundle, plan)
+            owned.callback(self._drop_engine)
+            self._check_engine()
+            self._allocate(DeviceMemory(self._cuda, owned))
+            owned.callback(self._drop_contexts)
+            self._owned = owned.pop_all()
+        self._closed = False
+
+    def __enter__(self) -> TrtEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything on the device. The engine cannot run afterwards; closing it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._owned.close()
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def num_slots(self) -> int:
+        return self._settings.batch_size
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self._settings.prefill_chunk
+
+    @property
+    def fixed_shapes(self) -> FixedShapes | None:
+        return self._fixed
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Every n that the plan has a profile for."""
+        return self._settings.block_sizes
+
+    @property
+    def cache_addresses(self) -> dict[str, int]:
+        """Where on the device each cache tensor lies, by past name: the address of past and present."""
+        return {past: self._addresses[past] for past, _ in cache_names(self._geometry.num_layers)}
+
+    def forward(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
+    ) -> Forward:
+        if with_logits and not self._settings.logits:
+            raise EngineError("this plan was built with --no-logits, and this request needs them: build it without")
+        size, slots = len(input_ids[0]), self.num_slots
+        padded = self._padded_size(size)
+        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(padded)
+        extent = self._extent(padded, write_index)
+        shape = _Shape(profile=profile, block_size=padded, head_size=padded, extent=extent)
+        self._run(shape, input_ids, num_committed, write_index, with_logits=with_logits)
+        next_ids = self._host["next_ids"].array[: slots * padded].reshape(slots, padded)[:, :size]
+        num_accepted = np.minimum(self._host["num_accepted"].array, size)
+        logits = None
+        if with_logits:
+            vocab_size = self._geometry.vocab_size
+            logits = (
+                self._host[LOGITS].array[: slots * padded * vocab_size].reshape(slots, padded, vocab_size)[:, :size]
+            )
+        return Forward(next_ids.tolist(), num_accepted.tolist(), logits)
+
+    def _padded_size(self, size: int) -> int:
+        """n of the profile that runs a block: its own, or the next larger one, filled up with tokens that count for
+        nothing. Their rows lie above the block's and are dead, and the cache has room for the largest block."""
+        found = next((each for each in self.block_sizes if each >= size), None)
+        if found is None or (self._fixed and found != size):
+            raise EngineError(
+                f"this plan has profiles for blocks of {', '.join(map(str, self.block_sizes))}, got {size}; build one "
+                f"with: cllm-export plan BUNDLE --block-size {size}"
+            )
+        return found
+
+    def prefill(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> None:
+        size = len(input_ids[0])
+        if size > self.prefill_chunk or (self._fixed and size != self.prefill_chunk):
+            raise EngineError(f"this plan takes chunks of {self.prefill_chunk} tokens, got {size}")
+        extent = self._extent(size, write_index)
+        head_size = size if self._fixed else 1
+        shape = _Shape(profile=PREFILL, block_size=size, head_size=head_size, extent=extent)
+        self._run(shape, input_ids, num_committed, write_index)
+
+    @property
+    def gpu(self) -> Gpu:
+        """What it runs on."""
+        return self._gpu
+
+    @property
+    def cuda(self) -> Cuda:
+        return self._cuda
+
+    @property
+    def stream(self) -> Any:
+        """What every forward is enqueued on."""
+        return self._stream
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where on the device every input and output lies, by name."""
+        return dict(self._addresses)
+
+    def extent_for(self, needed: int) -> int:
+        """The bucket S that holds so many rows.
+
+        Raises:
+            EngineError: the cache has fewer.
+        """
+        found = next((each for each in self._settings.extents if each >= needed), None)
+        if found is None:
+            raise EngineError(f"{needed} cache rows are needed, this plan reads {self._settings.extents[-1]} at most")
+        return found
+
+    def enqueue_decode(self, block_size: int, extent: int) -> None:
+        """Enqueue a decode forward over what the buffers on the device hold, with no copy and no wait: for a loop that
+        stays there. The caller sees to it that every slot's rows lie inside the extent."""
+        self._require_open()
+        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(block_size)
+        self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, extent=extent))
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self._geometry)
+        rows = np.zeros(self._rows_shape(stop - start), self._cache_dtype)
+        self._copy_rows(rows, slot, start, "to host")
+        return rows
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self._geometry)
+        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=self._cache_dtype)
+        self._copy_rows(np.ascontiguousarray(rows), slot, start, "to device")
+
+    def _copy_rows(self, rows: KvRows, slot: int, start: int, direction: Direction) -> None:
+        """Copy rows [2L, K, rows, D] from or to a slot: those of a head lie together on both sides."""
+        self._require_open()
+        geometry, row_bytes = self._geometry, self._geometry.head_dim * rows.itemsize
+        size = rows.shape[2] * row_bytes
+        if not size:
+            return
+        host = rows.ctypes.data
+        for past, _ in cache_names(geometry.num_layers):
+            for head in range(geometry.num_kv_heads):
+                row = (slot * geometry.num_kv_heads + head) * geometry.cache_length + start
+                device = self._addresses[past] + row * row_bytes
+                target, source = (host, device) if direction == "to host" else (device, host)
+                self._cuda.copy(target, source, size, direction, self._stream)
+                host += size
+        self._cuda.synchronize(self._stream)
+
+    def _rows_shape(self, count: int) -> tuple[int, ...]:
+        geometry = self._geometry
+        return (2 * geometry.num_layers, geometry.num_kv_heads, count, geometry.head_dim)
+
+    @property
+    def _cache_dtype(self) -> np.dtype[Any]:
+        """As the host sees it: numpy has no bf16, so that its bits stand for it."""
+        spec = next(spec for spec in self._inputs if spec.name.startswith("past"))
+        return np.dtype("uint16" if spec.dtype == "bfloat16" else spec.dtype)
+
+    def read_cache(self, past: str) -> NDArray[np.generic]:
+        """A cache tensor [B, K, C, D] copied to the host; bf16 comes as its bits, uint16. For tests and diagnosis."""
+        self._require_open()
+        array = np.zeros(self._cache_shape(), self._cache_dtype)
+        self._cuda.copy(array.ctypes.data, self._addresses[past], array.nbytes, "to host", self._stream)
+        self._cuda.synchronize(self._stream)
+        return array
+
+    def write_cache(self, past: str, array: NDArray[np.generic]) -> None:
+        """Replace a cache tensor, as ``read_cache`` gives it."""
+        self._require_open()
+        array = np.ascontiguousarray(array)
+        self._cuda.copy(self._addresses[past], array.ctypes.data, array.nbytes, "to device", self._stream)
+        self._cuda.synchronize(self._stream)
+
+    # Loading.
+
+    def _load(self, bundle: Bundle, plan: Plan) -> Any:
+        self._runtime = self._trt.Runtime(self._log.logger)
+        if self._settings.version_compatible:
+            self._runtime.engine_host_code_allowed = True  # such a plan carries the runtime that it needs
+        with (
+            plan.file.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            memoryview(content) as view,
+        ):
+            engine = self._runtime.deserialize_cuda_engine(view)
+        if engine is None:
+            raise EngineError(self._log.explain(f"TensorRT does not load {plan.file}"))
+        if self._settings.strip_weights:
+            self._refit(engine, bundle)
+        if self._settings.weight_streaming:
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        return engine
+
+    def _refit(self, engine: Any, bundle: Bundle) -> None:
+        """Put the bundle's weights into a plan that was built without."""
+        refitter = self._trt.Refitter(engine, self._log.logger)
+        reader = self._trt.OnnxParserRefitter(refitter, self._log.logger)
+        source = GraphSource(bundle)
+        if not source.refit(reader) or not refitter.refit_cuda_engine():
+            reason = errors_of(reader) or "it misses " + ", ".join(refitter.get_missing_weights()[:3])
+            raise EngineError(self._log.explain(f"the weights of {source.path} do not fit the plan: {reason}"))
+        del reader, refitter  # before the maps that they read from
+
+    def _check_engine(self) -> None:
+        """The plan's tensors are the contract's, all on the device, and the cache is updated in place."""
+        engine = self._engine
+        found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        specs = [spec for spec in (*self._inputs, *self._outputs) if spec.name != LOGITS or self._settings.logits]
+        if found != {spec.name for spec in specs}:
+            differing = ", ".join(sorted(found ^ {spec.name for spec in specs}))
+            raise EngineError(f"the plan's tensors are not the contract's: {differing}")
+        for spec in specs:
+            self._check_tensor(spec)
+        for past, present in cache_names(self._geometry.num_layers):
+            if (alias := engine.get_aliased_input_tensor(present)) != past:
+                raise EngineError(f"the plan does not write {present} in place of {past} (it is {alias or 'apart'})")
+
+    def _check_tensor(self, spec: TensorSpec) -> None:
+        name, wanted = spec.name, getattr(self._trt.DataType, DTYPE_NAMES[spec.dtype])
+        if (dtype := self._engine.get_tensor_dtype(name)) != wanted:
+            raise EngineError(f"the plan has {name} in {dtype}, the contract says {wanted}")
+        if self._engine.is_shape_inference_io(name):
+            raise EngineError(f"the plan wants {name} in host memory, so that it cannot stay on the device")
+
+    # Memory.
+
+    def _allocate(self, memory: DeviceMemory) -> None:
+        slots, geometry, settings = self.num_slots, self._geometry, self._settings
+        widest = max(settings.prefill_chunk, *settings.block_sizes)
+        positions = max(geometry.cache_length, widest)
+        logits = slots * settings.block_sizes[-1] * geometry.vocab_size if settings.logits else 0
+        counts = {
+            "input_ids": slots * widest,
+            "num_committed": slots,
+            "write_index": slots,
+            "next_ids": slots * widest,
+            "num_accepted": slots,
+        }
+        self._host = {name: memory.host(count, np.dtype(np.int64)) for name, count in counts.items()}
+        self._addresses = {name: memory.device(count * INT64) for name, count in counts.items()}
+        if logits:
+            self._host[LOGITS] = memory.host(logits, np.dtype(np.float32))
+            self._addresses[LOGITS] = memory.device(logits * BYTES["float32"])
+        self._addresses["kv_positions"] = self._addresses["head_rows"] = memory.device(positions * INT64)
+        self._allocate_cache(memory)
+        profiles = range(self._engine.num_optimization_profiles)
+        self._scratch_size = max(self._engine.get_device_memory_size_for_profile_v2(index) for index in profiles)
+        self._scratch = memory.device(max(1, self._scratch_size))
+        counting = np.arange(positions, dtype=np.int64)
+        address = self._addresses["kv_positions"]
+        self._cuda.copy(address, counting.ctypes.data, counting.nbytes, "to device", self._stream)
+        self._cuda.synchronize(self._stream)
+
+    def _allocate_cache(self, memory: DeviceMemory) -> None:
+        """Zeroed once: a NaN in a dead row would leak, 0 * NaN being NaN."""
+        specs = {spec.name: spec for spec in self._inputs}
+        for past, present in cache_names(self._geometry.num_layers):
+            size = int(np.prod(self._cache_shape())) * BYTES[specs[past].dtype]
+            self._addresses[past] = self._addresses[present] = memory.device(size)
+            self._cuda.clear(self._addresses[past], size, self._stream)
+
+    def _cache_shape(self) -> tuple[int, ...]:
+        geometry = self._geometry
+        return (self.num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
+
+    def _drop_engine(self) -> None:
+        del self._engine, self._runtime
+
+    def _drop_contexts(self) -> None:
+        self._cuda.synchronize(self._stream)
+        for graph in self._graphs.values():
+            self._cuda.destroy_graph(graph)
+        self._graphs.clear()
+        self._contexts.clear()
+
+    # Running.
+
+    def _extent(self, block_size: int, write_index: Sequence[int]) -> int:
+        """The bucket S of a forward, its bounds checked: TensorRT ignores a write outside the cache in silence."""
+        needed = max(write_index) + block_size
+        extent = next((each for each in self._settings.extents if each >= needed), self._settings.extents[-1])
+        for start in write_index:
+            check_forward(block_size=block_size, write_index=start, kv_extent=extent, geometry=self._geometry)
+        return extent
+
+    def _run(
+        self,
+        shape: _Shape,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
+    ) -> None:
+        self._require_open()
+        self._fill(shape, input_ids, num_committed, write_index)
+        started = perf_counter()
+        graph = self._graphs.get(shape)
+        if graph is None:
+            self._enqueue(shape)
+            self._capture(shape)
+        else:
+            self._cuda.launch(graph, self._stream)
+        if with_logits:
+            size = self.num_slots * shape.head_size * self._geometry.vocab_size * BYTES["float32"]
+            self._cuda.copy(self._host[LOGITS].address, self._addresses[LOGITS], size, "to host", self._stream)
+        self._cuda.synchronize(self._stream)
+        self.num_syncs += 1
+        self.run_seconds += perf_counter() - started
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("this engine is closed; load the bundle again")
+
+    def _fill(
+        self,
+        shape: _Shape,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+    ) -> None:
+        slots, size, vocabulary = self.num_slots, shape.block_size, self._geometry.vocab_size
+        if not len(input_ids) == len(num_committed) == len(write_index) == slots:
+            raise EngineError(f"a forward needs a block, num_committed and write_index for each of {slots} slots")
+        try:
+            blocks = np.zeros((slots, size), np.int64)
+            blocks[:, : len(input_ids[0])] = input_ids
+        except ValueError as error:
+            given = len(input_ids[0])
+            raise EngineError(f"the blocks of one forward must all have {given} tokens: {error}") from None
+        if blocks.min() < 0 or blocks.max() >= vocabulary:  # a row of the table that is not there would be read
+            raise EngineError(f"tokens must be 0 to {vocabulary - 1}, got {blocks.min()} to {blocks.max()}")
+        self._host["input_ids"].array[: slots * size] = blocks.ravel()
+        self._host["num_committed"].array[:] = num_committed
+        self._host["write_index"].array[:] = write_index
+
+    def _enqueue(self, shape: _Shape) -> None:
+        """Copies in, the forward, copies out, in the order of the stream."""
+        slots = self.num_slots
+        sizes = {"input_ids": slots * shape.block_size, "num_committed": slots, "write_index": slots}
+        for name, count in sizes.items():
+            host, device = self._host[name].address, self._addresses[name]
+            self._cuda.copy(device, host, count * INT64, "to device", self._stream)
+        self._execute(shape)
+        for name, count in {"next_ids": slots * shape.head_size, "num_accepted": slots}.items():
+            host, device = self._host[name].address, self._addresses[name]
+            self._cuda.copy(host, device, count * INT64, "to host", self._stream)
+
+    def _execute(self, shape: _Shape) -> None:
+        """The forward alone, over what its buffers on the device will hold by then."""
+        if not self._context(shape).execute_async_v3(int(self._stream)):
+            raise EngineError(self._log.explain(f"TensorRT failed in a forward of {shape}"))
+
+    def _capture(self, shape: _Shape) -> None:
+        """Record the forward that was just enqueued, which TensorRT must have done once before.
+
+        Chunks of the prompt are wide enough to hide their launches, and come in every length.
+        """
+        if not self._cuda_graphs or (shape.profile == PREFILL and not self._fixed):
+            return
+        with self._cuda.capture(self._stream) as captured:
+            self._enqueue(shape)
+        self._graphs[shape] = captured[0]
+
+    def _context(self, shape: _Shape) -> Any:
+        """The execution context of a profile, set to a shape."""
+        context = self._contexts.get(shape.profile)
+        if context is None:
+            context = self._contexts[shape.profile] = self._make_context(shape.profile)
+        if self._bound.get(shape.profile) != shape:
+            if not self._fixed:
+                self._set_shapes(context, shape)
+            self._bound[shape.profile] = shape
+        return context
+
+    def _make_context(self, profile: int) -> Any:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError(self._log.explain("TensorRT makes no execution context"))
+        context.set_device_memory(self._scratch, self._scratch_size)
+        if not context.set_optimization_profile_async(profile, int(self._stream)):
+            raise EngineError(self._log.explain(f"TensorRT does not take optimization profile {profile}"))
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            if not context.set_tensor_address(name, self._addresses[name]):
+                raise EngineError(self._log.explain(f"TensorRT does not take the address of {name}"))
+        return context
+
+    def _set_shapes(self, context: Any, shape: _Shape) -> None:
+        lengths = {"B": self.num_slots, "n": shape.block_size, "S": shape.extent, "h": shape.head_size}
+        for spec in self._inputs:
+            dims = tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+            if not context.set_input_shape(spec.name, dims):
+                raise EngineError(self._log.explain(f"the plan does not take {spec.name} of shape {list(dims)}"))

@@ -1,0 +1,1 @@
+"""The loop that stays on the device."""

@@ -1,0 +1,466 @@
+"""Sliding Jacobi decoding that stays on the device: several forwards for one wait of the host, which lags behind.
+
+Between two forwards a kernel accepts, tells the host through a ring, cuts at the limit and at an end of sequence, and
+writes the next block where the next forward reads it. The host launches CUDA graphs of up to k forwards, one ahead of
+the one that it waits for, and takes from the ring what each gave: the device is at work while the host reads. A graph
+is a WHILE node around one forward, which ends with the last request, or where CUDA does not take that, k forwards in a
+row, the slots that ended idling for the rest. Greedy requests alone, one a slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import numpy as np
+
+from cllm_export.checks import require_at_least
+from cllm_export.errors import EngineError, OptionError, WhileGraphError
+from cllm_export.runtime.decoding.request import Decode, make_decoder
+from cllm_export.runtime.engines.cuda import Cuda
+from cllm_export.tensorrt.device_buffers import DeviceMemory
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.loop import commit_kernel, condition_kernel
+from cllm_export.tensorrt.loop.commit_kernel import REPEAT
+from cllm_export.tensorrt.loop.device_kernel import Compiler, DeviceKernel, import_compiler
+from cllm_export.tensorrt.loop.launch_copy import LaunchCopy, Turn
+from cllm_export.tensorrt.loop.while_graph import WhileGraph, require_while_nodes
+
+INT32 = 4
+THREADS = 32
+"""Slots a thread block commits: they are few, and none waits for another."""
+MOST_EOS = 256
+"""End-of-sequence tokens that there is room for."""
+LAUNCHES = 2
+"""Under way at once: the one that the host waits for, and the one that the device goes on with meanwhile."""
+
+Form = Literal["conditional", "unrolled"]
+AskedForm = Literal["auto", "conditional", "unrolled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopResult:
+    """What a run gave."""
+
+    token_ids: list[list[int]]
+    """New tokens of each slot, the end of sequence included where one was reached."""
+    num_forwards: int
+    """Enqueued; those in which every request had ended already included."""
+    num_syncs: int
+    """Times the host waited for the device while decoding."""
+    form: Form
+    """What the graphs were that ran: a WHILE node around a forward, or k forwards in a row."""
+    form_reason: str | None
+    """Why ``auto`` came to the unrolled form; None where the form is the one that was asked for."""
+
+    @property
+    def syncs_per_token(self) -> float:
+        return self.num_syncs / max(1, sum(map(len, self.token_ids)))
+
+
+class LoopGraph(Protocol):
+    """What was recorded of a loop."""
+
+    def launch(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class UnrolledGraph:
+    """What a function enqueues, recorded once and launched as one."""
+
+    def __init__(self, cuda: Cuda, stream: Any, enqueue: Callable[[], None]) -> None:
+        self._cuda, self._stream = cuda, stream
+        with cuda.capture(stream) as captured:
+            enqueue()
+        self._graph = captured[0]
+
+    def launch(self) -> None:
+        self._cuda.launch(self._graph, self._stream)
+
+    def close(self) -> None:
+        self._cuda.destroy_graph(self._graph)
+
+
+class _Recording(NamedTuple):
+    """What a recorded graph follows from."""
+
+    form: Form
+    length: int
+    """Forwards: all of them, or the most that a WHILE node runs."""
+    extent: int
+    num_eos: int
+    fill: int
+
+
+class _Flight(NamedTuple):
+    """A launch that is under way."""
+
+    copy: LaunchCopy
+    least: int
+    """Forwards that a slot has whose request does not end in them."""
+    most_rows: int
+    """KV rows that it adds to a slot at the most."""
+    num_forwards: int | None
+    """None where the device counts them."""
+
+
+class _Rules(NamedTuple):
+    """What ends and fills the requests of a run."""
+
+    num_eos: int
+    fill: int
+
+
+class DeviceLoop:
+    """Decodes one prompt a slot with an engine's own buffers. Close it before the engine, or use it in a ``with``.
+
+    Attributes:
+        num_forwards, num_syncs: as ``LoopResult`` has them, of all runs so far.
+
+    Args:
+        engine: a TensorRT engine; nobody else may use it meanwhile.
+        block_size: n, one of the plan's.
+        compute_capability: of the device, as ``GpuFacts`` has it.
+        forwards_per_sync: k, at most; fewer are run where k blocks would not fit the cache.
+        form: ``conditional`` is a WHILE node around one forward, ``unrolled`` k forwards in a row, ``auto`` the former
+            where driver, runtime and the recorded forward allow it. ``form_reason`` says why not.
+        compiler: ``nvrtc`` and ``driver`` of cuda-python.
+
+    Raises:
+        OptionError: no such form.
+        EngineError: the plan has no such block size, or a kernel does not compile or load.
+        WhileGraphError: ``conditional``, and CUDA is too old for it; from ``run``, or does not take the forward.
+    """
+
+    def __init__(
+        self,
+        engine: TrtEngine,
+        *,
+        block_size: int,
+        compute_capability: str,
+        forwards_per_sync: int = 8,
+        form: AskedForm = "auto",
+        compiler: Compiler | None = None,
+    ) -> None:
+        require_at_least("forwards_per_sync", forwards_per_sync, 1)
+        if block_size not in engine.block_sizes:
+            raise EngineError(f"this plan has blocks of {', '.join(map(str, engine.block_sizes))}, got {block_size}")
+        if form not in get_args(AskedForm):
+            raise OptionError(f"form is one of {', '.join(get_args(AskedForm))}, got {form!r}")
+        self._asked = form
+        self._form: Form = "unrolled"
+        self._form_reason: str | None = None
+        self._engine, self._size, self._most = engine, block_size, forwards_per_sync
+        self.num_forwards = self.num_syncs = 0
+        self._num_launches = 0
+        self._graphs: dict[_Recording, LoopGraph] = {}
+        with contextlib.ExitStack() as owned:
+
+            def load(kernel: ModuleType) -> DeviceKernel:
+                return DeviceKernel(
+                    compiler or import_compiler(),
+                    source=kernel.SOURCE,
+                    name=kernel.NAME,
+                    kinds=kernel.KINDS,
+                    compute_capability=compute_capability,
+                    owned=owned,
+                )
+
+            self._commit_kernel = load(commit_kernel)
+            if form != "unrolled":
+                self._prepare_while(lambda: load(condition_kernel))
+            self._allocate(owned)
+            owned.callback(self._drop_graphs)
+            self._owned = owned.pop_all()
+
+    def __enter__(self) -> DeviceLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the loop holds; the engine stays."""
+        self._owned.close()
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+        fill_token: int | None,
+    ) -> LoopResult:
+        """Decode a prompt in each slot; ``fill_token`` None repeats the token before the fill.
+
+        Raises:
+            EngineError: not one prompt a slot, one that does not fit, or the engine failed.
+        """
+        if not all(prompts):
+            raise EngineError("a run needs a prompt of a token or more for each slot, and one is empty")
+        self._check(prompts, max_new_tokens, eos_token_ids)
+        forwards, syncs = self.num_forwards, self.num_syncs
+        fill = "repeat" if fill_token is None else "pad"
+        decodes = [
+            Decode(
+                make_decoder("jacobi", prompt, fill=fill, seed=0, pad_token_id=fill_token or 0),
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=eos_token_ids,
+            )
+            for prompt in prompts
+        ]
+        self.read(prompts)
+        for turns in self.decode(
+            prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, fill_token=fill_token
+        ):
+            for decode, of_slot in zip(decodes, turns, strict=True):
+                follow(decode, of_slot, self._size)
+        return LoopResult(
+            token_ids=[[token for record in decode.records for token in record.new] for decode in decodes],
+            num_forwards=self.num_forwards - forwards,
+            num_syncs=self.num_syncs - syncs,
+            form=self._form,
+            form_reason=self._form_reason,
+        )
+
+    def read(self, prompts: Sequence[Sequence[int]], *, num_known: int = 0) -> None:
+        """Write the KV of every prompt less its last token, slot by slot, but for what is there of each already.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        engine, written = self._engine, [num_known if prompt else 0 for prompt in prompts]
+        for slot, prompt in enumerate(prompts):
+            for start in range(written[slot], len(prompt) - 1, engine.prefill_chunk):
+                chunk = list(prompt[:-1][start : start + engine.prefill_chunk])
+                padded = chunk + [0] * (engine.prefill_chunk - len(chunk)) if engine.fixed_shapes else chunk
+                committed = [len(chunk) if each == slot else 0 for each in range(len(prompts))]
+                engine.prefill([padded] * len(prompts), committed, written)
+                written[slot] += len(chunk)
+
+    def decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+        fill_token: int | None,
+    ) -> Generator[list[list[Turn]]]:
+        """Decode prompts that ``read`` has read, an empty one leaving its slot idle; what each launch gave each slot.
+
+        To end it early, close it: the device then goes through what it was given, and nobody takes it.
+
+        Raises:
+            EngineError: not one prompt a slot, one that does not fit, or the engine failed.
+        """
+        self._check(prompts, max_new_tokens, eos_token_ids)
+        self._start(prompts, max_new_tokens, sorted(eos_token_ids), fill_token)
+        rules = _Rules(len(eos_token_ids), REPEAT if fill_token is None else fill_token)
+        flights: deque[_Flight] = deque()
+        try:
+            while True:
+                while len(flights) < LAUNCHES and (flight := self._try_launch(flights, rules)):
+                    flights.append(flight)
+                if not flights:
+                    return
+                yield self._collect(flights.popleft())
+        finally:
+            for flight in flights:
+                self._collect(flight)
+
+    @property
+    def block_size(self) -> int:
+        return self._size
+
+    @property
+    def form(self) -> Form:
+        """The form that the next graph is recorded in."""
+        return self._form
+
+    @property
+    def form_reason(self) -> str | None:
+        """As ``LoopResult.form_reason``."""
+        return self._form_reason
+
+    def _prepare_while(self, load: Callable[[], DeviceKernel]) -> None:
+        """Take the conditional form if this CUDA has it; what the forward holds is known when it is recorded."""
+        try:
+            require_while_nodes(self._engine.cuda)
+            self._condition_kernel = load()
+        except EngineError as error:  # NVRTC may be older than the driver
+            self._fall_back(error)
+        else:
+            self._form = "conditional"
+
+    def _fall_back(self, reason: EngineError) -> None:
+        if self._asked == "conditional":
+            raise reason
+        self._form, self._form_reason = "unrolled", str(reason)
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_ids: Collection[int]) -> None:
+        engine = self._engine
+        require_at_least("max_new_tokens", max_new_tokens, 1)
+        if len(prompts) != engine.num_slots:
+            raise EngineError(f"a run needs a prompt for each of {engine.num_slots} slots, got {len(prompts)}")
+        room = engine.geometry.cache_length - self._size + 1
+        if (longest := max(map(len, prompts)) + max_new_tokens) > room:
+            raise EngineError(f"prompt and new tokens come to {longest}, this engine holds {room} with this block size")
+        if len(eos_token_ids) > MOST_EOS:
+            raise EngineError(f"at most {MOST_EOS} end-of-sequence tokens, got {len(eos_token_ids)}")
+
+    def _allocate(self, owned: contextlib.ExitStack) -> None:
+        engine, slots = self._engine, self._engine.num_slots
+        memory = DeviceMemory(engine.cuda, owned)
+        ring = slots * self._most * (1 + self._size)
+        counts = {"left": slots, "turns": slots, "ring": ring, "eos": MOST_EOS, "forwards": 1}
+        self._addresses = engine.addresses
+        self._addresses |= {name: memory.device(count * INT32) for name, count in counts.items()}
+        given = {"left": slots, "turns": slots, "eos": MOST_EOS}
+        self._given = {name: memory.host(count, np.dtype(np.int32)) for name, count in given.items()}
+        for name, count in {"input_ids": slots * self._size, "num_committed": slots, "write_index": slots}.items():
+            self._given[name] = memory.host(count, np.dtype(np.int64))
+        copied: dict[str, tuple[int, type]] = {
+            name: (counts[name], np.int32) for name in ("left", "turns", "ring", "forwards")
+        }
+        copied["write_index"] = (slots, np.int64)
+        self._copies = [LaunchCopy(engine.cuda, owned, copied) for _ in range(LAUNCHES)]
+
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_token_ids: list[int],
+        fill_token: int | None,
+    ) -> None:
+        """Have the first blocks, and what else the device keeps of the requests, copied there."""
+        given, size, is_running = self._given, self._size, [bool(prompt) for prompt in prompts]
+        lasts = [prompt[-1] if prompt else 0 for prompt in prompts]
+        blocks = [[last] + [last if fill_token is None else fill_token] * (size - 1) for last in lasts]
+        given["input_ids"].array[:] = np.array(blocks, np.int64).ravel()
+        given["num_committed"].array[:] = is_running
+        given["write_index"].array[:] = [max(0, len(prompt) - 1) for prompt in prompts]
+        given["left"].array[:] = np.multiply(is_running, max_new_tokens)
+        given["turns"].array[:] = 0
+        given["eos"].array[: len(eos_token_ids)] = eos_token_ids
+        cuda, stream = self._engine.cuda, self._engine.stream
+        for name, host in given.items():
+            cuda.copy(self._addresses[name], host.address, host.array.nbytes, "to device", stream)
+        self._num_read = [0] * len(prompts)
+        self._left = int(given["left"].array.max())
+        self._end = int(given["write_index"].array.max())
+
+    def _try_launch(self, flights: Collection[_Flight], rules: _Rules) -> _Flight | None:
+        """Enqueue a graph of as many forwards as may be, unless what is under way ends every request, or leaves no
+        rows of the cache that are free for certain, or the graph is none of those that are recorded.
+
+        Not recorded is what no forward had that shape, and a context takes another shape only where it does not run.
+        """
+        left = self._left - sum(flight.least for flight in flights)  # a forward gives a token at least
+        if left <= 0:
+            return None
+        start = self._end + sum(flight.most_rows for flight in flights)
+        count = min(self._most, (self._engine.geometry.cache_length - start) // self._size)
+        if flights and count < 1:
+            return None
+        if self._form == "conditional":  # its length is no part of the graph, and it ends with the last request
+            length, count = self._most, min(count, left)
+        else:
+            length = count
+        extent = self._engine.extent_for(start + count * self._size)
+        recording = _Recording(self._form, length, extent, *rules)
+        if recording in self._graphs:
+            return self._replay(recording, count)
+        return None if flights else self._enqueue_new(recording)
+
+    def _replay(self, recording: _Recording, count: int) -> _Flight:
+        cuda, stream = self._engine.cuda, self._engine.stream
+        is_counted = recording.form == "conditional"
+        if is_counted:
+            cuda.clear(self._addresses["forwards"], INT32, stream)
+        self._graphs[recording].launch()
+        return _Flight(self._copy_out(), count, recording.length * self._size, None if is_counted else count)
+
+    def _enqueue_new(self, recording: _Recording) -> _Flight:
+        """Run what is recorded for the next time, since TensorRT must have: of a WHILE node, the forward it holds."""
+        count = 1 if recording.form == "conditional" else recording.length
+        self._enqueue_all(recording._replace(length=count))
+        flight = _Flight(self._copy_out(), count, count * self._size, count)
+        self._record(recording)
+        return flight
+
+    def _copy_out(self) -> LaunchCopy:
+        copy = self._copies[self._num_launches % LAUNCHES]
+        self._num_launches += 1
+        copy.enqueue(self._addresses, self._engine.stream)
+        return copy
+
+    def _collect(self, flight: _Flight) -> list[list[Turn]]:
+        """Wait for a launch; what its forwards gave each slot."""
+        copy = flight.copy
+        copy.wait()
+        self.num_syncs += 1
+        self.num_forwards += int(copy["forwards"][0]) if flight.num_forwards is None else flight.num_forwards
+        self._left, self._end = int(copy["left"].max()), int(copy["write_index"].max())
+        read = self._num_read
+        turns = [
+            copy.read_turns(slot, first, ring_size=self._most, block_size=self._size) for slot, first in enumerate(read)
+        ]
+        self._num_read = [first + len(of_slot) for first, of_slot in zip(read, turns, strict=True)]
+        if self._left and not any(turns):  # what makes no headway must not be launched for ever
+            raise EngineError("the device tells of requests that go on, and of no forward that was for them")
+        return turns
+
+    def _record(self, recording: _Recording) -> None:
+        """Record what a later launch replays, running nothing. A forward that no WHILE node takes leaves nothing."""
+        cuda, stream = self._engine.cuda, self._engine.stream
+        if recording.form == "unrolled":
+            self._graphs[recording] = UnrolledGraph(cuda, stream, lambda: self._enqueue_all(recording))
+            return
+        try:
+            self._graphs[recording] = WhileGraph(cuda, stream, lambda handle: self._enqueue_body(recording, handle))
+        except WhileGraphError as error:
+            self._fall_back(error)
+
+    def _enqueue_all(self, recording: _Recording) -> None:
+        for _ in range(recording.length):
+            self._enqueue_forward(recording)
+
+    def _enqueue_body(self, recording: _Recording, handle: int) -> None:
+        self._enqueue_forward(recording)
+        pointers = (self._addresses[name] for name in condition_kernel.POINTERS)
+        numbers = (self._size, recording.extent, recording.length, self._engine.num_slots)
+        self._condition_kernel.launch(self._engine.stream, (*pointers, *numbers, handle))
+
+    def _enqueue_forward(self, recording: _Recording) -> None:
+        """A forward and its commit."""
+        slots = self._engine.num_slots
+        self._engine.enqueue_decode(self._size, recording.extent)
+        pointers = (self._addresses[name] for name in commit_kernel.POINTERS)
+        numbers = (recording.num_eos, self._size, self._most, recording.fill, slots)
+        values = (*pointers, *numbers)
+        self._commit_kernel.launch(self._engine.stream, values, blocks=-(-slots // THREADS), threads=THREADS)
+
+    def _drop_graphs(self) -> None:
+        self._engine.cuda.synchronize(self._engine.stream)
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+
+def follow(decode: Decode, turns: Sequence[Turn], block_size: int) -> list[int]:
+    """Let a request's decode take what forwards on the device gave it, as if it had asked for them; its new tokens.
+
+    What comes after its end (a stop string, which the device does not know) is nobody's.
+    """
+    new: list[int] = []
+    for turn in turns:
+        if decode.finish != "closed":
+            break
+        decode.next_block(block_size)
+        new += decode.take(turn.next_ids, turn.num_accepted)
+    return new

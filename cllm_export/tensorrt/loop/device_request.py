@@ -1,0 +1,160 @@
+"""Runs one greedy request whose loop stays on the device: the host takes late what each forward gave, and all of it.
+
+The request's own decode goes through every forward as if it had asked for it, so that its tokens, records and end are
+those of the loop on the host, a stop string's included, which the device does not know. TensorRT engines alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from time import perf_counter
+
+from cllm_export.errors import EngineError, OptionError
+from cllm_export.runtime.decoding.slot import SlotMemory
+from cllm_export.runtime.decoding.statistics import OnDevice
+from cllm_export.runtime.decoding.task import Task
+from cllm_export.runtime.engines.base import Engine
+from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.loop.device_loop import MOST_EOS, DeviceLoop, follow
+from cllm_export.tensorrt.loop.launch_copy import Turn
+
+FILLS = ("pad", "repeat")
+"""Draft sources that the kernel has."""
+
+
+def require_device_loop(engine: Engine, *, block_size: int, num_eos: int) -> TrtEngine:
+    """The engine, if a loop of these blocks can stay on its device.
+
+    Raises:
+        OptionError: it is none of TensorRT's, or its plan has no such block size, or there are too many ends.
+    """
+    if not isinstance(engine, TrtEngine):
+        raise OptionError(
+            f"forwards_per_sync is for TensorRT, and this model runs on {type(engine).__name__}: load its bundle with "
+            "provider='tensorrt' (--provider tensorrt), or leave it out"
+        )
+    if block_size not in engine.block_sizes:
+        raise OptionError(
+            f"forwards_per_sync takes a block size of the plan's, {' or '.join(map(str, engine.block_sizes))}, got "
+            f"{block_size}: choose one as block_size, or build a plan with --block-size {block_size}"
+        )
+    if num_eos > MOST_EOS:
+        raise OptionError(f"forwards_per_sync takes {MOST_EOS} end-of-sequence tokens at most, the model has {num_eos}")
+    return engine
+
+
+class DeviceLoops:
+    """The loops of one engine, each made when it is first asked for. Close it before the engine."""
+
+    def __init__(self) -> None:
+        self._loops: dict[tuple[int, int], DeviceLoop] = {}
+
+    def find(self, engine: TrtEngine, *, block_size: int, forwards_per_sync: int) -> DeviceLoop:
+        """The loop of this n and k.
+
+        Raises:
+            MissingExtraError: cuda-python is not installed.
+            EngineError: its kernels do not compile or load.
+        """
+        key = (block_size, forwards_per_sync)
+        if key not in self._loops:
+            self._loops[key] = DeviceLoop(
+                engine,
+                block_size=block_size,
+                compute_capability=engine.gpu.facts.compute_capability,
+                forwards_per_sync=forwards_per_sync,
+                compiler=engine.gpu.compiler,
+            )
+        return self._loops[key]
+
+    def close(self) -> None:
+        while self._loops:
+            self._loops.popitem()[1].close()
+
+
+class DeviceRequest:
+    """One task in slot 0; all other slots are idle. A step is a launch of the device loop. Not thread-safe.
+
+    Args:
+        loop: of the engine that has the slot.
+        num_slots: of that engine.
+        task: its decode is a sliding Jacobi one, greedy, with the fill ``pad`` or ``repeat``.
+        max_new_tokens, eos_token_ids: as its decode has them.
+        fill_token: None repeats the token before the fill.
+        memory: what the slot takes from a prefix cache, and gives to it.
+    """
+
+    def __init__(
+        self,
+        loop: DeviceLoop,
+        task: Task,
+        *,
+        num_slots: int,
+        max_new_tokens: int,
+        eos_token_ids: frozenset[int],
+        fill_token: int | None,
+        memory: SlotMemory | None,
+    ) -> None:
+        self._loop = loop
+        self._task = task
+        self._prompts = [task.prompt, *[[] for _ in range(num_slots - 1)]]
+        self._memory = memory
+        self._launches: Generator[list[list[Turn]]] = loop.decode(
+            self._prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, fill_token=fill_token
+        )
+        self._before = (loop.num_forwards, loop.num_syncs)
+        self._has_read = False
+        self._is_sound = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to do."""
+        return self._task.decode.finish != "closed"
+
+    def step(self) -> None:
+        """Read the prompt; from then on, wait for a launch and take what it gave.
+
+        Raises:
+            EngineError: the engine failed, or the device ended the request and the host did not.
+        """
+        self._is_sound = False
+        if self._has_read:
+            self._take_launch()
+        else:
+            self._read()
+        self._is_sound = True
+
+    def _read(self) -> None:
+        started, task = perf_counter(), self._task
+        if self._memory:
+            task.reused_tokens = self._memory.restore(task.prompt[:-1])
+        self._loop.read(self._prompts, num_known=task.reused_tokens)
+        self._has_read = True
+        task.prefill_seconds += perf_counter() - started
+
+    def _take_launch(self) -> None:
+        started, task = perf_counter(), self._task
+        turns = next(self._launches, None)
+        task.engine_seconds += perf_counter() - started
+        if turns is None:
+            raise EngineError("the loop on the device ended a request that has not ended by its rules")
+        new = follow(task.decode, turns[0], self._loop.block_size)
+        task.decode_seconds += perf_counter() - started
+        if new:
+            task.give(new)
+
+    def cancel(self, task: Task) -> None:
+        """Let the device go through what it was given, and keep the rows of the text."""
+        started = perf_counter()
+        self._launches.close()
+        task.decode_seconds += perf_counter() - started
+        forwards, syncs = self._before
+        task.on_device = OnDevice(
+            num_forwards=self._loop.num_forwards - forwards,
+            num_syncs=self._loop.num_syncs - syncs,
+            form=self._loop.form,
+            form_reason=self._loop.form_reason,
+        )
+        if self._memory and self._has_read and self._is_sound:
+            text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
+            self._memory.keep(text[: task.decode.num_rows])

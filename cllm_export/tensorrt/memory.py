@@ -1,0 +1,136 @@
+"""What a bundle needs of a device's memory, and what building a plan of it needs: each figure with how it is computed.
+
+From the manifest alone, on any machine. Weights and KV cache are exact; activations are an upper bound from the widest
+forward; what TensorRT's builder takes is an estimate that no run has confirmed yet, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cllm_export.bundle.contract import BYTES, KV_DTYPE, PRECISIONS, Geometry, Precision
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.errors import OptionError
+
+LIVE_ROWS = 4
+"""Values of the hidden size that a row holds at once: the residual, the normed input, what goes into attention's
+output projection and what comes out."""
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What the figures are for; None stands for the bundle's own."""
+
+    precision: Precision | None = None
+    block_size: int | None = None
+    max_length: int | None = None
+    batch_size: int | None = None
+    prefill_chunk: int = 128
+    workspace: int | None = None
+    """Bytes that the builder may let a kernel have; without, all that the device has."""
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            require_one_of("precision", self.precision, PRECISIONS)
+        for name in ("block_size", "max_length", "batch_size", "prefill_chunk", "workspace"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure."""
+
+    name: str
+    bytes: int
+    how: str
+    """How it is computed, in numbers."""
+
+
+def memory_figures(bundle: Bundle, options: MemoryOptions) -> list[Figure]:
+    """Weights, KV cache, activations, what a running engine comes to, and what a build takes on host and device.
+
+    Raises:
+        OptionError: an option is out of range for the bundle.
+    """
+    manifest, own = bundle.manifest, bundle.manifest.geometry
+    precision = options.precision or manifest.precision
+    block = options.block_size or manifest.block_size
+    length, batch = options.max_length or manifest.max_length, options.batch_size or manifest.batch_size
+    if block > own.max_block_size:
+        raise OptionError(f"block_size must be at most {own.max_block_size} for this bundle, got {block}")
+    weights = _weights(bundle.weight_bytes, manifest.precision, precision)
+    cache = _kv_cache(own, precision, rows=length + own.max_block_size - 1, batch=batch)
+    widest = max(block, options.prefill_chunk)
+    activations = _activations(
+        own, precision, rows=batch * widest, head_rows=batch * block, parameters=_parameters(bundle)
+    )
+    running = Figure(
+        name="running engine",
+        bytes=weights.bytes + cache.bytes + activations.bytes,
+        how="weights + KV cache + activations; CUDA's own context, some hundred MB, is not in it",
+    )
+    return [weights, cache, activations, running, *_build(weights, running, options.workspace)]
+
+
+def _weights(stored: int, own: Precision, wanted: Precision) -> Figure:
+    mine, other = BYTES[KV_DTYPE[own]], BYTES[KV_DTYPE[wanted]]
+    how = f"{stored:,} bytes of the bundle's weights" + ("" if mine == other else f", x {other} / {mine} for {wanted}")
+    return Figure(name="weights", bytes=stored * other // mine, how=how)
+
+
+def _kv_cache(geometry: Geometry, precision: Precision, *, rows: int, batch: int) -> Figure:
+    per_token = geometry.kv_bytes_per_token(precision)
+    how = (
+        f"2 x {geometry.num_layers} layers x {geometry.num_kv_heads} heads x {geometry.head_dim} x "
+        f"{BYTES[KV_DTYPE[precision]]} bytes = {per_token:,} a token; x {rows:,} rows "
+        f"(max length + largest block - 1) x {batch} slots"
+    )
+    return Figure(name="KV cache", bytes=per_token * rows * batch, how=how)
+
+
+def _parameters(bundle: Bundle) -> int:
+    return bundle.weight_bytes // BYTES[KV_DTYPE[bundle.manifest.precision]]
+
+
+def _activations(geometry: Geometry, precision: Precision, *, rows: int, head_rows: int, parameters: int) -> Figure:
+    """The widest forward's rows through one layer, whose memory the next one takes over, and the head's logits."""
+    projected = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    inner = _inner_width(geometry, parameters)
+    width = LIVE_ROWS * geometry.hidden_size + projected + 2 * inner
+    size = BYTES[KV_DTYPE[precision]]
+    logits = head_rows * geometry.vocab_size * (size + FLOAT32)
+    how = (
+        f"{rows:,} rows x ({LIVE_ROWS} x {geometry.hidden_size} hidden + {projected} for q, k, v + 2 x {inner} of the "
+        f"MLP, told from the number of weights) x {size} bytes, and {head_rows} rows x {geometry.vocab_size} logits in "
+        f"{size} and {FLOAT32} bytes; scores of attention are not in it, which fused kernels never store"
+    )
+    return Figure(name="activations", bytes=rows * width * size + logits, how=how)
+
+
+def _inner_width(geometry: Geometry, parameters: int) -> int:
+    """Width of the MLP, from what a layer's weights come to without attention; a table for tokens and no second one."""
+    hidden, width = geometry.hidden_size, geometry.num_heads * geometry.head_dim
+    attention = hidden * (2 * width + 2 * geometry.num_kv_heads * geometry.head_dim)
+    layer = (parameters - geometry.vocab_size * hidden) // geometry.num_layers - attention
+    return max(0, layer // (3 * hidden))
+
+
+def _build(weights: Figure, running: Figure, workspace: int | None) -> Sequence[Figure]:
+    host = Figure(
+        name="build, host",
+        bytes=2 * weights.bytes,
+        how="2 x weights, the network's and the plan's copy, which TensorRT's documentation names as the least; "
+        "the builder's own memory comes on top (an estimate: no build was measured)",
+    )
+    scratch = "as much as the device has left for scratch" if workspace is None else f"{workspace:,} bytes of workspace"
+    device = Figure(
+        name="build, device",
+        bytes=running.bytes + (workspace or 0),
+        how=f"a running engine's memory, for kernels are timed on buffers of the real size, and {scratch} "
+        "(an estimate: no build was measured)",
+    )
+    return host, device

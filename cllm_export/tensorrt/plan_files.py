@@ -1,0 +1,265 @@
+"""TensorRT plans on disk: what one depends on, its manifest, and finding the plan that fits this machine.
+
+    BUNDLE/plans/KEY/model.plan    the serialized engine, tied to a GPU, a TensorRT version and a driver
+    BUNDLE/plans/KEY/plan.json     the manifest: all that it was built from and with, and its sha256
+    BUNDLE/plans/timing-*.cache    what kernels took on a GPU, for the next build on it
+
+The key is the sha256 of all that a plan depends on, so that another GPU, version or option gets a plan of its own.
+This module neither builds nor runs a plan, and needs no TensorRT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cllm_export.bundle.contract import CONTRACT_VERSION
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.storage import sha256_of
+from cllm_export.checks import from_fields, require_at_least, require_one_of
+from cllm_export.errors import OptionError, PlanError
+
+PLAN_SCHEMA_VERSION = 1
+PLANS_DIRECTORY = "plans"
+PLAN_NAME, PLAN_MANIFEST_NAME = "model.plan", "plan.json"
+KEY_LENGTH = 16
+
+Hardware = Literal["same", "compute-capability", "ampere+"]
+HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
+"""Which GPUs a plan runs on: the model it was built on, all of its compute capability, or all from Ampere on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """How a plan was built, every default settled."""
+
+    batch_size: int
+    """B, the slots of the engine."""
+    block_sizes: tuple[int, ...]
+    """One optimization profile for each n, ascending."""
+    prefill_chunk: int
+    """Tokens that a prefill forward takes at most."""
+    extents: tuple[int, ...]
+    """KV extents S that forwards run with, ascending; the last is the whole cache."""
+    workspace: int | None
+    """Bytes of scratch memory that the builder may let a kernel have; None for all that the device has."""
+    optimization_level: int
+    """0 to 5: how long TensorRT looks for faster kernels."""
+    logits: bool
+    """Whether logits can be fetched. Without, sampled and constrained requests are refused."""
+    weight_streaming: bool
+    """Weights may stay in host memory and come over the bus in every forward."""
+    strip_weights: bool
+    """The plan holds no weights; they are put in from the bundle at load."""
+    version_compatible: bool
+    """Runs on later TensorRT versions of the same major one; costs the kernels that are not in all of them."""
+    hardware: Hardware
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prefill_chunk"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("block_sizes", "extents"):
+            values = getattr(self, name)
+            if not values or any(type(value) is not int or value < 1 for value in values):
+                raise OptionError(f"{name} must be positive integers, at least one, got {list(values)}")
+            if list(values) != sorted(set(values)):
+                raise OptionError(f"{name} must ascend, got {list(values)}")
+        if self.workspace is not None:
+            require_at_least("workspace", self.workspace, 1)
+        if self.optimization_level not in range(6):
+            raise OptionError(f"optimization_level must be 0 to 5, got {self.optimization_level}")
+        require_one_of("hardware", self.hardware, HARDWARE)
+
+    def command(self, bundle: Path) -> str:
+        """The command that builds a plan with these settings."""
+        words = ["cllm-export", "plan", str(bundle), "--batch-size", str(self.batch_size)]
+        words += [word for size in self.block_sizes for word in ("--block-size", str(size))]
+        words += ["--prefill-chunk", str(self.prefill_chunk)]
+        words += [word for extent in self.extents for word in ("--extent", str(extent))]
+        if self.workspace is not None:
+            words += ["--workspace", str(self.workspace)]
+        words += ["--optimization-level", str(self.optimization_level), "--hardware", self.hardware]
+        words += [] if self.logits else ["--no-logits"]
+        for name in ("weight_streaming", "strip_weights", "version_compatible"):
+            words += ["--" + name.replace("_", "-")] if getattr(self, name) else []
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What a plan is tied to besides its bundle and settings."""
+
+    gpu: str
+    compute_capability: str
+    tensorrt: str
+    driver: str
+    """The newest CUDA that the driver takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanManifest:
+    """What stands in ``plan.json``."""
+
+    bundle_fingerprint: str
+    platform: Platform
+    settings: PlanSettings
+    size: int
+    """Bytes of the plan."""
+    sha256: str
+    schema_version: int = PLAN_SCHEMA_VERSION
+    contract_version: int = CONTRACT_VERSION
+
+    @property
+    def key(self) -> str:
+        return plan_key(self.bundle_fingerprint, self.platform, self.settings)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: Path) -> PlanManifest:
+        """Parse a manifest; unknown and missing keys are errors.
+
+        Raises:
+            PlanError: not the manifest of a plan, or of another schema or contract version.
+        """
+        try:
+            raw = json.loads(text)
+            for name, own in (("schema_version", PLAN_SCHEMA_VERSION), ("contract_version", CONTRACT_VERSION)):
+                if raw[name] != own:
+                    raise PlanError(f"{source} has {name} {raw[name]!r}, this cllm-export reads {own}: build it again")
+            settings = {**raw["settings"], "block_sizes": tuple(raw["settings"]["block_sizes"])}
+            settings["extents"] = tuple(raw["settings"]["extents"])
+            raw["settings"] = from_fields(PlanSettings, settings)
+            raw["platform"] = from_fields(Platform, raw["platform"])
+            return from_fields(cls, raw)
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+            raise PlanError(f"{source} is damaged: {error}; build the plan again") from None
+
+    def differences(self, fingerprint: str, here: Platform) -> list[str]:
+        """Everything in which a bundle and a machine differ from what the plan was built for, as far as it matters."""
+        built, hardware = self.platform, self.settings.hardware
+        compared = [("bundle", self.bundle_fingerprint, fingerprint, self.bundle_fingerprint == fingerprint)]
+        if hardware == "same":
+            compared.append(("GPU", built.gpu, here.gpu, built.gpu == here.gpu))
+        same_capability = built.compute_capability == here.compute_capability
+        from_ampere = hardware == "ampere+" and int(here.compute_capability.split(".")[0]) >= 8
+        compared += [
+            ("compute capability", built.compute_capability, here.compute_capability, same_capability or from_ampere),
+            ("TensorRT", built.tensorrt, here.tensorrt, self._runs_on(here.tensorrt)),
+            ("driver (CUDA)", built.driver, here.driver, built.driver == here.driver),
+        ]
+        return [f"{name}: built for {mine}, here is {yours}" for name, mine, yours, same in compared if not same]
+
+    def _runs_on(self, version: str) -> bool:
+        own = self.platform.tensorrt
+        if not self.settings.version_compatible:
+            return own == version
+        mine, other = (tuple(map(int, text.split("."))) for text in (own, version))
+        return mine[0] == other[0] and mine <= other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A plan on disk, of the size that its manifest says."""
+
+    path: Path
+    """Its directory."""
+    manifest: PlanManifest
+
+    @property
+    def file(self) -> Path:
+        return self.path / PLAN_NAME
+
+    def check_file(self) -> None:
+        """Compare the plan's sha256 with its manifest.
+
+        Raises:
+            PlanError: it differs.
+        """
+        if (actual := sha256_of(self.file)) != self.manifest.sha256:
+            raise PlanError(
+                f"{self.file} is corrupted: its sha256 is {actual}, its manifest says {self.manifest.sha256}; "
+                "build the plan again"
+            )
+
+
+def plan_key(fingerprint: str, platform: Platform, settings: PlanSettings) -> str:
+    """Name of a plan's directory: the same for the same bundle, machine and settings, and for no other."""
+    depends: dict[str, Any] = {
+        "bundle": fingerprint,
+        "platform": asdict(platform),
+        "settings": asdict(settings),
+        "schema": [PLAN_SCHEMA_VERSION, CONTRACT_VERSION],
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def plans_of(bundle: Bundle) -> Path:
+    """The directory that a bundle's plans lie in."""
+    return bundle.path / PLANS_DIRECTORY
+
+
+def open_plan(path: Path) -> Plan:
+    """Open the plan in a directory.
+
+    Raises:
+        PlanError: there is none, or it is damaged.
+    """
+    manifest_path = path / PLAN_MANIFEST_NAME
+    try:
+        manifest = PlanManifest.from_json(manifest_path.read_text(encoding="utf-8"), source=manifest_path)
+        size = (path / PLAN_NAME).stat().st_size
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} holds no plan: {error}; build one with: cllm-export plan BUNDLE") from None
+    if size != manifest.size:
+        raise PlanError(f"{path / PLAN_NAME} has {size} bytes, its manifest says {manifest.size}; build the plan again")
+    return Plan(path=path, manifest=manifest)
+
+
+def find_plan(bundle: Bundle, here: Platform) -> Plan:
+    """The plan of a bundle that runs on this machine.
+
+    Raises:
+        PlanError: there is none; says of each that there is what differs, and the command that builds it anew. Or there
+            are several, which differ in their settings.
+    """
+    plans = [open_plan(path) for path in _plan_directories(bundle)]
+    if not plans:
+        raise PlanError(f"{bundle.path} has no plan; build one on this machine with: cllm-export plan {bundle.path}")
+    reasons = {plan: plan.manifest.differences(bundle.fingerprint, here) for plan in plans}
+    fitting = [plan for plan, differences in reasons.items() if not differences]
+    if len(fitting) > 1:
+        names = ", ".join(plan.path.name for plan in fitting)
+        raise PlanError(f"{bundle.path} has several plans that run here: {names}; remove those not wanted, or name one")
+    if fitting:
+        return fitting[0]
+    lines = [
+        f"  {plan.path.name}: {'; '.join(differences)}; rebuild with: {plan.manifest.settings.command(bundle.path)}"
+        for plan, differences in reasons.items()
+    ]
+    raise PlanError(f"no plan of {bundle.path} runs here:\n" + "\n".join(lines))
+
+
+def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
+    """Check that a plan is this bundle's and runs on this machine.
+
+    Raises:
+        PlanError: it does not; says exactly what differs, and the command that builds it anew.
+    """
+    if differences := plan.manifest.differences(bundle.fingerprint, here):
+        raise PlanError(
+            f"{plan.path} does not run here: {'; '.join(differences)}; "
+            f"rebuild it with: {plan.manifest.settings.command(bundle.path)}"
+        )
+
+
+def _plan_directories(bundle: Bundle) -> Iterator[Path]:
+    directory = plans_of(bundle)
+    if directory.is_dir():
+        yield from sorted(path.parent for path in directory.glob(f"[!.]*/{PLAN_MANIFEST_NAME}"))

@@ -1,0 +1,203 @@
+"""Collect Jacobi trajectories: every prompt decoded in the form that will be deployed, and every state written down.
+
+The prompt file is cut into ranges of ``shard_size`` prompts, and each becomes one shard, decoded from scratch: what a
+shard holds follows from the settings and its own prompts, so that a collection that was cut short, at any moment,
+goes on with the next shard and ends with the bytes it would have had. (Across batch sizes, or another engine, rounding
+may flip a near tie of the model's; nothing else differs: the fill of a prompt is seeded by its number and id.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from cllm_export.bundle.manifest import FILLS, FillName
+from cllm_export.bundle.storage import output_error, sha256_of
+from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.errors import OptionError, OutputError
+from cllm_export.progress import Progress
+from cllm_export.prompts import Prompt, read_prompts
+from cllm_export.runtime.decoding.request import JacobiMethod
+from cllm_export.runtime.model import Model
+from cllm_export.training.collection.collection import (
+    MANIFEST_NAME,
+    CollectionManifest,
+    CollectionSettings,
+    check_shards,
+    read_manifest,
+    unfinished_files,
+    write_manifest,
+    write_shard,
+)
+from cllm_export.training.collection.collection_range import LOOP_OF_METHOD, decode_range
+from cllm_export.training.collection.collection_summary import summarize_collection
+from cllm_export.training.collection.source import Source
+from cllm_export.training.collection.trajectories import Trajectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectOptions:
+    """What ``cllm-export collect`` lets the user choose; by default what the model was trained with."""
+
+    method: JacobiMethod | None = None
+    block_size: int | None = None
+    fill: FillName | None = None
+    seed: int = 0
+    max_new_tokens: int | None = None
+    """By default whatever fits."""
+    shard_size: int = 1000
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_new_tokens", "shard_size", "limit"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+        if self.fill is not None:
+            require_one_of("fill", self.fill, FILLS)
+        if self.method is not None:
+            require_one_of("method", self.method, tuple(LOOP_OF_METHOD))
+
+
+def check_collection_output(directory: Path) -> None:
+    """Refuse a directory that holds anything but a collection, before any work.
+
+    Raises:
+        OutputError: it is a file, or holds something else.
+    """
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir():
+        raise OutputError(f"{directory} exists and is no directory; choose another --output")
+    strange = {path.name for path in directory.iterdir()} - {path.name for path in unfinished_files(directory)}
+    if strange and MANIFEST_NAME not in strange:
+        raise OutputError(f"{directory} exists and is not a collection of trajectories; choose another --output")
+
+
+def collect(
+    source: Source,
+    prompts_path: Path,
+    output: Path,
+    options: CollectOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Trajectories:
+    """Collect the trajectories of a prompt file into a directory; goes on where an earlier run of the same stopped.
+
+    Raises:
+        PromptError: the prompt file is missing or malformed. A prompt that is empty, too long or does not tokenise is
+            left out and counted.
+        OutputError: the directory holds another collection, another run writes to it, or it cannot be written.
+        TrajectoryError: a shard of the earlier run is damaged.
+        OptionError: an option is out of range.
+        EngineError: the engine failed.
+    """
+    check_collection_output(output)
+    options = options or CollectOptions()
+    prompts = read_prompts(prompts_path, limit=options.limit)
+    settings = _settle(source, prompts_path, len(prompts), options)
+    with _locked(output):
+        manifest = _begin(output, settings)
+        _collect_shards(source.model, prompts, output, manifest, progress or (lambda *_: None))
+        return Trajectories(output, _finish(output))
+
+
+def _settle(source: Source, prompts_path: Path, num_prompts: int, options: CollectOptions) -> CollectionSettings:
+    facts, geometry, pinned = source.model.facts, source.model.engine.geometry, source.model.engine.fixed_shapes
+    trained = facts.trained_with
+    block_size = options.block_size or (pinned.block_size if pinned else facts.block_size)
+    if block_size > geometry.max_block_size or (pinned and block_size != pinned.block_size):
+        largest = f"{pinned.block_size}, which it is pinned to" if pinned else f"at most {geometry.max_block_size}"
+        raise OptionError(f"block_size must be {largest} for this model, got {block_size}")
+    return CollectionSettings(
+        model_fingerprint=source.model_fingerprint,
+        bundle_fingerprint=source.bundle_fingerprint,
+        tokenizer_sha256=source.tokenizer_sha256,
+        prompts_sha256=sha256_of(prompts_path),
+        num_prompts=num_prompts,
+        engine=source.engine,
+        device=source.device,
+        loop=LOOP_OF_METHOD[options.method] if options.method else (trained.loop if trained else "sliding"),
+        fill=options.fill or (trained.fill if trained else "pad"),
+        block_size=block_size,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        max_length=facts.max_length,
+        batch_size=source.batch_size,
+        shard_size=options.shard_size,
+    )
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the directory for this run; what a killed one was writing is removed."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise output_error(error, output) from None
+    try:
+        _lock(descriptor, output)
+        for left in unfinished_files(output):
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, output: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"another run is collecting into {output}: wait for it, or choose another --output"
+        raise OutputError(message) from None
+
+
+def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:
+    """The manifest to go on from: a new one, or that of an earlier run with the same settings."""
+    found = read_manifest(output)
+    if found is None:
+        manifest = CollectionManifest(settings=settings)
+        write_manifest(output, manifest)
+        return manifest
+    for entry in fields(CollectionSettings):
+        theirs, ours = getattr(found.settings, entry.name), getattr(settings, entry.name)
+        if theirs != ours:
+            raise OutputError(
+                f"{output} holds a collection with {entry.name} {theirs!r}, this one has {ours!r}: "
+                "choose another --output, or remove the directory"
+            )
+    check_shards(output, found)
+    return found
+
+
+def _collect_shards(
+    model: Model, prompts: Sequence[Prompt], output: Path, manifest: CollectionManifest, progress: Progress
+) -> None:
+    size, total = manifest.settings.shard_size, len(prompts)
+    for number in range(len(manifest.shards), manifest.settings.num_shards):
+        start = number * size
+        progress("collecting", start, total)
+
+        def report(done: int, start: int = start) -> None:
+            progress("collecting", start + done, total)
+
+        rows, dropped = decode_range(model, prompts[start : start + size], start, manifest.settings, report)
+        shard = write_shard(output, number, rows, dropped)
+        manifest = replace(manifest, shards=(*manifest.shards, shard))
+        write_manifest(output, manifest)
+
+
+def _finish(output: Path) -> CollectionManifest:
+    """Complete the manifest with the summary, once every shard is listed."""
+    manifest = read_manifest(output)
+    assert manifest is not None
+    if manifest.summary is None:
+        summary = summarize_collection(output, manifest.settings, manifest.shards)
+        manifest = replace(manifest, summary=summary)
+        write_manifest(output, manifest)
+    return manifest

@@ -1,0 +1,270 @@
+"""A collection of Jacobi trajectories on disk: Parquet shards, and a manifest that pins them.
+
+    trajectories.json      schema version, settings, every shard with its sha256, what was dropped, the summary
+    shard-00000.parquet    a row for each prompt that was kept, in the order of the prompt file
+
+A shard holds the trajectories of a fixed range of prompts, and is listed once it is whole: a collection that was cut
+short is a shorter list, and goes on where that ends. Columns of a shard, F being the forwards of a prompt:
+
+    id, index              as the prompt file gives it; number of the prompt in it, from 0
+    prompt_ids, new_ids    tokens of the prompt, and the fixed point: what decoding gave, its end-of-sequence included
+    finish_reason          why it ended
+    write_index [F]        position of each block's first token
+    block [F][n]           the block that each forward verified: the states of the trajectory
+    next_ids [F][n]        what the model predicts after each of its tokens
+    num_accepted [F]       rows of it that are right, less those beyond the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.storage import output_error, sha256_of, sync_directory
+from cllm_export.checks import from_fields, require_at_least, require_plain_name
+from cllm_export.errors import BundleError, TrajectoryError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "trajectories.json"
+EngineName = Literal["onnxruntime", "torch"]
+MAX_NAMED = 5
+"""Ids of dropped prompts that are kept for each reason, in a shard and in all."""
+AGAIN = "remove the directory and collect again"
+
+_IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "index": pa.int64(),
+        "prompt_ids": _IDS,
+        "new_ids": _IDS,
+        "finish_reason": pa.string(),
+        "write_index": _IDS,
+        "block": pa.list_(_IDS),
+        "next_ids": pa.list_(_IDS),
+        "num_accepted": _IDS,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionSettings:
+    """All that the shards of a collection follow from."""
+
+    model_fingerprint: str
+    """Of the checkpoint, a bundle's own included: see ``Checkpoint.fingerprint``."""
+    bundle_fingerprint: str | None
+    tokenizer_sha256: str
+    prompts_sha256: str
+    num_prompts: int
+    engine: EngineName
+    device: str
+    loop: Loop
+    fill: FillName
+    block_size: int
+    seed: int
+    max_new_tokens: int | None
+    max_length: int
+    batch_size: int
+    shard_size: int
+    """Prompts a shard."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "block_size", "max_length", "batch_size", "shard_size"):
+            require_at_least(name, getattr(self, name), 1)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_prompts // self.shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """Prompts that were left out for one reason."""
+
+    count: int
+    ids: tuple[str, ...]
+    """The first few of them."""
+    detail: str
+    """What the first one's trouble was, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard: its file, what it holds, and what of its range of prompts it does not hold."""
+
+    file: str
+    num_rows: int
+    sha256: str
+    dropped: dict[str, Dropped]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionManifest:
+    """What stands in ``trajectories.json``."""
+
+    settings: CollectionSettings
+    shards: tuple[ShardEntry, ...] = ()
+    summary: dict[str, Any] | None = None
+    """None until the last shard is listed."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Stable JSON: equal manifests give equal bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One row of a shard; see the columns above."""
+
+    id: str
+    index: int
+    prompt_ids: Sequence[int]
+    new_ids: Sequence[int]
+    finish_reason: str
+    write_index: Sequence[int] = field(repr=False)
+    block: Sequence[Sequence[int]] = field(repr=False)
+    next_ids: Sequence[Sequence[int]] = field(repr=False)
+    num_accepted: Sequence[int] = field(repr=False)
+
+
+def read_manifest(directory: Path) -> CollectionManifest | None:
+    """The manifest of a collection, complete or not; None where there is none.
+
+    Raises:
+        TrajectoryError: it is damaged, or of another schema version.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TrajectoryError(f"{path} is not valid JSON ({error}); {AGAIN}") from None
+    found = raw.get("schema_version") if isinstance(raw, dict) else None
+    if found != SCHEMA_VERSION:
+        raise TrajectoryError(f"{path} has schema version {found!r}, this cllm-export reads {SCHEMA_VERSION}; {AGAIN}")
+    try:
+        return _manifest_from(raw)
+    except (TypeError, KeyError, ValueError, AttributeError, BundleError) as error:
+        raise TrajectoryError(f"{path} is damaged: {error}; {AGAIN}") from None
+
+
+def check_shards(directory: Path, manifest: CollectionManifest) -> None:
+    """Compare every listed shard with its sha256.
+
+    Raises:
+        TrajectoryError: one is missing or differs; names it.
+    """
+    for shard in manifest.shards:
+        path = directory / shard.file
+        try:
+            actual = sha256_of(path)
+        except OSError as error:
+            raise TrajectoryError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from None
+        if actual != shard.sha256:
+            raise TrajectoryError(
+                f"{path} is corrupted: its sha256 is {actual[:12]}, the manifest says {shard.sha256[:12]}; {AGAIN}"
+            )
+
+
+def write_manifest(directory: Path, manifest: CollectionManifest) -> None:
+    """Put the manifest in its place, in one step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    _write_file(directory / MANIFEST_NAME, manifest.to_json().encode())
+
+
+def write_shard(directory: Path, number: int, rows: Sequence[Trajectory], dropped: Mapping[str, Dropped]) -> ShardEntry:
+    """Write one shard whole, or not at all; equal rows give equal bytes.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
+    name = f"shard-{number:05}.parquet"
+    _write_file(directory / name, sink.getvalue())
+    sha256 = hashlib.sha256(sink.getvalue()).hexdigest()
+    return ShardEntry(file=name, num_rows=len(rows), sha256=sha256, dropped=dict(dropped))
+
+
+def unfinished_files(directory: Path) -> list[Path]:
+    """What a killed collection was writing."""
+    return sorted(path for path in directory.glob(".*.unfinished") if path.is_file())
+
+
+def merge_dropped(parts: Sequence[Mapping[str, Dropped]]) -> dict[str, Dropped]:
+    """Counts of several parts together, with the ids of the first few."""
+    counts: Counter[str] = Counter()
+    ids: dict[str, tuple[str, ...]] = {}
+    details: dict[str, str] = {}
+    for part in parts:
+        for reason, entry in part.items():
+            counts[reason] += entry.count
+            ids[reason] = (ids.get(reason, ()) + tuple(entry.ids))[:MAX_NAMED]
+            details.setdefault(reason, entry.detail)
+    return {name: Dropped(count=counts[name], ids=ids[name], detail=details[name]) for name in sorted(counts)}
+
+
+def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One shard, or some of its columns.
+
+    Raises:
+        TrajectoryError: it is no shard of trajectories.
+    """
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise TrajectoryError(f"{path} is not a shard of trajectories: {error}; {AGAIN}") from None
+    expected = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
+    if not table.schema.equals(expected):
+        raise TrajectoryError(f"{path} has other columns than a shard of trajectories; {AGAIN}")
+    return table
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise output_error(error, path) from None
+
+
+def _manifest_from(raw: dict[str, Any]) -> CollectionManifest:
+    settings = from_fields(CollectionSettings, raw["settings"])
+    shards = tuple(_shard_from(entry) for entry in raw["shards"])
+    if len(shards) > settings.num_shards or (raw["summary"] is not None and len(shards) != settings.num_shards):
+        raise ValueError(f"{len(shards)} shards are listed, {settings.num_shards} are expected")
+    return from_fields(CollectionManifest, {**raw, "settings": settings, "shards": shards})
+
+
+def _shard_from(raw: dict[str, Any]) -> ShardEntry:
+    require_plain_name(raw["file"])
+    dropped = {
+        name: from_fields(Dropped, {**entry, "ids": tuple(entry["ids"])}) for name, entry in raw["dropped"].items()
+    }
+    return from_fields(ShardEntry, {**raw, "dropped": dropped})

@@ -1,0 +1,1 @@
+"""What is trained on: samples and the Jacobi states of their windows."""

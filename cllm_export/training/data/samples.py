@@ -1,0 +1,120 @@
+"""Training samples: prompts with the text the model should give, tokenised, and an account of what was left out."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from cllm_export.errors import PromptError
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.text import TextCodec
+
+EMPTY_PROMPT, NO_ANSWER, UNTOKENISABLE, TOO_LONG = "empty prompt", "no answer", "does not tokenise", "too long"
+"""Why a prompt gives no sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt and its target. ``tokens`` [L] is the prompt followed by the answer and one end-of-sequence token."""
+
+    id: str
+    tokens: tuple[int, ...]
+    num_prompt: int
+    """Tokens of the prompt, at least one."""
+    states: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Recorded Jacobi states, in order: position of the block's first token, and the block."""
+
+    @property
+    def first_start(self) -> int:
+        """Where decoding starts: the position of the prompt's last token, which is the first block's first."""
+        return self.num_prompt - 1
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.tokens[: self.num_prompt]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the clean sequence: every token but the last predicts one."""
+        return len(self.tokens) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What came of a prompt file or a folder of trajectories."""
+
+    samples: list[Sample]
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> number of prompts that were left out for it."""
+
+
+def encode_samples(prompts: Iterable[Prompt], codec: TextCodec, *, eos_token_id: int, max_length: int) -> Samples:
+    """Tokenise prompts and their answers: the answer follows the prompt as it stands, then comes end-of-sequence.
+
+    Prompts without an answer, that do not tokenise, are empty, or are longer than ``max_length`` tokens with their
+    answer are left out and counted.
+    """
+    dropped: Counter[str] = Counter()
+
+    def encoded() -> Iterator[Sample]:
+        for prompt in prompts:
+            made = _encode(prompt, codec, eos_token_id, max_length)
+            if isinstance(made, Sample):
+                yield made
+            else:
+                dropped[made] += 1
+
+    return Samples(samples=list(with_shared_ids(encoded())), dropped=dict(dropped))
+
+
+def with_shared_ids(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The same samples, with one object for each token id: a third of the memory, where there are many."""
+    known: dict[int, int] = {}
+
+    def share(tokens: Iterable[int]) -> tuple[int, ...]:
+        return tuple(known.setdefault(token, token) for token in tokens)
+
+    for sample in samples:
+        states = tuple((start, share(block)) for start, block in sample.states)
+        yield replace(sample, tokens=share(sample.tokens), states=states)
+
+
+def _encode(prompt: Prompt, codec: TextCodec, eos_token_id: int, max_length: int) -> Sample | str:
+    """The sample, or why there is none."""
+    if not prompt.content:
+        return EMPTY_PROMPT
+    if not prompt.answer:
+        return NO_ANSWER
+    try:
+        ids = encode_prompt(prompt, codec)
+        answer = codec.encode_continuation(prompt.answer)
+    except PromptError:
+        return UNTOKENISABLE
+    if not ids or not answer:
+        return EMPTY_PROMPT if not ids else NO_ANSWER
+    if len(ids) + len(answer) + 1 > max_length:
+        return TOO_LONG
+    return Sample(id=prompt.id, tokens=(*ids, *answer, eos_token_id), num_prompt=len(ids))
+
+
+def encode_prompt(prompt: Prompt, codec: TextCodec) -> list[int]:
+    """Token ids of a prompt, text or messages, as ``Model.generate`` reads them.
+
+    Raises:
+        PromptError: it does not tokenise, or the model has no chat template for its messages.
+    """
+    content = prompt.content
+    return codec.encode(content) if isinstance(content, str) else codec.encode_chat(content)
+
+
+def digest_samples(samples: Iterable[Sample]) -> str:
+    """sha256 of all that training takes from samples: equal for equal data, wherever it came from."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.id}:{sample.num_prompt}:{len(sample.states)}:".encode())
+        for start, tokens in ((0, sample.tokens), *sample.states):
+            digest.update(array("q", (start, len(tokens), *tokens)).tobytes())
+    return digest.hexdigest()

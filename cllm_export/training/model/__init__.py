@@ -1,0 +1,1 @@
+"""The checkpoint in PyTorch: packed for training, or as an engine."""

@@ -1,0 +1,68 @@
+"""LoRA: adapters on every projection of the decoder while it is tuned, merged into plain weights when it is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cllm_export.checks import require_at_least
+from cllm_export.errors import OptionError
+
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "c_fc", "c_proj"),
+)
+"""By their names in any family: some pack the projections of queries, keys and values, or of gate and up."""
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Size of the adapters."""
+
+    rank: int
+    alpha: float
+    """The adapters' product is scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        require_at_least("lora rank", self.rank, 1)
+        if not 0 < self.alpha < math.inf:
+            raise OptionError(f"lora alpha must be a number above 0, got {self.alpha}")
+
+
+def add_lora(decoder: PreTrainedModel, options: LoraOptions) -> None:
+    """Put adapters into the decoder's projections, in place, and freeze everything else."""
+    alpha: Any = options.alpha  # peft declares an int and takes any number
+    config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(PROJECTIONS), lora_dropout=0.0)
+    inject_adapter_in_model(config, decoder, adapter_name=ADAPTER)
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge_lora(weights: Mapping[str, Tensor], options: LoraOptions) -> dict[str, Tensor]:
+    """Plain weights from those of a decoder with adapters: W + alpha / rank * B A, computed in float32.
+
+    On a state dict rather than on the model, so that it serves sharded models as well.
+    """
+    merged: dict[str, Tensor] = {}
+    scale = options.alpha / options.rank
+    for name, tensor in weights.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." not in name:
+            merged[name] = tensor
+            continue
+        module, part = name.split(".base_layer.")
+        if part == "weight":
+            down, up = (weights[f"{module}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
+            merged[f"{module}.weight"] = torch.addmm(tensor.float(), up, down, alpha=scale).to(tensor.dtype)
+        else:
+            merged[f"{module}.{part}"] = tensor
+    return merged

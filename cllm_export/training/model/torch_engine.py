@@ -1,0 +1,366 @@
+"""A checkpoint as an engine: the stock transformers model behind the runtime's protocol, so that the runtime's own
+loops decode it, before it is exported and while it is tuned.
+
+The rules are the graph's (``contract.py``): the KV of a block is written in place at each slot's write index, a row
+sees the rows up to its own position, and the match length is counted on the device, so that a forward costs one copy
+to the host. Weights are read at every forward: an engine around a live model decodes what that model is now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cllm_export.bundle.contract import FixedShapes, Geometry, check_forward, check_rows
+from cllm_export.bundle.manifest import TrainedWith
+from cllm_export.checks import require_at_least
+from cllm_export.errors import CheckpointError, EngineError
+from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length, open_checkpoint, refuse_in_torch
+from cllm_export.exporter.graph.rotary import settle_rope
+from cllm_export.exporter.graph.trace import check_tensors
+from cllm_export.exporter.options import BuildOptions, Settings, settle
+from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.base import Forward, KvRows
+from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent
+from cllm_export.runtime.model import Model
+from cllm_export.training.model.attention import CPU_ATTENTION
+
+PREFILL_CHUNK = 128
+"""Tokens a prefill forward takes: PyTorch's own cost of a forward is that of some hundred rows of a small model."""
+
+MASKLESS = ("eager", "flash", "flex", "paged")
+"""Beginnings of the names of attentions in transformers that do not take a mask [B, 1, n, S] of booleans."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """What a bundle's manifest would say of a checkpoint: see ``ModelFacts``."""
+
+    block_size: int
+    max_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    trained_with: TrainedWith | None
+
+
+class TorchEngine:
+    """Runs a causal LM of transformers on its own device and in its own dtype. See ``Engine`` for the calls.
+
+    The model may be in training mode elsewhere: every forward runs in evaluation mode and puts back what it found.
+
+    Args:
+        model: a decoder of a family that the exporter knows; its attention takes a mask of booleans, as ``sdpa`` does.
+        geometry: its geometry, see ``geometry_of``.
+        num_slots: B.
+
+    Raises:
+        EngineError: the model's attention does not take the mask.
+    """
+
+    def __init__(self, model: PreTrainedModel, geometry: Geometry, *, num_slots: int = 1) -> None:
+        require_at_least("num_slots", num_slots, 1)
+        attention = model.config._attn_implementation
+        if attention not in ("sdpa", CPU_ATTENTION):
+            raise EngineError(f"the model runs {attention!r} attention; load it with attn_implementation='sdpa'")
+        self._model = model
+        self._geometry = geometry
+        self._num_slots = num_slots
+        self._device = model.device
+        self._held: SlotCache | None = SlotCache(geometry, num_slots, model.dtype, self._device)
+        self._positions = torch.arange(geometry.cache_length, device=self._device)
+        self.run_seconds = 0.0
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._geometry
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def fixed_shapes(self) -> FixedShapes | None:
+        return None
+
+    @property
+    def prefill_chunk(self) -> int:
+        return PREFILL_CHUNK
+
+    def forward(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        *,
+        with_logits: bool = False,
+    ) -> Forward:
+        block_size = len(input_ids[0])
+        packed, extent = self._pack(input_ids, num_committed, write_index), self._extent(block_size, max(write_index))
+        with self._running():
+            packed = packed.to(self._device)
+            logits = self._logits(packed, extent, num_rows=0)
+            rows: list[list[int]] = _greedy(packed, logits).tolist()
+            fetched = logits.float().cpu().numpy() if with_logits else None
+        return Forward([row[:block_size] for row in rows], [row[block_size] for row in rows], fetched)
+
+    def prefill(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> None:
+        packed, extent = (
+            self._pack(input_ids, num_committed, write_index),
+            self._extent(len(input_ids[0]), max(write_index)),
+        )
+        with self._running():
+            self._logits(packed.to(self._device), extent, num_rows=1)
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        rows = self._cache.read(slot, start, stop).cpu()
+        found: KvRows = (
+            (rows.view(torch.int16).numpy().view(np.uint16)) if rows.dtype == torch.bfloat16 else rows.numpy()
+        )
+        return found
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        dtype = self.read_rows(slot, start, start).dtype
+        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=dtype)
+        is_bits = dtype == np.uint16
+        given = torch.from_numpy(np.ascontiguousarray(rows.view(np.int16) if is_bits else rows))
+        self._cache.write(slot, start, stop, given.view(torch.bfloat16) if is_bits else given)
+
+    def _logits(self, packed: Tensor, extent: int, *, num_rows: int) -> Tensor:
+        """Logits of the last rows of packed blocks [B, n + 2], of all for 0. Writes the KV."""
+        input_ids, write_index = packed[:, :-2], packed[:, -1]
+        positions = write_index[:, None] + self._positions[: input_ids.shape[1]]
+        self._cache.aim(positions, extent)
+        logits: Tensor = self._model(
+            input_ids=input_ids,
+            attention_mask=self._positions[:extent] <= positions[:, None, :, None],
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=num_rows,
+        ).logits
+        return logits
+
+    def close(self) -> None:
+        """Drop the cache; the model is its owner's. The engine cannot run afterwards."""
+        self._held = None
+
+    @property
+    def _cache(self) -> SlotCache:
+        if self._held is None:
+            raise EngineError("this engine is closed; make another of the model")
+        return self._held
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        started = perf_counter()
+        try:
+            with torch.inference_mode(), _evaluating(self._model):
+                yield
+        except RuntimeError as error:  # PyTorch's own, out of memory included
+            raise EngineError(f"PyTorch failed in a forward: {error}") from error
+        self.run_seconds += perf_counter() - started
+
+    def _pack(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> Tensor:
+        """All inputs [B, n + 2] in one tensor, which is one copy to the device."""
+        if not len(input_ids) == len(num_committed) == len(write_index) == self._num_slots:
+            raise EngineError(
+                f"a forward needs a block, num_committed and write_index for each of {self._num_slots} slots"
+            )
+        try:
+            rows = zip(input_ids, num_committed, write_index, strict=True)
+            return torch.tensor([[*block, committed, index] for block, committed, index in rows])
+        except ValueError as error:
+            raise EngineError(f"the blocks of one forward must all have {len(input_ids[0])} tokens: {error}") from None
+
+    def _extent(self, block_size: int, write_index: int) -> int:
+        extent = kv_extent(write_index + block_size, self._geometry.cache_length)
+        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
+        return extent
+
+
+class SlotCache:
+    """What the decoder sees as its cache: each update writes a block [B, K, n, D] at the slots' positions into static
+    buffers [B, K, C, D] and shows rows 0..S-1."""
+
+    is_compileable = False
+
+    def __init__(self, geometry: Geometry, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
+        self._buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * geometry.num_layers)]
+        """Key and value of layer 0, of layer 1, ... Zeroed: a NaN in a dead row would leak, 0 * NaN being NaN."""
+        self._slots = torch.arange(num_slots, device=device)[:, None]
+        self._positions = self._slots
+        self._extent = 0
+
+    def aim(self, positions: Tensor, extent: int) -> None:
+        """Where the next forward writes [B, n], and how many rows S it sees."""
+        self._positions, self._extent = positions, extent
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the block of one layer; its keys and values [B, K, S, D]."""
+        return self._write(2 * layer, key), self._write(2 * layer + 1, value)
+
+    def read(self, slot: int, start: int, stop: int) -> Tensor:
+        """Rows of one slot [2L, K, rows, D]."""
+        return torch.stack([buffer[slot, :, start:stop] for buffer in self._buffers])
+
+    def write(self, slot: int, start: int, stop: int, rows: Tensor) -> None:
+        """Put rows of one slot [2L, K, rows, D] into it."""
+        for buffer, tensor_rows in zip(self._buffers, rows, strict=True):
+            buffer[slot, :, start:stop] = tensor_rows
+
+    def get_seq_length(self, *_: Any) -> int:
+        """None of its rows is the decoder's to count: positions and mask are given."""
+        return 0
+
+    def _write(self, index: int, block: Tensor) -> Tensor:
+        if self._buffers[index].dtype != block.dtype:  # autocast, or a model whose dtype was changed
+            self._buffers[index] = self._buffers[index].to(block.dtype)
+        buffer = self._buffers[index]
+        buffer.transpose(1, 2)[self._slots, self._positions] = block.transpose(1, 2)
+        return buffer[:, :, : self._extent]
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    max_length: int | None = None,
+    block_size: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Load a checkpoint for generation, as ``runtime.load`` loads a bundle built from it.
+
+    Args:
+        path: a Hugging Face directory.
+        max_length: prompt plus new tokens; by default the model's, capped at 2048.
+        block_size: default n; by default what the model was trained with, else 16.
+        device: where the model runs.
+        dtype: of weights and KV cache.
+
+    Raises:
+        CheckpointError: missing, partial, damaged or unsupported: all that ``build`` refuses.
+        OptionError: an option is out of range for this model.
+    """
+    checkpoint = open_checkpoint(path, max_length=max_length)
+    settings = settle(BuildOptions(max_length=max_length, block_size=block_size), checkpoint)
+    weights = load_weights(checkpoint, max_length=max_length, device=device, dtype=dtype)
+    return _model(weights, checkpoint, settings, num_slots=1)
+
+
+def model_around(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    *,
+    max_length: int | None = None,
+    trained_with: TrainedWith | None = None,
+    num_slots: int = 1,
+) -> Model:
+    """A live model, as it is in memory at every request, with the tokenizer and tokens of its checkpoint.
+
+    Args:
+        model: what the checkpoint became; with LoRA, the base model (``get_base_model()``), whose layers carry it.
+        checkpoint: where it came from.
+        max_length: prompt plus new tokens; by default the model's, capped at 2048.
+        trained_with: what it is being trained with, whose n, fill and loop are then its defaults.
+        num_slots: of its engine; ``Model.generate`` uses one, ``decode_batch`` all.
+
+    Raises:
+        OptionError: an option is out of range for this model.
+        EngineError: the model's attention does not take the mask.
+    """
+    settings = settle(BuildOptions(max_length=max_length, trained_with=trained_with), checkpoint)
+    return _model(model, checkpoint, settings, num_slots=num_slots)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    *,
+    max_length: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The stock transformers model of an opened checkpoint, in evaluation mode.
+
+    Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape, which transformers would fill with random numbers.
+        UnsupportedError: the model can be built, but not run in PyTorch under a causal mask alone.
+    """
+    max_length = max_length or default_max_length(checkpoint.config)
+    refuse_in_torch(checkpoint, max_length)
+    check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
+    transformers_logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
+        raise CheckpointError(f"transformers does not load {checkpoint.path}: {error}") from None
+    settle_rope(model.model.rotary_emb, max_length)
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # PyTorch's own: no such device, or too little memory on it
+        raise EngineError(f"the model cannot run on device {str(device)!r}: {error}") from None
+
+
+def _model(model: PreTrainedModel, checkpoint: Checkpoint, settings: Settings, *, num_slots: int) -> Model:
+    facts = CheckpointFacts(
+        block_size=settings.block_size,
+        max_length=settings.max_length,
+        eos_token_ids=checkpoint.eos_token_ids,
+        pad_token_id=checkpoint.pad_token_id,
+        trained_with=settings.trained_with,
+    )
+    codec = TextCodec(checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens)
+    return Model(facts, TorchEngine(model, settings.geometry, num_slots=num_slots), codec)
+
+
+def _greedy(packed: Tensor, logits: Tensor) -> Tensor:
+    """Greedy ids and the number of leading rows that are right [B, n + 1], from packed blocks [B, n + 2] and logits.
+
+    A row is right if it is committed, or the token that the row before predicts. An idle slot has no right row.
+    """
+    input_ids, num_committed = packed[:, :-2], packed[:, -2:-1]
+    block_size = input_ids.shape[1]
+    next_ids = logits.argmax(-1)
+    rows = torch.arange(block_size, device=input_ids.device)
+    before = nn.functional.pad(next_ids, (1, -1), value=-1)
+    right = (rows < num_committed) | (input_ids == before)
+    num_accepted = torch.where(right, block_size, rows).amin(-1, keepdim=True)
+    return torch.cat((next_ids, num_accepted), 1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; on leaving, every module that was in training mode is in it again."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

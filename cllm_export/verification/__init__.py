@@ -1,0 +1,1 @@
+"""The proof that a bundle decodes as it must."""

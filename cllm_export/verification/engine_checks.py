@@ -1,0 +1,163 @@
+"""What an engine must hold bit for bit.
+
+Rows see each other only through attention, dead rows are hidden, and the cache is written in place.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.runtime.engines.base import prefill
+from cllm_export.runtime.engines.kv_cache import kv_extent
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.verification.report import Check
+
+POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0, "bf16": 100.0}
+"""What dead rows are set to. In fp16 a score over a larger one overflows to infinity before the mask is applied, and
+no row that a decoder ever wrote is that large."""
+
+
+def check_rows_are_isolated(bundle: Bundle, threads: int | None, *, trials: int = 8) -> Check:
+    """Change later rows and other slots at random: the prediction and the KV rows of earlier rows stay bit-equal."""
+    probe = _Probe(bundle, threads)
+    block = probe.random_block()
+    before = probe.run(block)
+    leaks = []
+    for trial in range(trials):
+        kept = 1 + trial % max(1, probe.block_size - 1) if trial else 1
+        changed = block[:kept] + probe.random_block()[kept:]
+        if not probe.same(before, probe.run(changed, disturb=True), rows=kept):
+            leaks.append(kept)
+    slots = probe.engine.num_slots
+    detail = (
+        f"{trials} trials, {slots} {'slots' if slots > 1 else 'slot, so no other to change'}, n = {probe.block_size}"
+    )
+    return Check(
+        name="rows see each other only through attention",
+        passed=not leaks if probe.block_size > 1 or slots > 1 else None,
+        detail=detail if not leaks else f"rows before {leaks[0]} changed with later rows or other slots",
+        data={"trials": trials, "slots": slots, "leaks": leaks},
+    )
+
+
+def check_dead_rows_are_hidden(bundle: Bundle, threads: int | None) -> Check:
+    """Poison every row above the write index with large finite values: no output and no valid row changes."""
+    probe = _Probe(bundle, threads)
+    block = probe.random_block()
+    clean = probe.run(block)
+    poison = POISON[bundle.manifest.precision]
+    same = probe.same(clean, probe.run(block, poison=poison), rows=probe.block_size)
+    visible = probe.num_dead_rows
+    detail = f"{visible} rows in sight above the block set to {poison:g}" if same else "a dead row changed an output"
+    return Check(
+        name="dead cache rows change nothing", passed=(same if visible else None) if same else False, detail=detail
+    )
+
+
+def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
+    """The engine writes the block's rows into the very buffers it reads, and says nothing of a copy."""
+    probe = _Probe(bundle, threads, log_severity=2)
+    with _captured_stderr() as log:
+        before = {name: array.copy() for name, array in probe.engine.cache.items()}
+        probe.run(probe.random_block())
+    rows = slice(probe.write_index, probe.write_index + probe.block_size)
+    written = all(np.any(array[:, :, rows] != before[name][:, :, rows]) for name, array in probe.engine.cache.items())
+    above = slice(probe.write_index + probe.block_size, None)
+    kept = all(
+        np.array_equal(array[:, :, above], before[name][:, :, above]) for name, array in probe.engine.cache.items()
+    )
+    warned = "in-place" in log()
+    problems = [
+        text
+        for text, failed in (
+            ("the block's rows were not written", not written),
+            ("rows beyond the block were written", not kept),
+            ("ONNX Runtime reports a copy of the cache", warned),
+        )
+        if failed
+    ]
+    return Check(
+        name="KV cache is updated in place",
+        passed=not problems,
+        detail="; ".join(problems) or f"{len(before)} buffers, past and present on one address",
+    )
+
+
+class _Probe:
+    """An engine with two slots or more, brought to the same state before every forward."""
+
+    def __init__(self, bundle: Bundle, threads: int | None, *, log_severity: int = 3) -> None:
+        pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+        slots = None if pinned else max(2, bundle.manifest.batch_size)
+        self.engine = OrtEngine(bundle, num_slots=slots, threads=threads, log_severity=log_severity)
+        self.block_size = bundle.manifest.block_size
+        self._vocabulary = bundle.manifest.geometry.vocab_size
+        self._random = random.Random(1)  # noqa: S311 - test data, not a secret
+        self._prompt = self._tokens(self._prompt_length(bundle.manifest.max_length))
+        self.write_index = len(self._prompt)
+        self.num_dead_rows = self._extent(self.write_index) - self.write_index - self.block_size
+        """Rows above the block that attention reads and the mask must hide."""
+
+    def random_block(self) -> list[int]:
+        return self._tokens(self.block_size)
+
+    def _prompt_length(self, max_length: int) -> int:
+        """A length around 24 behind which some dead rows are in sight, if there is one."""
+        longest = max(1, min(24, max_length - 1))
+        lengths = range(longest, 0, -1)
+        return next((size for size in lengths if self._extent(size) >= size + self.block_size + 4), longest)
+
+    def _extent(self, write_index: int) -> int:
+        fixed, cache_length = self.engine.fixed_shapes, self.engine.geometry.cache_length
+        return fixed.kv_extent if fixed else kv_extent(write_index + self.block_size, cache_length)
+
+    def run(
+        self, block: list[int], *, disturb: bool = False, poison: float | None = None
+    ) -> tuple[list[int], list[Any]]:
+        """Predictions [n] of slot 0 and its KV rows [K, n, D] of every layer, after one forward of the block."""
+        for array in self.engine.cache.values():
+            array.fill(0)
+        prefill(self.engine, self._prompt, 0)
+        if poison is not None:
+            for array in self.engine.cache.values():
+                array[:, :, self.write_index :] = poison
+        others = self.engine.num_slots - 1
+        blocks = [block] + [self.random_block() if disturb else [0] * self.block_size for _ in range(others)]
+        active = [1] + [int(disturb)] * others
+        forward = self.engine.forward(blocks, active, [self.write_index] + [0] * others)
+        rows = slice(self.write_index, self.write_index + self.block_size)
+        return forward.next_ids[0], [array[0, :, rows].copy() for array in self.engine.cache.values()]
+
+    @staticmethod
+    def same(a: tuple[list[int], list[Any]], b: tuple[list[int], list[Any]], *, rows: int) -> bool:
+        """Whether the first rows agree bit for bit."""
+        caches = zip(a[1], b[1], strict=True)
+        return a[0][:rows] == b[0][:rows] and all(x[:, :rows].tobytes() == y[:, :rows].tobytes() for x, y in caches)
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._vocabulary) for _ in range(count)]
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """What native code writes to the process's standard error meanwhile, such as ONNX Runtime's own log."""
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        text = ""
+        try:
+            yield lambda: text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            text = file.read().decode(errors="replace")

@@ -1,0 +1,106 @@
+"""What a verification may be told, and the certificate that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cllm_export.bundle.manifest import PARITY_NAME, Bundle
+from cllm_export.errors import OutputError
+
+GREEDY, SAMPLED = "", "sampled "
+"""What a check's name begins with."""
+
+DEFAULT_NUM_PROMPTS = 16
+
+HELD_BYTES = 10
+"""Bytes a parameter takes in ``verify``: fp32 in the engine, fp32 in PyTorch, and what both work with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One property of a bundle and whether it holds; ``passed`` is None where it was not checked or is not required,
+    and ``detail`` says why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The report that ``verify`` writes as ``parity.json``."""
+
+    bundle_fingerprint: str
+    conditions: dict[str, Any]
+    """What the checks ran with: prompts, new tokens, threads, engine, whether PyTorch was compared."""
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    def to_json(self) -> str:
+        checks = [vars(check) for check in self.checks]
+        report = {
+            "bundle_fingerprint": self.bundle_fingerprint,
+            "passed": self.passed,
+            "conditions": self.conditions,
+            "checks": checks,
+        }
+        return json.dumps(report, indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What ``cllm-export verify`` lets the user choose."""
+
+    max_new_tokens: int = 128
+    block_sizes: tuple[int, ...] = ()
+    """Block sizes the losslessness checks run at; by default the bundle's own."""
+    threads: int | None = None
+    by_layer: bool | None = None
+    """Compare with the checkpoint layer by layer instead of decoding; by default where the two do not fit in memory."""
+
+
+def check_writable(bundle: Bundle) -> None:
+    """Find out before any work that the report could not be written.
+
+    Raises:
+        OutputError: the bundle's directory takes no file.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=bundle.path) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        raise OutputError(f"cannot write {PARITY_NAME} into {bundle.path}: {error.strerror}") from None
+
+
+def write_parity(bundle: Bundle, parity: Parity) -> None:
+    """Write ``parity.json``, whole or not at all.
+
+    Raises:
+        OutputError: the bundle cannot be written to.
+    """
+    target = bundle.path / PARITY_NAME
+    scratch = target.with_name(f".{PARITY_NAME}.{os.getpid()}")
+    try:
+        scratch.write_text(parity.to_json(), encoding="utf-8")
+        scratch.replace(target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+
+
+def files_text(bundle: Bundle) -> str:
+    linked = len(bundle.manifest.linked_files)
+    return f"{len(bundle.manifest.files)} files match the manifest" + (f", {linked} linked ones too" if linked else "")
+
+
+def reported(check: Check) -> Check:
+    return replace(check, passed=None, detail=f"{check.detail}; reported, for a quantised bundle need not agree")

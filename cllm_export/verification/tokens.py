@@ -1,0 +1,293 @@
+"""Token for token: Jacobi decoding against autoregressive decoding, other shapes, and the checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, Bundle
+from cllm_export.errors import EngineError, OptionError
+from cllm_export.progress import Progress
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
+from cllm_export.runtime.decoding.sampling import Sampler, Sampling
+from cllm_export.runtime.engines.base import prefill
+from cllm_export.runtime.load import load
+from cllm_export.runtime.request_run import Generation
+from cllm_export.verification.files import require_source
+from cllm_export.verification.report import DEFAULT_NUM_PROMPTS, GREEDY, SAMPLED, Check, VerifyOptions, reported
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.parity.reference import Reference
+
+
+MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
+"""Margin, in standard deviations of the logits, under which another token than the reference's counts as a tie.
+
+The margin is the reference's best logit minus that of the engine's token. Through a decoder's depth fp32 carries an
+error of about 1e-5 of the logits' spread, so 1e-3 is a hundred times the noise; fp16 weights and activations carry
+2**-11 an operation, 0.01 or so in all; bf16 carries 2**-8, eight times as much.
+"""
+
+MAX_TIE_SHARE = 0.02
+"""Share of positions that may be ties: near ties are rare, and many of them are an error in disguise."""
+
+
+class TokenSession:
+    """The checks that decode prompts: they share one model, one reference and the sequences decoded so far."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        prompts: Sequence[Prompt],
+        reference: Reference | None,
+        options: VerifyOptions,
+        progress: Progress,
+    ) -> None:
+        self._bundle = bundle
+        self._model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
+        self._reference = reference
+        self._progress = progress
+        self._max_new_tokens = options.max_new_tokens
+        self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
+        self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
+        self._ignore_eos = not prompts  # random tokens end at once, and would try nothing
+        self._decoded: dict[tuple[Method, int | None, str], list[Generation]] = {}
+        own = bundle.manifest.block_size
+        pinned = self._model.engine.fixed_shapes is not None
+        self._block_sizes = options.block_sizes or (own,)
+        if pinned and set(self._block_sizes) != {own}:
+            given = ", ".join(map(str, self._block_sizes))
+            raise OptionError(f"this bundle is pinned to blocks of {own}, got {given}: leave --block-size out")
+
+    def token_checks(self) -> list[Check]:
+        checks = []
+        for block_size in self._block_sizes:
+            for method in METHODS[:2]:
+                name = f"{method} == autoregressive, n = {block_size}"
+                checks.append(_failing_with_the_engine(name, self._lossless, method, block_size))
+        first = self._block_sizes[0]
+        name = f"{SAMPLED}jacobi == autoregressive, n = {first}"
+        checks.append(_failing_with_the_engine(name, self._lossless, METHODS[0], first, SAMPLED))
+        for kind in (GREEDY, SAMPLED):
+            if self._model.engine.fixed_shapes:
+                detail = "the bundle is pinned to one shape"
+                checks.append(Check(name=f"{kind}across shapes", passed=None, detail=detail))
+            else:
+                checks.append(_failing_with_the_engine(f"{kind}across shapes", self._across_shapes, first, kind))
+        if LOOKAHEAD_GRAPH in self._bundle.manifest.graphs:
+            checks.append(_failing_with_the_engine(f"{LOOKAHEAD} == autoregressive", self._lookahead))
+        checks.append(_failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first))
+        checks.append(self._tokenization())
+        return checks
+
+    def _lossless(self, method: Method, block_size: int, kind: str = GREEDY) -> Check:
+        expected, actual = self._decode("autoregressive", block_size, kind), self._decode(method, block_size, kind)
+        differences = [
+            {"prompt": prompt_id, "position": first_difference(a.token_ids, e.token_ids)}
+            for prompt_id, a, e in zip(self._prompts, actual, expected, strict=True)
+            if a.token_ids != e.token_ids
+        ]
+        forwards = sum(generation.statistics.forwards for generation in actual)
+        tokens = sum(generation.statistics.new_tokens for generation in actual)
+        equal = len(actual) - len(differences)
+        vacuous = tokens == forwards and block_size > 1
+        detail = f"{equal} of {len(actual)} prompts equal, {tokens} tokens, {tokens / forwards:.2f} per forward"
+        return Check(
+            name=f"{kind}{method} == autoregressive, n = {block_size}",
+            passed=False if differences else None if vacuous else True,
+            detail=detail + ("; no draft was accepted, which proves little: give --prompts" if vacuous else ""),
+            data={"prompts": len(actual), "equal": equal, "new_tokens": tokens, "differences": differences},
+        )
+
+    def _across_shapes(self, block_size: int, kind: str = GREEDY) -> Check:
+        name = f"{kind}across shapes, n = 1 against {block_size}"
+        if block_size == 1:
+            return Check(name=name, passed=None, detail="only one shape was asked for")
+        return self._equal_but_for_ties(name, "autoregressive", block_size, kind)
+
+    def _lookahead(self) -> Check:
+        """Its forwards have shapes of their own, so it is held to what other shapes are held to."""
+        return self._equal_but_for_ties(f"{LOOKAHEAD} == autoregressive", LOOKAHEAD, None)
+
+    def _equal_but_for_ties(self, name: str, method: Method, block_size: int | None, kind: str = GREEDY) -> Check:
+        one, many = self._decode("autoregressive", 1, kind), self._decode(method, block_size, kind)
+        ties = Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
+        for (prompt_id, prompt), a, b in zip(self._prompts.items(), one, many, strict=True):
+            position = first_difference(a.token_ids, b.token_ids)
+            ties.count_prompt(len(a.token_ids))
+            if position is not None:
+                margins = [self._margin_of(kind, prompt, found, position) for found in (a, b)]
+                ties.add(prompt_id, position, None if None in margins else max(m for m in margins if m is not None))
+        return self._judged(ties.check(name))
+
+    def _margin_of(self, kind: str, prompt: list[int], generation: Generation, position: int) -> float | None:
+        if kind == GREEDY:
+            return self._margin(prompt, generation.token_ids, position)
+        return self._sampled_margin(prompt, generation, position)
+
+    def _sampled_margin(self, prompt: list[int], generation: Generation, position: int) -> float | None:
+        """How far the score of the token drawn there is below the best one's, in standard deviations of the logits."""
+        if position >= len(generation.token_ids):
+            return None
+        engine, text = self._model.engine, [*prompt, *generation.token_ids[:position]]
+        prefill(engine, text[:-1], 0)
+        forward = engine.forward([text[-1:]], [1], [len(text) - 1], with_logits=True)
+        if forward.logits is None:
+            return None
+        logits = forward.logits[0]
+        sampler = Sampler(_sampling(generation.seed), prompt=text, vocab_size=logits.shape[1])
+        scores = sampler.scores(text[-1:], len(text) - 1, logits)[0]
+        return float((scores.max() - scores[generation.token_ids[position]]) / logits.std())
+
+    def _against_checkpoint(self, block_size: int) -> Check:
+        name = "against the PyTorch checkpoint"
+        if self._reference is None:
+            return Check(name=name, passed=None, detail="no --checkpoint given")
+        ties = Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
+        generations = self._decode("autoregressive", block_size)
+        for (prompt_id, prompt), generation in zip(self._prompts.items(), generations, strict=True):
+            ties.count_prompt(len(generation.token_ids))
+            predictions = self._reference.predict(prompt, generation.token_ids)
+            for position, prediction in enumerate(predictions):
+                if prediction.token != generation.token_ids[position]:
+                    ties.add(prompt_id, position, prediction.margin / prediction.scale)
+        return self._judged(ties.check(name))
+
+    def _judged(self, check: Check) -> Check:
+        """The reference is the unquantised model: of a quantised bundle, what it says is a distance and no verdict.
+
+        Across shapes too: where fp32 differs in the last bit, an activation may be rounded to the next integer, and the
+        tokens that tie then are those of the quantised model.
+        """
+        return reported(check) if self._bundle.manifest.quantization else check
+
+    def _tokenization(self) -> Check:
+        name = "prompts encode as in the checkpoint"
+        if self._reference is None or not self._contents:
+            return Check(name=name, passed=None, detail="needs --checkpoint and --prompts")
+        different = [
+            key for key, content in self._contents.items() if self._reference.encode(content) != self._prompts[key]
+        ]
+        equal = len(self._contents) - len(different)
+        detail = f"{equal} of {len(self._contents)} prompts give transformers' own token ids"
+        return Check(name=name, passed=not different, detail=detail, data={"different": different})
+
+    def _margin(self, prompt: list[int], tokens: Sequence[int], position: int) -> float | None:
+        """How far below the reference's best token this one is, in standard deviations; None if that is unknown."""
+        if self._reference is None or position >= len(tokens):
+            return None
+        prediction = self._reference.predict(prompt, tokens[: position + 1])[position]
+        return prediction.margin / prediction.scale
+
+    def _decode(self, method: Method, block_size: int | None, kind: str = GREEDY) -> list[Generation]:
+        """Every prompt through one loop; each is run once, however many checks look at it. Lookahead has no n."""
+        key = (method, block_size, kind)
+        if key in self._decoded:
+            return self._decoded[key]
+        generations = []
+        for done, prompt in enumerate(self._prompts.values(), start=1):
+            limit = min(self._max_new_tokens, self._bundle.manifest.max_length - len(prompt))
+            generations.append(
+                self._model.generate(
+                    prompt,
+                    max_new_tokens=limit,
+                    method=method,
+                    block_size=block_size,
+                    ignore_eos=self._ignore_eos,
+                    temperature=_sampling(done).temperature if kind == SAMPLED else None,
+                    seed=done,
+                )
+            )
+            shape = "" if block_size is None else f", n = {block_size}"
+            self._progress(f"{kind}{method}{shape}", done, len(self._prompts))
+        self._decoded[key] = generations
+        return generations
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+        encoded = {}
+        for index, prompt in enumerate(prompts, start=1):
+            key = prompt.id if prompt.id not in encoded else f"{prompt.id} (line {index})"
+            ids = self._model.encode(prompt.content)
+            if len(ids) >= self._bundle.manifest.max_length:
+                raise OptionError(f"prompt {key} has {len(ids)} tokens, too long for this bundle; leave it out")
+            encoded[key] = ids
+        return encoded
+
+
+def _sampling(seed: int) -> Sampling:
+    """How prompts are sampled: from the plain softmax, whose margins need no account of filters."""
+    return Sampling(temperature=1.0, seed=seed)
+
+
+def _failing_with_the_engine(name: str, run: Callable[..., Check], *arguments: object) -> Check:
+    """The check, or a failed one where a broken graph stops the engine."""
+    try:
+        return run(*arguments)
+    except EngineError as error:
+        return Check(name=name, passed=False, detail=str(error))
+
+
+class Ties:
+    """Positions where two engines differ, and whether they are ties."""
+
+    def __init__(self, epsilon: float) -> None:
+        self._epsilon = epsilon
+        self._num_prompts = self._num_positions = 0
+        self._differences: list[dict[str, Any]] = []
+
+    def count_prompt(self, num_positions: int) -> None:
+        self._num_positions += num_positions
+        self._num_prompts += 1
+
+    def add(self, prompt: str, position: int, margin: float | None) -> None:
+        self._differences.append({"prompt": prompt, "position": position, "margin": margin})
+
+    def check(self, name: str) -> Check:
+        wrong = [entry for entry in self._differences if entry["margin"] is None or entry["margin"] > self._epsilon]
+        prompts = {entry["prompt"] for entry in self._differences}
+        share = len(self._differences) / max(1, self._num_positions)
+        detail = f"{self._num_prompts - len(prompts)} of {self._num_prompts} prompts equal"
+        if self._differences:
+            first = (wrong or self._differences)[0]
+            margin = "unknown (give --checkpoint)" if first["margin"] is None else f"{first['margin']:.2g}"
+            detail += f"; first difference: prompt {first['prompt']}, token {first['position']}, margin {margin}"
+            detail += f"; {share:.1%} of positions differ"
+        data = {
+            "prompts": self._num_prompts,
+            "differences": self._differences,
+            "margin_epsilon": self._epsilon,
+            "max_tie_share": MAX_TIE_SHARE,
+        }
+        return Check(name=name, passed=not wrong and share <= MAX_TIE_SHARE, detail=detail, data=data)
+
+
+def random_prompts(bundle: Bundle, count: int, *, seed: int = 0) -> dict[str, list[int]]:
+    """Sequences of random tokens by name, of lengths that reach over chunks of the prompt."""
+    generator = random.Random(seed)  # noqa: S311 - test data, not a secret
+    manifest = bundle.manifest
+    longest = max(1, min(160, manifest.max_length // 2))
+    lengths = [generator.randint(1, longest) for _ in range(count)]
+    return {
+        f"random-{index}": [generator.randrange(manifest.geometry.vocab_size) for _ in range(length)]
+        for index, length in enumerate(lengths)
+    }
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first position where two sequences differ, or None where they are equal."""
+    if tuple(a) == tuple(b):
+        return None
+    pairs = zip(a, b, strict=False)
+    return next((index for index, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def open_reference(bundle: Bundle, checkpoint: Path, base: Path | None) -> Reference:
+    from cllm_export.exporter.parity.reference import Reference
+
+    require_source(bundle, checkpoint, base)
+    manifest = bundle.manifest
+    return Reference(checkpoint, max_length=manifest.max_length, base=base, num_layers=manifest.geometry.num_layers)

@@ -1,0 +1,157 @@
+"""Prove a bundle: its Jacobi loops give its own greedy tokens, and those are the checkpoint's.
+
+What must be equal is required to be equal: Jacobi decoding against autoregressive decoding through the same engine
+and shape. What floating point may flip, across shapes or against PyTorch, is compared token by token; a difference
+counts as a tie only where the reference's own margin between its two best tokens is under a stated epsilon.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from cllm_export.bundle.contract import BYTES, KV_DTYPE
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.errors import ChecksumError, EngineError, GraphError, OptionError
+from cllm_export.progress import Progress
+from cllm_export.prompts import Prompt
+from cllm_export.runtime.engines.machine import available_threads, describe_machine
+from cllm_export.verification.engine_checks import (
+    check_cache_is_in_place,
+    check_dead_rows_are_hidden,
+    check_rows_are_isolated,
+)
+from cllm_export.verification.files import check_corruption_is_caught, require_source
+from cllm_export.verification.report import (
+    DEFAULT_NUM_PROMPTS,
+    HELD_BYTES,
+    Check,
+    Parity,
+    VerifyOptions,
+    check_writable,
+    files_text,
+    reported,
+    write_parity,
+)
+from cllm_export.verification.tokens import TokenSession, open_reference
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    prompts: Sequence[Prompt] = (),
+    checkpoint: Path | None = None,
+    base: Path | None = None,
+    options: VerifyOptions | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Run every check and write ``parity.json`` into the bundle.
+
+    Without prompts, sequences of random tokens (seeded) stand for them. Without a checkpoint, a token that differs
+    across shapes cannot be shown to be a tie, and fails. A quantised bundle has to decode losslessly like any other;
+    how far it is from its checkpoint is reported and fails nothing. ``checkpoint`` may be an adapter, with its
+    ``base``; a bundle of the first layers alone is compared with the first layers. Where bundle and checkpoint do not
+    fit in memory whole, the report compares them layer by layer and says that nothing was decoded.
+
+    Raises:
+        ChecksumError: a file of the bundle is corrupted.
+        CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+    """
+    options = options or VerifyOptions()
+    check_writable(bundle)
+    instead = _why_by_layer(bundle, options.by_layer)
+    if instead and checkpoint is None:
+        raise OptionError(f"nothing would be decoded ({instead}): give --checkpoint to compare with")
+    conditions = {
+        "by_layer": instead,
+        "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
+        "max_new_tokens": options.max_new_tokens,
+        "compared_with_checkpoint": checkpoint is not None,
+        "quantization": bundle.manifest.quantization.scheme if bundle.manifest.quantization else None,
+        **describe_machine(options.threads),
+    }
+    try:
+        bundle.check_files(progress)
+    except ChecksumError as error:
+        corrupted = Check(name="checksums", passed=False, detail=str(error))
+        write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
+        raise
+    progress = progress or (lambda *_: None)
+    checks = [Check(name="checksums", passed=True, detail=files_text(bundle))]
+    if instead and checkpoint:
+        checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
+        checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
+    else:
+        reference = open_reference(bundle, checkpoint, base) if checkpoint else None
+        checks += TokenSession(bundle, prompts, reference, options, progress).token_checks()
+        checks += [
+            check_rows_are_isolated(bundle, options.threads),
+            check_dead_rows_are_hidden(bundle, options.threads),
+            check_cache_is_in_place(bundle, options.threads),
+        ]
+    checks.append(check_corruption_is_caught(bundle))
+    parity = Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks))
+    write_parity(bundle, parity)
+    return parity
+
+
+def check_layers(
+    bundle: Bundle,
+    checkpoint: Path,
+    *,
+    base: Path | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda *_: None,
+) -> Check:
+    """Compare every layer with the checkpoint's own, one in memory at a time; see ``exporter/parity/layer_parity.py``.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+        OptionError: it is an adapter, whose layers nobody merges one by one.
+    """
+    from cllm_export.exporter.checkpoint.adapter import open_source
+    from cllm_export.exporter.parity.layer_parity import NUM_TOKENS, compare_layers, describe
+    from cllm_export.exporter.parity.layer_reference import LayerReference
+
+    name, manifest = "layer by layer against the PyTorch checkpoint", bundle.manifest
+    require_source(bundle, checkpoint, base)
+    opened, adapter = open_source(checkpoint, base, max_length=manifest.max_length)
+    if adapter:
+        raise OptionError(f"{checkpoint} is an adapter, which is not compared layer by layer: use --whole")
+    reference = LayerReference(
+        opened, manifest.precision, max_length=manifest.max_length, num_layers=manifest.geometry.num_layers
+    )
+    generator = random.Random(0)  # noqa: S311 - test data, not a secret
+    tokens = [generator.randrange(manifest.geometry.vocab_size) for _ in range(NUM_TOKENS)]
+    try:
+        errors = compare_layers(bundle, reference, tokens, threads=threads or available_threads(), progress=progress)
+    except (EngineError, GraphError) as error:
+        return Check(name=name, passed=False, detail=str(error))
+    detail, parts = describe(errors)
+    check = Check(name=name, passed=all(entry.passed for entry in errors), detail=detail, data={"parts": parts})
+    return reported(check) if manifest.quantization else check
+
+
+def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
+    """Why the bundle is compared layer by layer, or None where it is decoded."""
+    if wanted is not None:
+        return "asked for layer by layer" if wanted else None
+    manifest = bundle.manifest
+    if manifest.precision == "bf16":
+        return "no engine here multiplies bf16 matrices"
+    stored = 1 if manifest.quantization else BYTES[KV_DTYPE[manifest.precision]]
+    parameters = bundle.weight_bytes // stored
+    needed, free = HELD_BYTES * parameters, available_memory()
+    if free is None or needed <= free:
+        return None
+    return f"bundle and checkpoint would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

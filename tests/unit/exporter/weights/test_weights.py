@@ -1,0 +1,62 @@
+"""What is put into ``weights.bin``. Pieces are bytes in memory here, as ``stream_files`` gives them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cllm_export.exporter.checkpoint.files import TensorInfo
+from cllm_export.exporter.checkpoint.stream import Piece
+from cllm_export.exporter.graph.model import WeightSource
+from cllm_export.exporter.graph.rounding import BlockRounding, SignedBlocks
+from cllm_export.exporter.graph.trace import TORCH_DTYPE
+from cllm_export.exporter.weights.weights import Layout, Part, Place, WeightsFile
+
+OFFSET = 1.0
+"""Of the norms of Gemma, whose weights are stored as their distance from 1."""
+
+
+def test_an_offset_is_added_to_what_is_written_and_not_to_the_piece_which_is_hashed_meanwhile(tmp_path: Path):
+    stored = np.array([0.5, -0.25, 2.0], np.float32)
+    room = bytearray(stored.tobytes())
+    info = TensorInfo(file=tmp_path / "model.safetensors", dtype="F32", shape=(3,), offset=0, length=12)
+    source = WeightSource(tensors=("norm",), offset=OFFSET)
+    layout = Layout(
+        written={"norm": Place(offset=0, shape=(3,), dtype=TORCH_DTYPE["fp32"])},
+        linked={},
+        parts={"norm": [Part("norm", 0, source)]},
+    )
+    weights = WeightsFile(tmp_path / "weights.bin", layout, 1 << 10)
+    with weights.filled():
+        weights.put(Piece("norm", info, 0, 3, memoryview(room)))
+        weights.sha256()
+    assert np.array_equal(np.fromfile(tmp_path / "weights.bin", np.float32), stored + OFFSET)
+    assert bytes(room) == stored.tobytes()
+
+
+@pytest.mark.parametrize("ends", [(0, 6), (0, 1, 6), (0, 3, 4, 6)])
+def test_four_bits_share_a_byte_with_their_neighbour_wherever_pieces_end(tmp_path: Path, ends: tuple[int, ...]):
+    stored = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
+    rounding = SignedBlocks(inner=BlockRounding(block_size=32))
+    info = TensorInfo(file=tmp_path / "model.safetensors", dtype="F32", shape=(6, 32), offset=0, length=stored.nbytes)
+    codes = WeightSource(tensors=("weight",), transposed=True, rounding=rounding, holds="codes")
+    layout = Layout(
+        written={"codes": Place(offset=0, shape=(32, 6), dtype=rounding.code_dtype)},
+        linked={},
+        parts={"weight": [Part("codes", 0, codes)]},
+    )
+    assert layout.size == 32 * 6 // 2
+    weights = WeightsFile(tmp_path / "weights.bin", layout, 1 << 10)
+    with weights.filled():
+        for start, stop in pairwise(ends):
+            rows = memoryview(bytearray(stored[start:stop].tobytes()))
+            weights.put(Piece("weight", info, start, stop, rows))
+        weights.sha256()
+    written = np.fromfile(tmp_path / "weights.bin", np.uint8)
+    values = np.stack([written & 15, written >> 4], axis=-1).reshape(32, 6).astype(np.int8)
+    values[values > 7] -= 16
+    assert np.array_equal(values.T, rounding(torch.from_numpy(stored.copy())).codes.numpy())

@@ -1,0 +1,124 @@
+"""T(n) learned from forwards of a machine that others share, and the file that a bundle keeps it in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+
+import pytest
+
+from cllm_export.errors import OutputError
+from cllm_export.runtime.decoding.block_size.latency import ForwardTimes
+from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME, read_latency, write_latency
+from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards
+from tests.fakes import PAD, FakeEngine, HashModel, make_geometry, write_bundle
+
+
+def ratio(times, size, to=1):
+    return times.relative(size) / times.relative(to)
+
+
+def test_the_ratio_of_two_sizes_is_found_though_the_machine_slows_down_between_them():
+    """Each spell is slower than the one before, so that times of different spells cannot be compared by themselves."""
+    times, speed = ForwardTimes(), 1.0
+    for spell in range(20):
+        for _ in range(30):
+            speed *= 1.005
+            size = 8 if spell % 2 else 1
+            times.observe(size, speed * (2.5 if size == 8 else 1))
+    assert ratio(times, 8) == pytest.approx(2.5, rel=0.1)
+
+
+def test_a_few_forwards_that_were_interrupted_change_nothing():
+    times, numbers = ForwardTimes({1: 1.0, 8: 2.5}), random.Random(0)
+    for spell in range(20):
+        for _ in range(20):
+            size = 8 if spell % 2 else 1
+            times.observe(size, (2.5 if size == 8 else 1) * (30 if numbers.random() < 0.1 else 1))
+    assert ratio(times, 8) == pytest.approx(2.5, rel=0.1)
+
+
+def test_known_times_are_corrected_by_forwards():
+    times = ForwardTimes({1: 1.0, 8: 2.0})
+    for spell in range(20):
+        for _ in range(20):
+            times.observe(8 if spell % 2 else 1, 4.0 if spell % 2 else 1.0)
+    assert ratio(times, 8) == pytest.approx(4, rel=0.05)
+
+
+def test_a_size_that_was_not_tried_lies_between_its_neighbours_and_never_falls():
+    times = ForwardTimes({1: 1.0, 8: 2.4, 16: 2.2})
+    assert ratio(times, 4) == pytest.approx(1.6)
+    assert times.relative(12) >= times.relative(8)
+    assert times.relative(32) > times.relative(16)
+
+
+def test_the_bound_of_a_size_lets_no_row_cost_more_than_a_larger_sizes():
+    times = ForwardTimes({16: 8.0})
+    assert times.bound(1) == pytest.approx(0.5)
+    assert times.bound(32) == times.relative(16)
+
+
+def test_a_time_of_zero_is_none():
+    times = ForwardTimes({1: 1.0, 2: 1.5})
+    times.observe(2, 0.0)
+    assert ratio(times, 2) == 1.5
+
+
+def test_the_first_look_writes_rows_that_no_text_holds_and_stops_at_its_budget():
+    engine = FakeEngine(HashModel(vocab_size=9), make_geometry(vocab_size=9, max_length=64), num_slots=2)
+    seconds = time_forwards(engine, (1, 8, 4), pad_token_id=PAD, budget=60)
+    assert list(seconds) == [1, 8, 4]
+    assert min(seconds.values()) > 0
+    assert all(start >= 64 - 1 for call in engine.calls for start in call.write_index)
+    assert {count for call in engine.calls for count in call.num_committed} == {0}
+    assert list(time_forwards(engine, (1, 8, 4), pad_token_id=PAD, budget=0)) == [1]
+
+
+def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    assert read_latency(bundle, num_slots=1, threads=2) is None
+    write_latency(bundle, {1: 0.001, 16: 0.004}, num_slots=1, threads=2)
+    assert read_latency(bundle, num_slots=1, threads=2) == {1: 0.001, 16: 0.004}
+    assert read_latency(bundle, num_slots=8, threads=2) is None
+    assert read_latency(bundle, num_slots=1, threads=1) is None
+
+
+@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "onnxruntime"])
+def test_a_file_of_another_bundle_or_machine_is_left_alone_and_says_what_differs(tmp_path, caplog, key):
+    bundle = write_bundle(tmp_path / "bundle")
+    write_latency(bundle, {1: 0.001}, num_slots=1, threads=1)
+    path = bundle.path / LATENCY_NAME
+    report = json.loads(path.read_text())
+    report["conditions"][key] = "another"
+    path.write_text(json.dumps(report))
+    with caplog.at_level(logging.INFO):
+        assert read_latency(bundle, num_slots=1, threads=1) is None
+    assert f"measured with another {key}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"conditions": {}, "seconds": {}}',
+        '{"conditions": {}, "seconds": {"1": -1}}',
+        '{"conditions": {}, "seconds": {"1": NaN}}',
+    ],
+)
+def test_a_damaged_file_is_left_alone_with_a_warning(tmp_path, caplog, text):
+    bundle = write_bundle(tmp_path / "bundle")
+    (bundle.path / LATENCY_NAME).write_text(text)
+    assert read_latency(bundle, num_slots=1, threads=1) is None
+    assert "cannot be read" in caplog.text
+
+
+def test_a_bundle_that_cannot_be_written_to_is_named(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    (bundle.path / LATENCY_NAME).mkdir()
+    with pytest.raises(OutputError, match="cannot write"):
+        write_latency(bundle, {1: 0.001}, num_slots=1, threads=1)
+    assert sorted(path.name for path in bundle.path.iterdir() if path.name.startswith(".latency")) == []
