@@ -163,6 +163,10 @@ BEFORE_ANY_WORK: dict[str, Case] = {
     "a chat template that no file can hold": Case(
         text("tokenizer_config.json", '{"chat_template": "\\ud800"}'), ("chat template", "surrogates not allowed")
     ),
+    "a chat template with an unknown tag": Case(
+        text("chat_template.jinja", "{% frobnicate %}"),
+        ("chat template", "chat_template.jinja", "unknown tag 'frobnicate'", "remove it"),
+    ),
     "a tensor in two shards": Case(shards_that_overlap, (EMBEDDING, "stands in both", "again.safetensors")),
     "index without a weight map": Case(index(None), ("index.json", "weight_map")),
     "index cut short": Case(text("model.safetensors.index.json", '{"weight_map": {'), ("index.json", "not valid JSON")),

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint directory, opened and judged: what it holds, and whether the graph can express it.
 
 Everything here happens before any work: a checkpoint that cannot be exported is refused by name. Nothing is
-unpickled and no code of a checkpoint is ever run.
+unpickled and no code of a checkpoint is ever run, but for its chat template, which renders one message in a sandbox.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from cllm_export.bundle.manifest import GENERATION_CONFIG_NAME, TOKENIZER_NAME, FillName, Loop, TrainedWith
+from cllm_export.bundle.manifest import (
+    CHAT_TEMPLATE_NAME,
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_NAME,
+    FillName,
+    Loop,
+    TrainedWith,
+)
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.errors import CheckpointError, CllmExportError, OptionError, UnsupportedError
 from cllm_export.exporter.checkpoint.families import (
@@ -34,6 +41,7 @@ from cllm_export.exporter.checkpoint.files import (
     weight_files,
 )
 from cllm_export.exporter.checkpoint.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
+from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     import torch
@@ -113,25 +121,39 @@ class Checkpoint:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and the like by name: what chat templates refer to."""
-        tokens = {}
+        """bos_token, eos_token and the like by name: what chat templates refer to.
+
+        As transformers does, this takes the older ``special_tokens_map.json`` first where ``tokenizer_config.json``
+        lists no added tokens, and not at all where it does.
+        """
+        sources: list[Mapping[str, Any]] = [self.tokenizer_config]
         path = self.text_path / "special_tokens_map.json"
-        older = read_json(path) if path.exists() else {}
-        for name, value in (*older.items(), *self.tokenizer_config.items()):
-            text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str):
-                tokens[name] = text
+        if "added_tokens_decoder" not in self.tokenizer_config and path.exists():
+            sources.append(read_json(path))
+        tokens = {}
+        for source in sources:
+            named = {name: value for name, value in source.items() if name.endswith("_token")}
+            extra = source.get("extra_special_tokens")
+            for name, value in (named | (extra if isinstance(extra, dict) else {})).items():
+                text = value.get("content") if isinstance(value, dict) else value
+                if isinstance(text, str):
+                    tokens[name] = text
         return tokens
 
     @property
     def chat_template(self) -> str | None:
-        path = self.text_path / "chat_template.jinja"
+        """The text of ``chat_template.jinja``, else the template in ``tokenizer_config.json``.
+
+        Of several named templates it is the one named default, else the first.
+        """
+        path = self.text_path / CHAT_TEMPLATE_NAME
         if path.exists():
             return path.read_text(encoding="utf-8")
         template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default", next(iter(named.values()), None))
+            template = {entry["name"]: entry["template"] for entry in template}
+        if isinstance(template, dict):
+            template = template.get("default", next(iter(template.values()), None))
         return template if isinstance(template, str) else None
 
     def read(self, name: str) -> torch.Tensor:
@@ -264,12 +286,7 @@ def _check_sections(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} has eos_token_id {ids}, outside its vocabulary of {config.vocab_size}"
         )
     _ = checkpoint.trained_with, checkpoint.special_tokens
-    try:
-        (checkpoint.chat_template or "").encode()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the chat template of {checkpoint.path} cannot be read: {type(error).__name__}: {error}"
-        ) from None
+    _check_chat_template(checkpoint)
     try:
         Tokenizer.from_buffer(checkpoint.tokenizer_json)
     except CllmExportError:
@@ -277,6 +294,33 @@ def _check_sections(checkpoint: Checkpoint) -> None:
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{checkpoint.text_path / TOKENIZER_NAME} is not a tokenizer: {error}") from None
     _check_tied_head(checkpoint)
+
+
+def _check_chat_template(checkpoint: Checkpoint) -> None:
+    """Render one message of a user, so that a template no message could be rendered with is found before any work.
+
+    A template that refuses that message by ``raise_exception`` is sound: it may take other messages.
+    """
+    try:
+        text = checkpoint.chat_template
+        (text or "").encode()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the chat template of {checkpoint.text_path} cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    if text is None:
+        return
+    try:
+        fault = ChatTemplate(text, checkpoint.special_tokens).fault()
+    except ValueError as error:
+        fault = f"it is no valid template: {error}"
+    if fault is not None:
+        is_file = (checkpoint.text_path / CHAT_TEMPLATE_NAME).exists()
+        place = CHAT_TEMPLATE_NAME if is_file else "chat_template in tokenizer_config.json"
+        raise CheckpointError(
+            f"the chat template of {checkpoint.text_path} ({place}) cannot be used: {fault}; mend it, or remove it to "
+            "give prompts as text alone"
+        )
 
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:

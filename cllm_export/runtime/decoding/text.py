@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from cllm_export.bundle.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Bundle
 from cllm_export.errors import BundleError, PromptError
+
+if TYPE_CHECKING:
+    from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
 INCOMPLETE = "\ufffd"
 """What tokenizers decode a cut-off UTF-8 sequence to."""
@@ -81,13 +82,13 @@ class TextCodec:
         return self._encode(self.render_chat(messages), add_special_tokens=False)
 
     def render_chat(self, messages: Messages) -> str:
-        """Chat messages as the text the model was trained on."""
-        template = self._template
-        try:
-            rendered: str = template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
-        except Exception as error:  # a template is code of the checkpoint's, and may fail in any way
-            raise PromptError(f"the chat template refuses these messages: {error}") from None
-        return rendered
+        """Chat messages as the text the model was trained on, as transformers renders them.
+
+        Raises:
+            PromptError: the model has no chat template, or the template refuses the messages.
+            BundleError: the template is not valid.
+        """
+        return self._template.render(messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -101,23 +102,14 @@ class TextCodec:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     @cached_property
-    def _template(self) -> Any:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def _template(self) -> ChatTemplate:
+        from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
         if self._chat_template is None:
             raise PromptError(f"{self.directory} has no chat template: give the prompt as text, not as messages")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-        def refuse(message: str) -> NoReturn:
-            raise TemplateError(message)
-
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
-            return environment.from_string(self._chat_template)
-        except TemplateError as error:
+            return ChatTemplate(self._chat_template, self._special_tokens)
+        except ValueError as error:
             raise BundleError(f"{self.directory / CHAT_TEMPLATE_NAME} is not a valid template: {error}") from None
 
 
