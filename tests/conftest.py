@@ -128,7 +128,7 @@ class Workshop:
         return open_bundle(target)
 
     def build(self, checkpoint: Path, **options: Any) -> Bundle:
-        """The bundle of any checkpoint, built anew; with copied weights, unless ``weights`` says otherwise."""
+        """The bundle of any checkpoint, built anew."""
         self._num_built += 1
         return self._build(checkpoint, self._root / f"bundle-{self._num_built}-{checkpoint.name}", options)
 
@@ -137,7 +137,7 @@ class Workshop:
         from cllm_export.exporter.options import BuildOptions
         from cllm_export.exporter.pipeline import build
 
-        return build(checkpoint, target, BuildOptions(**{"weights": "copy", **options}))
+        return build(checkpoint, target, BuildOptions(**options))
 
     def _remember_traces(self) -> None:
         """Whoever asks for a checkpoint is about to build, and needs torch anyway."""

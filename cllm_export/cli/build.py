@@ -62,11 +62,11 @@ def build(
         typer.Option("--keep", help="Checkpoint tensor of a linear layer not to quantise; repeatable."),
     ] = None,
     weights: Annotated[
-        WeightsMode | None,
+        WeightsMode,
         typer.Option(
-            "--weights", help="Read them from the checkpoint, or copy them; by default link if none needs work."
+            "--weights", help="Copy the weights into the bundle, or link to the checkpoint, which must then stay there."
         ),
-    ] = None,
+    ] = "copy",
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", help="Bound of the build's own memory, such as 1GB.")
     ] = None,

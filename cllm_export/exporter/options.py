@@ -14,7 +14,6 @@ from cllm_export.bundle.manifest import (
 )
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint.adapter import Adapter
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length
 from cllm_export.exporter.graph.trace import geometry_of
@@ -50,8 +49,9 @@ class BuildOptions:
     fixed_shapes: bool = False
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
-    weights: WeightsMode | None = None
-    """By default ``link`` where every tensor has the engine's dtype already, else ``copy``."""
+    weights: WeightsMode = "copy"
+    """``copy`` makes a bundle that stands alone. ``link`` leaves in the checkpoint the tensors that have the engine's
+    dtype already: the bundle then needs the checkpoint where it is."""
     max_memory: int | None = None
     """Bytes of anonymous memory that the build must stay under."""
     base: Path | None = None
@@ -66,8 +66,7 @@ class BuildOptions:
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         require_one_of("precision", self.precision, PRECISIONS)
-        if self.weights is not None:
-            require_one_of("weights", self.weights, WEIGHTS_MODES)
+        require_one_of("weights", self.weights, WEIGHTS_MODES)
         if self.quantize and self.precision != "fp32" and "tensorrt" not in self.quantize.engines:
             raise OptionError(
                 f"{self.quantize.scheme} for ONNX Runtime computes in fp32, got {self.precision}: leave --compute out"
@@ -75,36 +74,24 @@ class BuildOptions:
             )
 
 
-def choose_weights(
-    options: BuildOptions, tensors: Mapping[str, TensorInfo], adapter: Adapter | None
-) -> tuple[WeightsMode, str]:
-    """Whether weights are linked or copied, and why.
+def require_linkable(options: BuildOptions, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse to link where every weight would have to be changed.
 
     Raises:
-        OptionError: linking was asked for, and nothing can be linked.
+        OptionError: no tensor has the engine's dtype, or the weights are to be quantised.
     """
-    wanted = ENGINE_DTYPE[options.precision]
-    kept = [name for name, info in tensors.items() if is_linkable(info, options.precision)]
-    other = sorted({info.dtype for name, info in tensors.items() if name not in kept})
-    if options.weights == "link" and not kept:
-        raise OptionError(
-            f"no weight can be linked at --precision {options.precision}, which takes {wanted}: the checkpoint holds "
-            f"{', '.join(other)}; use --weights copy, or the precision that it has"
-        )
     if options.quantize is not None:
-        if options.weights == "link":
-            raise OptionError(
-                f"no weight can be linked at --precision {options.quantize.scheme}, which stores them rounded: "
-                "leave --weights out"
-            )
-        return "copy", f"{options.quantize.scheme} stores them rounded"
-    if options.weights is not None:
-        return options.weights, f"--weights {options.weights} was given"
-    if adapter is not None:
-        return "copy", "an adapter is merged into them"
-    if len(kept) < len(tensors):
-        return "copy", f"{options.precision} takes {wanted} and the checkpoint holds {', '.join(other)}"
-    return "link", f"the checkpoint holds them in {wanted} already; the bundle needs it to stay where it is"
+        raise OptionError(
+            f"no weight can be linked at --precision {options.quantize.scheme}, which stores them rounded: "
+            "leave --weights out"
+        )
+    if not any(is_linkable(info, options.precision) for info in tensors.values()):
+        raise OptionError(
+            f"no weight can be linked at --precision {options.precision}, which takes "
+            f"{ENGINE_DTYPE[options.precision]}: the checkpoint holds "
+            f"{', '.join(sorted({info.dtype for info in tensors.values()}))}; use --weights copy, or the precision "
+            "that it has"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from cllm_export.exporter.graph.lookahead import derive_lookahead, lookahead_obs
 from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
 from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
 from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
-from cllm_export.exporter.options import BuildOptions, Settings, choose_weights, settle
+from cllm_export.exporter.options import BuildOptions, Settings, require_linkable, settle
 from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
 from cllm_export.exporter.quantize.gptq import factor_bytes
 from cllm_export.exporter.quantize.rewrite import quantize
@@ -74,8 +74,6 @@ class BuildReport:
     """What a build did and what it took, JSON-ready by ``vars``."""
 
     weights: WeightsMode
-    reason: str
-    """Why the weights were linked or copied."""
     graphs: tuple[str, ...]
     """Names of the bundle's graphs."""
     lookahead_refused: str | None
@@ -158,33 +156,35 @@ class _Work:
             wanted = check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
             tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
             check_dtypes(tensors)
-        mode, reason = choose_weights(options, tensors, adapter)
+        is_linked = options.weights == "link"
+        if is_linked:
+            require_linkable(options, tensors)
         memory = plan_memory(
             options.max_memory,
             needed=smoke_bytes(tensors) if options.quantize else 0,
             beside=factor_bytes(tensors) if options.quantize and options.quantize.is_gptq else 0,
         )
-        stages.say(f"weights: {mode}, because {reason}")
+        stages.say(f"weights: {options.weights}")
         stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
-        self._require_early_space(mode, tensors)
+        self._require_early_space(tensors)
         changed = set(adapter.matrices) if adapter else set()
         with _Scan(checkpoint, tensors, memory.piece, stages) as scan:
-            if mode == "link":
+            if is_linked:
                 scan.start()
             scales = open_scales(options.quantize.scales) if options.quantize and options.quantize.scales else None
-            graph = _make_graph(checkpoint, settings, stages, link=mode == "link")
+            graph = _make_graph(checkpoint, settings, stages, link=is_linked)
             self._quantize(graph, checkpoint, adapter, scales)
             finish_graph(graph, settings, stages)
             graphs = {GREEDY_GRAPH: graph}
             refused = self._add_lookahead(graphs, checkpoint, settings)
-            layout = plan_weights(graph, checkpoint.tensors, link=mode == "link", changed=changed)
+            layout = plan_weights(graph, checkpoint.tensors, link=is_linked, changed=changed)
             with staged_output(self._output, force=force, marker=MANIFEST_NAME) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
                 weights = WeightsFile(staging / WEIGHTS_NAME, layout, memory.stage, adapter.merge if adapter else None)
                 with stages.stage("weights"), weights.filled():
                     for name, value in sorted(graph.constants.items()):
                         weights.put_constant(name, value)
-                    if mode == "link":
+                    if is_linked:
                         stream_tensors(
                             checkpoint.tensors, sorted(layout.parts), piece_bytes=memory.piece, use=weights.put
                         )
@@ -206,8 +206,7 @@ class _Work:
                 written = perf_counter()
             stages.took("to disk", perf_counter() - written)
         return BuildReport(
-            weights=mode,
-            reason=reason,
+            weights=options.weights,
             graphs=tuple(graphs),
             lookahead_refused=refused,
             seconds=stages.seconds,
@@ -256,9 +255,10 @@ class _Work:
             f"the last layer is off by {smoke.distance:.1%}"
         )
 
-    def _require_early_space(self, mode: WeightsMode, tensors: Mapping[str, TensorInfo]) -> None:
+    def _require_early_space(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Before the trace: a copy takes at least what its values take, quantised ones less than any dtype's."""
-        values = sum(math.prod(info.shape) for info in tensors.values()) if mode == "copy" else 0
+        is_copied = self._options.weights == "copy"
+        values = sum(math.prod(info.shape) for info in tensors.values()) if is_copied else 0
         each = 0 if self._options.quantize else BYTES[KV_DTYPE[self._options.precision]]
         parent = next(path for path in Path(os.path.abspath(self._output)).parents if path.exists())
         require_space(parent, values * each + _TEXT_BYTES, self._output)

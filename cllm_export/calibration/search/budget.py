@@ -266,6 +266,5 @@ class _Builder:
             batch_size=manifest.batch_size,
             trained_with=manifest.trained_with,
             quantize=quantized,
-            weights="copy",
         )
         return build(self._checkpoint, self._directory / name, options, force=True)
