@@ -46,6 +46,8 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks; anywhere on the command line.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the command line.")
+    ] = False,
 ) -> None:
     """Export Consistency LLMs and decode them in parallel."""

@@ -42,7 +42,9 @@ def bench(
     checkpoint: CheckpointOption = None,
     method: Annotated[
         Method | None,
-        typer.Option("--method", help="Only this one, beside autoregressive; by default every loop but lookahead."),
+        typer.Option(
+            "--method", help="Time this method and autoregressive alone; by default every method but lookahead."
+        ),
     ] = None,
     block_size: BlockSizeOption = None,
     fill: SourcesOption = None,
@@ -50,9 +52,13 @@ def bench(
     window: WindowOption = None,
     ngram: NGramOption = None,
     guesses: GuessesOption = None,
-    sweep: Annotated[str, typer.Option("--sweep", help="Further block sizes for the sliding loop: 4,8,12.")] = "",
+    sweep: Annotated[
+        str, typer.Option("--sweep", help="Further block sizes to time with method jacobi, such as 4,8,12.")
+    ] = "",
     max_new_tokens: MaxNewTokensOption = 128,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes; medians are reported.")] = 3,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Number of passes over the prompts; the report gives medians.")
+    ] = 3,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: ReportOption = None,
@@ -91,17 +97,26 @@ def bench(
 
 @app.command()
 def compare(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles of one model.", show_default=False)],
-    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    bundles: Annotated[
+        list[Path], typer.Argument(help="The bundles to compare, all of one model.", show_default=False)
+    ],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
+    ],
     block_sizes: Annotated[
-        list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
+        list[int] | None, typer.Option("--block-size", help="Block size n, in tokens; repeat the option for several.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 128,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Passes; medians are reported.")] = 5,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Number of passes over the prompts; the report gives medians.")
+    ] = 5,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
     as_json: ReportOption = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of TPF against time.")] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", help="Write a plot of tokens per forward against time into this directory."),
+    ] = None,
 ) -> None:
     """Say which of several bundles decodes fastest on this machine, and at which block size."""
     from cllm_export.cli.show.plots import check_plots, plot_trade_off

@@ -27,39 +27,56 @@ def build(
     checkpoint: Annotated[
         Path, typer.Argument(help="A Hugging Face directory with safetensors, or a LoRA adapter.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The directory to write the bundle to.", show_default=False)
+    ],
     block_size: Annotated[
-        int | None, typer.Option("--block-size", help="n; by default what the model was trained with, else 16.")
+        int | None,
+        typer.Option(
+            "--block-size", help="Block size n, in tokens; by default what the model was trained with, else 16."
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", help="Prompt plus new tokens; by default the model's, capped at 2048."),
+        typer.Option(
+            "--max-length",
+            help="Largest number of tokens of a prompt and its new tokens; by default the model's, at most 2048.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Slots.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Number of slots: prompts that are decoded at once.")
+    ] = 1,
     precision: Annotated[
         PrecisionName,
-        typer.Option("--precision", help="fp16, bf16 and fp8 are for GPU engines; int8-dynamic and int4 for CPUs."),
+        typer.Option(
+            "--precision",
+            help="Number format of the bundle; fp16, bf16 and fp8 are for GPU engines, int8-dynamic and int4 for CPUs.",
+        ),
     ] = "fp32",
     compute: Annotated[
         Precision | None,
         typer.Option(
-            "--compute", help="dtype of what int8, int4 or fp8 leave, and of the KV cache; fp16 for TensorRT."
+            "--compute",
+            help="With int8, int4 or fp8: dtype of the KV cache and of unquantised layers; for TensorRT choose fp16.",
         ),
     ] = None,
-    quantize_head: Annotated[
-        bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
-    ] = False,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the head (lm_head) too.")] = False,
     quantize_block: Annotated[
-        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+        int | None,
+        typer.Option("--quantize-block", help="For int4: how many input channels share a scale: 32, 64 or 128."),
     ] = None,
     quantize_for: QuantizeForOption = None,
     scales: Annotated[
         Path | None,
-        typer.Option("--scales", help="What cllm-export calibrate wrote: int8 and fp8 need it, int4 then takes GPTQ."),
+        typer.Option(
+            "--scales", help="The scales file that `calibrate` wrote. int8 and fp8 need it; int4 uses GPTQ with it."
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option("--keep", help="Checkpoint tensor of a linear layer not to quantise; repeatable."),
+        typer.Option(
+            "--keep", help="Do not quantise the linear layer of this checkpoint tensor; repeat the option for several."
+        ),
     ] = None,
     weights: Annotated[
         WeightsMode,
@@ -68,28 +85,44 @@ def build(
         ),
     ] = "copy",
     max_memory: Annotated[
-        str | None, typer.Option("--max-memory", help="Bound of the build's own memory, such as 1GB.")
+        str | None, typer.Option("--max-memory", help="Largest amount of memory that the build may use, such as 1GB.")
     ] = None,
     base: BaseOption = None,
     num_layers: Annotated[
-        int | None, typer.Option("--num-layers", help="The first layers alone, for debugging.")
+        int | None, typer.Option("--num-layers", help="Export only this many layers, from the first, for debugging.")
     ] = None,
     fixed_shapes: Annotated[
-        bool, typer.Option("--fixed-shapes", help="Pin batch, block and extent in the graph, for edge compilers.")
+        bool,
+        typer.Option(
+            "--fixed-shapes",
+            help="Fix the batch size, block size and KV extent in the graph, for compilers that need fixed shapes.",
+        ),
     ] = False,
     lookahead: Annotated[
         bool, typer.Option("--lookahead", help="Add the graph that lookahead decoding needs.")
     ] = False,
     trained_block_size: Annotated[
-        int | None, typer.Option("--trained-block-size", help="n the model was tuned with, if its config is silent.")
+        int | None,
+        typer.Option(
+            "--trained-block-size", help="Block size that the model was tuned with, if its config does not say."
+        ),
     ] = None,
-    trained_fill: Annotated[FillName | None, typer.Option("--trained-fill", help="Fill, likewise.")] = None,
-    trained_loop: Annotated[Loop | None, typer.Option("--trained-loop", help="Loop, likewise.")] = None,
+    trained_fill: Annotated[
+        FillName | None,
+        typer.Option("--trained-fill", help="Fill that the model was tuned with, if its config does not say."),
+    ] = None,
+    trained_loop: Annotated[
+        Loop | None,
+        typer.Option("--trained-loop", help="Loop that the model was tuned with, if its config does not say."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     target: Annotated[
-        Target, typer.Option("--target", help="tensorrt also builds this machine's plan, as `plan` does.")
+        Target,
+        typer.Option("--target", help="With tensorrt, also build the TensorRT plan for this machine, as `plan` does."),
     ] = "onnx",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write stages, memory and bytes here.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write a report of stages, memory and bytes to this file as JSON.")
+    ] = None,
 ) -> None:
     """Export a checkpoint into a bundle."""
     gpu = None

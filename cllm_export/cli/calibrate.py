@@ -28,16 +28,23 @@ from cllm_export.cli.show.console import progress_bar
 @app.command()
 def calibrate(
     bundle: BundleArgument,
-    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.", show_default=False)],
     mix: Annotated[
-        float, typer.Option("--mix", help="Share of the rows that come from block states; the rest is clean text.")
+        float,
+        typer.Option(
+            "--mix", help="Share of the observed rows, 0 to 1, that come from block states; the rest is clean text."
+        ),
     ] = 0.5,
-    num_rows: Annotated[int, typer.Option("--rows", help="Rows to observe, at most.")] = 16384,
-    gram: Annotated[bool, typer.Option("--gram", help="Gram matrices too, for GPTQ: a large file.")] = False,
+    num_rows: Annotated[int, typer.Option("--rows", help="Largest number of rows to observe.")] = 16384,
+    gram: Annotated[
+        bool, typer.Option("--gram", help="Write Gram matrices too, which GPTQ needs; the file becomes large.")
+    ] = False,
     block_size: BlockSizeOption = None,
     fill: FillOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the rows that are drawn, and of fills.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of rows, and of random fills.")] = 0,
     max_new_tokens: MaxNewTokensOption = 128,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
@@ -69,10 +76,15 @@ def calibrate(
 
 @app.command()
 def convergence(
-    bundles: Annotated[list[Path], typer.Argument(help="Quantised bundles.", show_default=False)],
-    against: Annotated[Path, typer.Option("--against", help="The unquantised bundle.", show_default=False)],
+    bundles: Annotated[list[Path], typer.Argument(help="The quantised bundles to measure.", show_default=False)],
+    against: Annotated[
+        Path, typer.Option("--against", help="The unquantised bundle to compare with.", show_default=False)
+    ],
     prompts: Annotated[
-        Path, typer.Option("--prompts", help="Held-out prompts; with answers, if any.", show_default=False)
+        Path,
+        typer.Option(
+            "--prompts", help="A file of held-out prompts; answers in it are used for scores.", show_default=False
+        ),
     ],
     block_size: BlockSizeOption = None,
     fill: FillOption = None,
@@ -103,36 +115,49 @@ def convergence(
 @app.command()
 def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
-    against: Annotated[Path, typer.Option("--against", help="Its unquantised fp32 bundle.", show_default=False)],
-    prompts: Annotated[
-        Path, typer.Option("--prompts", help="Held-out prompts, on which forwards are counted.", show_default=False)
+    against: Annotated[
+        Path, typer.Option("--against", help="The unquantised fp32 bundle of this checkpoint.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts", help="A file of held-out prompts, on which the loss is measured.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The directory to write the bundle to.", show_default=False)
+    ],
     precision: Annotated[
         list[str],
         typer.Option(
             "--precision",
             metavar="|".join(SCHEMES),
-            help="How linear layers are quantised; several: the fastest here is chosen.",
+            help="How linear layers are quantised; repeat the option to choose the fastest of several here.",
         ),
     ],
     max_tpf_loss: Annotated[
-        str, typer.Option("--max-tpf-loss", help="Share of the tokens per forward that may be lost.")
+        str,
+        typer.Option("--max-tpf-loss", help="Largest share of the tokens per forward that may be lost, such as 3%."),
     ] = "3%",
     max_quality_loss: Annotated[
         str | None,
         typer.Option(
             "--max-quality-loss",
-            help="Share of the score that may be lost: execution match, exact match, or equal texts without answers.",
+            help="Largest share of the score that may be lost; without answers, the score is the share of equal texts.",
         ),
     ] = None,
     quantize_block: Annotated[
-        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+        int | None,
+        typer.Option("--quantize-block", help="For int4: how many input channels share a scale: 32, 64 or 128."),
     ] = None,
     quantize_for: QuantizeForOption = None,
-    scales: Annotated[Path | None, typer.Option("--scales", help="What `calibrate` wrote.")] = None,
+    scales: Annotated[Path | None, typer.Option("--scales", help="The scales file that `calibrate` wrote.")] = None,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure every layer even if the budget holds without.")
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Measure the sensitivity of every layer, even if the budget holds with all layers quantised.",
+        ),
     ] = False,
     block_size: BlockSizeOption = None,
     fill: FillOption = None,
@@ -141,7 +166,9 @@ def quantize(
     threads: ThreadsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: ReportOption = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Directory for a plot of the sensitivity.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Write a plot of the sensitivity into this directory.")
+    ] = None,
 ) -> None:
     """Quantise as many layers as a budget allows, choose the fastest of several precisions, and say why."""
     from cllm_export.calibration.search.budget import FitOptions, parse_schemes

@@ -17,7 +17,9 @@ def demo(
     example: Annotated[
         Path, typer.Option("--example", help="A directory with `checkpoint/` and `prompts.jsonl`.")
     ] = Path("examples/text_to_sql"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("demo-bundle"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write the bundle to.")] = Path(
+        "demo-bundle"
+    ),
     threads: ThreadsOption = None,
 ) -> None:
     """Build the example's bundle, verify it, decode a few prompts and print the speed table."""

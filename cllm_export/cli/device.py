@@ -20,39 +20,65 @@ from cllm_export.tensorrt.plan_files import Hardware
 @app.command()
 def plan(
     bundle: BundleArgument,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Slots; by default the bundle's.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", help="Number of slots: prompts that are decoded at once; by default the bundle's."
+        ),
+    ] = None,
     block_sizes: Annotated[
-        list[int] | None, typer.Option("--block-size", help="n; repeatable. By default 1 and the bundle's own.")
+        list[int] | None,
+        typer.Option(
+            "--block-size",
+            help="Block size n, in tokens; repeat the option for several. By default 1 and the bundle's own.",
+        ),
     ] = None,
     prefill_chunk: Annotated[
-        int | None, typer.Option("--prefill-chunk", help="Tokens of the prompt a forward; by default 128.")
+        int | None,
+        typer.Option("--prefill-chunk", help="Number of prompt tokens that one forward reads; by default 128."),
     ] = None,
     extents: Annotated[
         list[int] | None,
-        typer.Option("--extent", help="KV rows that attention reads; repeatable. By default 256 and its doubles."),
+        typer.Option(
+            "--extent",
+            help="KV rows that attention reads; repeat the option for several. By default 256, 512 and so on.",
+        ),
     ] = None,
     workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Scratch that the builder may use, such as 512MB; by default all.")
+        str | None,
+        typer.Option("--workspace", help="Scratch memory that the builder may use, such as 512MB; by default all."),
     ] = None,
     optimization_level: Annotated[
-        int, typer.Option("--optimization-level", help="0 to 5: how long to look for faster kernels.")
+        int, typer.Option("--optimization-level", help="How long the builder looks for faster kernels, from 0 to 5.")
     ] = 3,
     hardware: Annotated[
-        Hardware, typer.Option("--hardware", help="GPUs it runs on; the wider, the fewer kernels fit.")
+        Hardware,
+        typer.Option("--hardware", help="GPUs that the plan runs on; a wider choice leaves fewer fast kernels."),
     ] = "same",
     logits: Annotated[
-        bool, typer.Option("--logits/--no-logits", help="Without them no sampling, grammar or logprobs.")
+        bool,
+        typer.Option(
+            "--logits/--no-logits", help="Keep the logits, which sampling, grammars and log-probabilities need."
+        ),
     ] = True,
     weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory; slower.")
+        bool, typer.Option("--weight-streaming", help="Let weights stay in host memory, which is slower.")
     ] = False,
     strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="A small plan, which takes its weights from the bundle at load.")
+        bool,
+        typer.Option(
+            "--strip-weights",
+            help="Write a small plan without weights, which are read from the bundle when it is loaded.",
+        ),
     ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Runs on later versions of TensorRT; larger, maybe slower.")
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Write a plan that later versions of TensorRT run too; it is larger and may be slower.",
+        ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build it even if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build the plan even if there is one already.")] = False,
 ) -> None:
     """Build a bundle's TensorRT plan for this machine. Needs a GPU, TensorRT and no torch."""
     from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
@@ -76,15 +102,29 @@ def plan(
 @app.command()
 def plan_memory(
     bundle: BundleArgument,
-    precision: Annotated[Precision | None, typer.Option("--precision", help="By default the bundle's own.")] = None,
-    block_size: BlockSizeOption = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="By default the bundle's own.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Slots; by default the bundle's.")] = None,
-    prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", help="Tokens of the prompt a forward.")] = 128,
-    workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Scratch that the builder may use, such as 512MB.")
+    precision: Annotated[
+        Precision | None, typer.Option("--precision", help="Number format to plan for; by default the bundle's own.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    block_size: BlockSizeOption = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", help="Largest number of tokens of a prompt and its new tokens; by default the bundle's own."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", help="Number of slots: prompts that are decoded at once; by default the bundle's."
+        ),
+    ] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option("--prefill-chunk", help="Number of prompt tokens that one forward reads.")
+    ] = 128,
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", help="Scratch memory that the builder may use, such as 512MB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say what memory a device needs for a bundle and for building its plan, and how each figure is computed."""
     from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
@@ -105,7 +145,7 @@ def plan_memory(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False) -> None:
     """Say what of the GPU stack is here, what is missing or mismatched, and what fixes it."""
     from cllm_export.tensorrt.doctor import examine, report
 

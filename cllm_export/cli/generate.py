@@ -45,75 +45,130 @@ from cllm_export.runtime.request_run import Generation
 def generate(
     bundle: BundleArgument,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without it and --prompts, standard input.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The prompt; without it and without --prompts, standard input is read.", show_default=False
+        ),
     ] = None,
     prompts: PromptsOption = None,
     method: Annotated[
-        Method | None, typer.Option("--method", help="By default the loop the model was trained with.")
+        Method | None,
+        typer.Option("--method", help="The decoding method; by default the loop that the model was trained with."),
     ] = None,
     block_size: ChosenBlockSizeOption = None,
     window: WindowOption = None,
     ngram: NGramOption = None,
     guesses: GuessesOption = None,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="n is the bundle's own, never chosen.")
+        bool,
+        typer.Option(
+            "--deterministic", help="Use the bundle's own block size instead of auto, so that forwards repeat exactly."
+        ),
     ] = False,
     fill: SourcesOption = None,
     draft_model: DraftModelOption = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Of sampling and the prompt fill; fresh for each sampled prompt.")
+        int | None,
+        typer.Option(
+            "--seed", help="Seed of sampling and of the prompt fill; by default a new one for each sampled prompt."
+        ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="Above 0 samples.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Sample among this many tokens; 0 for all.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Sample among tokens of this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p", help="Least share of the best's probability.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Temperature of sampling; at 0 decoding is greedy.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", help="Sample only from this many of the most probable tokens; 0 keeps all tokens."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p", help="Sample from the smallest set of tokens whose cumulative probability is at least this."
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p",
+            help="Sample only tokens that have at least this fraction of the most probable token's probability.",
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option("--repetition-penalty", help="Above 1 disfavours tokens that stood before.")
+        float | None,
+        typer.Option("--repetition-penalty", help="Above 1, tokens that are in the text already become less probable."),
     ] = None,
     logit_bias: Annotated[
-        list[str] | None, typer.Option("--logit-bias", help="TOKEN=BIAS, -inf to ban; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--logit-bias",
+            help="Add a bias to the logit of a token, as TOKEN=BIAS; -inf bans it. Repeat the option for several.",
+        ),
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option("--logprobs", help="With --json: log-probabilities, and this many alternatives.")
+        int | None,
+        typer.Option(
+            "--logprobs", help="With --json: add the log-probability of each token, and of this many alternatives."
+        ),
     ] = None,
     json_schema: Annotated[
-        Path | None, typer.Option("--json-schema", help="File of a schema that the text must match.")
+        Path | None, typer.Option("--json-schema", help="A file with a JSON schema that the text must match.")
     ] = None,
-    regex: Annotated[str | None, typer.Option("--regex", help="What the whole text must match.")] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="A regular expression that the whole text must match.")
+    ] = None,
     grammar: Annotated[
-        Path | None, typer.Option("--grammar", help="File of a Lark grammar that the text must match.")
+        Path | None, typer.Option("--grammar", help="A file with a Lark grammar that the text must match.")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Stop before this text; repeat the option for several.")
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="By default whatever fits.")
+        int | None,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Largest number of new tokens for each prompt; by default as many as fit."
+        ),
     ] = None,
     load_prefix: Annotated[
-        Path | None, typer.Option("--load-prefix", help="Start from a prompt's state that --save-prefix wrote.")
+        Path | None,
+        typer.Option("--load-prefix", help="Start from the state of a prompt that --save-prefix wrote to this file."),
     ] = None,
     save_prefix: Annotated[
-        Path | None, typer.Option("--save-prefix", help="Keep the prompt's state in this file, for --load-prefix.")
+        Path | None,
+        typer.Option("--save-prefix", help="Write the state of the prompt to this file, for --load-prefix."),
     ] = None,
     limit: LimitOption = None,
     num_slots: Annotated[
         int | None,
-        typer.Option("--num-slots", help="Prompts decoded at once; by default the bundle's batch size.", min=1),
+        typer.Option(
+            "--num-slots", help="Number of prompts that are decoded at once; by default the bundle's batch size.", min=1
+        ),
     ] = None,
     threads: ThreadsOption = None,
     provider: Annotated[
-        Provider, typer.Option("--provider", help="cpu, cuda (both ONNX Runtime), or tensorrt (the bundle's plan).")
+        Provider,
+        typer.Option(
+            "--provider", help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt."
+        ),
     ] = "cpu",
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="cuda: have ONNX Runtime record forwards and replay them.")
+        bool,
+        typer.Option(
+            "--cuda-graphs", help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them."
+        ),
     ] = False,
     forwards_per_sync: Annotated[
         int | None,
         typer.Option(
-            "--forwards-per-sync", min=1, help="tensorrt: decode on the device, asked once in so many forwards."
+            "--forwards-per-sync",
+            min=1,
+            help="For tensorrt: decode on the device, and let the host look once in this many forwards.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON line for each prompt.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Statistics on standard error.")] = False,
-    blocks: Annotated[bool, typer.Option("--show-blocks", help="Every block, coloured by what became of it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each prompt.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics to standard error.")] = False,
+    blocks: Annotated[
+        bool, typer.Option("--show-blocks", help="Print every block; its colours tell which tokens were accepted.")
+    ] = False,
 ) -> None:
     """Decode prompts: from the command line, a file, or standard input."""
     if as_json and (blocks or stats):
@@ -176,11 +231,17 @@ def generate(
 @app.command()
 def trace(
     bundle: BundleArgument,
-    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.", show_default=False)],
-    method: Annotated[Method | None, typer.Option("--method", help="Only this loop; by default all.")] = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", help="Record this method alone; by default all methods.")
+    ] = None,
     block_size: BlockSizeOption = None,
-    fill: Annotated[FillName, typer.Option("--fill", help="pad or repeat.")] = "pad",
+    fill: Annotated[
+        FillName, typer.Option("--fill", help="How guesses are first filled and refilled: pad or repeat.")
+    ] = "pad",
     max_new_tokens: MaxNewTokensOption = 32,
     limit: LimitOption = None,
     threads: ThreadsOption = None,

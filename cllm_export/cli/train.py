@@ -25,28 +25,44 @@ if TYPE_CHECKING:
 
 @app.command()
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face directory.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face checkpoint.", show_default=False)],
     data: Annotated[Path, typer.Option("--data", help="The task's data file, or a prompt file.", show_default=False)],
-    task: Annotated[TaskName | None, typer.Option("--task", help="What the data is, and how it is scored.")] = None,
+    task: Annotated[
+        TaskName | None,
+        typer.Option("--task", help="The task, which says what the data is and how answers are scored."),
+    ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Tell instead what speed-up to expect here, and what it would take.")
+        bool,
+        typer.Option(
+            "--probe", help="Instead of a score, estimate the speed-up to expect here, and what it would take."
+        ),
     ] = False,
     parent: Annotated[
-        Path | None, typer.Option("--parent", help="A bundle or checkpoint to set beside it, decoded alike.")
+        Path | None,
+        typer.Option("--parent", help="A second bundle or checkpoint to compare with, decoded in the same way."),
     ] = None,
     method: Annotated[
-        JacobiMethod | None, typer.Option("--method", help="By default the loop the model was trained with.")
+        JacobiMethod | None,
+        typer.Option("--method", help="The decoding method; by default the loop that the model was trained with."),
     ] = None,
     block_size: BlockSizeOption = None,
     fill: FillOption = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most; by default the task's.")
+        int | None,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Largest number of new tokens for each prompt; by default the task's."
+        ),
     ] = None,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the report here as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the report to this file as JSON.")
+    ] = None,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run what the model writes, sandboxed: humaneval only.")
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run the code that the model writes, in a sandbox. Only humaneval needs it."
+        ),
     ] = False,
 ) -> None:
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
@@ -72,24 +88,43 @@ def evaluate(
 
 @app.command()
 def collect(
-    source: Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face directory.", show_default=False)],
-    prompts: Annotated[Path, typer.Option("--prompts", help="A prompt file, as of `generate`.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The collection to write, or to go on with.")],
+    source: Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face checkpoint.", show_default=False)],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The collection to write, or to continue.")],
     method: Annotated[
-        JacobiMethod | None, typer.Option("--method", help="By default the loop the model was trained with.")
+        JacobiMethod | None,
+        typer.Option("--method", help="The decoding method; by default the loop that the model was trained with."),
     ] = None,
-    block_size: Annotated[int | None, typer.Option("--block-size", help="n; by default the model's own.")] = None,
-    fill: Annotated[FillName | None, typer.Option("--fill", help="First guess and refill; likewise.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the prompt fill; each prompt's own comes of it.")] = 0,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", help="Block size n, in tokens; by default the model's own.")
+    ] = None,
+    fill: Annotated[
+        FillName | None,
+        typer.Option("--fill", help="How guesses are first filled and refilled; by default as the model was trained."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the prompt fill, from which each prompt gets its own.")
+    ] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt; by default whatever fits.")
+        int | None,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Largest number of new tokens for each prompt; by default as many as fit."
+        ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Prompts at once; by default 8.")] = None,
-    shard_size: Annotated[int, typer.Option("--shard-size", help="Prompts a shard, which is saved whole.")] = 1000,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Number of prompts that are decoded at once; by default 8.")
+    ] = None,
+    shard_size: Annotated[
+        int, typer.Option("--shard-size", help="Number of prompts in a shard; each shard is saved when it is complete.")
+    ] = 1000,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
-    device: Annotated[str | None, typer.Option("--device", help="Of a checkpoint: cpu, cuda, ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Device that a checkpoint runs on, such as cpu or cuda.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
     with needs_extra("train"):
@@ -124,60 +159,124 @@ def tune(
     prompts: Annotated[
         Path,
         typer.Option(
-            "--prompts", help="Prompts with answers; without, the model answers them first.", show_default=False
+            "--prompts",
+            help="A file of prompts with answers; if it has no answers, the model answers the prompts first.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.", show_default=False)],
     trajectories: Annotated[
-        Path | None, typer.Option("--trajectories", help="What `collect` wrote: train on it instead of the answers.")
+        Path | None,
+        typer.Option("--trajectories", help="Train on this collection, which `collect` wrote, instead of the answers."),
     ] = None,
     held_out: Annotated[
-        Path | None, typer.Option("--held-out", help="Prompts with answers to measure on; by default the last ones.")
+        Path | None,
+        typer.Option(
+            "--held-out", help="A file of held-out prompts with answers; by default the last prompts of --prompts."
+        ),
     ] = None,
-    num_held_out: Annotated[int, typer.Option("--num-held-out", help="How many to measure on.")] = 64,
+    num_held_out: Annotated[int, typer.Option("--num-held-out", help="Number of held-out prompts.")] = 64,
     limit: LimitOption = None,
     objective: Annotated[
-        Objective, typer.Option("--objective", help="autoregressive is ordinary fine-tuning, as a control.")
+        Objective,
+        typer.Option(
+            "--objective", help="The training objective; autoregressive is ordinary fine-tuning, for comparison."
+        ),
     ] = "packed",
     block_sizes: Annotated[
         list[int] | None,
-        typer.Option("--block-size", help="n; 16 by default. Several mix; the first is to be deployed."),
+        typer.Option(
+            "--block-size",
+            help="Block size n, in tokens, 16 by default. Repeat the option to mix several; the first is deployed.",
+        ),
     ] = None,
-    loop: Annotated[Loop, typer.Option("--loop", help="The loop that will be deployed.")] = "sliding",
-    fill: Annotated[FillName, typer.Option("--fill", help="The fill that will be deployed.")] = "pad",
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", help="Minutes of training, instead of steps.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples a forward and process.")] = 32,
-    gradient_accumulation: Annotated[int, typer.Option("--gradient-accumulation", help="Forwards a step.")] = 1,
-    num_windows: Annotated[int, typer.Option("--num-windows", help="Noisy states of a sample in a forward.")] = 6,
+    loop: Annotated[Loop, typer.Option("--loop", help="The loop that the tuned model will decode with.")] = "sliding",
+    fill: Annotated[FillName, typer.Option("--fill", help="The fill that the tuned model will decode with.")] = "pad",
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Number of optimiser steps; give either this or --minutes.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Minutes of training, without held-out decoding; give either this or --steps."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Number of samples in a forward, for each process.")
+    ] = 32,
+    gradient_accumulation: Annotated[
+        int, typer.Option("--gradient-accumulation", help="Number of forwards in an optimiser step.")
+    ] = 1,
+    num_windows: Annotated[
+        int,
+        typer.Option(
+            "--num-windows", help="Number of noisy states of each sample in a forward, for the packed objective."
+        ),
+    ] = 6,
     autoregressive_weight: Annotated[
-        float, typer.Option("--autoregressive-weight", help="Of the ordinary loss: too little, and models collapse.")
+        float,
+        typer.Option(
+            "--autoregressive-weight",
+            help="Weight of the autoregressive loss beside the consistency loss; with too little, models collapse.",
+        ),
     ] = 1.0,
     distance_weight: Annotated[
-        float, typer.Option("--distance-weight", help="Below 1: guesses count less, the further they are ahead.")
+        float,
+        typer.Option(
+            "--distance-weight",
+            help="Factor on a guess's weight for each place that it stands behind the first wrong one, 0 to 1.",
+        ),
     ] = 1.0,
-    label_smoothing: Annotated[float, typer.Option("--label-smoothing", help="Of the ordinary loss.")] = 0.0,
-    optimizer: Annotated[OptimizerName, typer.Option("--optimizer", help="muon is for small models.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak, of adamw.")] = 2e-5,
-    matrix_learning_rate: Annotated[float, typer.Option("--matrix-learning-rate", help="Peak, of muon.")] = 0.02,
-    decay: Annotated[float, typer.Option("--decay", help="Share of the run over which it falls to zero.")] = 0.6,
-    mixed_precision: Annotated[MixedPrecision, typer.Option("--mixed-precision", help="As accelerate's.")] = "no",
-    lora_rank: Annotated[int | None, typer.Option("--lora-rank", help="Train adapters; merged when saved.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option("--lora-alpha", help="By default twice the rank.")] = None,
+    label_smoothing: Annotated[
+        float, typer.Option("--label-smoothing", help="Label smoothing of the autoregressive loss, 0 to 1.")
+    ] = 0.0,
+    optimizer: Annotated[
+        OptimizerName, typer.Option("--optimizer", help="The optimiser; muon is for small models.")
+    ] = "adamw",
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate of adamw.")] = 2e-5,
+    matrix_learning_rate: Annotated[
+        float, typer.Option("--matrix-learning-rate", help="Peak learning rate of muon, which trains the matrices.")
+    ] = 0.02,
+    decay: Annotated[
+        float, typer.Option("--decay", help="Share of the run, at its end, over which the learning rate falls to zero.")
+    ] = 0.6,
+    mixed_precision: Annotated[
+        MixedPrecision, typer.Option("--mixed-precision", help="The dtype of mixed precision, as in accelerate.")
+    ] = "no",
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-rank", help="Train LoRA adapters of this rank, which are merged when the checkpoint is saved."
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora-alpha", help="Alpha of the LoRA adapters; by default twice the rank.")
+    ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations again in the backward pass: less memory, a third more time.",
+        ),
     ] = False,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Prompt and answer, in tokens.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", help="Largest number of tokens of prompt and answer; longer samples are left out."
+        ),
+    ] = None,
     evaluate_every: Annotated[
-        float, typer.Option("--evaluate-every", help="Share of the run between held-out decodes, and saves.")
+        float,
+        typer.Option(
+            "--evaluate-every",
+            help="Share of the run after which held-out prompts are decoded and the state is saved, 0 to 1.",
+        ),
     ] = 0.1,
     patience: Annotated[
-        int | None, typer.Option("--patience", help="Stop after so many held-out decodes without progress.")
+        int | None, typer.Option("--patience", help="Stop after this many held-out decodes without progress.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of order and states.")] = 0,
-    threads: Annotated[int | None, typer.Option("--threads", help="Threads of each process.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run's output.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the order of samples and of their noisy states.")] = 0,
+    threads: Annotated[int | None, typer.Option("--threads", help="Number of CPU threads of each process.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier run.")] = False,
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
     with needs_extra("train"):

@@ -32,7 +32,7 @@ def verify(
     base: BaseOption = None,
     prompts: PromptsOption = None,
     block_sizes: Annotated[
-        list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
+        list[int] | None, typer.Option("--block-size", help="Block size n, in tokens; repeat the option for several.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 128,
     limit: LimitOption = None,
@@ -41,7 +41,7 @@ def verify(
         bool | None,
         typer.Option(
             "--by-layer/--whole",
-            help="Compare with the checkpoint layer by layer, or decode; by default whichever fits in memory.",
+            help="Compare with the checkpoint layer by layer, or by decoding; by default whichever fits in memory.",
             show_default=False,
         ),
     ] = None,
@@ -70,7 +70,9 @@ def verify(
 
 
 @app.command()
-def inspect(bundle: BundleArgument, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def inspect(
+    bundle: BundleArgument, as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+) -> None:
     """Say what is in a bundle and what memory it needs."""
     from cllm_export.bundle.inspect import describe
 
