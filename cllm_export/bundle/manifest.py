@@ -63,7 +63,10 @@ class GraphEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedWith:
-    """How a model was consistency-tuned, which is how it decodes fastest. Any other setting gives the same tokens."""
+    """How a model was consistency-tuned, which is how it decodes fastest.
+
+    Another fill or loop gives the same tokens at every fixed n. Another n may round a near tie to another token.
+    """
 
     block_size: int
     fill: FillName

@@ -25,7 +25,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="cllm-export",
     cls=_Commands,
-    help="Export Consistency LLMs and decode them in parallel, token for token equal to autoregressive decoding.",
+    help="Export Consistency LLMs and decode them in parallel. "
+    "At every fixed block size the tokens are equal to those of autoregressive decoding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -62,7 +62,8 @@ def generate(
     deterministic: Annotated[
         bool,
         typer.Option(
-            "--deterministic", help="Use the bundle's own block size instead of auto, so that forwards repeat exactly."
+            "--deterministic",
+            help="Use the bundle's own block size instead of auto, so that a request gives its tokens again.",
         ),
     ] = False,
     fill: SourcesOption = None,

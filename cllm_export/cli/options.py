@@ -63,7 +63,7 @@ ChosenBlockSizeOption = Annotated[
     str | None,
     typer.Option(
         "--block-size",
-        help="Block size n, in tokens, or auto, which chooses n for each forward; auto is the default of jacobi.",
+        help="Block size n, in tokens. auto, the default of jacobi, chooses n each forward; near ties may differ.",
     ),
 ]
 

@@ -132,8 +132,11 @@ class Model:
             self.engine.close()
 
     def generate(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Generation:
-        """Decode one prompt. Every method, block size and fill gives the tokens that autoregressive decoding gives: the
-        model's greedy ones, or with a ``temperature`` those that the seed draws.
+        """Decode one prompt.
+
+        At every fixed n each method and fill gives the tokens that autoregressive decoding gives at that n: the model's
+        greedy ones, or with a ``temperature`` those that the seed draws. Another n may round a near tie otherwise, and
+        so may ``auto``, the default of ``jacobi``, on a processor where this was not checked.
 
         Args:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.

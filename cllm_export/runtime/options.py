@@ -53,6 +53,8 @@ class Options(TypedDict, total=False):
             1 included; what is learned of the model serves all its later requests. By default ``auto`` for
             ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and for
             ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n, and ``auto`` is it.
+            At every fixed n tokens are those of autoregressive decoding at that n; ``auto`` may round a near tie
+            otherwise on a processor where this was not checked.
         deterministic: n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs
             the same forwards again: where it is chosen, a near tie may round to another token at another time.
         window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.

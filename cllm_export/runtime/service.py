@@ -185,8 +185,8 @@ class Service:
 
     With one n for all forwards, as by default, a request gives bit for bit what it gives alone in this service,
     whatever else is running. With ``auto`` n is chosen for the batch, forward by forward, to make most tokens a second:
-    a request then gives the same tokens but where rounding turns a near tie. Use it in a ``with``, or ``close`` it.
-    While it is open, ``Model.generate`` is refused.
+    a request then gives the same tokens, but where rounding turns a near tie on a processor where this was not checked.
+    Use it in a ``with``, or ``close`` it. While it is open, ``Model.generate`` is refused.
 
     Args:
         model: loaded with as many slots as requests should run at once (``load(path, num_slots=8)``).

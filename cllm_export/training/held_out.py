@@ -22,7 +22,7 @@ class HeldOutScore:
 
     tokens_per_forward: float
     exact_match: float
-    """Share of outputs that are the target, token for token."""
+    """Share of outputs that have the very tokens of the target."""
     repetitive: float
     """Share of outputs that repeat a token ten times in a row."""
 

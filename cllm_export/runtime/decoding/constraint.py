@@ -2,7 +2,7 @@
 
 The grammar itself is llguidance's (extra ``grammar``). Row i of a block is masked by the state that the text and the
 draft d[1..i] reach, so that a draft which breaks the grammar can match nothing, and constrained Jacobi decoding equals
-constrained autoregressive decoding token for token.
+constrained autoregressive decoding token for token at every fixed n.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 It has an engine and a KV cache of its own, with one lane for each slot of the model, and runs the project's own loop:
 sliding Jacobi with the n that a CLLM was trained with, and with n = 1, which is autoregressive decoding, otherwise.
-What is drafted here is never trusted, so nothing here can change a token. Source: speculative decoding (arXiv
-2211.17192).
+What is drafted here is never trusted, so at a fixed n nothing here can change a token. Source: speculative decoding
+(arXiv 2211.17192).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Sampling as a deterministic map of the text: noise fixed for each absolute position, so that Jacobi stays lossless.
+"""Sampling as a deterministic map of the text: noise fixed for each absolute position.
+
+Jacobi decoding stays lossless by it at every fixed n; where n is chosen (``auto``), logits may round otherwise.
 
 The token at position t is the argmax over v of ``score_t(v) / temperature + gumbel(seed, t, v)`` on the support that
 top-k, top-p and min-p leave: an exact draw from the softmax (the Gumbel-max trick), and the same one whichever

@@ -1,5 +1,6 @@
-"""Draft sources: what stands in a block where nothing is known yet. Any draft is safe; it changes how many forwards a
-request takes, never a token.
+"""Draft sources: what stands in a block where nothing is known yet. Any draft is safe: at every fixed n it changes how
+many forwards a request takes, never a token. Where n is chosen (``auto``), it follows what drafts are worth, and a near
+tie may round otherwise on a processor where this was not checked.
 
 A ``Fill`` guesses for one request. One that may know nothing (lookup, pool, a draft model) stands in a chain before one
 that always knows, and ``make_fill`` gives no other. What is shared by requests lies elsewhere: ``ngram_pool.py``,
