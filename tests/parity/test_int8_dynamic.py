@@ -18,7 +18,11 @@ from torch.nn import functional  # noqa: E402
 from cllm_export.bundle.inspect import describe  # noqa: E402
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
+from cllm_export.exporter.checkpoint.read import open_checkpoint  # noqa: E402
 from cllm_export.exporter.graph.rounding import PairRounding  # noqa: E402
+from cllm_export.exporter.parity import smoke  # noqa: E402
+from cllm_export.exporter.parity.layer_parity import LayeredGraph  # noqa: E402
+from cllm_export.exporter.parity.smoke import require_sound  # noqa: E402
 from cllm_export.exporter.quantize import int8_dynamic  # noqa: E402
 from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
@@ -207,17 +211,29 @@ def test_zero_weights_and_zero_rows_give_zeros(workshop: Workshop, tmp_path: Pat
 def test_a_bundle_that_does_not_compute_its_model_is_not_left_behind(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """The count of greedy tokens finds it as well, with other words: these are the layer's."""
     from cllm_export.exporter.options import BuildOptions
     from cllm_export.exporter.pipeline import build
 
     monkeypatch.setattr(int8_dynamic, "PairRounding", lambda **_: PairRounding())  # scales 127 times too large
-    with pytest.raises(QuantizationError, match="does not compute its model"):
+    with pytest.raises(QuantizationError, match=r"does not compute its model any more: layer 0 is off by \S+ of its"):
         build(
             workshop.checkpoint("small"),
             tmp_path / "bundle",
             BuildOptions(quantize=QuantizeOptions(scheme="int8-dynamic")),
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_too_large_is_found_where_no_token_differs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    """The norm before the head takes a factor out again: the count of greedy tokens sees nothing of it."""
+    bundle, checkpoint = workshop.bundle("small", **INT8), open_checkpoint(workshop.checkpoint("small"))
+    sound, layer = require_sound(bundle, checkpoint, None, threads=THREADS), LayeredGraph.layer
+    monkeypatch.setattr(LayeredGraph, "layer", lambda *arguments: 3 * layer(*arguments))
+    with pytest.raises(QuantizationError, match=r"layer 0 is off by 2(\.\d)? of its output"):
+        require_sound(bundle, checkpoint, None, threads=THREADS)
+    monkeypatch.setattr(smoke, "MAX_DISTANCE", 10)
+    assert require_sound(bundle, checkpoint, None, threads=THREADS).flips == sound.flips
 
 
 def test_linking_is_refused_by_name(workshop: Workshop):
