@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import onnx
 import pytest
 import torch
 
 from cllm_export.bundle.manifest import open_bundle
+from cllm_export.exporter.checkpoint.families import window_within
+from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.runtime.load import load
 from tests.checkpoints import Variant, edit_json, edit_weights, hub_snapshot, make_checkpoint
 from tests.conftest import THREADS, Workshop
@@ -300,6 +303,9 @@ def test_a_sliding_window_is_accepted_where_it_has_no_effect(
     outcome = cli("build", checkpoint, "--output", output, "--max-length", 64)
     assert outcome.code == 0, outcome
     assert load(output, threads=THREADS).facts.max_length == 64
+    graph = onnx.load(open_bundle(output).graph_path(), load_external_data=False).graph
+    assert "And" not in {node.op_type for node in graph.node}, "the graph computes a mask that hides nothing"
+    assert window_within(open_checkpoint(checkpoint).config, 65) == 64, "one token more, and it has an effect"
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["the same", "another"])
