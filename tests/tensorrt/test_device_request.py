@@ -147,7 +147,15 @@ def test_what_a_request_read_and_gave_is_kept_for_the_next(bundle: Bundle, plan:
     assert side.simulated.cuda.is_empty()
 
 
-def test_a_stream_gives_the_text_launch_by_launch_and_may_be_left(device: Side):
+def test_a_stream_gives_the_text_launch_by_launch_and_may_be_left(device: Side, monkeypatch: pytest.MonkeyPatch):
+    """The launches are held here, so that nothing but the request itself ends them."""
+    held, decode = [], device_loop.DeviceLoop.decode
+
+    def hold(*arguments: Any, **options: Any) -> Any:
+        held.append(decode(*arguments, **options))
+        return held[-1]
+
+    monkeypatch.setattr(device_loop.DeviceLoop, "decode", hold)
     options: Options = {"block_size": 8, "max_new_tokens": 40, "ignore_eos": True}
     expected = device.model.generate([5, 6, 7], **options)
     with device.model.stream([5, 6, 7], **options, forwards_per_sync=2) as stream:
