@@ -36,13 +36,20 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# In CI, nothing may be missing: each folder of tests must have run, and pip must get every binding.
+ifeq ($(CI),true)
+REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/acceptance
+REQUIRED_BINDINGS := --required
+endif
+
 # Published Python bindings that the doubles of TensorRT and CUDA are generated from; NVIDIA's licence, so they stay below
 # build/. Tests that need one that pip could not get are skipped with that reason.
 bindings: setup
-	$(BIN)/python -m tests.tensorrt.install
+	$(BIN)/python -m tests.tensorrt.install $(REQUIRED_BINDINGS)
 
 tests: setup bindings
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slow and not gpu and not tensorrt"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slow and not gpu and not tensorrt" \
+		$(addprefix --require-run ,$(REQUIRED_FOLDERS))
 
 # The acceptance suite, slow tests included; what this machine lacks is skipped with the reason.
 test-gpu: setup bindings

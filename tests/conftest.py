@@ -21,6 +21,7 @@ from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from tests.checkpoints import MAX_POSITIONS, SLOW_VARIANTS, VARIANTS, Variant, make_checkpoint
 from tests.remembered_traces import remember_traces
+from tests.required_runs import pytest_addoption, pytest_configure  # noqa: F401 - hooks that pytest calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,11 +3,12 @@
 The bindings carry NVIDIA's licence: they are a test dependency alone, are installed below ``build/`` and neither
 committed nor redistributed. Where pip cannot get them, nothing is left behind and the tests that need them say so.
 
-Run by ``make bindings``: ``python -m tests.tensorrt.install``.
+Run by ``make bindings``: ``python -m tests.tensorrt.install``. CI adds ``--required``: a missing one is an error there.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -45,11 +46,18 @@ def install(target: Path, packages: tuple[str, ...]) -> str | None:
     return None
 
 
-def main() -> None:
+def main(*, required: bool) -> int:
+    """Install what is missing; the exit code, 1 where one was required that pip could not get."""
+    missing = 0
     for target, packages in PACKAGES.items():
         if not target.is_dir() and (failure := install(target, packages)):
-            sys.stderr.write(f"{packages[0]} was not installed, its tests will be skipped: {failure}\n")
+            missing += 1
+            fate = "which --required asks for" if required else "its tests will be skipped"
+            sys.stderr.write(f"{packages[0]} was not installed, {fate}: {failure}\n")
+    return int(required and missing > 0)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--required", action="store_true", help="fail where pip cannot get one")
+    sys.exit(main(required=parser.parse_args().required))
