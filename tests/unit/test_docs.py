@@ -1,0 +1,161 @@
+"""The pages for users are short, plain and true: sentences, links, commands and scripts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from cllm_export.cli import app
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+CHECKED = (*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("**/README.md")))
+"""Pages whose links, commands and scripts must exist."""
+PROSE = dict.fromkeys(PAGES, 22)
+"""The most words that a sentence of a page may have, as the mean of the page."""
+README_LINES = 150
+
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}[^\n]*(?:\n|\Z)|\n(?= {4}))+")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SPAN = re.compile(r"`([^`\n]+)`")
+COMMAND = re.compile(r"(?:\bcllm-export|-m cllm_export) ([a-z][a-z-]*)\b(.*)")
+SCRIPT = re.compile(r"\b(?:benchmarks|examples)/[\w/]+\.(?:py|sh|yaml)\b")
+SENTENCE_END = re.compile(r"(?<=[.!?])[)*\"]*\s+(?=[\"(*`\[]*[A-Z0-9`\[])")
+
+each_page = pytest.mark.parametrize("page", CHECKED, ids=[str(page.relative_to(ROOT)) for page in CHECKED])
+
+
+def _spaced(text: str) -> str:
+    """The page with an empty line after each heading, where an indented block may begin without one."""
+    return re.sub(r"^(#+ .*\n)", r"\1\n", text, flags=re.MULTILINE)
+
+
+def blocks_of(text: str) -> list[str]:
+    """The code blocks of a page, fenced and indented, with continued lines joined."""
+    fenced = FENCE.findall(text)
+    indented = INDENTED.findall(_spaced(FENCE.sub("", text)))
+    return [re.sub(r"\\\n\s*", " ", block) for block in (*fenced, *indented)]
+
+
+def prose_of(text: str) -> Iterator[str]:
+    """The paragraphs and list items of a page: no code, table or heading."""
+    text = INDENTED.sub("\n", _spaced(FENCE.sub("\n", text)))
+    paragraph: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        is_item = re.match(r"\s*(?:[-*]|\d+\.) ", line)
+        is_prose = line.strip() and not line.startswith(("#", "|", "<", "!["))
+        if paragraph and (is_item or not is_prose):
+            yield " ".join(paragraph)
+            paragraph = []
+        if is_prose:
+            paragraph.append(re.sub(r"^\s*(?:[-*]|\d+\.) ", "", line).strip())
+
+
+def sentences_of(text: str) -> list[str]:
+    return [sentence for paragraph in prose_of(text) for sentence in SENTENCE_END.split(paragraph)]
+
+
+def count_words(sentence: str) -> int:
+    """Words of a sentence; a span of code is one, and the target of a link none."""
+    plain = SPAN.sub("code", re.sub(r"\]\([^)]*\)", "]", sentence))
+    return len([word for word in plain.split() if re.search(r"\w", word)])
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def calls_of(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Every command in code with its options: in blocks by its full name, in spans of prose by either."""
+    names = set(get_command(app.app).commands)
+    lines = [line for block in blocks_of(text) for line in block.splitlines()]
+    for span in SPAN.findall(INDENTED.sub("", _spaced(FENCE.sub("", text)))):
+        is_call = span.split()[0] in names and " --" in span
+        lines.append(f"cllm-export {span}" if is_call else span)
+    for line in lines:
+        for part in re.split(r"&&|\||;", line):
+            if match := COMMAND.search(part):
+                words = shlex.split(match[2].replace("...", ""), comments=True)
+                yield match[1], [word.split("=")[0] for word in words if word.startswith("-") and word != "-"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("One two. Three `a b c` four.\n\n- five\n  six\n- seven\n", [2, 3, 2, 1]),
+        ("# No\n\n| no | no |\n\n    no\n    no\n\nyes [it is](x/y.md)\n", [3]),
+        ("```\nno no\n```\nn = 1.5 is 2 words. No?\n", [5, 1]),
+    ],
+)
+def test_counts_the_words_of_sentences(text: str, words: list[int]) -> None:
+    assert [count_words(sentence) for sentence in sentences_of(text)] == words
+
+
+def test_finds_the_options_of_commands() -> None:
+    """A command is found in a block and in a span, over continued lines and without comments."""
+    block = "    x cllm-export bench B --limit 1 \\\n        --sweep=4  # --no\n"
+    page = f"Use `build --force`.\n\n{block}\n`python -m cllm_export tune`\n"
+    assert list(calls_of(page)) == [("bench", ["--limit", "--sweep"]), ("build", ["--force"]), ("tune", [])]
+
+
+def test_readme_is_short() -> None:
+    """The README holds what everybody reads; the rest is in docs/."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("page", PROSE, ids=[page.name for page in PROSE])
+def test_sentences_are_short(page: Path) -> None:
+    """The mean sentence of a page is short enough to be read once."""
+    counts = [count_words(sentence) for sentence in sentences_of(page.read_text(encoding="utf-8"))]
+    assert sum(counts) / len(counts) < PROSE[page], f"{page.name}: {sum(counts) / len(counts):.1f} words a sentence"
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    """A relative link names a file, and its anchor a heading of that file."""
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors_of(target), f"{page.name} links to {link}"
+
+
+@each_page
+def test_commands_exist(page: Path) -> None:
+    """Every command of a page exists, and has the options that the page gives it."""
+    commands = get_command(app.app).commands
+    for name, options in calls_of(page.read_text(encoding="utf-8")):
+        assert name in commands, f"{page.name}: cllm-export {name}"
+        known = {flag for option in commands[name].params for flag in (*option.opts, *option.secondary_opts)}
+        assert set(options) <= known | {"--help", "--debug"}, f"{page.name}: cllm-export {name} {options}"
+
+
+@each_page
+def test_scripts_exist(page: Path) -> None:
+    """Every script and example of a page is a file of the repository."""
+    for script in SCRIPT.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / script).is_file(), f"{page.name}: {script}"
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = set(LINK.findall(README.read_text(encoding="utf-8")))
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= {link.partition("#")[0] for link in linked}
+
+
+def test_reading_the_command_line_needs_no_torch() -> None:
+    """What these tests import stays light."""
+    code = "import sys, cllm_export.cli.app, cllm_export.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
