@@ -1,4 +1,4 @@
-"""Export Consistency LLMs and decode them in parallel, token for token equal to autoregressive decoding.
+"""Export Consistency LLMs and decode them in parallel: at every fixed n, the tokens of autoregressive decoding.
 
     import cllm_export
 
