@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test setup lint types bindings tests slow test-gpu train-demo tune clean
+.PHONY: help demo test contacts setup lint types bindings tests slow test-gpu train-demo tune clean
 
 help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make contacts   meet outside things: a clean environment that pip fills"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
 	@echo "make test-gpu   the acceptance suite, on whatever engines this machine has"
@@ -40,6 +41,7 @@ types: setup
 ifeq ($(CI),true)
 REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/acceptance
 REQUIRED_BINDINGS := --required
+NO_SKIPS := --no-skips
 endif
 
 # Published Python bindings that the doubles of TensorRT and CUDA are generated from; NVIDIA's licence, so they stay below
@@ -48,15 +50,19 @@ bindings: setup
 	$(BIN)/python -m tests.tensorrt.install $(REQUIRED_BINDINGS)
 
 tests: setup bindings
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 -m "not slow and not gpu and not tensorrt" \
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/contacts -m "not slow and not gpu and not tensorrt" \
 		$(addprefix --require-run ,$(REQUIRED_FOLDERS))
+
+# What meets outside things and takes long: not part of `make test`. In CI a contact that is skipped fails.
+contacts: setup
+	$(BIN)/python -m pytest tests/contacts --require-run tests/contacts $(NO_SKIPS) -rs
 
 # The acceptance suite, slow tests included; what this machine lacks is skipped with the reason.
 test-gpu: setup bindings
 	$(BIN)/python -m pytest tests/acceptance -rs
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --ignore tests/contacts -m slow
 
 # The demo's training from nothing, two hours and a half on one core; then what `examples/text_to_sql` holds can be replaced.
 EXAMPLE := examples/text_to_sql

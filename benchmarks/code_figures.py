@@ -3,7 +3,7 @@
     python benchmarks/code_figures.py                 # this checkout
     python benchmarks/code_figures.py PATH [PATH ...]  # any checkouts of it, side by side
 
-A folder counts its own modules, ``__init__`` left out. A parameter counts where a person wrote it: what a decorator makes
+A folder counts its own modules without ``__init__``. A parameter counts where a person wrote it: what a decorator makes
 of a dataclass does not. An option is spelled where its name stands as a parameter, a field or a key of its own.
 """
 

@@ -1,0 +1,1 @@
+"""Meetings with outside things that judge this project: real package managers, builders, clients and models."""

@@ -81,3 +81,13 @@ def test_a_folder_that_does_not_exist_is_refused_by_name(run):
     outcome = run(RUNS, "--require-run", "three")
     assert outcome.ret == pytest.ExitCode.USAGE_ERROR
     assert "--require-run three: there is no such folder" in outcome.stderr.str()
+
+
+def test_a_single_skip_fails_a_run_without_skips(run):
+    outcome = run(SKIPPED, "--no-skips")
+    assert outcome.ret == pytest.ExitCode.TESTS_FAILED
+    outcome.stdout.fnmatch_lines(["ERROR --no-skips: two/test_two.py::test_of*: the bindings are not installed"])
+
+
+def test_a_run_that_skips_nothing_passes_without_skips(run):
+    assert run(RUNS, "--no-skips").ret == pytest.ExitCode.OK

@@ -1,0 +1,94 @@
+"""A clean environment that pip fills with the runtime alone: what a production image holds.
+
+The development environment has torch, so it cannot see a dependency that the package forgot to state, nor one that the
+runtime must not have.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cllm_export.bundle.manifest import Bundle
+from tests.conftest import Workshop
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "The SQL database has table city with columns name, population. Question: how many cities are there?"
+GENERATE = ("generate", "--max-new-tokens", "24", "--threads", "1", "--block-size", "8", "--json")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment into which pip installed ``cllm-export[cpu]``, from a copy of the sources."""
+    directory = tmp_path_factory.mktemp("clean")
+    source = directory / "source"
+    shutil.copytree(ROOT / "cllm_export", source / "cllm_export", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
+    python = directory / "venv" / "bin" / "python"
+    command = [python, "-m", "pip", "install", "--quiet", "--constraint", source / "constraints.txt", f"{source}[cpu]"]
+    subprocess.run(command, check=True)
+    return python
+
+
+@pytest.fixture(scope="module")
+def bundle(workshop: Workshop) -> Bundle:
+    return workshop.bundle("demo")
+
+
+def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "onnx", "onnxscript", "pyarrow", "matplotlib"])
+def test_the_runtime_installs_nothing_heavy(python: Path, tmp_path: Path, package: str):
+    outcome = run(python, "-c", f"import {package}", cwd=tmp_path)
+    assert "ModuleNotFoundError" in outcome.stderr
+
+
+def test_every_module_of_the_runtime_imports(python: Path, tmp_path: Path):
+    """A dependency that nobody stated is missing here, and nowhere else."""
+    walk = (
+        "import importlib, pkgutil, cllm_export.runtime as top\n"
+        "for found in pkgutil.walk_packages(top.__path__, 'cllm_export.runtime.'):\n"
+        "    importlib.import_module(found.name)\n"
+    )
+    outcome = run(python, "-c", walk, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_it_decodes_what_the_development_environment_decodes(python: Path, tmp_path: Path, bundle: Bundle):
+    here, there = (
+        run(Path(interpreter), "-m", "cllm_export", *GENERATE, bundle.path, PROMPT, cwd=directory)
+        for interpreter, directory in ((sys.executable, ROOT), (python, tmp_path))
+    )
+    assert here.returncode == there.returncode == 0, there.stderr
+    assert json.loads(there.stdout)["token_ids"] == json.loads(here.stdout)["token_ids"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan-memory"])
+def test_commands_of_the_runtime_work(python: Path, tmp_path: Path, bundle: Bundle, command: str):
+    outcome = run(python, "-m", "cllm_export", command, bundle.path, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_help_of_every_command_is_shown(python: Path, tmp_path: Path):
+    """The command line imports nothing that an extra installs before it is asked for something."""
+    listed = run(python, "-c", "from cllm_export.cli.app import ORDER; print(*ORDER)", cwd=tmp_path).stdout.split()
+    for command in listed:
+        outcome = run(python, "-m", "cllm_export", command, "--help", cwd=tmp_path)
+        assert outcome.returncode == 0, (command, outcome.stderr)
+
+
+def test_a_build_says_which_extra_is_missing(python: Path, tmp_path: Path):
+    checkpoint = ROOT / "examples" / "text_to_sql" / "checkpoint"
+    outcome = run(python, "-m", "cllm_export", "build", checkpoint, "--output", tmp_path / "bundle", cwd=tmp_path)
+    assert outcome.returncode == 2
+    assert "pip install 'cllm-export[export]'" in " ".join(outcome.stderr.split())
+    assert not (tmp_path / "bundle").exists()
