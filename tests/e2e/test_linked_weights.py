@@ -276,15 +276,16 @@ def test_a_memory_bound_that_cannot_be_kept_is_refused(
     assert_refused(cli("build", small, "--output", output, "--max-memory", size), "--max-memory", *phrases)
 
 
-def test_pieces_of_any_size_give_the_same_file(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["llama-llama3-bf16-sharded", pytest.param("qwen2-window", marks=pytest.mark.slow)])
+def test_pieces_of_any_size_give_the_same_file(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, name: str):
     """A few rows at a time, with and without room for a whole weight: transposed, stacked and cast alike."""
     from cllm_export.exporter import pipeline
     from cllm_export.exporter.weights.memory import MemoryPlan
 
-    expected = workshop.bundle("qwen2-window", precision="fp16").manifest.files[WEIGHTS_NAME]
+    expected = workshop.bundle(name, precision="fp16").manifest.files[WEIGHTS_NAME]
     for stage in (0, 20_000):
         plan = MemoryPlan(piece=1000, stage=stage, peak=1)
         monkeypatch.setattr(pipeline, "plan_memory", lambda *_, plan=plan, **__: plan)
-        built = workshop.build(workshop.checkpoint("qwen2-window"), precision="fp16")
+        built = workshop.build(workshop.checkpoint(name), precision="fp16")
         assert built.manifest.files[WEIGHTS_NAME] == expected
         built.check_files()

@@ -190,7 +190,14 @@ def wait_for_staging(build: subprocess.Popen[bytes], directory: Path) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("delay", [None, *KILL_DELAYS], ids=["early", "first file", "some files"])
+@pytest.mark.parametrize(
+    "delay",
+    [
+        pytest.param(None, id="early"),
+        pytest.param(KILL_DELAYS[0], id="first file"),
+        pytest.param(KILL_DELAYS[1], id="some files", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_build_leaves_the_old_bundle_or_the_new_one(workshop: Workshop, old: Bundle, delay: float | None):
     generator = random.Random(str(delay))
     with start_build(workshop.checkpoint("small"), old.path) as build:

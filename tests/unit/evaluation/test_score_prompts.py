@@ -73,7 +73,8 @@ def test_the_answers_of_the_example_score_full_marks_and_other_ones_hardly_any()
     right = score_prompts(questions, answers)
     assert right.value("exact_match") == right.value("execution_match") == 1.0
     assert right.value("gold_result_empty") < 0.05
-    wrong = score_prompts(questions, [f"SELECT count(*) + 1000 FROM ({answer})" for answer in answers])
+    some = questions[::10]
+    wrong = score_prompts(some, [f"SELECT count(*) + 1000 FROM ({question.prompt.answer})" for question in some])
     assert wrong.value("exact_match") == wrong.value("execution_match") == 0.0
 
 
