@@ -28,9 +28,9 @@ LENGTH = 200
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    """Sixty prompts of the demo; those over one schema begin alike."""
+    """Thirty prompts of the demo in the order of their text: those over one schema begin alike, and are neighbours."""
     lines = (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines[:60]]
+    return sorted(json.loads(line)["prompt"] for line in lines)[:30]
 
 
 def new_model(workshop: Workshop, *, num_slots: int = 1, **options: int) -> Model:
@@ -51,7 +51,7 @@ def test_a_service_with_a_cache_gives_in_any_order_what_each_prompt_gives_alone_
 ):
     with Service(new_model(workshop, num_slots=NUM_SLOTS, prefix_cache_bytes=0)) as service:
         expected = [service.submit(prompt, **OPTIONS).result().token_ids for prompt in prompts]
-    small = new_model(workshop, num_slots=NUM_SLOTS, prefix_cache_bytes=8 << 20)
+    small = new_model(workshop, num_slots=NUM_SLOTS, prefix_cache_bytes=4 << 20)
     with Service(small) as service:
         for seed in range(2):
             order = random.Random(seed).sample(range(len(prompts)), len(prompts))
