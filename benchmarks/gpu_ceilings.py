@@ -19,7 +19,7 @@ import numpy as np
 from cllm_export.bundle.contract import OPSET, DType
 from cllm_export.errors import EngineError
 from cllm_export.runtime.engines.cuda import Cuda
-from cllm_export.runtime.engines.onnxruntime_device import ELEMENT_TYPES, PROVIDERS, Device
+from cllm_export.runtime.engines.onnxruntime import PROVIDERS, Device, element_type
 from cllm_export.tensorrt.device_buffers import DeviceMemory
 from cllm_export.tensorrt.graph import errors_of
 from cllm_export.tensorrt.library import Gpu, Log
@@ -128,7 +128,7 @@ def multiply_on_ort(path: Path, dtype: DType, size: int, *, device: Device, thre
         session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
         io = session.io_binding()
         for name in "abc":
-            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((size, size), ELEMENT_TYPES[dtype], device, 0)
+            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((size, size), element_type(dtype), device, 0)
             value.update_inplace(noise(size, dtype))
             bind = io.bind_ortvalue_output if name == "c" else io.bind_ortvalue_input
             bind(name, value)

@@ -45,7 +45,6 @@ from gpu_probes import (
     probe_product,
     read_work,
     require_size,
-    run_forward,
     some_prompt,
 )
 from gpu_table import Value, show
@@ -53,10 +52,9 @@ from gpu_table import Value, show
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.errors import CllmExportError, EngineError, OptionError
 from cllm_export.prompts import read_prompts
+from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.engines.base import Engine
-from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import PROVIDERS
-from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.loop.device_loop import DeviceLoop
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192, "tensorrt": 8192}
@@ -208,7 +206,7 @@ def count_bus(subject: Subject, key: Key, settings: Settings) -> dict[str, float
     """Bytes per forward by direction, and the target."""
     engine = subject.engine(key.form)
     require_size(engine, key.size)
-    if isinstance(engine, OrtEngine):
+    if key.form is None:
         raise EngineError("the engine works in the processor's own memory, and copies nothing over a bus")
     if key.forwards_per_sync:
         crossed, forwards = count_device_loop(engine, key, settings)
@@ -225,7 +223,7 @@ def count_bus(subject: Subject, key: Key, settings: Settings) -> dict[str, float
 
 
 def count_while(engine: Engine, run: Callable[[], object]) -> Crossed:
-    if isinstance(engine, TrtEngine):
+    if engine.has_device_loop:
         assert isinstance(engine.cuda, CountingCuda), "which TensorRT's engines are opened with here"
         return count_on_cuda(engine.cuda, run)
     return count_on_ort(run)
@@ -233,7 +231,7 @@ def count_while(engine: Engine, run: Callable[[], object]) -> Crossed:
 
 def count_device_loop(engine: Engine, key: Key, settings: Settings) -> tuple[Crossed, int]:
     """Of a decode whose graphs are recorded; what starts a request is shared among its forwards."""
-    if not isinstance(engine, TrtEngine):
+    if not engine.has_device_loop:
         raise OptionError("forwards_per_sync is for TensorRT")
     prompts = [some_prompt(engine, settings), *([] for _ in range(engine.num_slots - 1))]
     limit = {"max_new_tokens": settings.tokens, "eos_token_ids": (), "fill_token": 0}

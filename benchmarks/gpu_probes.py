@@ -26,12 +26,12 @@ from gpu_ceilings import (
 from cllm_export.bundle.contract import KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, Manifest
 from cllm_export.errors import CllmExportError, EngineError, MissingExtraError
+from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.cuda import Cuda, open_cuda
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
-from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
 from cllm_export.runtime.load import Provider
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import Options
@@ -129,8 +129,10 @@ def open_subject(
     if provider == "cpu":
         engines: dict[Form, Engine | str] = {None: OrtEngine(bundle, num_slots=slots, threads=count)}
     else:
-        engines = {False: OrtDeviceEngine(bundle, num_slots=slots)}
-        engines[True] = _or_reason(lambda: OrtDeviceEngine(bundle, num_slots=slots, cuda_graphs=True))
+        engines = {False: OrtEngine(bundle, device="cuda", num_slots=slots, threads=count)}
+        engines[True] = _or_reason(
+            lambda: OrtEngine(bundle, device="cuda", num_slots=slots, threads=count, cuda_graphs=True)
+        )
         cuda = _or_reason(open_cuda)
         facts |= {"gpu": cuda if isinstance(cuda, str) else asdict(cuda.facts())}
     for engine in engines.values():
@@ -217,17 +219,11 @@ def probe_product(subject: Subject, settings: Settings) -> Probe:
     return multiply_on_ort(path, dtype, size, device=device, threads=subject.threads)
 
 
-def run_forward(engine: Engine, size: int, past: int) -> None:
-    """A block in every slot, always the same."""
-    slots = engine.num_slots
-    engine.forward([[0] * size] * slots, [1] * slots, [past] * slots)
-
-
 def require_size(engine: Engine, size: int) -> None:
     """Raises EngineError: the engine runs no forward of just this n."""
     if size > (largest := engine.geometry.max_block_size):
         raise EngineError(f"the bundle takes blocks of {largest} at most: build it with --block-size {size}")
-    if isinstance(engine, TrtEngine) and size not in engine.block_sizes:
+    if engine.has_device_loop and size not in engine.block_sizes:
         raise EngineError(f"the plan has no profile for it: cllm-export plan BUNDLE --block-size {size}")
 
 
@@ -238,7 +234,7 @@ def probe_forward(subject: Subject, form: Form, size: int, settings: Settings) -
         engine.run_seconds = 0.0
         run_forward(engine, size, settings.past)
     repeats = repeats_for(engine.run_seconds)
-    if isinstance(engine, TrtEngine):
+    if engine.has_device_loop:
         enqueue = bare_forward(engine, size, settings.past, subject.owned, is_graph=bool(form))
         return lambda: {"seconds": device_seconds(engine.cuda, engine.stream, enqueue, repeats)}
 
@@ -289,7 +285,7 @@ def probe_loop(subject: Subject, key: Key, settings: Settings) -> Probe:
     def measure() -> dict[str, float]:
         took = model.generate(prompt, **options).statistics
         figures = {"wall": took.decode_seconds / took.forwards, "tokens": float(took.new_tokens)}
-        if not isinstance(engine, TrtEngine):
+        if not engine.has_device_loop:
             return figures | {"bare": took.engine_seconds / took.forwards}
         on_device = took.on_device
         waits = on_device.num_syncs if on_device else took.forwards

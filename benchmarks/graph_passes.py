@@ -13,6 +13,7 @@ from statistics import median
 
 from cllm_export.exporter.graph import passes
 from cllm_export.exporter.pipeline import build
+from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 
 OPTIONAL = (passes.pack_qkv, passes.fold_query_groups)
@@ -40,10 +41,10 @@ def measure(engines: dict[str, OrtEngine], past: int, rounds: int) -> dict[str, 
         for n in BLOCK_SIZES:
             for name, engine in engines.items():
                 for _ in range(WARM_UP):
-                    engine.run_bound(n, past)
+                    run_forward(engine, n, past)
                 started = engine.run_seconds
                 for _ in range(TIMED):
-                    engine.run_bound(n, past)
+                    run_forward(engine, n, past)
                 times[name][n].append((engine.run_seconds - started) / TIMED)
     return times
 

@@ -18,6 +18,7 @@ from time import perf_counter
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.prompts import Prompt, read_prompts
+from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
@@ -57,10 +58,10 @@ def time_forwards(engines: Mapping[str, OrtEngine], past: int, rounds: int) -> d
         for block_size in BLOCK_SIZES:
             for name, engine in engines.items():
                 for _ in range(WARM_UP):
-                    engine.run_bound(block_size, past)
+                    run_forward(engine, block_size, past)
                 engine.run_seconds = 0.0
                 for _ in range(TIMED):
-                    engine.run_bound(block_size, past)
+                    run_forward(engine, block_size, past)
                 times[name][block_size].append(engine.run_seconds / TIMED)
     return {name: {n: 1e3 * median(values) for n, values in by_size.items()} for name, by_size in times.items()}
 

@@ -17,7 +17,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cllm_export.bundle.contract import FixedShapes, Geometry, check_forward, check_rows
+from cllm_export.bundle.contract import FixedShapes, Geometry, check_forward
 from cllm_export.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GREEDY_GRAPH,
@@ -37,7 +37,7 @@ from cllm_export.runtime.decoding.jacobi import Autoregressive, BlockJacobi, Sli
 from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.statistics import ForwardRecord
 from cllm_export.runtime.decoding.text import TextCodec
-from cllm_export.runtime.engines.base import Engine, Forward, KvRows, prefill
+from cllm_export.runtime.engines.base import Engine, EngineBase, Forward, KvRows, prefill
 from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent
 from cllm_export.runtime.model import Model
 
@@ -134,8 +134,11 @@ class Call(NamedTuple):
     write_index: list[int]
 
 
-class FakeEngine:
-    """A ``LookaheadEngine`` in pure Python. ``calls`` records every call, ``rows`` is its cache [B][C]."""
+class FakeEngine(EngineBase):
+    """An engine that can do all but loop on a device, in pure Python. ``calls`` records every call,
+    ``rows`` is its cache [B][C]."""
+
+    can_copy_rows = True
 
     def __init__(
         self,
@@ -145,31 +148,17 @@ class FakeEngine:
         num_slots: int = 1,
         fixed_shapes: FixedShapes | None = None,
     ) -> None:
+        super().__init__(
+            geometry,
+            num_slots=fixed_shapes.batch_size if fixed_shapes else num_slots,
+            prefill_chunk=fixed_shapes.block_size if fixed_shapes else PREFILL_CHUNK,
+            fixed_shapes=fixed_shapes,
+        )
         self._model = model
-        self._geometry = geometry
-        self._fixed = fixed_shapes
-        self._num_slots = fixed_shapes.batch_size if fixed_shapes else num_slots
-        self.run_seconds = 0.0
         self.calls: list[Call] = []
         self.is_closed = False
         self.num_rows_restored = 0
-        self.rows = [[UNWRITTEN] * geometry.cache_length for _ in range(self._num_slots)]
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def num_slots(self) -> int:
-        return self._num_slots
-
-    @property
-    def fixed_shapes(self) -> FixedShapes | None:
-        return self._fixed
-
-    @property
-    def prefill_chunk(self) -> int:
-        return self._fixed.block_size if self._fixed else PREFILL_CHUNK
+        self.rows = [[UNWRITTEN] * geometry.cache_length for _ in range(self.num_slots)]
 
     def forward(
         self,
@@ -179,8 +168,8 @@ class FakeEngine:
         *,
         with_logits: bool = False,
     ) -> Forward:
-        if len(input_ids[0]) > self._geometry.max_block_size:
-            raise EngineError(f"a block of {len(input_ids[0])} is above {self._geometry.max_block_size}")
+        if len(input_ids[0]) > self.geometry.max_block_size:
+            raise EngineError(f"a block of {len(input_ids[0])} is above {self.geometry.max_block_size}")
         self._write(Call("forward", [list(block) for block in input_ids], list(num_committed), list(write_index)))
         next_ids = [
             [self._model.predict(rows[: start + row + 1]) for row in range(len(block))]
@@ -236,7 +225,7 @@ class FakeEngine:
     def _logits(self, rows: Sequence[Row], predicted: int) -> NDArray[np.float32]:
         """Logits [V] told from what the model sees: random ones, the predicted token's above them all."""
         seed = abs(hash((predicted, *(row.context for row in rows))))
-        logits = np.random.default_rng(seed).normal(size=self._geometry.vocab_size).astype(np.float32)
+        logits = np.random.default_rng(seed).normal(size=self.geometry.vocab_size).astype(np.float32)
         logits[predicted] = logits.max() + np.float32(0.25)
         return logits
 
@@ -250,8 +239,8 @@ class FakeEngine:
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         """Token and context of each row, in every tensor of the cache alike."""
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
-        g = self._geometry
+        self._check_rows(slot, start, stop)
+        g = self.geometry
         array = np.zeros((2 * g.num_layers, g.num_kv_heads, stop - start, g.head_dim), np.int64)
         for index, row in enumerate(self.rows[slot][start:stop]):
             assert row != UNWRITTEN, f"row {start + index} of slot {slot} was never written"
@@ -259,8 +248,8 @@ class FakeEngine:
         return array
 
     def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
-        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=np.dtype(np.int64))
+        self._check_rows(slot, start, stop)
+        check_row_shape(rows, stop - start, geometry=self.geometry, dtype=np.dtype(np.int64))
         self.num_rows_restored += stop - start
         self.rows[slot][start:stop] = [Row(*map(int, row)) for row in rows[0, 0, :, :2]]
 
@@ -276,20 +265,20 @@ class FakeEngine:
     def _check(self, call: Call) -> None:
         size = len(call.input_ids[0])
         lengths = {len(call.input_ids), len(call.num_committed), len(call.write_index)}
-        if lengths != {self._num_slots} or {len(block) for block in call.input_ids} != {size} or not size:
-            raise EngineError(f"the engine has {self._num_slots} slots and takes equal blocks, got {call}")
-        if self._fixed and size != self._fixed.block_size:
-            raise EngineError(f"this engine is pinned to blocks of {self._fixed.block_size}, got {size}")
+        if lengths != {self.num_slots} or {len(block) for block in call.input_ids} != {size} or not size:
+            raise EngineError(f"the engine has {self.num_slots} slots and takes equal blocks, got {call}")
+        if self.fixed_shapes and size != self.fixed_shapes.block_size:
+            raise EngineError(f"this engine is pinned to blocks of {self.fixed_shapes.block_size}, got {size}")
         if not all(0 <= count <= size for count in call.num_committed):
             raise EngineError(f"num_committed must be 0 to {size}, got {call.num_committed}")
-        if not all(0 <= token < self._geometry.vocab_size for block in call.input_ids for token in block):
-            raise EngineError(f"tokens must be below {self._geometry.vocab_size}, got {call.input_ids}")
-        extent = self._fixed.kv_extent if self._fixed else self._extent(max(call.write_index) + size)
+        if not all(0 <= token < self.geometry.vocab_size for block in call.input_ids for token in block):
+            raise EngineError(f"tokens must be below {self.geometry.vocab_size}, got {call.input_ids}")
+        extent = self.fixed_shapes.kv_extent if self.fixed_shapes else self._extent(max(call.write_index) + size)
         for start in call.write_index:
-            check_forward(block_size=size, write_index=start, kv_extent=extent, geometry=self._geometry)
+            check_forward(block_size=size, write_index=start, kv_extent=extent, geometry=self.geometry)
 
     def _extent(self, needed: int) -> int:
-        return kv_extent(needed, self._geometry.cache_length)
+        return kv_extent(needed, self.geometry.cache_length)
 
 
 def _count_right(block: Sequence[int], next_ids: Sequence[int], num_committed: int) -> int:

@@ -85,14 +85,14 @@ class EditedEngine(OrtEngine):
         self._bytes = b""
         return session
 
-    def _bind(self, block_size: int, head_size: int, extent: int, with_logits: bool) -> Any:
-        binding = super()._bind(block_size, head_size, extent, with_logits)
+    def _bind(self, key: Any) -> Any:
+        binding = super()._bind(key)
         for name in self._observed:
             binding.io.bind_output(name)
         return binding
 
-    def _run_binding(self, binding: Any, session: Any) -> None:
-        super()._run_binding(binding, session)
+    def _run_binding(self, binding: Any) -> None:
+        super()._run_binding(binding)
         self._last = binding.io
 
 

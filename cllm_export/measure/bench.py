@@ -19,6 +19,7 @@ from cllm_export.errors import OptionError, OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.decoding.block_size.latency_file import write_latency
+from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.decoding.request import LOOKAHEAD, Method
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
@@ -155,17 +156,17 @@ def measure_latency(bundle: Bundle, prompts: Sequence[Sequence[int]], threads: i
 
 def _time_forward(engine: OrtEngine, block_size: int, past: int) -> float:
     """Seconds of one forward; short ones are repeated, after some that refill the caches a wider one has emptied."""
-    engine.run_bound(block_size, past)
+    run_forward(engine, block_size, past)
     started = engine.run_seconds
-    engine.run_bound(block_size, past)
+    run_forward(engine, block_size, past)
     seconds = engine.run_seconds - started
     if seconds > SHORT_FORWARD_SECONDS:
         return seconds
     for _ in range(8):
-        engine.run_bound(block_size, past)
+        run_forward(engine, block_size, past)
     started = engine.run_seconds
     for _ in range(5):
-        engine.run_bound(block_size, past)
+        run_forward(engine, block_size, past)
     return (engine.run_seconds - started) / 5
 
 

@@ -17,8 +17,8 @@ from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.engines.machine import describe_machine
-from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 
@@ -192,12 +192,11 @@ class _Run:
     def _forward(self, setting: Setting) -> float:
         """Milliseconds of one bare forward past as many rows as the median prompt has."""
         engine = self._models[setting.bundle].engine
-        assert isinstance(engine, OrtEngine)
         for _ in range(WARM_UP):
-            engine.run_bound(setting.block_size, self._past)
+            run_forward(engine, setting.block_size, self._past)
         started = engine.run_seconds
         for _ in range(TIMED):
-            engine.run_bound(setting.block_size, self._past)
+            run_forward(engine, setting.block_size, self._past)
         return (engine.run_seconds - started) / TIMED * 1e3
 
     def _settle_sizes(self) -> tuple[int, ...]:

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cllm_export.bundle.contract import CONTRACT_VERSION, FixedShapes, Geometry
+from cllm_export.bundle.contract import CONTRACT_VERSION
 from cllm_export.bundle.manifest import Bundle, FillName
 from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.decoding.request import Method
-from cllm_export.runtime.engines.base import Engine, Forward
+from cllm_export.runtime.engines.base import Engine, EngineBase, Forward
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token
 
@@ -25,36 +25,18 @@ FILLS: tuple[FillName, ...] = ("pad", "repeat")
 """Fills that a trace may use: the others need rules beyond the loop's own."""
 
 
-class RecordingEngine:
+class RecordingEngine(EngineBase):
     """An engine that runs another and keeps what went in and what came out. ``forwards`` grows with every call."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(
+            engine.geometry,
+            num_slots=engine.num_slots,
+            prefill_chunk=engine.prefill_chunk,
+            fixed_shapes=engine.fixed_shapes,
+        )
         self._engine = engine
         self.forwards: list[dict[str, Any]] = []
-
-    @property
-    def run_seconds(self) -> float:
-        return self._engine.run_seconds
-
-    @run_seconds.setter
-    def run_seconds(self, seconds: float) -> None:
-        self._engine.run_seconds = seconds
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._engine.geometry
-
-    @property
-    def num_slots(self) -> int:
-        return self._engine.num_slots
-
-    @property
-    def fixed_shapes(self) -> FixedShapes | None:
-        return self._engine.fixed_shapes
-
-    @property
-    def prefill_chunk(self) -> int:
-        return self._engine.prefill_chunk
 
     def forward(
         self,
@@ -66,6 +48,7 @@ class RecordingEngine:
     ) -> Forward:
         inputs = _inputs("decode", input_ids, num_committed, write_index)
         forward = self._engine.forward(input_ids, num_committed, write_index, with_logits=with_logits)
+        self.run_seconds = self._engine.run_seconds
         self.forwards.append(inputs | {"next_ids": forward.next_ids[0], "num_accepted": forward.num_accepted[0]})
         return forward
 
@@ -74,6 +57,7 @@ class RecordingEngine:
     ) -> None:
         self.forwards.append(_inputs("prefill", input_ids, num_committed, write_index))
         self._engine.prefill(input_ids, num_committed, write_index)
+        self.run_seconds = self._engine.run_seconds
 
     def close(self) -> None:
         """Close the engine that it runs."""

@@ -12,7 +12,7 @@ from cllm_export.runtime.decoding.block_size.latency_file import read_latency
 from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair
 from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.text import TextCodec
-from cllm_export.runtime.engines.base import Engine, RowEngine
+from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import PREFIX_CACHE_BYTES, pad_token
@@ -34,11 +34,10 @@ def load(
         path: a directory that ``cllm-export build`` wrote.
         num_slots: B, the requests that a ``Service`` decodes at once; by default the bundle's batch size, which one
             with fixed shapes is pinned to.
-        threads: threads inside the engine; by default as many as the process may use. Of the CPU alone.
+        threads: processor threads inside ONNX Runtime; by default as many as the process may use.
         draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
         prefix_cache_bytes: KV to keep of texts that were read and given, in the host's memory, so that a prompt that
-            begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB, and none where the
-            engine cannot hand out its rows (``cuda``).
+            begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB.
         provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
         cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and extent, and replays it.
 
@@ -58,19 +57,19 @@ def load(
     if draft:
         check_pair(bundle, draft)
     engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
-    is_cpu = isinstance(engine, OrtEngine)
+    latency = read_latency(bundle, num_slots=engine.num_slots, threads=threads) if provider == "cpu" else None
     return Model(
         bundle.manifest,
         engine,
         TextCodec.of_bundle(bundle),
         draft_model=_load_draft_model(draft, engine.num_slots, threads, provider, cuda_graphs) if draft else None,
         prompt_state=_make_prompt_state(bundle, engine, prefix_cache_bytes),
-        forward_seconds=read_latency(bundle, num_slots=engine.num_slots, threads=threads) if is_cpu else None,
+        forward_seconds=latency,
     )
 
 
 def _make_prompt_state(bundle: Bundle, engine: Engine, max_bytes: int | None) -> PromptState | None:
-    if not isinstance(engine, RowEngine):
+    if not engine.can_copy_rows:
         if max_bytes:
             raise OptionError(f"{type(engine).__name__} keeps no prompts: leave prefix_cache_bytes out, or give 0")
         return None
@@ -130,12 +129,8 @@ def open_engine(
         raise OptionError(
             f"cuda_graphs is for the provider cuda, got {provider}: leave it out (tensorrt records graphs without)"
         )
-    if provider == "cpu":
-        return OrtEngine(bundle, num_slots=num_slots, threads=threads)
-    if provider == "cuda":
-        from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
-
-        return OrtDeviceEngine(bundle, num_slots=num_slots, cuda_graphs=cuda_graphs)
+    if provider != "tensorrt":
+        return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
     from cllm_export.tensorrt.engine import TrtEngine
 
     engine = TrtEngine(bundle)

@@ -41,7 +41,7 @@ from cllm_export.runtime.decoding.scheduler import Scheduler
 from cllm_export.runtime.decoding.slot import memory_of
 from cllm_export.runtime.decoding.task import Taker, Task
 from cllm_export.runtime.decoding.text import Messages, TextCodec
-from cllm_export.runtime.engines.base import Engine, LookaheadEngine
+from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.options import (
     GRAMMARS,
     READING,
@@ -332,13 +332,8 @@ class Model:
             raise OptionError("block_size is not for lookahead: window, ngram and guesses give the size of its block")
         shape = LookaheadShape(**given)
         shape.require_fitting(self.engine.geometry.max_block_size)
-        self._lookahead_engine().require_lookahead()
+        self.engine.require_lookahead()
         return shape
-
-    def _lookahead_engine(self) -> LookaheadEngine:
-        if not isinstance(self.engine, LookaheadEngine):
-            raise OptionError(f"{type(self.engine).__name__} runs no lookahead graph: choose another method")
-        return self.engine
 
     def _settle_fill(self, fill: str | None, method: Method) -> str:
         if fill is None:
@@ -397,8 +392,8 @@ class Model:
         fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=seed, pool=self.pool)
         decoder = Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
         task = Task(request.prompt, self._decode_with(decoder, request, stop_cut), take=take)
-        engine = self._lookahead_engine()
-        return task, LookaheadLoop(engine, task, decoder, block_size=request.lookahead.max_rows, pad_token_id=pad)
+        size = request.lookahead.max_rows
+        return task, LookaheadLoop(self.engine, task, decoder, block_size=size, pad_token_id=pad)
 
     def _make_device_loop(self, request: Prepared, stop_cut: StopCut | None, take: Taker) -> tuple[Task, Loop]:
         from cllm_export.tensorrt.loop.device_request import DeviceLoops, DeviceRequest, require_device_loop

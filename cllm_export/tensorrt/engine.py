@@ -19,18 +19,15 @@ from numpy.typing import NDArray
 from cllm_export.bundle.contract import (
     BYTES,
     LOGITS,
-    FixedShapes,
-    Geometry,
     TensorSpec,
     cache_names,
     check_forward,
-    check_rows,
     graph_inputs,
     graph_outputs,
 )
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
 from cllm_export.errors import EngineError
-from cllm_export.runtime.engines.base import Forward, KvRows
+from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import Cuda, Direction
 from cllm_export.runtime.engines.kv_cache import check_row_shape
 from cllm_export.tensorrt.device_buffers import DeviceMemory
@@ -61,7 +58,7 @@ def platform_of(gpu: Gpu) -> Platform:
     )
 
 
-class TrtEngine:
+class TrtEngine(EngineBase):
     """Runs a bundle's plan. See ``Engine`` for the calls. Not thread-safe; close it, or use it in a ``with``.
 
     Args:
@@ -76,21 +73,27 @@ class TrtEngine:
         EngineError: TensorRT does not load the plan, or it breaks the contract.
     """
 
+    can_copy_rows = True
+    has_device_loop = True
+
     def __init__(
         self, bundle: Bundle, *, plan: Plan | None = None, gpu: Gpu | None = None, cuda_graphs: bool = True
     ) -> None:
         gpu = gpu or open_gpu()
         plan = plan or find_plan(bundle, platform_of(gpu))
         require_fit(plan, bundle, platform_of(gpu))
-        self._geometry = bundle.manifest.geometry
-        self._fixed = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
         self._settings = plan.manifest.settings
+        super().__init__(
+            bundle.manifest.geometry,
+            num_slots=self._settings.batch_size,
+            prefill_chunk=self._settings.prefill_chunk,
+            fixed_shapes=bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes,
+        )
         self._gpu, self._trt, self._cuda = gpu, gpu.tensorrt, gpu.cuda
-        self._inputs = graph_inputs(self._geometry, bundle.manifest.precision, self._fixed)
-        self._outputs = graph_outputs(self._geometry, bundle.manifest.precision, self._fixed)
+        self._inputs = graph_inputs(self.geometry, bundle.manifest.precision, self.fixed_shapes)
+        self._outputs = graph_outputs(self.geometry, bundle.manifest.precision, self.fixed_shapes)
         self._cuda_graphs = cuda_graphs
         self._log = Log(self._trt)
-        self.run_seconds = 0.0
         self.num_syncs = 0
         """Times the host waited for the device, one a forward."""
         self._graphs: dict[_Shape, Any] = {}
@@ -106,7 +109,6 @@ class TrtEngine:
             self._allocate(DeviceMemory(self._cuda, owned))
             owned.callback(self._drop_contexts)
             self._owned = owned.pop_all()
-        self._closed = False
 
     def __enter__(self) -> TrtEngine:
         return self
@@ -116,25 +118,9 @@ class TrtEngine:
 
     def close(self) -> None:
         """Free everything on the device. The engine cannot run afterwards; closing it again does nothing."""
-        if not self._closed:
-            self._closed = True
+        if not self._is_closed:
+            self._is_closed = True
             self._owned.close()
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def num_slots(self) -> int:
-        return self._settings.batch_size
-
-    @property
-    def prefill_chunk(self) -> int:
-        return self._settings.prefill_chunk
-
-    @property
-    def fixed_shapes(self) -> FixedShapes | None:
-        return self._fixed
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -144,7 +130,7 @@ class TrtEngine:
     @property
     def cache_addresses(self) -> dict[str, int]:
         """Where on the device each cache tensor lies, by past name: the address of past and present."""
-        return {past: self._addresses[past] for past, _ in cache_names(self._geometry.num_layers)}
+        return {past: self._addresses[past] for past, _ in cache_names(self.geometry.num_layers)}
 
     def forward(
         self,
@@ -156,9 +142,9 @@ class TrtEngine:
     ) -> Forward:
         if with_logits and not self._settings.logits:
             raise EngineError("this plan was built with --no-logits, and this request needs them: build it without")
-        size, slots = len(input_ids[0]), self.num_slots
+        size, slots = self._check_batch(input_ids, num_committed, write_index), self.num_slots
         padded = self._padded_size(size)
-        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(padded)
+        profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(padded)
         extent = self._extent(padded, write_index)
         shape = _Shape(profile=profile, block_size=padded, head_size=padded, extent=extent)
         self._run(shape, input_ids, num_committed, write_index, with_logits=with_logits)
@@ -166,7 +152,7 @@ class TrtEngine:
         num_accepted = np.minimum(self._host["num_accepted"].array, size)
         logits = None
         if with_logits:
-            vocab_size = self._geometry.vocab_size
+            vocab_size = self.geometry.vocab_size
             logits = (
                 self._host[LOGITS].array[: slots * padded * vocab_size].reshape(slots, padded, vocab_size)[:, :size]
             )
@@ -176,7 +162,7 @@ class TrtEngine:
         """n of the profile that runs a block: its own, or the next larger one, filled up with tokens that count for
         nothing. Their rows lie above the block's and are dead, and the cache has room for the largest block."""
         found = next((each for each in self.block_sizes if each >= size), None)
-        if found is None or (self._fixed and found != size):
+        if found is None or (self.fixed_shapes and found != size):
             raise EngineError(
                 f"this plan has profiles for blocks of {', '.join(map(str, self.block_sizes))}, got {size}; build one "
                 f"with: cllm-export plan BUNDLE --block-size {size}"
@@ -186,11 +172,11 @@ class TrtEngine:
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> None:
-        size = len(input_ids[0])
-        if size > self.prefill_chunk or (self._fixed and size != self.prefill_chunk):
+        size = self._check_batch(input_ids, num_committed, write_index)
+        if size > self.prefill_chunk or (self.fixed_shapes and size != self.prefill_chunk):
             raise EngineError(f"this plan takes chunks of {self.prefill_chunk} tokens, got {size}")
         extent = self._extent(size, write_index)
-        head_size = size if self._fixed else 1
+        head_size = size if self.fixed_shapes else 1
         shape = _Shape(profile=PREFILL, block_size=size, head_size=head_size, extent=extent)
         self._run(shape, input_ids, num_committed, write_index)
 
@@ -228,24 +214,24 @@ class TrtEngine:
         """Enqueue a decode forward over what the buffers on the device hold, with no copy and no wait: for a loop that
         stays there. The caller sees to it that every slot's rows lie inside the extent."""
         self._require_open()
-        profile = PREFILL if self._fixed else 1 + self.block_sizes.index(block_size)
+        profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(block_size)
         self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, extent=extent))
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self._geometry)
+        self._check_rows(slot, start, stop)
         rows = np.zeros(self._rows_shape(stop - start), self._cache_dtype)
         self._copy_rows(rows, slot, start, "to host")
         return rows
 
     def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self._geometry)
-        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=self._cache_dtype)
+        self._check_rows(slot, start, stop)
+        check_row_shape(rows, stop - start, geometry=self.geometry, dtype=self._cache_dtype)
         self._copy_rows(np.ascontiguousarray(rows), slot, start, "to device")
 
     def _copy_rows(self, rows: KvRows, slot: int, start: int, direction: Direction) -> None:
         """Copy rows [2L, K, rows, D] from or to a slot: those of a head lie together on both sides."""
         self._require_open()
-        geometry, row_bytes = self._geometry, self._geometry.head_dim * rows.itemsize
+        geometry, row_bytes = self.geometry, self.geometry.head_dim * rows.itemsize
         size = rows.shape[2] * row_bytes
         if not size:
             return
@@ -260,7 +246,7 @@ class TrtEngine:
         self._cuda.synchronize(self._stream)
 
     def _rows_shape(self, count: int) -> tuple[int, ...]:
-        geometry = self._geometry
+        geometry = self.geometry
         return (2 * geometry.num_layers, geometry.num_kv_heads, count, geometry.head_dim)
 
     @property
@@ -324,7 +310,7 @@ class TrtEngine:
             raise EngineError(f"the plan's tensors are not the contract's: {differing}")
         for spec in specs:
             self._check_tensor(spec)
-        for past, present in cache_names(self._geometry.num_layers):
+        for past, present in cache_names(self.geometry.num_layers):
             if (alias := engine.get_aliased_input_tensor(present)) != past:
                 raise EngineError(f"the plan does not write {present} in place of {past} (it is {alias or 'apart'})")
 
@@ -338,7 +324,7 @@ class TrtEngine:
     # Memory.
 
     def _allocate(self, memory: DeviceMemory) -> None:
-        slots, geometry, settings = self.num_slots, self._geometry, self._settings
+        slots, geometry, settings = self.num_slots, self.geometry, self._settings
         widest = max(settings.prefill_chunk, *settings.block_sizes)
         positions = max(geometry.cache_length, widest)
         logits = slots * settings.block_sizes[-1] * geometry.vocab_size if settings.logits else 0
@@ -367,13 +353,13 @@ class TrtEngine:
     def _allocate_cache(self, memory: DeviceMemory) -> None:
         """Zeroed once: a NaN in a dead row would leak, 0 * NaN being NaN."""
         specs = {spec.name: spec for spec in self._inputs}
-        for past, present in cache_names(self._geometry.num_layers):
+        for past, present in cache_names(self.geometry.num_layers):
             size = int(np.prod(self._cache_shape())) * BYTES[specs[past].dtype]
             self._addresses[past] = self._addresses[present] = memory.device(size)
             self._cuda.clear(self._addresses[past], size, self._stream)
 
     def _cache_shape(self) -> tuple[int, ...]:
-        geometry = self._geometry
+        geometry = self.geometry
         return (self.num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
 
     def _drop_engine(self) -> None:
@@ -393,7 +379,7 @@ class TrtEngine:
         needed = max(write_index) + block_size
         extent = next((each for each in self._settings.extents if each >= needed), self._settings.extents[-1])
         for start in write_index:
-            check_forward(block_size=block_size, write_index=start, kv_extent=extent, geometry=self._geometry)
+            check_forward(block_size=block_size, write_index=start, kv_extent=extent, geometry=self.geometry)
         return extent
 
     def _run(
@@ -405,7 +391,6 @@ class TrtEngine:
         *,
         with_logits: bool = False,
     ) -> None:
-        self._require_open()
         self._fill(shape, input_ids, num_committed, write_index)
         started = perf_counter()
         graph = self._graphs.get(shape)
@@ -415,15 +400,11 @@ class TrtEngine:
         else:
             self._cuda.launch(graph, self._stream)
         if with_logits:
-            size = self.num_slots * shape.head_size * self._geometry.vocab_size * BYTES["float32"]
+            size = self.num_slots * shape.head_size * self.geometry.vocab_size * BYTES["float32"]
             self._cuda.copy(self._host[LOGITS].address, self._addresses[LOGITS], size, "to host", self._stream)
         self._cuda.synchronize(self._stream)
         self.num_syncs += 1
         self.run_seconds += perf_counter() - started
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise EngineError("this engine is closed; load the bundle again")
 
     def _fill(
         self,
@@ -432,15 +413,9 @@ class TrtEngine:
         num_committed: Sequence[int],
         write_index: Sequence[int],
     ) -> None:
-        slots, size, vocabulary = self.num_slots, shape.block_size, self._geometry.vocab_size
-        if not len(input_ids) == len(num_committed) == len(write_index) == slots:
-            raise EngineError(f"a forward needs a block, num_committed and write_index for each of {slots} slots")
-        try:
-            blocks = np.zeros((slots, size), np.int64)
-            blocks[:, : len(input_ids[0])] = input_ids
-        except ValueError as error:
-            given = len(input_ids[0])
-            raise EngineError(f"the blocks of one forward must all have {given} tokens: {error}") from None
+        slots, size, vocabulary = self.num_slots, shape.block_size, self.geometry.vocab_size
+        blocks = np.zeros((slots, size), np.int64)
+        blocks[:, : len(input_ids[0])] = input_ids
         if blocks.min() < 0 or blocks.max() >= vocabulary:  # a row of the table that is not there would be read
             raise EngineError(f"tokens must be 0 to {vocabulary - 1}, got {blocks.min()} to {blocks.max()}")
         self._host["input_ids"].array[: slots * size] = blocks.ravel()
@@ -469,7 +444,7 @@ class TrtEngine:
 
         Chunks of the prompt are wide enough to hide their launches, and come in every length.
         """
-        if not self._cuda_graphs or (shape.profile == PREFILL and not self._fixed):
+        if not self._cuda_graphs or (shape.profile == PREFILL and not self.fixed_shapes):
             return
         with self._cuda.capture(self._stream) as captured:
             self._enqueue(shape)
@@ -481,7 +456,7 @@ class TrtEngine:
         if context is None:
             context = self._contexts[shape.profile] = self._make_context(shape.profile)
         if self._bound.get(shape.profile) != shape:
-            if not self._fixed:
+            if not self.fixed_shapes:
                 self._set_shapes(context, shape)
             self._bound[shape.profile] = shape
         return context

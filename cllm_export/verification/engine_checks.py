@@ -67,14 +67,13 @@ def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
     """The engine writes the block's rows into the very buffers it reads, and says nothing of a copy."""
     probe = _Probe(bundle, threads, log_severity=2)
     with _captured_stderr() as log:
-        before = {name: array.copy() for name, array in probe.engine.cache.items()}
+        before = probe.read_cache()
         probe.run(probe.random_block())
+    after = probe.read_cache()
     rows = slice(probe.write_index, probe.write_index + probe.block_size)
-    written = all(np.any(array[:, :, rows] != before[name][:, :, rows]) for name, array in probe.engine.cache.items())
+    written = all(np.any(array[:, :, rows] != before[name][:, :, rows]) for name, array in after.items())
     above = slice(probe.write_index + probe.block_size, None)
-    kept = all(
-        np.array_equal(array[:, :, above], before[name][:, :, above]) for name, array in probe.engine.cache.items()
-    )
+    kept = all(np.array_equal(array[:, :, above], before[name][:, :, above]) for name, array in after.items())
     warned = "in-place" in log()
     problems = [
         text
@@ -107,6 +106,10 @@ class _Probe:
         self.num_dead_rows = self._extent(self.write_index) - self.write_index - self.block_size
         """Rows above the block that attention reads and the mask must hide."""
 
+    def read_cache(self) -> dict[str, Any]:
+        """A copy of every cache tensor, by past name."""
+        return {past: self.engine.read_cache(past) for past in self.engine.cache_addresses}
+
     def random_block(self) -> list[int]:
         return self._tokens(self.block_size)
 
@@ -124,18 +127,19 @@ class _Probe:
         self, block: list[int], *, disturb: bool = False, poison: float | None = None
     ) -> tuple[list[int], list[Any]]:
         """Predictions [n] of slot 0 and its KV rows [K, n, D] of every layer, after one forward of the block."""
-        for array in self.engine.cache.values():
-            array.fill(0)
+        for past in self.engine.cache_addresses:
+            self.engine.write_cache(past, 0)
         prefill(self.engine, self._prompt, 0)
         if poison is not None:
-            for array in self.engine.cache.values():
+            for past, array in self.read_cache().items():
                 array[:, :, self.write_index :] = poison
+                self.engine.write_cache(past, array)
         others = self.engine.num_slots - 1
         blocks = [block] + [self.random_block() if disturb else [0] * self.block_size for _ in range(others)]
         active = [1] + [int(disturb)] * others
         forward = self.engine.forward(blocks, active, [self.write_index] + [0] * others)
         rows = slice(self.write_index, self.write_index + self.block_size)
-        return forward.next_ids[0], [array[0, :, rows].copy() for array in self.engine.cache.values()]
+        return forward.next_ids[0], [array[0, :, rows] for array in self.read_cache().values()]
 
     @staticmethod
     def same(a: tuple[list[int], list[Any]], b: tuple[list[int], list[Any]], *, rows: int) -> bool:

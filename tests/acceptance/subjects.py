@@ -40,43 +40,19 @@ class Subject(Protocol):
     def free_memory(self) -> int | None: ...
 
 
-class CpuSubject:
-    def __init__(self, bundle: Bundle, num_slots: int) -> None:
-        self.engine: Any = OrtEngine(bundle, num_slots=num_slots, threads=THREADS)
+class OrtSubject:
+    def __init__(self, bundle: Bundle, num_slots: int, **options: Any) -> None:
+        self.engine: Any = OrtEngine(bundle, num_slots=num_slots, threads=THREADS, **options)
 
     def read_cache(self) -> dict[str, np.ndarray]:
-        return {past: array.copy() for past, array in self.engine.cache.items()}
+        return {past: self.engine.read_cache(past) for past in self.engine.cache_addresses}
 
     def write_cache(self, cache: dict[str, np.ndarray]) -> None:
         for past, array in cache.items():
-            self.engine.cache[past][...] = array
+            self.engine.write_cache(past, array)
 
     def addresses(self) -> dict[str, int]:
-        return {past: array.ctypes.data for past, array in self.engine.cache.items()}
-
-    def close(self) -> None:
-        """Nothing of a device to give back."""
-
-    def free_memory(self) -> int | None:
-        return None
-
-
-class OrtDeviceSubject:
-    def __init__(self, bundle: Bundle, num_slots: int, device: Any, *, cuda_graphs: bool = False) -> None:
-        from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
-
-        self.engine: Any = OrtDeviceEngine(bundle, num_slots=num_slots, device=device, cuda_graphs=cuda_graphs)
-        self._on_gpu = device == "cuda"
-
-    def read_cache(self) -> dict[str, np.ndarray]:
-        return {past: value.numpy().copy() for past, value in self.engine.cache.items()}
-
-    def write_cache(self, cache: dict[str, np.ndarray]) -> None:
-        for past, array in cache.items():
-            self.engine.cache[past].update_inplace(array)
-
-    def addresses(self) -> dict[str, int]:
-        return {past: value.data_ptr() for past, value in self.engine.cache.items()}
+        return self.engine.cache_addresses
 
     def close(self) -> None:
         self.engine.close()
@@ -120,14 +96,18 @@ class Kind:
     gpu: Any = None
 
     def open(self, bundle: Bundle, num_slots: int) -> Subject:
-        if self.name == "cpu":
-            return CpuSubject(bundle, num_slots)
-        if self.name in ("cuda", "device-cpu"):
-            return OrtDeviceSubject(bundle, num_slots, self.name.removeprefix("device-"))
-        if self.name == "cuda-graphs":
-            return OrtDeviceSubject(bundle, num_slots, "cuda", cuda_graphs=True)
+        if self.name in ORT_OPTIONS:
+            return OrtSubject(bundle, num_slots, **ORT_OPTIONS[self.name])
         return TrtSubject(bundle, num_slots, self.gpu)
 
+
+ORT_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "device-cpu": {"copies": True},
+    "cuda": {"device": "cuda"},
+    "cuda-graphs": {"device": "cuda", "cuda_graphs": True},
+}
+"""What an ``OrtEngine`` of each kind is opened with."""
 
 KINDS = [
     "cpu",

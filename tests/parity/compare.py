@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from cllm_export.exporter.parity.reference import Reference
     from cllm_export.runtime.engines.base import Engine
+    from cllm_export.runtime.engines.onnxruntime import OrtEngine
 
 PROMPT_LENGTHS = (1, 2, 9, 40, 130, 190)
 """Prefill takes a prompt without its last token, in chunks of 16 for a model this small and of 128 at most: no row,
@@ -99,6 +100,17 @@ def stock_logits(stock: PreTrainedModel, ids: Sequence[int]) -> np.ndarray:
 
     with torch.inference_mode():
         return stock(torch.tensor([list(ids)])).logits[0].numpy()
+
+
+def read_cache(engine: OrtEngine) -> dict[str, np.ndarray]:
+    """A copy of every cache tensor [B, K, C, D], by past name."""
+    return {past: engine.read_cache(past) for past in engine.cache_addresses}
+
+
+def fill_cache(engine: OrtEngine, value: float) -> None:
+    """Fill every cache tensor with a number."""
+    for past in engine.cache_addresses:
+        engine.write_cache(past, value)
 
 
 def fill_slots(engine: Engine, prompts: Sequence[Sequence[int]], *, chunk: int) -> list[int]:

@@ -22,10 +22,11 @@ from cllm_export.errors import OptionError, QuantizationError, ScalesError  # no
 from cllm_export.exporter.lint.rules import lint  # noqa: E402
 from cllm_export.exporter.quantize import int4  # noqa: E402
 from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
+from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402
 from cllm_export.runtime.load import load  # noqa: E402
 from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
-from tests.parity.compare import random_prompts  # noqa: E402
+from tests.parity.compare import random_prompts, read_cache  # noqa: E402
 from tests.parity.test_int8_dynamic import assert_lossless, differences, engine_logits  # noqa: E402
 from tests.scales import observe_stock, save_scales  # noqa: E402
 
@@ -142,6 +143,20 @@ def static_layer(path: Path, *, largest: float) -> Callable[[nn.Module, str], La
 
 def is_in(name: str, projections: tuple[str, ...]) -> bool:
     return name.rsplit(".", 1)[1] in projections
+
+
+def test_static_layers_give_the_same_bits_through_a_devices_buffers(shop: Shop):
+    """One graph, written with Q/DQ, through one kind of session: equality is required, of logits and of KV."""
+    bundle, outcomes = shop.bundle("llama", "int8"), []
+    for copies in (False, True):
+        engine = OrtEngine(bundle, num_slots=2, threads=THREADS, copies=copies)
+        first, second = random_prompts(engine.geometry.vocab_size, [20, 20], seed=4)
+        engine.prefill([first, second], [20, 20], [0, 0])
+        forward = engine.forward([second, first], [1, 3], [20, 18], with_logits=True)
+        assert forward.logits is not None
+        rows = [array.tobytes() for array in read_cache(engine).values()]
+        outcomes.append([forward.next_ids, forward.num_accepted, forward.logits.tobytes(), *rows])
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("name", FEW_AND_SLOW_FAMILIES)

@@ -14,7 +14,7 @@ from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
 from tests.checkpoints import PAD, VARIANTS
 from tests.conftest import THREADS, Workshop
-from tests.parity.compare import fill_slots, random_prompts, stock_cache
+from tests.parity.compare import fill_cache, fill_slots, random_prompts, read_cache, stock_cache
 
 KV_TOLERANCE = 2e-5
 """Largest difference of a KV row from PyTorch's, as a share of the largest value of its tensor.
@@ -51,8 +51,7 @@ def test_rows_after_prefill_are_those_of_transformers_whatever_the_chunk(worksho
     [prompt] = random_prompts(engine.geometry.vocab_size, [200])
     expected = stock_cache(stock, prompt[:-1])
     for chunk in (engine.prefill_chunk, 128):
-        for array in engine.cache.values():
-            array.fill(0)
+        fill_cache(engine, 0)
         [written] = fill_slots(engine, [prompt], chunk=chunk)
         assert written == 199
         assert_same_rows(engine, expected, f"{name}, chunks of {chunk}")
@@ -63,14 +62,14 @@ def test_prefill_of_a_prompt_writes_every_row_but_the_last_tokens(workshop: Work
     [prompt] = random_prompts(engine.geometry.vocab_size, [77])
     prefill(engine, prompt[:-1], PAD)
     assert_same_rows(engine, stock_cache(stock, prompt[:-1]), "llama")
-    assert not any(np.any(array[:, :, 76:]) for array in engine.cache.values())
+    assert not any(np.any(array[:, :, 76:]) for array in read_cache(engine).values())
 
 
 def assert_same_rows(engine: OrtEngine, expected: dict[str, np.ndarray], what: str) -> None:
     """Require the rows of slot 0 to be the expected ones within KV_TOLERANCE."""
-    assert expected.keys() == engine.cache.keys()
+    assert expected.keys() == engine.cache_addresses.keys()
     for past, rows in expected.items():
-        off = np.abs(engine.cache[past][:1, :, : rows.shape[2]] - rows).max(axis=(0, 1, 3)) / np.abs(rows).max()
+        off = np.abs(engine.read_cache(past)[:1, :, : rows.shape[2]] - rows).max(axis=(0, 1, 3)) / np.abs(rows).max()
         first = int(np.argmax(off > KV_TOLERANCE))
         assert off.max() < KV_TOLERANCE, (
             f"{what}, {past}: row {first} is the first that is off, the worst {off.max():.1e}"
@@ -89,11 +88,10 @@ def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, name
     prompt, block = random_prompts(engine.geometry.vocab_size, [42, block_size])
     before: list[bytes] = []
     for further in range(41, engine.geometry.cache_length - block_size, 13):
-        for array in engine.cache.values():
-            array.fill(0)
+        fill_cache(engine, 0)
         fill_slots(engine, [prompt, [0]], chunk=16)
         next_ids, _, _ = engine.forward([block, block], [1, 0], [41, further])
-        rows = [array[0, :, 41 : 41 + block_size].tobytes() for array in engine.cache.values()]
+        rows = [array[0, :, 41 : 41 + block_size].tobytes() for array in read_cache(engine).values()]
         found = [str(next_ids[0]).encode(), *rows]
         assert found == (before or found), f"an extent of about {further + block_size} rows changed the forward"
         before = found
@@ -108,7 +106,7 @@ def test_prefill_writes_the_bits_that_a_forward_over_the_same_chunk_writes(works
         [prompt] = random_prompts(engine.geometry.vocab_size, [100])
         for start, end in ((0, 50), (50, 100)):
             getattr(engine, call)([prompt[start:end]], [end - start], [start])
-        caches.append({past: array.tobytes() for past, array in engine.cache.items()})
+        caches.append({past: array.tobytes() for past, array in read_cache(engine).items()})
     assert caches[0] == caches[1]
 
 
@@ -117,11 +115,11 @@ def test_a_slot_that_waits_keeps_the_rows_below_its_write_index(workshop: Worksh
     engine = new_engine(workshop, "llama", num_slots=2)
     first, second = random_prompts(engine.geometry.vocab_size, [30, 20])
     valid = fill_slots(engine, [first, [0]], chunk=8)
-    before = {past: array[0, :, : valid[0]].copy() for past, array in engine.cache.items()}
+    before = {past: array[0, :, : valid[0]] for past, array in read_cache(engine).items()}
     for start in (0, 10):
         engine.prefill([second[start : start + 10]] * 2, [0, 10], [valid[0], start])
     for past, rows in before.items():
-        assert np.array_equal(engine.cache[past][0, :, : valid[0]], rows), f"{past} of slot 0 was overwritten"
+        assert np.array_equal(engine.read_cache(past)[0, :, : valid[0]], rows), f"{past} of slot 0 was overwritten"
 
 
 def test_committed_tokens_at_the_head_count_as_right_and_an_idle_slot_accepts_nothing(workshop: Workshop):
@@ -202,9 +200,9 @@ def test_rows_that_were_read_are_a_copy_in_graph_order(workshop: Workshop):
     fill_slots(engine, [prompt, prompt], chunk=16)
     rows = engine.read_rows(1, 3, 9)
     before = rows.copy()
-    for array, expected in zip(engine.cache.values(), before, strict=True):
+    for array, expected in zip(read_cache(engine).values(), before, strict=True):
         assert np.array_equal(array[1, :, 3:9], expected)
-        array.fill(1)
+    fill_cache(engine, 1)
     assert np.array_equal(rows, before)
 
 
@@ -228,12 +226,12 @@ def test_rows_of_another_shape_or_dtype_are_refused(workshop: Workshop):
 
 def test_past_and_present_on_one_buffer_make_no_copy(workshop: Workshop, capfd: pytest.CaptureFixture[str]):
     engine = new_engine(workshop, "llama", num_slots=2, log_severity=2)
-    addresses = {past: array.ctypes.data for past, array in engine.cache.items()}
+    addresses = engine.cache_addresses
     for write_index in (0, 8, 100):
         engine.forward([[1] * 8] * 2, [1, 1], [write_index, 0])
     assert capfd.readouterr().err == ""
-    for past, array in engine.cache.items():
-        assert array.ctypes.data == addresses[past]
+    assert engine.cache_addresses == addresses
+    for past, array in read_cache(engine).items():
         assert np.any(array[0, :, 100:108]), f"{past}: the rows of the last forward are not in the engine's own buffer"
         assert not np.any(array[:, :, 108:]), f"{past}: rows beyond the block were written"
 

@@ -31,8 +31,10 @@ from tests.parity.compare import (
     MARGIN_EPSILON,
     NUM_NEW_TOKENS,
     assert_own_greedy_tokens,
+    fill_cache,
     first_difference,
     random_prompts,
+    read_cache,
 )
 from tests.parity.test_graph import _external, _specs
 
@@ -124,7 +126,19 @@ def test_a_causal_mask_and_ascending_offsets_give_the_greedy_graphs_bits(
             forward = engine.forward(*given)
         else:
             forward = engine.forward_rows(*given, np.arange(size), np.tri(size, dtype=bool))
-        outcomes.append([forward.next_ids, forward.num_accepted, *(array.tobytes() for array in engine.cache.values())])
+        rows = [array.tobytes() for array in read_cache(engine).values()]
+        outcomes.append([forward.next_ids, forward.num_accepted, *rows])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_the_graph_gives_the_same_bits_through_a_devices_buffers(workshop: Workshop):
+    bundle, layout, outcomes = bundle_of(workshop, "llama", {}), layout_of(SCATTERED, 2), []
+    for copies in (False, True):
+        engine = OrtEngine(bundle, num_slots=2, threads=THREADS, copies=copies)
+        prompt, block = random_prompts(engine.geometry.vocab_size, [40, len(layout.offsets)])
+        engine.prefill([prompt, prompt[::-1]], [40, 40], [0, 0])
+        forward = engine.forward_rows([block, block], [2, 0], [40, 30], layout.offsets, layout.mask)
+        outcomes.append([forward, *(array.tobytes() for array in read_cache(engine).values())])
     assert outcomes[0] == outcomes[1]
 
 
@@ -152,8 +166,7 @@ def test_nothing_of_the_cache_above_the_write_index_is_seen(workshop: Workshop):
     prompt, block = random_prompts(engine.geometry.vocab_size, [30, SCATTERED.num_rows(1)])
     found = []
     for poison in (0.0, 1e4):
-        for array in engine.cache.values():
-            array.fill(poison)
+        fill_cache(engine, poison)
         engine.prefill([prompt], [30], [0])
         found.append(engine.forward_rows([block], [1], [30], layout.offsets, layout.mask).next_ids)
     assert found[0] == found[1]
@@ -208,13 +221,13 @@ def test_other_slots_keep_out_of_a_lookahead_request(workshop: Workshop):
 
 def test_both_graphs_update_one_cache_in_place(workshop: Workshop, capfd: pytest.CaptureFixture[str]):
     engine = OrtEngine(bundle_of(workshop, "llama", {}), num_slots=1, threads=THREADS, log_severity=2)
-    addresses = [array.ctypes.data for array in engine.cache.values()]
+    addresses = engine.cache_addresses
     engine.prefill([[1] * 8], [8], [0])
     engine.forward_rows([[1] * 4], [1], [8], np.arange(4), np.tri(4, dtype=bool))
     engine.forward([[1] * 4], [1], [9])
     assert capfd.readouterr().err == ""
-    assert [array.ctypes.data for array in engine.cache.values()] == addresses
-    for array in engine.cache.values():
+    assert engine.cache_addresses == addresses
+    for array in read_cache(engine).values():
         assert np.all(np.any(array[0, :, :13], axis=(0, 2)))
         assert not np.any(array[0, :, 13:])
 

@@ -25,6 +25,7 @@ from tests.parity.compare import (
     NUM_NEW_TOKENS,
     assert_own_greedy_tokens,
     assert_same_tokens,
+    fill_cache,
     fill_slots,
     first_difference,
     random_prompts,
@@ -202,8 +203,7 @@ def test_two_slots_decode_two_prompts_at_once_as_each_alone(workshop: Workshop, 
     prompts = random_prompts(engine.geometry.vocab_size, [37, 150])
     together = _decode_at_once(engine, prompts)
     for slot, prompt in enumerate(prompts):
-        for array in engine.cache.values():
-            array.fill(0)
+        fill_cache(engine, 0)
         alone = _decode_at_once(engine, [prompt if other == slot else [0] for other in range(2)], active=(slot,))
         assert_same_tokens(together[slot], alone[slot], f"slot {slot}")
 

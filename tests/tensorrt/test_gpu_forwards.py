@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
 from tests.conftest import THREADS, Workshop
 from tests.tensorrt.simulation import SimulatedGpu
@@ -75,7 +75,7 @@ def on_device_cpu(script: ModuleType, bundle: Bundle, settings: Any) -> dict[str
     """What the provider ``cuda`` runs, without CUDA: an engine of ONNX Runtime's device, and one that there is not."""
     with ExitStack() as owned:
         subject = script.open_subject(bundle, "cpu", owned, slots=1, threads=THREADS)
-        subject.engines = {False: OrtDeviceEngine(bundle, device="cpu"), True: "it was refused"}
+        subject.engines = {False: OrtEngine(bundle, copies=True), True: "it was refused"}
         return script.measure(subject, settings)
 
 

@@ -9,13 +9,13 @@ from cllm_export.runtime.decoding.drafts.sources import Wish
 from cllm_export.runtime.decoding.jacobi import Block
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
 from cllm_export.runtime.decoding.task import Task
-from cllm_export.runtime.engines.base import Engine, Forward, RowEngine
+from cllm_export.runtime.engines.base import Engine, Forward
 
 
 class SlotMemory:
     """What one slot of an engine takes from a prefix cache, and gives to it."""
 
-    def __init__(self, engine: RowEngine, slot: int, cache: PrefixCache) -> None:
+    def __init__(self, engine: Engine, slot: int, cache: PrefixCache) -> None:
         self._engine = engine
         self._slot = slot
         self._cache = cache
@@ -191,7 +191,7 @@ def memory_of(engine: Engine, slot: int, cache: PrefixCache | None) -> SlotMemor
     """
     if cache is None:
         return None
-    if not isinstance(engine, RowEngine):
+    if not engine.can_copy_rows:
         raise EngineError(f"{type(engine).__name__} cannot hand out its rows: run it without a prefix cache")
     return SlotMemory(engine, slot, cache)
 

@@ -7,12 +7,13 @@ forward and keep every loop testable without an engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle.contract import FixedShapes, Geometry
+from cllm_export.bundle.contract import FixedShapes, Geometry, check_rows
+from cllm_export.errors import EngineError, OptionError
 
 KvRows = NDArray[np.generic]
 """KV rows of one slot [2L, K, rows, D], key and value of layer 0, of layer 1, ...: every tensor of the cache has one
@@ -29,7 +30,7 @@ class Forward(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs one forward at a time over its static KV cache. Not thread-safe."""
+    """Runs one forward at a time over its static KV cache. What it can do is an attribute of it. Not thread-safe."""
 
     run_seconds: float
     """Seconds spent inside the engine proper so far, the rest of a loop's time being its overhead."""
@@ -48,6 +49,16 @@ class Engine(Protocol):
     @property
     def prefill_chunk(self) -> int:
         """Tokens of the prompt that one prefill forward should take; fixed shapes take their block."""
+        ...
+
+    @property
+    def can_copy_rows(self) -> bool:
+        """Whether ``read_rows`` and ``write_rows`` work: what prefix reuse rests on."""
+        ...
+
+    @property
+    def has_device_loop(self) -> bool:
+        """Whether a loop can stay on its device: it is a ``TrtEngine``, see ``device_loop.py``."""
         ...
 
     def forward(
@@ -80,16 +91,11 @@ class Engine(Protocol):
         """Let go of what it holds, on a device above all. It cannot run afterwards; closing it again does nothing."""
         ...
 
-
-@runtime_checkable
-class RowEngine(Engine, Protocol):
-    """An engine that hands out KV rows and takes them back: what prefix reuse rests on."""
-
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         """A copy of the KV rows ``start`` to ``stop`` of one slot.
 
         Raises:
-            EngineError: no such slot, rows outside the cache, or the engine failed.
+            EngineError: no such slot, rows outside the cache, or the engine failed or cannot copy rows.
         """
         ...
 
@@ -101,16 +107,11 @@ class RowEngine(Engine, Protocol):
         """
         ...
 
-
-@runtime_checkable
-class LookaheadEngine(Engine, Protocol):
-    """An engine that can also run the lookahead graph, over the same KV cache."""
-
     def require_lookahead(self) -> None:
         """Make ready for ``forward_rows``; what takes time in it is done here.
 
         Raises:
-            OptionError: the bundle has no lookahead graph.
+            OptionError: the engine or its bundle has no lookahead graph.
         """
         ...
 
@@ -122,17 +123,93 @@ class LookaheadEngine(Engine, Protocol):
         row_offsets: NDArray[np.int64],
         row_mask: NDArray[np.bool_],
     ) -> Forward:
-        """Run a block [B, n] whose row i sits at ``write_index + row_offsets[i]`` and sees, of the block, row j where
-        ``row_mask[i, j]``. Offsets [n] and mask [n, n] hold for every slot.
+        """Run a block [B, n] through the lookahead graph, over the same KV cache. Row i sits at
+        ``write_index + row_offsets[i]`` and sees, of the block, row j where ``row_mask[i, j]``. Offsets [n] and mask
+        [n, n] hold for every slot.
 
         KV is written row by row, as in ``forward``: of the leading rows whose offsets are 0, 1, 2, ... it lies where
         later forwards look for it, of all others it is dead.
 
         Raises:
-            OptionError: the bundle has no lookahead graph.
+            OptionError: as ``require_lookahead``.
             EngineError: as ``forward``.
         """
         ...
+
+
+class EngineBase:
+    """What engines have in common: their facts, the checks before a forward, and what none can do unless it says so.
+
+    Args:
+        geometry: the model's.
+        num_slots: B.
+        prefill_chunk: tokens of the prompt that one prefill forward should take.
+        fixed_shapes: the shapes that every forward must have.
+    """
+
+    can_copy_rows = False
+    has_device_loop = False
+    _AFTER_CLOSE = "load the bundle again"
+
+    def __init__(
+        self, geometry: Geometry, *, num_slots: int, prefill_chunk: int, fixed_shapes: FixedShapes | None = None
+    ) -> None:
+        self.geometry = geometry
+        self.num_slots = num_slots
+        self.prefill_chunk = prefill_chunk
+        self.fixed_shapes = fixed_shapes
+        self.run_seconds = 0.0
+        self._is_closed = False
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        raise self._no_rows()
+
+    def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
+        raise self._no_rows()
+
+    def require_lookahead(self) -> None:
+        raise OptionError(f"{type(self).__name__} runs no lookahead graph: choose another method")
+
+    def forward_rows(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        num_committed: Sequence[int],
+        write_index: Sequence[int],
+        row_offsets: NDArray[np.int64],
+        row_mask: NDArray[np.bool_],
+    ) -> Forward:
+        self.require_lookahead()
+        raise AssertionError("an engine that has a lookahead graph runs it itself")
+
+    def _no_rows(self) -> EngineError:
+        return EngineError(f"{type(self).__name__} cannot hand out its rows: run it without a prefix cache")
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise EngineError(f"this engine is closed; {self._AFTER_CLOSE}")
+
+    def _check_rows(self, slot: int, start: int, stop: int) -> None:
+        self._require_open()
+        check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self.geometry)
+
+    def _check_batch(
+        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
+    ) -> int:
+        """n of a forward of an open engine, which has a block of one size and two numbers for each slot.
+
+        Raises:
+            EngineError: it is closed, or the forward has another shape.
+        """
+        self._require_open()
+        if not len(input_ids) == len(num_committed) == len(write_index) == self.num_slots:
+            raise EngineError(
+                f"a forward needs a block, num_committed and write_index for each of {self.num_slots} slots, got "
+                f"{len(input_ids)}, {len(num_committed)} and {len(write_index)}"
+            )
+        size = len(input_ids[0])
+        if any(len(block) != size for block in input_ids):
+            raise EngineError(f"the blocks of one forward must all have {size} tokens, got {list(map(len, input_ids))}")
+        return size
 
 
 def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
+from typing import TypeVar
 
-from cllm_export.bundle.contract import KV_DTYPE, Geometry, Precision, cache_names
+import numpy as np
+
+from cllm_export.bundle.contract import KV_DTYPE, DType, Geometry, Precision, cache_names
 from cllm_export.errors import EngineError
 from cllm_export.runtime.engines.base import KvRows
 
 MIN_EXTENT_STEP = 16
+SMALLEST_GRAPH_EXTENT = 256
+
+T = TypeVar("T")
 
 
 def kv_extent(needed: int, cache_length: int) -> int:
@@ -22,11 +27,17 @@ def kv_extent(needed: int, cache_length: int) -> int:
     return min(-(-needed // step) * step, cache_length)
 
 
-def allocate(geometry: Geometry, precision: Precision, num_slots: int) -> dict[str, NDArray[np.generic]]:
-    """Zeroed buffers [B, K, C, D] by past name. Zeroed once: a NaN in a dead row would leak, 0 * NaN being NaN."""
+def graph_extent(needed: int, cache_length: int) -> int:
+    """The bucket S that holds ``needed`` rows where each bucket costs a recorded graph: they double from 256."""
+    return min(max(SMALLEST_GRAPH_EXTENT, 1 << (needed - 1).bit_length()), cache_length)
+
+
+def allocate(
+    geometry: Geometry, precision: Precision, num_slots: int, make: Callable[[tuple[int, ...], DType], T]
+) -> dict[str, T]:
+    """Buffers [B, K, C, D] by past name. ``make`` zeroes them: a NaN in a dead row would leak, 0 * NaN being NaN."""
     shape = (num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
-    dtype = np.dtype(KV_DTYPE[precision])
-    return {past: np.zeros(shape, dtype) for past, _ in cache_names(geometry.num_layers)}
+    return {past: make(shape, KV_DTYPE[precision]) for past, _ in cache_names(geometry.num_layers)}
 
 
 def check_row_shape(rows: KvRows, count: int, *, geometry: Geometry, dtype: np.dtype[np.generic]) -> None:

@@ -1,22 +1,32 @@
 """The ONNX Runtime engine: a session for each graph in use, static buffers bound once for each shape, one KV cache that
-all of them update in place."""
+all of them update in place, on the processor or on a CUDA device. On CUDA it has not run yet.
+
+On the processor sessions read and write the arrays of numpy themselves. On a device every buffer is a value there: the
+block is copied in and the predictions out, and cache, positions and logits stay.
+
+With CUDA graphs ONNX Runtime records each binding's forward and replays it: a graph has one set of shapes and
+addresses, which is what a binding is. To record, it runs a forward several times over; that changes nothing, since a
+forward writes the same rows again. Chunks of the prompt come in every length, and are not recorded.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from cllm_export.bundle.contract import LOGITS, FixedShapes, Geometry, cache_names, check_forward, check_rows
+from cllm_export.bundle.contract import KV_DTYPE, LOGITS, DType, FixedShapes, cache_names, check_forward
 from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle
 from cllm_export.checks import require_at_least
-from cllm_export.errors import EngineError, MissingExtraError, OptionError
-from cllm_export.runtime.engines.base import Forward, KvRows
-from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, kv_extent
+from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionError
+from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
+from cllm_export.runtime.engines.cuda import require_gpu
+from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_extent, kv_extent
 from cllm_export.runtime.engines.machine import available_threads
 from cllm_export.runtime.engines.mapped_weights import MappedWeights
 
@@ -24,7 +34,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-Int64Array = NDArray[np.int64]
+Device = Literal["cpu", "cuda"]
+
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 CACHE_RESIDENT_BYTES = 32 << 20
 """Weights up to this size live in a processor's last-level cache while decoding, unless something turns them out."""
@@ -39,100 +51,221 @@ QDQ_AS_WRITTEN = ("session.disable_quant_qdq", "1")
 add products in 16 bits on x86 without VNNI and saturate without a word: half of a tiny model's logits moved by a
 tenth of their spread."""
 
+ENABLE_GRAPHS = ("enable_cuda_graph", "1")
+"""The provider's option for CUDA graphs."""
+
+GRAPH_ID = "gpu_graph_id"
+"""Entry of a run's options: which graph is recorded or replayed. 0 is ONNX Runtime's own."""
+
+NO_GRAPH = "-1"
+
+ADVICE = "; it was asked for CUDA graphs: leave cuda_graphs (--cuda-graphs) out"
+"""What to try where ONNX Runtime fails that was asked for graphs."""
+
+COUNTS = ("num_committed", "write_index")
+
+BFLOAT16 = 16
+"""Its number in ONNX; numpy has none."""
+
+
+class Buffer(Protocol):
+    """A tensor in memory that sessions are bound to, zeros at first."""
+
+    value: onnxruntime.OrtValue
+    """Over the memory itself."""
+
+    def put(self, values: ArrayLike) -> None:
+        """Fill all of it."""
+        ...
+
+    def get(self) -> NDArray[Any]:
+        """All of it: the memory itself where the host reaches it, else a copy."""
+        ...
+
+    def read_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        """Fill rows [K, rows, D] from a slot of a cache tensor [B, K, C, D]."""
+        ...
+
+    def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        """Put rows [K, rows, D] into a slot of a cache tensor [B, K, C, D]."""
+        ...
+
+
+class HostBuffer:
+    """An array that sessions read and write where it lies."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
+        self._array: NDArray[Any] = np.zeros(shape, dtype)
+        self.value = bindable(self._array)
+
+    def put(self, values: ArrayLike) -> None:
+        self._array[...] = values
+
+    def get(self) -> NDArray[Any]:
+        return self._array
+
+    def read_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        rows[...] = self._array[slot, :, start : start + rows.shape[1]]
+
+    def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        self._array[slot, :, start : start + rows.shape[1]] = rows
+
+
+class DeviceBuffer:
+    """A value on a device, which is copied to and from. On the device ``cpu`` it works alike, for tests.
+
+    ONNX Runtime has no slice of a value. An output that is bound to an address is a value over what lies there, though,
+    so that rows are copied head by head and nothing else is; and bf16, which numpy lacks, is seen as its bits.
+
+    Args:
+        io: a binding for that, of any session.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DType, *, device: Device, io: onnxruntime.IOBinding) -> None:
+        import onnxruntime
+
+        self._shape, self._io = shape, io
+        self._dtype = host_dtype(dtype)
+        self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, element_type(dtype), device, 0)
+        self._whole = self._view(0, shape)
+        self.put(0)
+
+    def put(self, values: ArrayLike) -> None:
+        array = np.empty(self._shape, self._dtype)
+        array[...] = values
+        self._whole.update_inplace(array)
+
+    def get(self) -> NDArray[Any]:
+        array: NDArray[Any] = self._whole.numpy()
+        return array
+
+    def read_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        for head, target in enumerate(rows):
+            target[...] = self._rows(slot, head, start, len(target)).numpy()
+
+    def write_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
+        for head, source in enumerate(rows):
+            self._rows(slot, head, start, len(source)).update_inplace(np.ascontiguousarray(source))
+
+    def _rows(self, slot: int, head: int, start: int, count: int) -> onnxruntime.OrtValue:
+        """Rows [rows, D] of a head, which lie together."""
+        _, heads, length, width = self._shape
+        return self._view(((slot * heads + head) * length + start) * width, (count, width))
+
+    def _view(self, first: int, shape: tuple[int, ...]) -> onnxruntime.OrtValue:
+        """A value over some of this one, from its element ``first`` on."""
+        address = self.value.data_ptr() + first * self._dtype.itemsize
+        self._io.bind_output("num_accepted", self.value.device_name(), 0, self._dtype.type, shape, address)
+        (view,) = self._io.get_outputs()
+        self._io.clear_binding_outputs()
+        return view
+
 
 class _Buffers(NamedTuple):
-    """Input and output arrays of one block size, written and read in place."""
+    """What bindings of one graph and block size read and write, besides the cache and what every forward has."""
 
-    input_ids: Int64Array
-    head_rows: Int64Array
-    next_ids: Int64Array
-    logits: NDArray[np.float32] | None
+    input_ids: Buffer
+    next_ids: Buffer
+    logits: Buffer | None
+    row_offsets: Buffer | None
+    """With ``row_mask``, what the rows of a block are to each other: inputs of the lookahead graph."""
+    row_mask: Buffer | None
 
 
-class _RowBuffers(NamedTuple):
-    """What the rows of a block are to each other: inputs of the lookahead graph."""
+class _Key(NamedTuple):
+    """What a binding is made for."""
 
-    offsets: Int64Array
-    mask: NDArray[np.bool_]
+    graph: str
+    block_size: int
+    head_size: int
+    extent: int
+    with_logits: bool
 
 
 class _Binding(NamedTuple):
-    """One ``IOBinding`` for a block size and extent, and the buffers behind it."""
+    """One ``IOBinding`` of a session and the buffers behind it."""
 
-    buffers: _Buffers
+    session: Any
     io: Any
-    rows: _RowBuffers | None = None
+    buffers: _Buffers
+    run_options: Any
+    """None where nothing is recorded."""
 
 
-class OrtEngine:
-    """Runs a bundle on ONNX Runtime's CPU provider. See ``LookaheadEngine`` for the calls. Not thread-safe.
+class OrtEngine(EngineBase):
+    """Runs a bundle on ONNX Runtime. See ``Engine`` for the calls. Not thread-safe.
 
     The lookahead graph is loaded when it is first asked for: its session packs the weights a second time.
 
     Args:
         bundle: an opened bundle.
+        device: ``cpu``, or ``cuda``, which needs onnxruntime-gpu and a GPU.
         num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
         threads: intra-op threads; by default as many as the process may use.
+        cuda_graphs: have ONNX Runtime record the forward of each n, extent and set of outputs, in each thread that runs
+            one, and replay it. It refuses a graph of which a node runs on the host.
+        copies: keep values on the device and copy to and from them, as every device but ``cpu`` needs it. There it is
+            for tests of that path.
         log_severity: ONNX Runtime's own level, 2 to see its warnings.
 
     Raises:
+        OptionError: CUDA graphs on another device.
+        GpuError: no GPU, or an ONNX Runtime without its CUDA provider.
         EngineError: ONNX Runtime does not take the graph.
         MissingExtraError: ONNX Runtime is not installed.
     """
+
+    can_copy_rows = True
 
     def __init__(
         self,
         bundle: Bundle,
         *,
+        device: Device = "cpu",
         num_slots: int | None = None,
         threads: int | None = None,
+        cuda_graphs: bool = False,
+        copies: bool | None = None,
         log_severity: int = 3,
     ) -> None:
         manifest = bundle.manifest
-        if manifest.precision == "bf16":
+        if cuda_graphs and device != "cuda":
+            raise OptionError(f"cuda_graphs is for the device cuda, got {device!r}: leave it out")
+        if device == "cuda":
+            require_gpu()
+        elif manifest.precision == "bf16":
             raise EngineError(
                 f"{bundle.path} is a bf16 bundle, and ONNX Runtime's CPU provider multiplies no bf16 matrices: "
                 "build it with --precision fp32, or run it on a GPU engine"
             )
+        fixed = manifest.graphs[GREEDY_GRAPH].fixed_shapes
+        is_small = device == "cpu" and bundle.weight_bytes <= CACHE_RESIDENT_BYTES
+        super().__init__(
+            manifest.geometry,
+            num_slots=settle_slots(fixed, num_slots, manifest.batch_size),
+            prefill_chunk=fixed.block_size if fixed else SMALL_CHUNK if is_small else CHUNK,
+            fixed_shapes=fixed,
+        )
         self._bundle = bundle
+        self._device: Device = device
         self._threads = threads or available_threads()
         self._log_severity = log_severity
-        self._fixed = manifest.graphs[GREEDY_GRAPH].fixed_shapes
-        self._geometry = manifest.geometry
-        self._num_slots = settle_slots(self._fixed, num_slots, manifest.batch_size)
         self._linked = MappedWeights(bundle)  # sessions read them through this map
-        self._is_closed = False
-        self._session: onnxruntime.InferenceSession | None = self._load(GREEDY_GRAPH)
-        self._lookahead: onnxruntime.InferenceSession | None = None
-        self._chunk = SMALL_CHUNK if bundle.weight_bytes <= CACHE_RESIDENT_BYTES else CHUNK
-        self.run_seconds = 0.0
-        self.cache = allocate(self._geometry, manifest.precision, self._num_slots)
-        """The KV buffers [B, K, C, D] by past name: the very memory the graph reads and writes."""
-        self._cache_values = {name: bindable(array) for name, array in self.cache.items()}
-        self._num_committed = np.zeros(self._num_slots, np.int64)
-        self._write_index = np.zeros(self._num_slots, np.int64)
-        self._num_accepted = np.zeros(self._num_slots, np.int64)
-        self._positions = np.arange(self._geometry.cache_length, dtype=np.int64)
-        self._buffers: dict[tuple[int, int, bool], _Buffers] = {}
-        self._bindings: dict[tuple[int, int, int, bool], _Binding] = {}
-        self._row_buffers: dict[int, _RowBuffers] = {}
-        self._row_bindings: dict[tuple[int, int], _Binding] = {}
+        self._graph_ids = itertools.count(1) if cuda_graphs else None
+        self._sessions = {GREEDY_GRAPH: self._load(GREEDY_GRAPH)}
+        self._views = self._sessions[GREEDY_GRAPH].io_binding() if copies or device != "cpu" else None
+        """For buffers on a device; None where they are the host's own."""
+        self._cache = allocate(self.geometry, manifest.precision, self.num_slots, self._make_buffer)
+        self._common = {name: self._make_buffer((self.num_slots,)) for name in (*COUNTS, "num_accepted")}
+        self._common["positions"] = self._make_buffer((self.geometry.cache_length,))
+        self._common["positions"].put(np.arange(self.geometry.cache_length))
+        self._buffers: dict[tuple[str, int, int, bool], _Buffers] = {}
+        self._bindings: dict[_Key, _Binding] = {}
 
     @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def num_slots(self) -> int:
-        return self._num_slots
-
-    @property
-    def prefill_chunk(self) -> int:
-        return self._fixed.block_size if self._fixed else self._chunk
-
-    @property
-    def fixed_shapes(self) -> FixedShapes | None:
-        return self._fixed
+    def cache_addresses(self) -> dict[str, int]:
+        """Where each cache tensor lies, by past name: the address of past and present."""
+        return {past: buffer.value.data_ptr() for past, buffer in self._cache.items()}
 
     def forward(
         self,
@@ -142,203 +275,201 @@ class OrtEngine:
         *,
         with_logits: bool = False,
     ) -> Forward:
-        block_size = len(input_ids[0])
-        buffers = self._run(input_ids, num_committed, write_index, block_size, block_size, with_logits=with_logits)
-        return Forward(buffers.next_ids.tolist(), self._num_accepted.tolist(), buffers.logits)
+        size = self._check_batch(input_ids, num_committed, write_index)
+        binding = self._binding(GREEDY_GRAPH, size, size, write_index, with_logits=with_logits)
+        self._run(binding, input_ids, num_committed, write_index)
+        return self._outcome(binding.buffers)
 
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> None:
-        chunk_size = len(input_ids[0])
-        self._run(input_ids, num_committed, write_index, chunk_size, chunk_size if self._fixed else 1)
+        size = self._check_batch(input_ids, num_committed, write_index)
+        binding = self._binding(GREEDY_GRAPH, size, size if self.fixed_shapes else 1, write_index)
+        self._run(binding, input_ids, num_committed, write_index)
 
     def close(self) -> None:
         """Drop sessions, buffers and cache. The engine cannot run afterwards; closing it again does nothing."""
         self._is_closed = True
-        for bound in (self._bindings, self._row_bindings, self._buffers, self._row_buffers):
-            bound.clear()
-        self._cache_values.clear()
-        self.cache.clear()
-        self._session = self._lookahead = None
+        for held in (self._bindings, self._buffers, self._common, self._cache, self._sessions):
+            held.clear()
+        self._views = None
 
     def require_lookahead(self) -> None:
         self._require_open()
-        if self._lookahead is not None:
+        if LOOKAHEAD_GRAPH in self._sessions:
             return
         if LOOKAHEAD_GRAPH not in self._bundle.manifest.graphs:
             raise OptionError(
                 f"{self._bundle.path} has no lookahead graph: build it with: cllm-export build CHECKPOINT --output "
                 f"{self._bundle.path} --lookahead --force (without --fixed-shapes; it says why where there can be none)"
             )
-        self._lookahead = self._load(LOOKAHEAD_GRAPH)
+        self._sessions[LOOKAHEAD_GRAPH] = self._load(LOOKAHEAD_GRAPH)
 
     def forward_rows(
         self,
         input_ids: Sequence[Sequence[int]],
         num_committed: Sequence[int],
         write_index: Sequence[int],
-        row_offsets: Int64Array,
+        row_offsets: NDArray[np.int64],
         row_mask: NDArray[np.bool_],
     ) -> Forward:
         self.require_lookahead()
-        block_size = len(input_ids[0])
-        self._check_slots(input_ids, num_committed, write_index)
-        binding = self._row_binding(block_size, max(write_index))
-        assert binding.rows is not None
-        if row_offsets.shape != (block_size,) or row_mask.shape != (block_size, block_size):
+        size = self._check_batch(input_ids, num_committed, write_index)
+        if row_offsets.shape != (size,) or row_mask.shape != (size, size):
             raise EngineError(
-                f"a block of {block_size} needs that many row offsets and a mask of as many rows and columns, got "
+                f"a block of {size} needs that many row offsets and a mask of as many rows and columns, got "
                 f"{list(row_offsets.shape)} and {list(row_mask.shape)}"
             )
-        binding.rows.offsets[:] = row_offsets
-        binding.rows.mask[:] = row_mask
-        self._fill(binding, input_ids, num_committed, write_index)
-        self._run_binding(binding, self._lookahead)
-        return Forward(binding.buffers.next_ids.tolist(), self._num_accepted.tolist())
+        binding = self._binding(LOOKAHEAD_GRAPH, size, size, write_index)
+        offsets, mask = binding.buffers.row_offsets, binding.buffers.row_mask
+        assert offsets, "which a binding of this graph has"
+        assert mask, "and this too"
+        offsets.put(row_offsets)
+        mask.put(row_mask)
+        self._run(binding, input_ids, num_committed, write_index)
+        return self._outcome(binding.buffers)
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
-        self._require_open()
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
-        return np.stack([array[slot, :, start:stop] for array in self.cache.values()])
+        self._check_rows(slot, start, stop)
+        geometry = self.geometry
+        shape = (2 * geometry.num_layers, geometry.num_kv_heads, stop - start, geometry.head_dim)
+        rows = np.empty(shape, self._cache_dtype)
+        if stop > start:
+            for buffer, tensor_rows in zip(self._cache.values(), rows, strict=True):
+                buffer.read_rows(slot, start, tensor_rows)
+        return rows
 
     def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
-        self._require_open()
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
-        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=next(iter(self.cache.values())).dtype)
-        for array, tensor_rows in zip(self.cache.values(), rows, strict=True):
-            array[slot, :, start:stop] = tensor_rows
+        self._check_rows(slot, start, stop)
+        check_row_shape(rows, stop - start, geometry=self.geometry, dtype=self._cache_dtype)
+        if stop > start:
+            for buffer, tensor_rows in zip(self._cache.values(), rows, strict=True):
+                buffer.write_rows(slot, start, tensor_rows)
 
-    def run_bound(self, block_size: int, write_index: int) -> None:
-        """One forward over whatever the buffers hold, every slot at the same write index: the bare engine, for
-        timing."""
-        self._write_index.fill(write_index)
-        self._num_committed.fill(1)
-        self._run_binding(self._binding(block_size, block_size, write_index), self._session)
+    def read_cache(self, past: str) -> NDArray[Any]:
+        """A copy of a cache tensor [B, K, C, D]; bf16 comes as its bits, uint16. For tests and diagnosis."""
+        self._require_open()
+        return self._cache[past].get().copy()
+
+    def write_cache(self, past: str, values: ArrayLike) -> None:
+        """Replace a cache tensor, as ``read_cache`` gives it, or fill it with a number."""
+        self._require_open()
+        self._cache[past].put(values)
+
+    @property
+    def _cache_dtype(self) -> np.dtype[Any]:
+        """As the host sees it."""
+        return host_dtype(KV_DTYPE[self._bundle.manifest.precision])
+
+    def _outcome(self, buffers: _Buffers) -> Forward:
+        logits = None
+        if buffers.logits is not None:
+            logits = buffers.logits.get().reshape(self.num_slots, -1, self.geometry.vocab_size)
+        return Forward(buffers.next_ids.get().tolist(), self._common["num_accepted"].get().tolist(), logits)
 
     def _run(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        block_size: int,
-        head_size: int,
-        *,
-        with_logits: bool = False,
-    ) -> _Buffers:
-        self._check_slots(input_ids, num_committed, write_index)
-        binding = self._binding(block_size, head_size, max(write_index), with_logits=with_logits)
-        self._fill(binding, input_ids, num_committed, write_index)
-        self._run_binding(binding, self._session)
-        return binding.buffers
-
-    def _require_open(self) -> None:
-        if self._is_closed:
-            raise EngineError("this engine is closed; load the bundle again")
-
-    def _check_slots(self, *given: Sequence[Any]) -> None:
-        if any(len(each) != self._num_slots for each in given):
-            raise EngineError(
-                f"a forward needs a block, num_committed and write_index for each of {self._num_slots} slots"
-            )
-
-    def _fill(
         self,
         binding: _Binding,
         input_ids: Sequence[Sequence[int]],
         num_committed: Sequence[int],
         write_index: Sequence[int],
     ) -> None:
-        try:
-            binding.buffers.input_ids[:] = input_ids
-        except ValueError as error:
-            size = binding.buffers.input_ids.shape[1]
-            raise EngineError(f"the blocks of one forward must all have {size} tokens: {error}") from None
-        self._num_committed[:] = num_committed
-        self._write_index[:] = write_index
+        binding.buffers.input_ids.put(input_ids)
+        self._common["num_committed"].put(num_committed)
+        self._common["write_index"].put(write_index)
+        self._run_binding(binding)
 
-    def _run_binding(self, binding: _Binding, session: Any) -> None:
+    def _run_binding(self, binding: _Binding) -> None:
         started = perf_counter()
         try:
-            session.run_with_iobinding(binding.io)
+            binding.session.run_with_iobinding(binding.io, binding.run_options)
         except Exception as error:  # onnxruntime raises its own types, unrelated to each other
-            raise EngineError(f"ONNX Runtime failed in a forward: {error}") from error
+            advice = ADVICE if binding.run_options else ""
+            raise EngineError(f"ONNX Runtime failed in a forward on {self._device}: {error}{advice}") from error
         self.run_seconds += perf_counter() - started
 
-    def _binding(self, block_size: int, head_size: int, write_index: int, *, with_logits: bool = False) -> _Binding:
-        extent = self._extent(block_size, write_index)
-        key = (block_size, head_size, extent, with_logits)
+    def _binding(
+        self, graph: str, size: int, head_size: int, write_index: Sequence[int], *, with_logits: bool = False
+    ) -> _Binding:
+        """What runs a forward whose rows lie inside the cache: its own, or one made for it."""
+        extent = self._extent(size, write_index)
+        key = _Key(graph, size, head_size, extent, with_logits)
         binding = self._bindings.get(key)
         if binding is None:
-            self._check_shape(block_size)
-            binding = self._bindings[key] = self._bind(*key)
+            if self.fixed_shapes and size != self.fixed_shapes.block_size:
+                raise EngineError(f"this graph is pinned to blocks of {self.fixed_shapes.block_size}, got {size}")
+            binding = self._bindings[key] = self._bind(key)
         return binding
 
-    def _row_binding(self, block_size: int, write_index: int) -> _Binding:
-        extent = self._extent(block_size, write_index)
-        key = (block_size, extent)
-        if key not in self._row_bindings:
-            new = _RowBuffers(np.zeros(block_size, np.int64), np.zeros((block_size, block_size), np.bool_))
-            rows = self._row_buffers.setdefault(block_size, new)
-            buffers = self._make_buffers(block_size, block_size, False)
-            io = self._bind_io(self._lookahead, buffers, extent)
-            io.bind_ortvalue_input("row_offsets", bindable(rows.offsets))
-            io.bind_ortvalue_input("row_mask", bindable(rows.mask))
-            self._row_bindings[key] = _Binding(buffers, io, rows)
-        return self._row_bindings[key]
-
-    def _extent(self, block_size: int, write_index: int) -> int:
-        """S of a forward, which fits the cache."""
-        self._require_open()
-        cache_length = self._geometry.cache_length
-        extent = self._fixed.kv_extent if self._fixed else kv_extent(write_index + block_size, cache_length)
-        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
+    def _extent(self, size: int, write_index: Sequence[int]) -> int:
+        """S of a forward. Its bounds are checked here: on CUDA nobody else does."""
+        cache_length, last = self.geometry.cache_length, max(write_index)
+        if self.fixed_shapes:
+            extent = self.fixed_shapes.kv_extent
+        else:
+            extent = (graph_extent if self._graph_ids else kv_extent)(last + size, cache_length)
+        for start in (last, min(write_index)):
+            check_forward(block_size=size, write_index=start, kv_extent=extent, geometry=self.geometry)
         return extent
 
-    def _check_shape(self, block_size: int) -> None:
-        if self._fixed and block_size != self._fixed.block_size:
-            raise EngineError(f"this graph is pinned to blocks of {self._fixed.block_size}, got {block_size}")
-
-    def _bind(self, block_size: int, head_size: int, extent: int, with_logits: bool) -> _Binding:
-        buffers = self._make_buffers(block_size, head_size, with_logits)
-        return _Binding(buffers, self._bind_io(self._session, buffers, extent))
-
-    def _bind_io(self, session: Any, buffers: _Buffers, extent: int) -> Any:
-        """What every graph has, bound to the buffers and to the one cache."""
-        io = session.io_binding()
+    def _bind(self, key: _Key) -> _Binding:
+        session = self._sessions[key.graph]
+        buffers, io = self._buffers_of(key), session.io_binding()
         inputs = {
             "input_ids": buffers.input_ids,
-            "num_committed": self._num_committed,
-            "write_index": self._write_index,
-            "kv_positions": self._positions[:extent],
-            "head_rows": buffers.head_rows,
+            **{name: self._common[name] for name in COUNTS},
+            "row_offsets": buffers.row_offsets,
+            "row_mask": buffers.row_mask,
         }
-        for name, array in inputs.items():
-            io.bind_ortvalue_input(name, bindable(array))
-        io.bind_ortvalue_output("next_ids", bindable(buffers.next_ids))
-        io.bind_ortvalue_output("num_accepted", bindable(self._num_accepted))
-        if buffers.logits is not None:
-            rows = buffers.logits.reshape(-1, self._geometry.vocab_size)  # a view: the same memory
-            io.bind_ortvalue_output(LOGITS, bindable(rows))
-        for past, present in cache_names(self._geometry.num_layers):
-            io.bind_ortvalue_input(past, self._cache_values[past])
-            io.bind_ortvalue_output(present, self._cache_values[past])
-        return io
+        outputs = {"next_ids": buffers.next_ids, "num_accepted": self._common["num_accepted"], LOGITS: buffers.logits}
+        for name, buffer in inputs.items():
+            if buffer is not None:
+                io.bind_ortvalue_input(name, buffer.value)
+        positions = self._common["positions"].value
+        for name, count in {"kv_positions": key.extent, "head_rows": key.head_size}.items():
+            io.bind_input(name, positions.device_name(), 0, np.int64, (count,), positions.data_ptr())
+        for name, buffer in outputs.items():
+            if buffer is not None:
+                io.bind_ortvalue_output(name, buffer.value)
+        for past, present in cache_names(self.geometry.num_layers):
+            io.bind_ortvalue_input(past, self._cache[past].value)
+            io.bind_ortvalue_output(present, self._cache[past].value)
+        return _Binding(session, io, buffers, self._run_options(is_recorded=key.head_size == key.block_size))
 
-    def _make_buffers(self, block_size: int, head_size: int, with_logits: bool) -> _Buffers:
-        key = (block_size, head_size, with_logits)
-        logits_shape = (self._num_slots, head_size, self._geometry.vocab_size)
-        if key not in self._buffers:
-            self._buffers[key] = _Buffers(
-                input_ids=np.zeros((self._num_slots, block_size), np.int64),
-                head_rows=np.arange(head_size, dtype=np.int64),
-                next_ids=np.zeros((self._num_slots, head_size), np.int64),
-                logits=np.zeros(logits_shape, np.float32) if with_logits else None,
+    def _buffers_of(self, key: _Key) -> _Buffers:
+        """Those of a binding, which all extents share."""
+        shared = (key.graph, key.block_size, key.head_size, key.with_logits)
+        if shared not in self._buffers:
+            slots, size, head_size = self.num_slots, key.block_size, key.head_size
+            has_rows = key.graph == LOOKAHEAD_GRAPH
+            logits_shape = (slots * head_size, self.geometry.vocab_size)
+            self._buffers[shared] = _Buffers(
+                input_ids=self._make_buffer((slots, size)),
+                next_ids=self._make_buffer((slots, head_size)),
+                logits=self._make_buffer(logits_shape, "float32") if key.with_logits else None,
+                row_offsets=self._make_buffer((size,)) if has_rows else None,
+                row_mask=self._make_buffer((size, size), "bool") if has_rows else None,
             )
-        return self._buffers[key]
+        return self._buffers[shared]
+
+    def _make_buffer(self, shape: tuple[int, ...], dtype: DType = "int64") -> Buffer:
+        if self._views is None:
+            return HostBuffer(shape, dtype)
+        return DeviceBuffer(shape, dtype, device=self._device, io=self._views)
+
+    def _run_options(self, *, is_recorded: bool) -> Any:
+        """Which graph a binding's runs are: its own, or none where it is a chunk of the prompt, which reads one row."""
+        if self._graph_ids is None:
+            return None
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry(GRAPH_ID, str(next(self._graph_ids)) if is_recorded else NO_GRAPH)
+        return options
 
     def _load(self, graph: str) -> onnxruntime.InferenceSession:
         path = self._bundle.graph_path(graph)
-        options = _session_options(self._threads, self._log_severity)
+        options = _session_options(self._threads, self._log_severity, self._device)
         self._linked.hand_to(options)
         session = self._open_session(path, options)
         self._linked.release_pages()
@@ -346,7 +477,7 @@ class OrtEngine:
 
     def _open_session(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         """A session of the graph in a file."""
-        return make_session(str(path), options, name=path)
+        return make_session(str(path), options, name=path, device=self._device, cuda_graphs=self._graph_ids is not None)
 
 
 def settle_slots(fixed: FixedShapes | None, num_slots: int | None, batch_size: int) -> int:
@@ -363,11 +494,21 @@ def settle_slots(fixed: FixedShapes | None, num_slots: int | None, batch_size: i
     return fixed.batch_size if fixed else num_slots or batch_size
 
 
-def _session_options(threads: int, log_severity: int) -> onnxruntime.SessionOptions:
+def element_type(dtype: DType) -> Any:
+    """A dtype as ONNX Runtime's Python takes it."""
+    return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+
+
+def host_dtype(dtype: DType) -> np.dtype[Any]:
+    """A dtype as the host sees it: numpy has no bf16, so that its bits stand for it."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+def _session_options(threads: int, log_severity: int, device: Device) -> onnxruntime.SessionOptions:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingExtraError("onnxruntime", extra="cpu") from None
+        raise MissingExtraError("onnxruntime", extra=device) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -377,19 +518,40 @@ def _session_options(threads: int, log_severity: int) -> onnxruntime.SessionOpti
 
 
 def make_session(
-    graph: str | bytes, options: onnxruntime.SessionOptions, *, name: Path
+    graph: str | bytes,
+    options: onnxruntime.SessionOptions,
+    *,
+    name: Path,
+    device: Device = "cpu",
+    cuda_graphs: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session of a graph, from its file or from memory; ``name`` is what errors call it.
 
     Raises:
-        EngineError: ONNX Runtime does not take it.
+        GpuError: ONNX Runtime has no CUDA provider, or does not start it.
+        EngineError: ONNX Runtime does not take the graph.
     """
     import onnxruntime
 
+    provider = PROVIDERS[device]
+    if device == "cuda" and provider not in onnxruntime.get_available_providers():
+        raise GpuError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {provider}: it is the package for the CPU; "
+            "replace it with: pip uninstall -y onnxruntime; pip install 'cllm-export[cuda]'"
+        )
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        asked = (provider, dict([ENABLE_GRAPHS])) if cuda_graphs else provider
+        session = onnxruntime.InferenceSession(graph, options, providers=[asked])
     except Exception as error:  # onnxruntime raises its own types, unrelated to each other
-        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} does not load {name}: {error}") from error
+        advice = ADVICE if cuda_graphs else ""
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} does not load {name} on {device}: {error}{advice}"
+        ) from error
+    if (
+        device == "cuda" and provider not in session.get_providers()
+    ):  # it goes on with the CPU, and only its log says so
+        raise GpuError(f"ONNX Runtime did not start its {provider}; see what is missing with: cllm-export doctor")
+    return session
 
 
 def bindable(array: NDArray[Any]) -> onnxruntime.OrtValue:

@@ -8,31 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from time import perf_counter
+from typing import TYPE_CHECKING, cast
 
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.slot import SlotMemory
 from cllm_export.runtime.decoding.statistics import OnDevice
 from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.engines.base import Engine
-from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.loop.device_loop import MOST_EOS, DeviceLoop, follow
 from cllm_export.tensorrt.loop.launch_copy import Turn
+
+if TYPE_CHECKING:
+    from cllm_export.tensorrt.engine import TrtEngine
 
 FILLS = ("pad", "repeat")
 """Draft sources that the kernel has."""
 
 
-def require_device_loop(engine: Engine, *, block_size: int, num_eos: int) -> TrtEngine:
+def require_device_loop(given: Engine, *, block_size: int, num_eos: int) -> TrtEngine:
     """The engine, if a loop of these blocks can stay on its device.
 
     Raises:
         OptionError: it is none of TensorRT's, or its plan has no such block size, or there are too many ends.
     """
-    if not isinstance(engine, TrtEngine):
+    if not given.has_device_loop:
         raise OptionError(
-            f"forwards_per_sync is for TensorRT, and this model runs on {type(engine).__name__}: load its bundle with "
+            f"forwards_per_sync is for TensorRT, and this model runs on {type(given).__name__}: load its bundle with "
             "provider='tensorrt' (--provider tensorrt), or leave it out"
         )
+    engine = cast("TrtEngine", given)
     if block_size not in engine.block_sizes:
         raise OptionError(
             f"forwards_per_sync takes a block size of the plan's, {' or '.join(map(str, engine.block_sizes))}, got "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cllm_export.bundle.contract import FixedShapes, Geometry, check_forward, check_rows
+from cllm_export.bundle.contract import Geometry, check_forward
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.checks import require_at_least
 from cllm_export.errors import CheckpointError, EngineError
@@ -30,7 +30,7 @@ from cllm_export.exporter.graph.rotary import settle_rope
 from cllm_export.exporter.graph.trace import check_tensors
 from cllm_export.exporter.options import BuildOptions, Settings, settle
 from cllm_export.runtime.decoding.text import TextCodec
-from cllm_export.runtime.engines.base import Forward, KvRows
+from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent
 from cllm_export.runtime.model import Model
 from cllm_export.training.model.attention import CPU_ATTENTION
@@ -53,7 +53,7 @@ class CheckpointFacts:
     trained_with: TrainedWith | None
 
 
-class TorchEngine:
+class TorchEngine(EngineBase):
     """Runs a causal LM of transformers on its own device and in its own dtype. See ``Engine`` for the calls.
 
     The model may be in training mode elsewhere: every forward runs in evaluation mode and puts back what it found.
@@ -67,34 +67,19 @@ class TorchEngine:
         EngineError: the model's attention does not take the mask.
     """
 
+    can_copy_rows = True
+    _AFTER_CLOSE = "make another of the model"
+
     def __init__(self, model: PreTrainedModel, geometry: Geometry, *, num_slots: int = 1) -> None:
         require_at_least("num_slots", num_slots, 1)
         attention = model.config._attn_implementation
         if attention not in ("sdpa", CPU_ATTENTION):
             raise EngineError(f"the model runs {attention!r} attention; load it with attn_implementation='sdpa'")
+        super().__init__(geometry, num_slots=num_slots, prefill_chunk=PREFILL_CHUNK)
         self._model = model
-        self._geometry = geometry
-        self._num_slots = num_slots
         self._device = model.device
         self._held: SlotCache | None = SlotCache(geometry, num_slots, model.dtype, self._device)
         self._positions = torch.arange(geometry.cache_length, device=self._device)
-        self.run_seconds = 0.0
-
-    @property
-    def geometry(self) -> Geometry:
-        return self._geometry
-
-    @property
-    def num_slots(self) -> int:
-        return self._num_slots
-
-    @property
-    def fixed_shapes(self) -> FixedShapes | None:
-        return None
-
-    @property
-    def prefill_chunk(self) -> int:
-        return PREFILL_CHUNK
 
     def forward(
         self,
@@ -104,7 +89,7 @@ class TorchEngine:
         *,
         with_logits: bool = False,
     ) -> Forward:
-        block_size = len(input_ids[0])
+        block_size = self._check_batch(input_ids, num_committed, write_index)
         packed, extent = self._pack(input_ids, num_committed, write_index), self._extent(block_size, max(write_index))
         with self._running():
             packed = packed.to(self._device)
@@ -116,15 +101,13 @@ class TorchEngine:
     def prefill(
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> None:
-        packed, extent = (
-            self._pack(input_ids, num_committed, write_index),
-            self._extent(len(input_ids[0]), max(write_index)),
-        )
+        size = self._check_batch(input_ids, num_committed, write_index)
+        packed, extent = self._pack(input_ids, num_committed, write_index), self._extent(size, max(write_index))
         with self._running():
             self._logits(packed.to(self._device), extent, num_rows=1)
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        self._check_rows(slot, start, stop)
         rows = self._cache.read(slot, start, stop).cpu()
         found: KvRows = (
             (rows.view(torch.int16).numpy().view(np.uint16)) if rows.dtype == torch.bfloat16 else rows.numpy()
@@ -132,9 +115,9 @@ class TorchEngine:
         return found
 
     def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
-        check_rows(slot=slot, start=start, stop=stop, num_slots=self._num_slots, geometry=self._geometry)
+        self._check_rows(slot, start, stop)
         dtype = self.read_rows(slot, start, start).dtype
-        check_row_shape(rows, stop - start, geometry=self._geometry, dtype=dtype)
+        check_row_shape(rows, stop - start, geometry=self.geometry, dtype=dtype)
         is_bits = dtype == np.uint16
         given = torch.from_numpy(np.ascontiguousarray(rows.view(np.int16) if is_bits else rows))
         self._cache.write(slot, start, stop, given.view(torch.bfloat16) if is_bits else given)
@@ -156,12 +139,12 @@ class TorchEngine:
 
     def close(self) -> None:
         """Drop the cache; the model is its owner's. The engine cannot run afterwards."""
-        self._held = None
+        self._is_closed, self._held = True, None
 
     @property
     def _cache(self) -> SlotCache:
-        if self._held is None:
-            raise EngineError("this engine is closed; make another of the model")
+        self._require_open()
+        assert self._held, "an open engine has one"
         return self._held
 
     @contextmanager
@@ -178,19 +161,12 @@ class TorchEngine:
         self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
     ) -> Tensor:
         """All inputs [B, n + 2] in one tensor, which is one copy to the device."""
-        if not len(input_ids) == len(num_committed) == len(write_index) == self._num_slots:
-            raise EngineError(
-                f"a forward needs a block, num_committed and write_index for each of {self._num_slots} slots"
-            )
-        try:
-            rows = zip(input_ids, num_committed, write_index, strict=True)
-            return torch.tensor([[*block, committed, index] for block, committed, index in rows])
-        except ValueError as error:
-            raise EngineError(f"the blocks of one forward must all have {len(input_ids[0])} tokens: {error}") from None
+        rows = zip(input_ids, num_committed, write_index, strict=True)
+        return torch.tensor([[*block, committed, index] for block, committed, index in rows])
 
     def _extent(self, block_size: int, write_index: int) -> int:
-        extent = kv_extent(write_index + block_size, self._geometry.cache_length)
-        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self._geometry)
+        extent = kv_extent(write_index + block_size, self.geometry.cache_length)
+        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
         return extent
 
 

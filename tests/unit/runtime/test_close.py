@@ -79,13 +79,13 @@ def test_onnx_runtimes_session_is_dropped(workshop: Workshop):
     for run in (
         lambda: engine.forward([[5, 6]], [1], [0]),
         lambda: engine.prefill([[5, 6]], [2], [0]),
-        lambda: engine.run_bound(2, 0),
+        lambda: engine.read_cache("past_key.0"),
         lambda: engine.read_rows(0, 0, 1),
         engine.require_lookahead,
     ):
         with pytest.raises(EngineError, match="this engine is closed; load the bundle again"):
             run()
-    assert not engine.cache
+    assert not engine.cache_addresses
 
 
 def test_an_engine_that_runs_another_closes_it(model: Model):

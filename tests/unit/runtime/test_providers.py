@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from onnxruntime import InferenceSession as RealSession
 
 from cllm_export.errors import EngineError, GpuError, OptionError
-from cllm_export.runtime.engines import onnxruntime_device as ort_device_engine
+from cllm_export.runtime.engines import onnxruntime as ort_engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
-from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
 from cllm_export.runtime.load import Provider, load, open_engine
 from cllm_export.runtime.options import Options
 from tests.conftest import PINNED, THREADS, Workshop
@@ -27,7 +29,7 @@ def test_an_unknown_provider_is_refused_by_name(tmp_path: Path):
 def test_onnx_runtime_for_the_cpu_is_refused_with_the_line_that_replaces_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ort_device_engine, "require_gpu", lambda: None)
+    monkeypatch.setattr(ort_engine, "require_gpu", lambda: None)
     bundle = write_bundle(tmp_path / "bundle")
     with pytest.raises(GpuError, match=r"has no CUDAExecutionProvider.*pip install 'cllm-export\[cuda\]'"):
         open_engine(bundle, "cuda")
@@ -44,19 +46,19 @@ def test_a_provider_that_did_not_start_is_no_silent_fall_back(tmp_path: Path, mo
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr(ort_device_engine, "require_gpu", lambda: None)
+    monkeypatch.setattr(ort_engine, "require_gpu", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     with pytest.raises(GpuError, match="did not start its CUDAExecutionProvider"):
-        OrtDeviceEngine(write_bundle(tmp_path / "bundle"))
+        OrtEngine(write_bundle(tmp_path / "bundle"), device="cuda")
 
 
 def test_a_forward_that_cannot_be_right_is_refused(workshop: Workshop):
-    engine = OrtDeviceEngine(workshop.bundle("small"), device="cpu", num_slots=2)
+    engine = OrtEngine(workshop.bundle("small"), copies=True, num_slots=2)
     for blocks, committed, write_index, message in (
         ([[1]], [1], [0], "each of 2 slots"),
         ([[1], [1]], [1, 1], [0, 10_000], "cache rows"),
-        ([[1, 2], [1]], [1, 1], [0, 0], "failed in a forward on cpu"),
+        ([[1, 2], [1]], [1, 1], [0, 0], "must all have 2 tokens"),
     ):
         with pytest.raises(EngineError, match=message):
             engine.forward(blocks, committed, write_index)
@@ -67,18 +69,18 @@ def test_a_forward_that_cannot_be_right_is_refused(workshop: Workshop):
 
 def test_a_pinned_graph_takes_its_own_shapes_alone(workshop: Workshop):
     bundle = workshop.bundle("small", **PINNED)
-    engine = OrtDeviceEngine(bundle, device="cpu")
+    engine = OrtEngine(bundle, copies=True)
     size = PINNED["block_size"]
     engine.prefill([[1] * size], [size], [0])
     assert len(engine.forward([[1] * size], [1], [size]).next_ids[0]) == size
     with pytest.raises(EngineError, match=f"pinned to blocks of {size}, got 4"):
         engine.forward([[1] * 4], [1], [0])
     with pytest.raises(EngineError, match="pinned to 1 slots"):
-        OrtDeviceEngine(bundle, device="cpu", num_slots=2)
+        OrtEngine(bundle, copies=True, num_slots=2)
 
 
 def test_onnx_runtime_says_nothing_of_a_copy_of_the_cache(workshop: Workshop, capfd: pytest.CaptureFixture[str]):
-    engine = OrtDeviceEngine(workshop.bundle("small"), device="cpu", num_slots=1, log_severity=2)
+    engine = OrtEngine(workshop.bundle("small"), copies=True, num_slots=1, log_severity=2)
     engine.forward([[1] * 8], [1], [0])
     engine.forward([[1] * 8], [1], [8])
     assert "in-place" not in capfd.readouterr().err
@@ -92,11 +94,14 @@ class GraphSession:
     """
 
     made: ClassVar[list[Any]] = []
+    options: ClassVar[list[Any]] = []
+    """What every session was made with."""
     breaks: ClassVar[set[str]] = set()
 
     def __init__(self, path: str, options: Any, *, providers: list[Any]) -> None:
         if "load" in self.breaks:
             raise RuntimeError("nodes have not been partitioned to the CUDAExecutionProvider")
+        self.options.append(options)
         self.providers = providers
         self.graphs: dict[str, Any] = {}
         self.runs: list[str | None] = []
@@ -108,7 +113,9 @@ class GraphSession:
         return ["CUDAExecutionProvider"]
 
     def io_binding(self) -> Any:
-        return self._session.io_binding()
+        io = self._session.io_binding()
+        io.owner = self  # as a binding keeps its session
+        return io
 
     def run_with_iobinding(self, io: Any, run_options: Any = None) -> None:
         if "run" in self.breaks:
@@ -126,15 +133,16 @@ def graph_session(monkeypatch: pytest.MonkeyPatch) -> type[GraphSession]:
     import onnxruntime
 
     allocate = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-    monkeypatch.setattr(ort_device_engine, "require_gpu", lambda: None)
+    monkeypatch.setattr(ort_engine, "require_gpu", lambda: None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", GraphSession)
     monkeypatch.setattr(
         onnxruntime.OrtValue,
         "ortvalue_from_shape_and_type",
-        lambda shape, kind, device, number: allocate(shape, kind, {"cuda": "cpu"}[device], number),
+        lambda shape, kind, device, number: allocate(shape, kind, "cpu", number),
     )
     monkeypatch.setattr(GraphSession, "made", [])
+    monkeypatch.setattr(GraphSession, "options", [])
     monkeypatch.setattr(GraphSession, "breaks", set())
     return GraphSession
 
@@ -173,6 +181,73 @@ def test_tokens_are_the_cpu_engines_whatever_runs_a_forward_several_times(
     ] * 2
 
 
+@pytest.mark.parametrize("options", [{}, {"copies": True}, {"device": "cuda"}], ids=["cpu", "copies", "cuda"])
+def test_sessions_of_every_device_have_the_same_options(
+    workshop: Workshop, graph_session: type[GraphSession], options: dict[str, Any]
+):
+    """Threads as asked for, and Q/DQ as written."""
+    OrtEngine(workshop.bundle("small"), threads=3, **options)
+    (found,) = graph_session.options
+    assert found.intra_op_num_threads == 3
+    assert found.get_session_config_entry("session.disable_quant_qdq") == "1"
+
+
+def test_threads_reach_the_engine_of_every_provider(workshop: Workshop, graph_session: type[GraphSession]):
+    for provider in ("cpu", "cuda"):
+        open_engine(workshop.bundle("small"), provider, threads=3)
+    assert [options.intra_op_num_threads for options in graph_session.options] == [3, 3]
+
+
+def test_rows_that_were_written_are_read_and_no_others_change(workshop: Workshop):
+    """Through a device's buffers as through the host's, in a slot and at a row that are not the first."""
+    bundle, found = workshop.bundle("small"), []
+    for copies in (False, True):
+        engine = OrtEngine(bundle, num_slots=3, threads=THREADS, copies=copies)
+        engine.prefill([[*range(start, start + 20)] for start in (3, 40, 70)], [20] * 3, [0] * 3)
+        before = {past: engine.read_cache(past) for past in engine.cache_addresses}
+        rows = engine.read_rows(1, 4, 15)
+        engine.write_rows(2, 4, 15, rows)
+        assert np.array_equal(engine.read_rows(2, 4, 15), rows)
+        for index, (past, array) in enumerate(before.items()):
+            array[2, :, 4:15] = rows[index]
+            assert np.array_equal(engine.read_cache(past), array)
+        assert engine.read_rows(0, 7, 7).shape[2] == 0
+        found.append(rows)
+    assert found[0].any()
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_prompt_that_was_read_is_not_read_again_on_a_device(
+    workshop: Workshop, graph_session: type[GraphSession], cuda_graphs: bool
+):
+    bundle, prompt = workshop.bundle("small"), [*range(3, 40)]
+    options: Options = {"max_new_tokens": 20, "block_size": 8, "ignore_eos": True}
+    with load(bundle.path, provider="cuda", cuda_graphs=cuda_graphs) as model:
+        first, again = model.generate(prompt, **options), model.generate(prompt, **options)
+    assert (first.statistics.reused_tokens, again.statistics.reused_tokens) == (0, len(prompt) - 1)
+    assert first.token_ids == again.token_ids == workshop.model("small").generate(prompt, **options).token_ids
+
+
+def test_an_extent_costs_a_graph_only_where_graphs_are_recorded(workshop: Workshop, graph_session: type[GraphSession]):
+    bundle, numbers = workshop.bundle("small"), {}
+    for cuda_graphs in (False, True):
+        engine = OrtEngine(bundle, device="cuda", cuda_graphs=cuda_graphs)
+        for start in range(0, 200, 8):
+            engine.forward([[5] * 8], [1], [start])
+        numbers[cuda_graphs] = set(graph_session.made[-1].runs)
+    assert numbers == {False: {None}, True: {"1"}}
+
+
+def test_a_closed_engine_holds_no_session(workshop: Workshop, graph_session: type[GraphSession]):
+    engine = OrtEngine(workshop.bundle("small"), device="cuda")
+    engine.forward([[5] * 8], [1], [0])
+    session = weakref.ref(graph_session.made.pop())
+    engine.close()
+    gc.collect()
+    assert session() is None
+
+
 def test_without_the_option_nothing_is_recorded(workshop: Workshop, graph_session: type[GraphSession]):
     engine = open_engine(workshop.bundle("small"), "cuda")
     engine.forward([[5] * 8], [1], [0])
@@ -201,4 +276,4 @@ def test_graphs_of_onnx_runtime_are_refused_beside_other_providers(tmp_path: Pat
     with pytest.raises(OptionError, match=f"cuda_graphs is for the provider cuda, got {provider}"):
         load(write_bundle(tmp_path / "bundle").path, provider=provider, cuda_graphs=True)
     with pytest.raises(OptionError, match="for the device cuda, got 'cpu'"):
-        OrtDeviceEngine(write_bundle(tmp_path / "other"), device="cpu", cuda_graphs=True)
+        OrtEngine(write_bundle(tmp_path / "other"), cuda_graphs=True)

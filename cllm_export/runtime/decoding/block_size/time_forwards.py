@@ -32,6 +32,16 @@ def time_forwards(
     return seconds
 
 
+def run_forward(engine: Engine, block_size: int, past: int) -> None:
+    """A block of zeros in every slot, past as many rows: for who times it by the engine's ``run_seconds``.
+
+    Raises:
+        EngineError: the engine failed.
+    """
+    slots = engine.num_slots
+    engine.forward([[0] * block_size] * slots, [1] * slots, [past] * slots)
+
+
 def _time_size(engine: Engine, size: int, pad_token_id: int, *, until: float) -> float:
     slots = engine.num_slots
     last_rows = engine.geometry.cache_length - size  # beyond what a text of the max length fills

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from cllm_export.runtime.decoding.lookahead.policy import Lookahead
 from cllm_export.runtime.decoding.task import Task
-from cllm_export.runtime.engines.base import LookaheadEngine, prefill
+from cllm_export.runtime.engines.base import Engine, prefill
 
 
 class LookaheadLoop:
@@ -23,9 +23,7 @@ class LookaheadLoop:
         pad_token_id: fills chunks of the prompt where an engine's shapes are fixed.
     """
 
-    def __init__(
-        self, engine: LookaheadEngine, task: Task, decoder: Lookahead, *, block_size: int, pad_token_id: int
-    ) -> None:
+    def __init__(self, engine: Engine, task: Task, decoder: Lookahead, *, block_size: int, pad_token_id: int) -> None:
         self._engine = engine
         self._task = task
         self._decoder = decoder

@@ -8,7 +8,7 @@ from pathlib import Path
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import Expected, Snapshot, read_snapshot
-from cllm_export.runtime.engines.base import RowEngine
+from cllm_export.runtime.engines.base import Engine
 
 
 class PromptState:
@@ -21,7 +21,7 @@ class PromptState:
         max_length: prompt plus new tokens.
     """
 
-    def __init__(self, engine: RowEngine, *, max_bytes: int, fingerprint: str, max_length: int) -> None:
+    def __init__(self, engine: Engine, *, max_bytes: int, fingerprint: str, max_length: int) -> None:
         self.cache = PrefixCache(max_bytes)
         self._expected = Expected(
             fingerprint=fingerprint,

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm_export.bundle.contract import FixedShapes, Geometry
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.drafts.sources import PromptFill, make_fill
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape, layout_of
 from cllm_export.runtime.decoding.lookahead.policy import Lookahead
 from cllm_export.runtime.decoding.lookahead.pool import LookaheadPool
 from cllm_export.runtime.decoding.text import TextCodec
-from cllm_export.runtime.engines.base import prefill
+from cllm_export.runtime.engines.base import EngineBase, prefill
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.service import Service
 from tests.fakes import (
@@ -300,15 +298,13 @@ def test_a_service_refuses_it_and_says_where_it_runs(bundle):
         service.submit([5, 6], method="lookahead")
 
 
-class PlainEngine(NamedTuple):
+class PlainEngine(EngineBase):
     """What a request is prepared against, of an engine that has blocks alone."""
-
-    geometry: Geometry
-    fixed_shapes: FixedShapes | None = None
 
 
 def test_an_engine_that_has_blocks_alone_is_named(bundle):
-    model = Model(bundle.manifest, PlainEngine(bundle.manifest.geometry), TextCodec.of_bundle(bundle))
+    engine = PlainEngine(bundle.manifest.geometry, num_slots=1, prefill_chunk=8)
+    model = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
     with pytest.raises(OptionError, match="PlainEngine runs no lookahead graph"):
         model.prepare([5, 6], method="lookahead")
 

@@ -41,12 +41,12 @@ def test_the_last_extent_is_the_cache_itself():
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", np.float32), ("fp16", np.float16)])
 def test_buffers_have_the_shape_of_the_contract_and_hold_zeros(precision, dtype):
-    cache = allocate(make_geometry(max_length=20, max_block_size=4), precision, num_slots=3)
+    cache = allocate(make_geometry(max_length=20, max_block_size=4), precision, 3, np.zeros)
     assert list(cache) == ["past_key.0", "past_value.0", "past_key.1", "past_value.1"]
     assert all(array.shape == (3, 2, 23, 8) and array.dtype == dtype for array in cache.values())
     assert not any(array.any() for array in cache.values())
 
 
 def test_no_two_buffers_share_memory():
-    key, value, *_ = allocate(make_geometry(), "fp32", num_slots=1).values()
+    key, value, *_ = allocate(make_geometry(), "fp32", 1, np.zeros).values()
     assert not np.shares_memory(key, value)
