@@ -17,7 +17,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cllm_export.bundle.contract import FixedShapes, Geometry, check_forward
+from cllm_export.bundle.contract import Batch, FixedShapes, Geometry, check_forward
 from cllm_export.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GREEDY_GRAPH,
@@ -133,6 +133,12 @@ class Call(NamedTuple):
     num_committed: list[int]
     write_index: list[int]
 
+    @staticmethod
+    def of(kind: Literal["prefill", "forward", "rows"], batch: Batch) -> Call:
+        """Copied: a loop may reuse its lists."""
+        blocks = [list(block) for block in batch.input_ids]
+        return Call(kind, blocks, list(batch.num_committed), list(batch.write_index))
+
 
 class FakeEngine(EngineBase):
     """An engine that can do all but loop on a device, in pure Python. ``calls`` records every call,
@@ -160,28 +166,21 @@ class FakeEngine(EngineBase):
         self.num_rows_restored = 0
         self.rows = [[UNWRITTEN] * geometry.cache_length for _ in range(self.num_slots)]
 
-    def forward(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> Forward:
-        if len(input_ids[0]) > self.geometry.max_block_size:
-            raise EngineError(f"a block of {len(input_ids[0])} is above {self.geometry.max_block_size}")
-        self._write(Call("forward", [list(block) for block in input_ids], list(num_committed), list(write_index)))
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
+        if len(batch.input_ids[0]) > self.geometry.max_block_size:
+            raise EngineError(f"a block of {len(batch.input_ids[0])} is above {self.geometry.max_block_size}")
+        self._write(Call.of("forward", batch))
         next_ids = [
             [self._model.predict(rows[: start + row + 1]) for row in range(len(block))]
-            for rows, block, start in zip(self.rows, input_ids, write_index, strict=True)
+            for rows, block, start in zip(self.rows, batch.input_ids, batch.write_index, strict=True)
         ]
-        accepted = [_count_right(*slot) for slot in zip(input_ids, next_ids, num_committed, strict=True)]
+        accepted = [_count_right(*slot) for slot in zip(batch.input_ids, next_ids, batch.num_committed, strict=True)]
         if not with_logits:
             return Forward(next_ids, accepted)
         logits = np.stack(
             [
                 [self._logits(rows[: start + row + 1], token) for row, token in enumerate(predicted)]
-                for rows, predicted, start in zip(self.rows, next_ids, write_index, strict=True)
+                for rows, predicted, start in zip(self.rows, next_ids, batch.write_index, strict=True)
             ]
         )
         return Forward(next_ids, accepted, logits)
@@ -189,22 +188,16 @@ class FakeEngine(EngineBase):
     def require_lookahead(self) -> None:
         """It can do so always."""
 
-    def forward_rows(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        row_offsets: NDArray[np.int64],
-        row_mask: NDArray[np.bool_],
-    ) -> Forward:
-        call = Call("rows", [list(block) for block in input_ids], list(num_committed), list(write_index))
+    def forward_rows(self, batch: Batch, row_offsets: NDArray[np.int64], row_mask: NDArray[np.bool_]) -> Forward:
+        call = Call.of("rows", batch)
         self._check(call)
         self.calls.append(call)
         next_ids = [
             self._predict_rows(rows, block, start, row_offsets.tolist(), row_mask)
             for rows, block, start in zip(self.rows, call.input_ids, call.write_index, strict=True)
         ]
-        return Forward(next_ids, [_count_right(*slot) for slot in zip(input_ids, next_ids, num_committed, strict=True)])
+        right = zip(call.input_ids, next_ids, call.num_committed, strict=True)
+        return Forward(next_ids, [_count_right(*slot) for slot in right])
 
     def _predict_rows(
         self, rows: list[Row], block: list[int], start: int, offsets: list[int], mask: NDArray[np.bool_]
@@ -229,10 +222,8 @@ class FakeEngine(EngineBase):
         logits[predicted] = logits.max() + np.float32(0.25)
         return logits
 
-    def prefill(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> None:
-        self._write(Call("prefill", [list(chunk) for chunk in input_ids], list(num_committed), list(write_index)))
+    def prefill(self, batch: Batch) -> None:
+        self._write(Call.of("prefill", batch))
 
     def close(self) -> None:
         self.is_closed = True
@@ -274,8 +265,7 @@ class FakeEngine(EngineBase):
         if not all(0 <= token < self.geometry.vocab_size for block in call.input_ids for token in block):
             raise EngineError(f"tokens must be below {self.geometry.vocab_size}, got {call.input_ids}")
         extent = self.fixed_shapes.kv_extent if self.fixed_shapes else self._extent(max(call.write_index) + size)
-        for start in call.write_index:
-            check_forward(block_size=size, write_index=start, kv_extent=extent, geometry=self.geometry)
+        check_forward(block_size=size, write_index=call.write_index, kv_extent=extent, geometry=self.geometry)
 
     def _extent(self, needed: int) -> int:
         return kv_extent(needed, self.geometry.cache_length)
@@ -320,7 +310,7 @@ def decode(
     while sum(len(record.new) for record in records) < count:
         write_index = decoder.write_index
         tokens, num_committed = decoder.next_block(block_size)
-        next_ids, num_accepted, _ = engine.forward([tokens], [num_committed], [write_index])
+        next_ids, num_accepted, _ = engine.forward(Batch([tokens], [num_committed], [write_index]))
         commit = decoder.commit(next_ids[0], num_accepted[0])
         records.append(ForwardRecord(write_index, tokens, next_ids[0], commit.num_accepted, commit.tokens))
     return records

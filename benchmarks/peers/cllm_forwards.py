@@ -13,6 +13,7 @@ from time import perf_counter
 
 from forward_worker import serve
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.runtime.engines.machine import describe_machine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
@@ -38,13 +39,13 @@ class CllmForwards:
         }
 
     def read(self, past: Sequence[int]) -> None:
-        self._engine.prefill([list(past)], [len(past)], [0])
+        self._engine.prefill(Batch([list(past)], [len(past)], [0]))
         self._past = len(past)
 
     def forward(self, block: Sequence[int]) -> float:
         blocks = [list(block)]
         started = perf_counter()
-        self._last = self._engine.forward(blocks, [1], [self._past])
+        self._last = self._engine.forward(Batch(blocks, [1], [self._past]))
         return perf_counter() - started
 
     def predictions(self, rows: int) -> list[int]:

@@ -37,9 +37,9 @@ Its ``num_accepted`` compares each row with the row before it, which means somet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError
@@ -172,8 +172,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith(HIDDEN)
 
 
-def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry: Geometry) -> None:
-    """Check, on the host and before a forward, that the block's rows lie inside the extent and the cache.
+class Batch(NamedTuple):
+    """What the host gives a forward, a block and two numbers for each slot."""
+
+    input_ids: Sequence[Sequence[int]]
+    """[B, n]"""
+    num_committed: Sequence[int]
+    """[B]"""
+    write_index: Sequence[int]
+    """[B]"""
+
+
+def check_forward(*, block_size: int, write_index: Sequence[int], kv_extent: int, geometry: Geometry) -> None:
+    """Check, on the host and before a forward, that the rows of every slot's block [B, n] lie inside the extent and the
+    cache. A plan may fill a block up, so that its size is told apart from the batch.
 
     ONNX Runtime raises on a write outside the cache, TensorRT ignores it silently, and an extent that is one short
     hides a row from itself without an error: so nobody else can be trusted with this.
@@ -181,16 +193,17 @@ def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry
     Raises:
         EngineError: the forward would write or read outside its bounds.
     """
-    if write_index < 0:
-        raise EngineError(f"the write index must be at least 0, got {write_index}")
-    needed = write_index + block_size
+    if min(write_index) < 0:
+        raise EngineError(f"the write index must be at least 0, got {min(write_index)}")
+    last = max(write_index)
+    needed = last + block_size
     if needed > geometry.cache_length:
         raise EngineError(
-            f"a block of {block_size} at write index {write_index} needs {needed} cache rows, "
+            f"a block of {block_size} at write index {last} needs {needed} cache rows, "
             f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger --max-length"
         )
     if kv_extent < needed:
-        raise EngineError(f"KV extent {kv_extent} is below write index {write_index} + block {block_size}")
+        raise EngineError(f"KV extent {kv_extent} is below write index {last} + block {block_size}")
 
 
 def check_rows(*, slot: int, start: int, stop: int, num_slots: int, geometry: Geometry) -> None:

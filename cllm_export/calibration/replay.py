@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.calibration.recording import Recording, State
 from cllm_export.runtime.engines.base import Engine, prefill
 
@@ -44,13 +45,11 @@ def replay_text(engine: Engine, recording: Recording, size: int, pad: int) -> It
         yield Replayed(state, _run(engine, state))
 
 
-def as_block(
-    engine: Engine, tokens: Sequence[int], num_committed: int, write_index: int
-) -> tuple[list[Sequence[int]], list[int], list[int]]:
-    """Arguments of a forward over a block in slot 0; the other slots are idle."""
+def as_batch(engine: Engine, tokens: Sequence[int], num_committed: int, write_index: int) -> Batch:
+    """A block in slot 0; the other slots are idle."""
     idle = engine.num_slots - 1
-    return [tokens] * (1 + idle), [num_committed] + [0] * idle, [write_index] + [0] * idle
+    return Batch([tokens] * (1 + idle), [num_committed] + [0] * idle, [write_index] + [0] * idle)
 
 
 def _run(engine: Engine, state: State) -> list[int]:
-    return list(engine.forward(*as_block(engine, state.tokens, state.num_committed, state.write_index)).next_ids[0])
+    return list(engine.forward(as_batch(engine, state.tokens, state.num_committed, state.write_index)).next_ids[0])

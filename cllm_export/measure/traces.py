@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cllm_export.bundle.contract import CONTRACT_VERSION
+from cllm_export.bundle.contract import CONTRACT_VERSION, Batch
 from cllm_export.bundle.manifest import Bundle, FillName
 from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
@@ -38,25 +38,16 @@ class RecordingEngine(EngineBase):
         self._engine = engine
         self.forwards: list[dict[str, Any]] = []
 
-    def forward(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> Forward:
-        inputs = _inputs("decode", input_ids, num_committed, write_index)
-        forward = self._engine.forward(input_ids, num_committed, write_index, with_logits=with_logits)
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
+        inputs = _inputs("decode", batch)
+        forward = self._engine.forward(batch, with_logits=with_logits)
         self.run_seconds = self._engine.run_seconds
         self.forwards.append(inputs | {"next_ids": forward.next_ids[0], "num_accepted": forward.num_accepted[0]})
         return forward
 
-    def prefill(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> None:
-        self.forwards.append(_inputs("prefill", input_ids, num_committed, write_index))
-        self._engine.prefill(input_ids, num_committed, write_index)
+    def prefill(self, batch: Batch) -> None:
+        self.forwards.append(_inputs("prefill", batch))
+        self._engine.prefill(batch)
         self.run_seconds = self._engine.run_seconds
 
     def close(self) -> None:
@@ -64,15 +55,13 @@ class RecordingEngine(EngineBase):
         self._engine.close()
 
 
-def _inputs(
-    kind: str, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-) -> dict[str, Any]:
+def _inputs(kind: str, batch: Batch) -> dict[str, Any]:
     """Of slot 0, copied: a loop may reuse its lists."""
     return {
         "kind": kind,
-        "input_ids": list(input_ids[0]),
-        "num_committed": num_committed[0],
-        "write_index": write_index[0],
+        "input_ids": list(batch.input_ids[0]),
+        "num_committed": batch.num_committed[0],
+        "write_index": batch.write_index[0],
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from cllm_export.bundle.contract import LOGITS, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.storage import sha256_of, staged_output
 from cllm_export.checks import require_at_least, require_one_of
@@ -356,9 +356,9 @@ def _smoke(bundle: Bundle, plan: Plan, gpu: Gpu, say: Say) -> None:
         with TrtEngine(bundle, plan=plan, gpu=gpu) as engine:
             slots = engine.num_slots
             chunk = engine.prefill_chunk
-            engine.prefill([[0] * chunk] * slots, [chunk] * slots, [0] * slots)
+            engine.prefill(Batch([[0] * chunk] * slots, [chunk] * slots, [0] * slots))
             for size in plan.manifest.settings.block_sizes:
-                forward = engine.forward([[0] * size] * slots, [1] * slots, [1] * slots)
+                forward = engine.forward(Batch([[0] * size] * slots, [1] * slots, [1] * slots))
                 _check_smoke(forward.next_ids, forward.num_accepted, size, engine.geometry.vocab_size)
     except CllmExportError as error:
         raise PlanError(f"the plan was built and does not run: {error}") from error

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cllm_export.bundle.contract import (
     BYTES,
     LOGITS,
+    Batch,
     TensorSpec,
     cache_names,
     check_forward,
@@ -132,22 +133,15 @@ class TrtEngine(EngineBase):
         """Where on the device each cache tensor lies, by past name: the address of past and present."""
         return {past: self._addresses[past] for past, _ in cache_names(self.geometry.num_layers)}
 
-    def forward(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> Forward:
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         if with_logits and not self._settings.logits:
             raise EngineError("this plan was built with --no-logits, and this request needs them: build it without")
-        size, slots = self._check_batch(input_ids, num_committed, write_index), self.num_slots
+        size, slots = self._check_batch(batch), self.num_slots
         padded = self._padded_size(size)
         profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(padded)
-        extent = self._extent(padded, write_index)
+        extent = self._extent(padded, batch.write_index)
         shape = _Shape(profile=profile, block_size=padded, head_size=padded, extent=extent)
-        self._run(shape, input_ids, num_committed, write_index, with_logits=with_logits)
+        self._run(shape, batch, with_logits=with_logits)
         next_ids = self._host["next_ids"].array[: slots * padded].reshape(slots, padded)[:, :size]
         num_accepted = np.minimum(self._host["num_accepted"].array, size)
         logits = None
@@ -169,16 +163,14 @@ class TrtEngine(EngineBase):
             )
         return found
 
-    def prefill(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> None:
-        size = self._check_batch(input_ids, num_committed, write_index)
+    def prefill(self, batch: Batch) -> None:
+        size = self._check_batch(batch)
         if size > self.prefill_chunk or (self.fixed_shapes and size != self.prefill_chunk):
             raise EngineError(f"this plan takes chunks of {self.prefill_chunk} tokens, got {size}")
-        extent = self._extent(size, write_index)
+        extent = self._extent(size, batch.write_index)
         head_size = size if self.fixed_shapes else 1
         shape = _Shape(profile=PREFILL, block_size=size, head_size=head_size, extent=extent)
-        self._run(shape, input_ids, num_committed, write_index)
+        self._run(shape, batch)
 
     @property
     def gpu(self) -> Gpu:
@@ -378,20 +370,11 @@ class TrtEngine(EngineBase):
         """The bucket S of a forward, its bounds checked: TensorRT ignores a write outside the cache in silence."""
         needed = max(write_index) + block_size
         extent = next((each for each in self._settings.extents if each >= needed), self._settings.extents[-1])
-        for start in write_index:
-            check_forward(block_size=block_size, write_index=start, kv_extent=extent, geometry=self.geometry)
+        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
         return extent
 
-    def _run(
-        self,
-        shape: _Shape,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> None:
-        self._fill(shape, input_ids, num_committed, write_index)
+    def _run(self, shape: _Shape, batch: Batch, *, with_logits: bool = False) -> None:
+        self._fill(shape, batch)
         started = perf_counter()
         graph = self._graphs.get(shape)
         if graph is None:
@@ -406,21 +389,15 @@ class TrtEngine(EngineBase):
         self.num_syncs += 1
         self.run_seconds += perf_counter() - started
 
-    def _fill(
-        self,
-        shape: _Shape,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-    ) -> None:
+    def _fill(self, shape: _Shape, batch: Batch) -> None:
         slots, size, vocabulary = self.num_slots, shape.block_size, self.geometry.vocab_size
         blocks = np.zeros((slots, size), np.int64)
-        blocks[:, : len(input_ids[0])] = input_ids
+        blocks[:, : len(batch.input_ids[0])] = batch.input_ids
         if blocks.min() < 0 or blocks.max() >= vocabulary:  # a row of the table that is not there would be read
             raise EngineError(f"tokens must be 0 to {vocabulary - 1}, got {blocks.min()} to {blocks.max()}")
         self._host["input_ids"].array[: slots * size] = blocks.ravel()
-        self._host["num_committed"].array[:] = num_committed
-        self._host["write_index"].array[:] = write_index
+        self._host["num_committed"].array[:] = batch.num_committed
+        self._host["write_index"].array[:] = batch.write_index
 
     def _enqueue(self, shape: _Shape) -> None:
         """Copies in, the forward, copies out, in the order of the stream."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.contract import Batch, Precision
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.engines.kv_cache import kv_extent
@@ -137,7 +137,7 @@ class _Probe:
         others = self.engine.num_slots - 1
         blocks = [block] + [self.random_block() if disturb else [0] * self.block_size for _ in range(others)]
         active = [1] + [int(disturb)] * others
-        forward = self.engine.forward(blocks, active, [self.write_index] + [0] * others)
+        forward = self.engine.forward(Batch(blocks, active, [self.write_index] + [0] * others))
         rows = slice(self.write_index, self.write_index + self.block_size)
         return forward.next_ids[0], [array[0, :, rows] for array in self.read_cache().values()]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cllm_export.bundle.contract import Precision
+from cllm_export.bundle.contract import Batch, Precision
 from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, Bundle
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.progress import Progress
@@ -135,7 +135,7 @@ class TokenSession:
             return None
         engine, text = self._model.engine, [*prompt, *generation.token_ids[:position]]
         prefill(engine, text[:-1], 0)
-        forward = engine.forward([text[-1:]], [1], [len(text) - 1], with_logits=True)
+        forward = engine.forward(Batch([text[-1:]], [1], [len(text) - 1]), with_logits=True)
         if forward.logits is None:
             return None
         logits = forward.logits[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.runtime.decoding.batch import decode_batch
 from cllm_export.runtime.decoding.request import Method
@@ -74,10 +75,10 @@ def random_blocks(engine: Engine, size: int, seed: int) -> list[list[int]]:
 def run(engine: Engine, size: int, *, seed: int = 0) -> tuple[Forward, list[int]]:
     """One forward of random blocks after a chunk of the prompt, every other slot a row behind; and where it wrote."""
     slots = engine.num_slots
-    engine.prefill(random_blocks(engine, CHUNK, seed), [CHUNK] * slots, [0] * slots)
+    engine.prefill(Batch(random_blocks(engine, CHUNK, seed), [CHUNK] * slots, [0] * slots))
     write_index = [CHUNK - slot % 2 for slot in range(slots)]
     return engine.forward(
-        random_blocks(engine, size, seed + 1), [1] * slots, write_index, with_logits=True
+        Batch(random_blocks(engine, size, seed + 1), [1] * slots, write_index), with_logits=True
     ), write_index
 
 
@@ -152,7 +153,7 @@ def test_dead_rows_change_nothing(subject: Subject, size: int):
         for slot, start in enumerate(write_index):
             array[slot, :, start:] = 1e4
     subject.write_cache(poisoned)
-    again = engine.forward(random_blocks(engine, size, 1), [1] * engine.num_slots, write_index, with_logits=True)
+    again = engine.forward(Batch(random_blocks(engine, size, 1), [1] * engine.num_slots, write_index), with_logits=True)
     assert (again.next_ids, again.num_accepted) == (clean.next_ids, clean.num_accepted)
     for past, array in subject.read_cache().items():
         for slot, start in enumerate(write_index):
@@ -167,7 +168,7 @@ def test_later_rows_and_other_slots_change_no_earlier_row(subject: Subject):
         others = random_blocks(engine, size, 2)
         changed = [block[:kept] + other[kept:] for block, other in zip(blocks, others, strict=True)]
         changed[1:] = others[1:]
-        after = engine.forward(changed, [1] * engine.num_slots, write_index)
+        after = engine.forward(Batch(changed, [1] * engine.num_slots, write_index))
         assert after.next_ids[0][:kept] == before.next_ids[0][:kept]
 
 
@@ -176,7 +177,7 @@ def test_the_cache_is_written_in_place_and_only_where_the_block_is(subject: Subj
     engine, slots = subject.engine, subject.engine.num_slots
     addresses, before = subject.addresses(), subject.read_cache()
     assert len(set(addresses.values())) == len(addresses)
-    engine.forward(random_blocks(engine, size, 3), [1] * slots, [30] * slots)
+    engine.forward(Batch(random_blocks(engine, size, 3), [1] * slots, [30] * slots))
     assert subject.addresses() == addresses
     for past, array in subject.read_cache().items():
         assert np.any(array[:, :, 30 : 30 + size]), f"{past}: the block's rows were not written"
@@ -217,7 +218,7 @@ def test_two_engines_do_not_meet(kind: Kind, bundle: Bundle):
     try:
         alone = run(first.engine, 8)[0].next_ids
         run(second.engine, 8, seed=5)
-        assert first.engine.forward(random_blocks(first.engine, 8, 1), [1], [CHUNK]).next_ids == alone
+        assert first.engine.forward(Batch(random_blocks(first.engine, 8, 1), [1], [CHUNK])).next_ids == alone
         assert not set(first.addresses().values()) & set(second.addresses().values())
     finally:
         first.close()

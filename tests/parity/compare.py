@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cllm_export.bundle.contract import Batch
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -124,6 +126,6 @@ def fill_slots(engine: Engine, prompts: Sequence[Sequence[int]], *, chunk: int) 
             rows = list(prompt[start : min(start + chunk, len(prompt) - 1)])
             blocks = [rows + [0] * (chunk - len(rows))] * len(prompts)
             committed = [len(rows) if other == slot else 0 for other in range(len(prompts))]
-            engine.prefill(blocks, committed, valid)
+            engine.prefill(Batch(blocks, committed, valid))
             valid[slot] += len(rows)
     return valid

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402 - after the skip
 from torch.nn import functional  # noqa: E402
 
+from cllm_export.bundle.contract import Batch  # noqa: E402
 from cllm_export.bundle.manifest import Bundle  # noqa: E402
 from cllm_export.bundle.scales import open_scales  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError, ScalesError  # noqa: E402
@@ -151,8 +152,8 @@ def test_static_layers_give_the_same_bits_through_a_devices_buffers(shop: Shop):
     for copies in (False, True):
         engine = OrtEngine(bundle, num_slots=2, threads=THREADS, copies=copies)
         first, second = random_prompts(engine.geometry.vocab_size, [20, 20], seed=4)
-        engine.prefill([first, second], [20, 20], [0, 0])
-        forward = engine.forward([second, first], [1, 3], [20, 18], with_logits=True)
+        engine.prefill(Batch([first, second], [20, 20], [0, 0]))
+        forward = engine.forward(Batch([second, first], [1, 3], [20, 18]), with_logits=True)
         assert forward.logits is not None
         rows = [array.tobytes() for array in read_cache(engine).values()]
         outcomes.append([forward.next_ids, forward.num_accepted, forward.logits.tobytes(), *rows])

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.scales import open_scales
 from cllm_export.calibration.calibrate import CalibrateOptions, calibrate
 from cllm_export.calibration.edited_engine import EditedEngine, read_graph
@@ -174,7 +175,7 @@ def test_a_linked_bundle_has_the_layers_of_a_copied_one(workshop, bundle):
     engine = EditedEngine(linked, linked_graph, observed=[each.rows[0] for each in found], threads=THREADS)
     other = EditedEngine(bundle, copied_graph, observed=[each.rows[0] for each in copied], threads=THREADS)
     for each in (engine, other):
-        each.forward([[5, 6, 7, 8]], [1], [0])
+        each.forward(Batch([[5, 6, 7, 8]], [1], [0]))
     pairs = zip(engine.values().values(), other.values().values(), strict=True)
     for ours, theirs in pairs:
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())  # as STATISTICS_TOLERANCE
@@ -183,8 +184,8 @@ def test_a_linked_bundle_has_the_layers_of_a_copied_one(workshop, bundle):
 def test_an_edited_engine_gives_the_tokens_of_the_bundle(bundle):
     engine, edited = OrtEngine(bundle, threads=THREADS), EditedEngine(bundle, read_graph(bundle), threads=THREADS)
     for start in (0, 4):
-        arguments = ([[5, 6, 7, 8]], [1], [start])
-        assert edited.forward(*arguments)[:2] == engine.forward(*arguments)[:2]
+        batch = Batch([[5, 6, 7, 8]], [1], [start])
+        assert edited.forward(batch)[:2] == engine.forward(batch)[:2]
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8", "int4", "fp8"])

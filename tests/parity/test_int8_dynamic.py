@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402 - after the skip
 from torch.nn import functional  # noqa: E402
 
+from cllm_export.bundle.contract import Batch  # noqa: E402
 from cllm_export.bundle.inspect import describe  # noqa: E402
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
@@ -82,7 +83,7 @@ def stock_logits(checkpoint: Path, tokens: list[int], *, quantized: bool, head: 
 
 def engine_logits(bundle: Bundle, tokens: list[int]) -> np.ndarray:
     """Logits [T, V] of one forward over the whole text."""
-    forward = OrtEngine(bundle, num_slots=1, threads=THREADS).forward([tokens], [1], [0], with_logits=True)
+    forward = OrtEngine(bundle, num_slots=1, threads=THREADS).forward(Batch([tokens], [1], [0]), with_logits=True)
     assert forward.logits is not None
     return forward.logits[0].copy()
 

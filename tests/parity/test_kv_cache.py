@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from cllm_export.bundle.contract import cache_names, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import Batch, cache_names, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError
 from cllm_export.runtime.engines.base import prefill
@@ -90,7 +90,7 @@ def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, name
     for further in range(41, engine.geometry.cache_length - block_size, 13):
         fill_cache(engine, 0)
         fill_slots(engine, [prompt, [0]], chunk=16)
-        next_ids, _, _ = engine.forward([block, block], [1, 0], [41, further])
+        next_ids, _, _ = engine.forward(Batch([block, block], [1, 0], [41, further]))
         rows = [array[0, :, 41 : 41 + block_size].tobytes() for array in read_cache(engine).values()]
         found = [str(next_ids[0]).encode(), *rows]
         assert found == (before or found), f"an extent of about {further + block_size} rows changed the forward"
@@ -117,7 +117,7 @@ def test_a_slot_that_waits_keeps_the_rows_below_its_write_index(workshop: Worksh
     valid = fill_slots(engine, [first, [0]], chunk=8)
     before = {past: array[0, :, : valid[0]] for past, array in read_cache(engine).items()}
     for start in (0, 10):
-        engine.prefill([second[start : start + 10]] * 2, [0, 10], [valid[0], start])
+        engine.prefill(Batch([second[start : start + 10]] * 2, [0, 10], [valid[0], start]))
     for past, rows in before.items():
         assert np.array_equal(engine.read_cache(past)[0, :, : valid[0]], rows), f"{past} of slot 0 was overwritten"
 
@@ -133,17 +133,17 @@ def test_committed_tokens_at_the_head_count_as_right_and_an_idle_slot_accepts_no
 
     three_committed = [*prompts[0][-3:], *greedy[0][:3], wrong[0][3], greedy[0][4]]
     one_committed = [prompts[1][-1], *greedy[1][:1], wrong[1][1], *greedy[1][2:7]]
-    forward = engine.forward([three_committed, one_committed], [3, 1], write_index)
+    forward = engine.forward(Batch([three_committed, one_committed], [3, 1], write_index))
     assert forward.num_accepted == [3 + 3, 1 + 1]
     assert forward.next_ids[0][2:6] == list(greedy[0][:4])
     assert forward.next_ids[1][0:2] == list(greedy[1][:2])
 
     all_right = [prompts[1][-1], *greedy[1][:7]]
-    forward = engine.forward([three_committed, all_right], [0, 1], write_index)
+    forward = engine.forward(Batch([three_committed, all_right], [0, 1], write_index))
     assert forward.num_accepted == [0, 8], "an idle slot accepts nothing, a draft that is all right is accepted whole"
     assert forward.next_ids[1] == list(greedy[1])
 
-    forward = engine.forward([wrong[0], all_right], [8, 0], write_index)
+    forward = engine.forward(Batch([wrong[0], all_right], [8, 0], write_index))
     assert forward.num_accepted == [8, 0], "a chunk of the prompt is right whatever the model predicts"
 
 
@@ -153,7 +153,7 @@ def test_an_idle_slot_accepts_nothing_even_where_its_draft_is_right(workshop: Wo
     [prompt], [greedy] = endless_prompts(model, [12])
     write_index = fill_slots(engine, [prompt, prompt], chunk=4)
     block = [prompt[-1], *greedy[:3]]
-    forward = engine.forward([block, block], [0, 1], write_index)
+    forward = engine.forward(Batch([block, block], [0, 1], write_index))
     assert forward.num_accepted == [0, 4]
     assert forward.next_ids[1] == list(greedy[:4])
 
@@ -176,7 +176,7 @@ def test_a_forward_of_the_wrong_shape_or_place_is_refused(
 ):
     engine = new_engine(workshop, "llama", num_slots=2)
     with pytest.raises(EngineError):
-        engine.forward(blocks, committed, write_index)
+        engine.forward(Batch(blocks, committed, write_index))
 
 
 def test_rows_move_from_one_slot_to_another_and_decode_goes_on_as_if_they_were_computed_there(workshop: Workshop):
@@ -184,11 +184,11 @@ def test_rows_move_from_one_slot_to_another_and_decode_goes_on_as_if_they_were_c
     [prompt] = random_prompts(engine.geometry.vocab_size, [50])
     fill_slots(engine, [prompt, prompt[:20]], chunk=16)
     block = [prompt[-1], *prompt[:7]]
-    expected = engine.forward([block] * 2, [1, 0], [49, 0])
+    expected = engine.forward(Batch([block] * 2, [1, 0], [49, 0]))
     rows = engine.read_rows(0, 0, 49)
     engine.write_rows(1, 0, 20, rows[:, :, :20])
     engine.write_rows(1, 20, 49, rows[:, :, 20:])
-    found = engine.forward([block] * 2, [0, 1], [0, 49])
+    found = engine.forward(Batch([block] * 2, [0, 1], [0, 49]))
     assert found.next_ids[1] == expected.next_ids[0]
     assert found.num_accepted == [0, expected.num_accepted[0]]
     assert np.array_equal(engine.read_rows(1, 0, 57), np.concatenate((rows, engine.read_rows(1, 49, 57)), axis=2))
@@ -228,7 +228,7 @@ def test_past_and_present_on_one_buffer_make_no_copy(workshop: Workshop, capfd: 
     engine = new_engine(workshop, "llama", num_slots=2, log_severity=2)
     addresses = engine.cache_addresses
     for write_index in (0, 8, 100):
-        engine.forward([[1] * 8] * 2, [1, 1], [write_index, 0])
+        engine.forward(Batch([[1] * 8] * 2, [1, 1], [write_index, 0]))
     assert capfd.readouterr().err == ""
     assert engine.cache_addresses == addresses
     for past, array in read_cache(engine).items():

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cllm_export.bundle.contract import graph_outputs, lookahead_inputs
+from cllm_export.bundle.contract import Batch, graph_outputs, lookahead_inputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle, open_bundle
 from cllm_export.errors import EngineError, GraphError, OptionError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
@@ -119,13 +119,13 @@ def test_a_causal_mask_and_ascending_offsets_give_the_greedy_graphs_bits(
     for graph in (GREEDY_GRAPH, LOOKAHEAD_GRAPH):
         engine = OrtEngine(bundle, num_slots=2, threads=THREADS)
         first, second, block = random_prompts(engine.geometry.vocab_size, [past, past // 2, size])
-        engine.prefill([first, first], [past, 0], [0, 0])
-        engine.prefill([second, second], [0, past // 2], [past, 0])
+        engine.prefill(Batch([first, first], [past, 0], [0, 0]))
+        engine.prefill(Batch([second, second], [0, past // 2], [past, 0]))
         given = ([block, block[::-1]], [1, 3], [past, past // 2])
         if graph == GREEDY_GRAPH:
-            forward = engine.forward(*given)
+            forward = engine.forward(Batch(*given))
         else:
-            forward = engine.forward_rows(*given, np.arange(size), np.tri(size, dtype=bool))
+            forward = engine.forward_rows(Batch(*given), np.arange(size), np.tri(size, dtype=bool))
         rows = [array.tobytes() for array in read_cache(engine).values()]
         outcomes.append([forward.next_ids, forward.num_accepted, *rows])
     assert outcomes[0] == outcomes[1]
@@ -136,8 +136,8 @@ def test_the_graph_gives_the_same_bits_through_a_devices_buffers(workshop: Works
     for copies in (False, True):
         engine = OrtEngine(bundle, num_slots=2, threads=THREADS, copies=copies)
         prompt, block = random_prompts(engine.geometry.vocab_size, [40, len(layout.offsets)])
-        engine.prefill([prompt, prompt[::-1]], [40, 40], [0, 0])
-        forward = engine.forward_rows([block, block], [2, 0], [40, 30], layout.offsets, layout.mask)
+        engine.prefill(Batch([prompt, prompt[::-1]], [40, 40], [0, 0]))
+        forward = engine.forward_rows(Batch([block, block], [2, 0], [40, 30]), layout.offsets, layout.mask)
         outcomes.append([forward, *(array.tobytes() for array in read_cache(engine).values())])
     assert outcomes[0] == outcomes[1]
 
@@ -150,8 +150,8 @@ def test_every_row_predicts_as_the_text_that_it_sees_alone(workshop: Workshop, n
     engine, reference = OrtEngine(bundle, num_slots=1, threads=THREADS), workshop.reference(name)
     layout = layout_of(SCATTERED, 2)
     prompt, block = random_prompts(engine.geometry.vocab_size, [50, SCATTERED.num_rows(2)])
-    engine.prefill([prompt], [50], [0])
-    found = engine.forward_rows([block], [2], [50], layout.offsets, layout.mask).next_ids[0]
+    engine.prefill(Batch([prompt], [50], [0]))
+    found = engine.forward_rows(Batch([block], [2], [50]), layout.offsets, layout.mask).next_ids[0]
     for row in range(len(block)):
         seen = sorted(np.flatnonzero(layout.mask[row]), key=lambda each: layout.offsets[each])
         text = prompt + [block[other] for other in seen]
@@ -167,8 +167,8 @@ def test_nothing_of_the_cache_above_the_write_index_is_seen(workshop: Workshop):
     found = []
     for poison in (0.0, 1e4):
         fill_cache(engine, poison)
-        engine.prefill([prompt], [30], [0])
-        found.append(engine.forward_rows([block], [1], [30], layout.offsets, layout.mask).next_ids)
+        engine.prefill(Batch([prompt], [30], [0]))
+        found.append(engine.forward_rows(Batch([block], [1], [30]), layout.offsets, layout.mask).next_ids)
     assert found[0] == found[1]
 
 
@@ -222,9 +222,9 @@ def test_other_slots_keep_out_of_a_lookahead_request(workshop: Workshop):
 def test_both_graphs_update_one_cache_in_place(workshop: Workshop, capfd: pytest.CaptureFixture[str]):
     engine = OrtEngine(bundle_of(workshop, "llama", {}), num_slots=1, threads=THREADS, log_severity=2)
     addresses = engine.cache_addresses
-    engine.prefill([[1] * 8], [8], [0])
-    engine.forward_rows([[1] * 4], [1], [8], np.arange(4), np.tri(4, dtype=bool))
-    engine.forward([[1] * 4], [1], [9])
+    engine.prefill(Batch([[1] * 8], [8], [0]))
+    engine.forward_rows(Batch([[1] * 4], [1], [8]), np.arange(4), np.tri(4, dtype=bool))
+    engine.forward(Batch([[1] * 4], [1], [9]))
     assert capfd.readouterr().err == ""
     assert engine.cache_addresses == addresses
     for array in read_cache(engine).values():
@@ -243,7 +243,7 @@ def test_both_graphs_update_one_cache_in_place(workshop: Workshop, capfd: pytest
 def test_offsets_or_a_mask_of_another_size_are_refused(workshop: Workshop, block: Any, offsets: Any, mask: Any):
     engine = OrtEngine(bundle_of(workshop, "llama", {}), num_slots=1, threads=THREADS)
     with pytest.raises(EngineError):
-        engine.forward_rows(block, [1], [0], offsets, mask)
+        engine.forward_rows(Batch(block, [1], [0]), offsets, mask)
 
 
 def test_a_bundle_without_the_graph_runs_as_before_and_says_how_to_build_one(workshop: Workshop):

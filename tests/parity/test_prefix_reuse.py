@@ -13,6 +13,7 @@ import random
 import numpy as np
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
@@ -117,7 +118,7 @@ def read_text(engine: OrtEngine, tokens: list[int], sizes: list[int], *, slot: i
         num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
         blocks[slot][: len(chunk)] = chunk
         num_committed[slot], write_index[slot] = len(chunk), position
-        engine.forward(blocks, num_committed, write_index)
+        engine.forward(Batch(blocks, num_committed, write_index))
         position, turn = position + len(chunk), turn + 1
     return engine.read_rows(slot, 0, len(tokens))
 

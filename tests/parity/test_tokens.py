@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import FillName
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.drafts.sources import RepeatFill
@@ -53,7 +54,7 @@ def test_the_logits_are_those_of_transformers(workshop: Workshop, name: str):
     engine = OrtEngine(workshop.bundle(name), num_slots=2, threads=THREADS)
     [ids] = random_prompts(engine.geometry.vocab_size, [200])
     expected = stock_logits(workshop.stock(name), ids)
-    forward = engine.forward([ids, ids[::-1]], [len(ids), 0], [0, 0], with_logits=True)
+    forward = engine.forward(Batch([ids, ids[::-1]], [len(ids), 0], [0, 0]), with_logits=True)
     assert forward.logits is not None
     off = np.abs(forward.logits[0] - expected).max(axis=1)
     first = int(np.argmax(off > LOGIT_TOLERANCE))
@@ -220,7 +221,7 @@ def _decode_at_once(engine: Engine, prompts: list[list[int]], *, active: tuple[i
         running = [slot in active and len(tokens[slot]) < NUM_NEW_TOKENS for slot in (0, 1)]
         blocks = [policy.next_block(8).tokens for policy in policies]
         committed = [int(runs) for runs in running]
-        forward = engine.forward(blocks, committed, [policy.write_index for policy in policies])
+        forward = engine.forward(Batch(blocks, committed, [policy.write_index for policy in policies]))
         for slot, policy in enumerate(policies):
             assert (forward.num_accepted[slot] > 0) == running[slot]
             if running[slot]:

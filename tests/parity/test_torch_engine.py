@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import CheckpointError, EngineError, OptionError, UnsupportedError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
@@ -137,7 +138,7 @@ def test_slots_do_not_see_each_other(workshop: Workshop):
     forwards = []
     for others in (blocks, [blocks[0], [1] * 16, [2] * 16]):
         engine = TorchEngine(module, model.engine.geometry, num_slots=3)
-        forwards.append(engine.forward(others, [16, 1, 1], [0, 0, 0]))
+        forwards.append(engine.forward(Batch(others, [16, 1, 1], [0, 0, 0])))
     assert forwards[0].next_ids[0] == forwards[1].next_ids[0]
 
 
@@ -148,12 +149,12 @@ def test_rows_move_from_one_slot_to_another(workshop: Workshop, dtype: torch.dty
     geometry = geometry_of(checkpoint.config, max_length=64, max_block_size=32)
     engine = TorchEngine(load_weights(checkpoint, dtype=dtype), geometry, num_slots=2)
     [prompt] = random_prompts(engine.geometry.vocab_size, [20])
-    expected = engine.forward([prompt] * 2, [20, 0], [0, 0])
+    expected = engine.forward(Batch([prompt] * 2, [20, 0], [0, 0]))
     rows = engine.read_rows(0, 0, 16)
     engine.write_rows(1, 0, 16, rows)
     assert rows.any()
     assert np.array_equal(engine.read_rows(1, 0, 16), rows)
-    found = engine.forward([prompt[16:]] * 2, [0, 4], [0, 16])
+    found = engine.forward(Batch([prompt[16:]] * 2, [0, 4], [0, 16]))
     assert found.next_ids[1] == expected.next_ids[0][16:]
     with pytest.raises(EngineError, match="this engine takes rows"):
         engine.write_rows(1, 0, 15, rows)
@@ -166,9 +167,9 @@ def test_committed_tokens_count_as_right_and_an_idle_slot_accepts_nothing(worksh
     [prompt] = random_prompts(model.engine.geometry.vocab_size, [12])
     greedy = list(model.generate(prompt, max_new_tokens=6, block_size=8, ignore_eos=True).token_ids)
     engine = TorchEngine(module, model.engine.geometry, num_slots=2)
-    engine.prefill([prompt[:-3]] * 2, [9, 9], [0, 0])
+    engine.prefill(Batch([prompt[:-3]] * 2, [9, 9], [0, 0]))
     draft = [*prompt[-3:], *greedy[:3], (greedy[3] + 1) % 300, greedy[4]]
-    forward = engine.forward([draft, draft], [3, 0], [9, 9])
+    forward = engine.forward(Batch([draft, draft], [3, 0], [9, 9]))
     assert forward.num_accepted == [6, 0]
     assert forward.next_ids[0][2:6] == greedy[:4]
 
@@ -236,13 +237,13 @@ def test_a_forward_outside_the_cache_or_of_the_wrong_shape_is_refused(workshop: 
     _, model = live(workshop, "llama")
     engine = model.engine
     with pytest.raises(EngineError, match="cache rows"):
-        engine.forward([[1] * 8], [1], [engine.geometry.cache_length - 4])
+        engine.forward(Batch([[1] * 8], [1], [engine.geometry.cache_length - 4]))
     with pytest.raises(EngineError, match="for each of 1 slots"):
-        engine.forward([[1]] * 2, [1, 1], [0, 0])
+        engine.forward(Batch([[1]] * 2, [1, 1], [0, 0]))
     module, _ = live(workshop, "llama")
     two = TorchEngine(module, engine.geometry, num_slots=2)
     with pytest.raises(EngineError, match="must all have 2 tokens"):
-        two.forward([[1, 2], [1]], [1, 1], [0, 0])
+        two.forward(Batch([[1, 2], [1]], [1, 1], [0, 0]))
 
 
 def test_a_model_whose_attention_takes_no_mask_is_refused(workshop: Workshop):
@@ -305,6 +306,6 @@ def test_a_closed_model_has_dropped_its_cache_and_leaves_the_module_to_its_owner
     with model:
         expected = model.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).token_ids
     with pytest.raises(EngineError, match="this engine is closed"):
-        model.engine.forward([[5, 6]], [1], [0])
+        model.engine.forward(Batch([[5, 6]], [1], [0]))
     again = model_around(module, open_checkpoint(workshop.checkpoint("llama")))
     assert again.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).token_ids == expected

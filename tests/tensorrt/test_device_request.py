@@ -20,6 +20,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from cllm_export import load
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.cli.entry import main
 from cllm_export.errors import EngineError, OptionError
@@ -294,7 +295,7 @@ def test_a_model_gives_everything_back_and_does_not_run_afterwards(machine: Simu
             use()
     engine: Any = model.engine
     for run in (
-        lambda: engine.forward([[1]], [1], [0]),
+        lambda: engine.forward(Batch([[1]], [1], [0])),
         lambda: engine.read_rows(0, 0, 1),
         lambda: engine.read_cache("past_key_0"),
         lambda: engine.enqueue_decode(8, 32),

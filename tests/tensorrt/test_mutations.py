@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import PlanError
 from cllm_export.runtime.engines import cuda
@@ -281,9 +282,9 @@ def run(bundle: Bundle) -> list[Any]:
     given = []
     with sys.modules[trt_engine.__name__].TrtEngine(bundle, plan=built, gpu=checked) as engine:
         for start in (0, 11):
-            engine.prefill([[*range(2, 13)]], [11], [start])
+            engine.prefill(Batch([[*range(2, 13)]], [11], [start]))
         for start, size in ((22, 8), (22, 8), (23, 1), (40, 8)):
-            given.append(engine.forward([[*range(size)]], [1], [start]))
+            given.append(engine.forward(Batch([[*range(size)]], [1], [start])))
         reader = simulated.trt.make("OnnxParser")
         given.append(sys.modules[trt_graph.__name__].errors_of(reader))
     assert simulated.cuda.is_empty(), "something was left on the device"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError
 from cllm_export.runtime.decoding.request import METHODS
@@ -94,7 +95,7 @@ def test_there_is_one_captured_graph_for_each_profile_and_extent(bundle: Bundle)
     with open_engine(bundle, simulated) as engine:
         before = len(simulated.runtime.calls)
         for size, start in ((1, 0), (1, 1), (8, 2), (8, 30), (1, 40), (8, 60), (1, 2), (8, 3)):
-            engine.forward([[1] * size], [1], [start])
+            engine.forward(Batch([[1] * size], [1], [start]))
         called = [name for name, _ in simulated.runtime.calls[before:]]
         # n = 1 with extents 32 and 64; n = 8 with 32, 64 and the whole cache
         assert called.count("cudaStreamBeginCapture") == 5
@@ -107,7 +108,7 @@ def test_a_forward_moves_the_block_and_the_predictions_over_the_bus_and_nothing_
     with open_engine(bundle, simulated) as engine:
         for _ in range(2):
             before = simulated.cuda.bytes_copied
-            engine.forward([[1] * BLOCK_SIZE], [1], [0])
+            engine.forward(Batch([[1] * BLOCK_SIZE], [1], [0]))
             assert simulated.cuda.bytes_copied - before == 8 * (BLOCK_SIZE + 1 + 1) + 8 * (BLOCK_SIZE + 1)
 
 
@@ -115,9 +116,9 @@ def test_logits_come_to_the_host_only_if_asked_for_and_are_those_of_the_cpu_engi
     cpu = OrtEngine(bundle, num_slots=2, threads=THREADS)
     block = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]]
     for _ in range(2):  # enqueued, then replayed
-        assert engine.forward(block, [1, 0], [0, 0]).logits is None
-        logits = engine.forward(block, [1, 0], [0, 0], with_logits=True).logits
-        expected = cpu.forward(block, [1, 0], [0, 0], with_logits=True).logits
+        assert engine.forward(Batch(block, [1, 0], [0, 0])).logits is None
+        logits = engine.forward(Batch(block, [1, 0], [0, 0]), with_logits=True).logits
+        expected = cpu.forward(Batch(block, [1, 0], [0, 0]), with_logits=True).logits
         assert logits is not None
         assert expected is not None
         np.testing.assert_array_equal(logits, expected)
@@ -127,8 +128,8 @@ def test_the_cache_stays_where_it_is_and_holds_the_rows_that_were_written(engine
     addresses = engine.cache_addresses
     cpu = OrtEngine(bundle, num_slots=2, threads=THREADS)
     for each in (engine, cpu):
-        each.prefill([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], [5, 5], [0, 0])
-        each.forward([[8] * BLOCK_SIZE] * 2, [1, 1], [5, 3])
+        each.prefill(Batch([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], [5, 5], [0, 0]))
+        each.forward(Batch([[8] * BLOCK_SIZE] * 2, [1, 1], [5, 3]))
     assert engine.cache_addresses == addresses
     assert len(set(addresses.values())) == len(addresses)
     for past in cpu.cache_addresses:
@@ -138,7 +139,7 @@ def test_the_cache_stays_where_it_is_and_holds_the_rows_that_were_written(engine
 def test_rows_of_a_slot_are_those_of_the_cpu_engine_and_can_be_moved_to_another(engine: TrtEngine, bundle: Bundle):
     cpu = OrtEngine(bundle, num_slots=2, threads=THREADS)
     for each in (engine, cpu):
-        each.prefill([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], [5, 5], [0, 0])
+        each.prefill(Batch([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], [5, 5], [0, 0]))
     rows = engine.read_rows(1, 1, 4)
     np.testing.assert_array_equal(rows, cpu.read_rows(1, 1, 4))
     assert rows.any()
@@ -178,13 +179,13 @@ def test_a_forward_that_cannot_be_right_is_refused_before_anything_is_enqueued(
 ):
     before = list(engine._cuda.runtime.calls)
     with pytest.raises(EngineError, match=message):
-        engine.forward(blocks, committed, write_index)
+        engine.forward(Batch(blocks, committed, write_index))
     assert engine._cuda.runtime.calls == before
 
 
 def test_a_chunk_that_is_too_wide_is_refused(engine: TrtEngine):
     with pytest.raises(EngineError, match="takes chunks of 16 tokens, got 17"):
-        engine.prefill([[1] * 17] * 2, [17, 17], [0, 0])
+        engine.prefill(Batch([[1] * 17] * 2, [17, 17], [0, 0]))
 
 
 def test_a_plan_without_logits_refuses_a_request_that_needs_them(bundle: Bundle):
@@ -192,7 +193,7 @@ def test_a_plan_without_logits_refuses_a_request_that_needs_them(bundle: Bundle)
         open_engine(bundle, SimulatedGpu(), logits=False) as engine,
         pytest.raises(EngineError, match="built with --no-logits"),
     ):
-        engine.forward([[1]], [1], [0], with_logits=True)
+        engine.forward(Batch([[1]], [1], [0]), with_logits=True)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
@@ -201,7 +202,7 @@ def test_a_block_between_two_profiles_runs_in_the_larger_one(engine: TrtEngine, 
     cpu = OrtEngine(bundle, num_slots=2, threads=THREADS)
     blocks = [[3, 1, 4, 1, 5, 9, 2, 6][:size], [0] * size]
     for committed in ([1, 1], [size, 0]):
-        given, expected = (each.forward(blocks, committed, [0, 3], with_logits=True) for each in (engine, cpu))
+        given, expected = (each.forward(Batch(blocks, committed, [0, 3]), with_logits=True) for each in (engine, cpu))
         assert given[:2] == expected[:2]
         assert given.logits is not None
         assert given.logits.shape == (2, size, bundle.manifest.geometry.vocab_size)
@@ -215,7 +216,7 @@ def test_an_engine_that_fails_says_why_in_tensorrts_words_and_gives_everything_b
     simulated.tensorrt.broken.add(broken)
     words = "in place of" if broken == "alias" else rf"TensorRT says: \[simulated\] {broken} failed"
     with pytest.raises(EngineError, match=words), TrtEngine(bundle, plan=plan, gpu=simulated.gpu) as engine:
-        engine.forward([[1]], [1], [0])
+        engine.forward(Batch([[1]], [1], [0]))
     assert simulated.cuda.is_empty()
 
 
@@ -233,12 +234,12 @@ def test_a_device_that_is_too_small_is_said_in_cudas_words_and_nothing_is_kept(
 def test_a_closed_engine_says_so_and_may_be_closed_again(bundle: Bundle):
     simulated = SimulatedGpu()
     engine = open_engine(bundle, simulated)
-    engine.forward([[1]], [1], [0])
+    engine.forward(Batch([[1]], [1], [0]))
     engine.close()
     assert simulated.cuda.is_empty()
     engine.close()
     with pytest.raises(EngineError, match="is closed"):
-        engine.forward([[1]], [1], [0])
+        engine.forward(Batch([[1]], [1], [0]))
 
 
 def test_two_engines_on_one_gpu_do_not_meet(bundle: Bundle):
@@ -247,8 +248,8 @@ def test_two_engines_on_one_gpu_do_not_meet(bundle: Bundle):
     with open_engine(bundle, simulated) as first:
         plan = build_plan(bundle, PlanOptions(block_sizes=(1, BLOCK_SIZE)), gpu=simulated.gpu)
         with TrtEngine(bundle, plan=plan, gpu=simulated.gpu) as second:
-            alone = first.forward([prompts[0]], [1], [0])
+            alone = first.forward(Batch([prompts[0]], [1], [0]))
             prefill(second, prompts[1], 0)
-            assert first.forward([prompts[0]], [1], [0]) == alone
+            assert first.forward(Batch([prompts[0]], [1], [0])) == alone
             assert not set(first.cache_addresses.values()) & set(second.cache_addresses.values())
-        assert first.forward([prompts[0]], [1], [0]) == alone, "closing one engine harmed the other"
+        assert first.forward(Batch([prompts[0]], [1], [0])) == alone, "closing one engine harmed the other"

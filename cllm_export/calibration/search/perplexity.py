@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.calibration.recording import Recording
-from cllm_export.calibration.replay import as_block
+from cllm_export.calibration.replay import as_batch
 from cllm_export.runtime.engines.base import Engine
 
 CHUNK = 32
@@ -38,7 +38,7 @@ def _predicting_rows(
     for start in range(0, len(text) - 1, size):
         block = text[start : start + size]
         padding = (pad,) * (size - len(block)) if fixed else ()
-        forward = engine.forward(*as_block(engine, (*block, *padding), len(block), start), with_logits=True)
+        forward = engine.forward(as_batch(engine, (*block, *padding), len(block), start), with_logits=True)
         assert forward.logits is not None
         skipped = max(0, first - start)
         following = text[start + skipped + 1 : start + len(block) + 1]

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle, FillName, TrainedWith
 from cllm_export.errors import BundleError, EngineError, OptionError
 from cllm_export.runtime.decoding.drafts.sources import Wish, make_fill
@@ -101,15 +102,15 @@ class DraftModel:
         idle = Rows([], 0)
         rows = [lane.next_rows() if index in short else idle for index, lane in enumerate(self._lanes)]
         width = self._width or max(len(tokens) for tokens, _ in rows)
-        blocks = [[*tokens, *[self._pad] * (width - len(tokens))] for tokens, _ in rows]
+        input_ids = [[*tokens, *[self._pad] * (width - len(tokens))] for tokens, _ in rows]
         num_committed = [committed for _, committed in rows]
-        write_index = [lane.write_index for lane in self._lanes]
+        batch = Batch(input_ids, num_committed, [lane.write_index for lane in self._lanes])
         if all(self._lanes[index].is_reading for index in short):
-            self._engine.prefill(blocks, num_committed, write_index)
+            self._engine.prefill(batch)
             for index in short:
                 self._lanes[index].has_read()
             return
-        forward = self._engine.forward(blocks, num_committed, write_index)
+        forward = self._engine.forward(batch)
         for index in short:
             self._lanes[index].take(forward.next_ids[index], forward.num_accepted[index])
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.checks import require_at_least
 from cllm_export.errors import QueueFullError
 from cllm_export.runtime.decoding.block_size.chooser import PinnedSize, SizePolicy
@@ -180,14 +181,14 @@ class Scheduler:
         widest = max(1, *(slot.draft(self._size) for slot in self._slots)) if decoding else 0
         self._width = width = max(widest, self._reading_rows(reading))
         rows = [slot.next_rows(width) for slot in self._slots]
-        blocks, num_committed, write_index = zip(*rows, strict=True)
+        batch = Batch(*zip(*rows, strict=True))
         if len(reading) == len(active):
-            self._engine.prefill(blocks, num_committed, write_index)
+            self._engine.prefill(batch)
             for slot in reading:
                 slot.has_read()
             return 0
         with_logits = any(slot.needs_logits for slot in active)
-        forward = self._engine.forward(blocks, num_committed, write_index, with_logits=with_logits)
+        forward = self._engine.forward(batch, with_logits=with_logits)
         return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
 
     def _reading_rows(self, reading: Sequence[Slot]) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.bundle.contract import FixedShapes, Geometry, check_rows
+from cllm_export.bundle.contract import Batch, FixedShapes, Geometry, check_rows
 from cllm_export.errors import EngineError, OptionError
 
 KvRows = NDArray[np.generic]
@@ -61,14 +61,7 @@ class Engine(Protocol):
         """Whether a loop can stay on its device: it is a ``TrtEngine``, see ``device_loop.py``."""
         ...
 
-    def forward(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> Forward:
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         """Run a block [B, n] through every slot; see ``contract.py`` for the meaning of each argument.
 
         ``with_logits`` fetches them; the forward computes them anyway, and its other outputs do not change.
@@ -81,9 +74,7 @@ class Engine(Protocol):
         """
         ...
 
-    def prefill(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> None:
+    def prefill(self, batch: Batch) -> None:
         """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
         ...
 
@@ -115,14 +106,7 @@ class Engine(Protocol):
         """
         ...
 
-    def forward_rows(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        row_offsets: NDArray[np.int64],
-        row_mask: NDArray[np.bool_],
-    ) -> Forward:
+    def forward_rows(self, batch: Batch, row_offsets: NDArray[np.int64], row_mask: NDArray[np.bool_]) -> Forward:
         """Run a block [B, n] through the lookahead graph, over the same KV cache. Row i sits at
         ``write_index + row_offsets[i]`` and sees, of the block, row j where ``row_mask[i, j]``. Offsets [n] and mask
         [n, n] hold for every slot.
@@ -170,14 +154,7 @@ class EngineBase:
     def require_lookahead(self) -> None:
         raise OptionError(f"{type(self).__name__} runs no lookahead graph: choose another method")
 
-    def forward_rows(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        row_offsets: NDArray[np.int64],
-        row_mask: NDArray[np.bool_],
-    ) -> Forward:
+    def forward_rows(self, batch: Batch, row_offsets: NDArray[np.int64], row_mask: NDArray[np.bool_]) -> Forward:
         self.require_lookahead()
         raise AssertionError("an engine that has a lookahead graph runs it itself")
 
@@ -192,15 +169,14 @@ class EngineBase:
         self._require_open()
         check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self.geometry)
 
-    def _check_batch(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> int:
+    def _check_batch(self, batch: Batch) -> int:
         """n of a forward of an open engine, which has a block of one size and two numbers for each slot.
 
         Raises:
             EngineError: it is closed, or the forward has another shape.
         """
         self._require_open()
+        input_ids, num_committed, write_index = batch
         if not len(input_ids) == len(num_committed) == len(write_index) == self.num_slots:
             raise EngineError(
                 f"a forward needs a block, num_committed and write_index for each of {self.num_slots} slots, got "
@@ -224,4 +200,4 @@ def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
         num_committed, write_index = [0] * engine.num_slots, [0] * engine.num_slots
         num_committed[0], write_index[0] = len(chunk), start
         padded = chunk + [pad_token_id] * (size - len(chunk)) if fixed else chunk
-        engine.prefill([padded] * engine.num_slots, num_committed, write_index)
+        engine.prefill(Batch([padded] * engine.num_slots, num_committed, write_index))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cllm_export.bundle.contract import KV_DTYPE, LOGITS, DType, FixedShapes, cache_names, check_forward
+from cllm_export.bundle.contract import KV_DTYPE, LOGITS, Batch, DType, FixedShapes, cache_names, check_forward
 from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionError
@@ -225,7 +225,7 @@ class OrtEngine(EngineBase):
         num_slots: int | None = None,
         threads: int | None = None,
         cuda_graphs: bool = False,
-        copies: bool | None = None,
+        copies: bool = False,
         log_severity: int = 3,
     ) -> None:
         manifest = bundle.manifest
@@ -260,32 +260,23 @@ class OrtEngine(EngineBase):
         self._common["positions"] = self._make_buffer((self.geometry.cache_length,))
         self._common["positions"].put(np.arange(self.geometry.cache_length))
         self._buffers: dict[tuple[str, int, int, bool], _Buffers] = {}
-        self._bindings: dict[_Key, _Binding] = {}
+        self._bindings: dict[tuple[str, int, int, int, bool], _Binding] = {}
 
     @property
     def cache_addresses(self) -> dict[str, int]:
         """Where each cache tensor lies, by past name: the address of past and present."""
         return {past: buffer.value.data_ptr() for past, buffer in self._cache.items()}
 
-    def forward(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> Forward:
-        size = self._check_batch(input_ids, num_committed, write_index)
-        binding = self._binding(GREEDY_GRAPH, size, size, write_index, with_logits=with_logits)
-        self._run(binding, input_ids, num_committed, write_index)
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
+        size = self._check_batch(batch)
+        binding = self._binding(GREEDY_GRAPH, size, size, batch, with_logits=with_logits)
+        self._run(binding, batch)
         return self._outcome(binding.buffers)
 
-    def prefill(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> None:
-        size = self._check_batch(input_ids, num_committed, write_index)
-        binding = self._binding(GREEDY_GRAPH, size, size if self.fixed_shapes else 1, write_index)
-        self._run(binding, input_ids, num_committed, write_index)
+    def prefill(self, batch: Batch) -> None:
+        size = self._check_batch(batch)
+        binding = self._binding(GREEDY_GRAPH, size, size if self.fixed_shapes else 1, batch)
+        self._run(binding, batch)
 
     def close(self) -> None:
         """Drop sessions, buffers and cache. The engine cannot run afterwards; closing it again does nothing."""
@@ -305,28 +296,21 @@ class OrtEngine(EngineBase):
             )
         self._sessions[LOOKAHEAD_GRAPH] = self._load(LOOKAHEAD_GRAPH)
 
-    def forward_rows(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        row_offsets: NDArray[np.int64],
-        row_mask: NDArray[np.bool_],
-    ) -> Forward:
+    def forward_rows(self, batch: Batch, row_offsets: NDArray[np.int64], row_mask: NDArray[np.bool_]) -> Forward:
         self.require_lookahead()
-        size = self._check_batch(input_ids, num_committed, write_index)
+        size = self._check_batch(batch)
         if row_offsets.shape != (size,) or row_mask.shape != (size, size):
             raise EngineError(
                 f"a block of {size} needs that many row offsets and a mask of as many rows and columns, got "
                 f"{list(row_offsets.shape)} and {list(row_mask.shape)}"
             )
-        binding = self._binding(LOOKAHEAD_GRAPH, size, size, write_index)
+        binding = self._binding(LOOKAHEAD_GRAPH, size, size, batch)
         offsets, mask = binding.buffers.row_offsets, binding.buffers.row_mask
         assert offsets, "which a binding of this graph has"
         assert mask, "and this too"
         offsets.put(row_offsets)
         mask.put(row_mask)
-        self._run(binding, input_ids, num_committed, write_index)
+        self._run(binding, batch)
         return self._outcome(binding.buffers)
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
@@ -367,16 +351,10 @@ class OrtEngine(EngineBase):
             logits = buffers.logits.get().reshape(self.num_slots, -1, self.geometry.vocab_size)
         return Forward(buffers.next_ids.get().tolist(), self._common["num_accepted"].get().tolist(), logits)
 
-    def _run(
-        self,
-        binding: _Binding,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-    ) -> None:
-        binding.buffers.input_ids.put(input_ids)
-        self._common["num_committed"].put(num_committed)
-        self._common["write_index"].put(write_index)
+    def _run(self, binding: _Binding, batch: Batch) -> None:
+        binding.buffers.input_ids.put(batch.input_ids)
+        self._common["num_committed"].put(batch.num_committed)
+        self._common["write_index"].put(batch.write_index)
         self._run_binding(binding)
 
     def _run_binding(self, binding: _Binding) -> None:
@@ -388,28 +366,24 @@ class OrtEngine(EngineBase):
             raise EngineError(f"ONNX Runtime failed in a forward on {self._device}: {error}{advice}") from error
         self.run_seconds += perf_counter() - started
 
-    def _binding(
-        self, graph: str, size: int, head_size: int, write_index: Sequence[int], *, with_logits: bool = False
-    ) -> _Binding:
+    def _binding(self, graph: str, size: int, head_size: int, batch: Batch, *, with_logits: bool = False) -> _Binding:
         """What runs a forward whose rows lie inside the cache: its own, or one made for it."""
-        extent = self._extent(size, write_index)
-        key = _Key(graph, size, head_size, extent, with_logits)
+        key = (graph, size, head_size, self._extent(size, batch.write_index), with_logits)
         binding = self._bindings.get(key)
         if binding is None:
             if self.fixed_shapes and size != self.fixed_shapes.block_size:
                 raise EngineError(f"this graph is pinned to blocks of {self.fixed_shapes.block_size}, got {size}")
-            binding = self._bindings[key] = self._bind(key)
+            binding = self._bindings[key] = self._bind(_Key(*key))
         return binding
 
     def _extent(self, size: int, write_index: Sequence[int]) -> int:
         """S of a forward. Its bounds are checked here: on CUDA nobody else does."""
-        cache_length, last = self.geometry.cache_length, max(write_index)
         if self.fixed_shapes:
             extent = self.fixed_shapes.kv_extent
         else:
-            extent = (graph_extent if self._graph_ids else kv_extent)(last + size, cache_length)
-        for start in (last, min(write_index)):
-            check_forward(block_size=size, write_index=start, kv_extent=extent, geometry=self.geometry)
+            bucket = graph_extent if self._graph_ids else kv_extent
+            extent = bucket(max(write_index) + size, self.geometry.cache_length)
+        check_forward(block_size=size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
         return extent
 
     def _bind(self, key: _Key) -> _Binding:

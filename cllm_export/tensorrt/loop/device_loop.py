@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, OptionError, WhileGraphError
 from cllm_export.runtime.decoding.request import Decode, make_decoder
@@ -240,7 +241,7 @@ class DeviceLoop:
                 chunk = list(prompt[:-1][start : start + engine.prefill_chunk])
                 padded = chunk + [0] * (engine.prefill_chunk - len(chunk)) if engine.fixed_shapes else chunk
                 committed = [len(chunk) if each == slot else 0 for each in range(len(prompts))]
-                engine.prefill([padded] * len(prompts), committed, written)
+                engine.prefill(Batch([padded] * len(prompts), committed, written))
                 written[slot] += len(chunk)
 
     def decode(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cllm_export.bundle.contract import Geometry, check_forward
+from cllm_export.bundle.contract import Batch, Geometry, check_forward
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.checks import require_at_least
 from cllm_export.errors import CheckpointError, EngineError
@@ -81,16 +81,9 @@ class TorchEngine(EngineBase):
         self._held: SlotCache | None = SlotCache(geometry, num_slots, model.dtype, self._device)
         self._positions = torch.arange(geometry.cache_length, device=self._device)
 
-    def forward(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_committed: Sequence[int],
-        write_index: Sequence[int],
-        *,
-        with_logits: bool = False,
-    ) -> Forward:
-        block_size = self._check_batch(input_ids, num_committed, write_index)
-        packed, extent = self._pack(input_ids, num_committed, write_index), self._extent(block_size, max(write_index))
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
+        block_size = self._check_batch(batch)
+        packed, extent = _pack(batch), self._extent(block_size, batch.write_index)
         with self._running():
             packed = packed.to(self._device)
             logits = self._logits(packed, extent, num_rows=0)
@@ -98,11 +91,9 @@ class TorchEngine(EngineBase):
             fetched = logits.float().cpu().numpy() if with_logits else None
         return Forward([row[:block_size] for row in rows], [row[block_size] for row in rows], fetched)
 
-    def prefill(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> None:
-        size = self._check_batch(input_ids, num_committed, write_index)
-        packed, extent = self._pack(input_ids, num_committed, write_index), self._extent(size, max(write_index))
+    def prefill(self, batch: Batch) -> None:
+        size = self._check_batch(batch)
+        packed, extent = _pack(batch), self._extent(size, batch.write_index)
         with self._running():
             self._logits(packed.to(self._device), extent, num_rows=1)
 
@@ -157,17 +148,15 @@ class TorchEngine(EngineBase):
             raise EngineError(f"PyTorch failed in a forward: {error}") from error
         self.run_seconds += perf_counter() - started
 
-    def _pack(
-        self, input_ids: Sequence[Sequence[int]], num_committed: Sequence[int], write_index: Sequence[int]
-    ) -> Tensor:
-        """All inputs [B, n + 2] in one tensor, which is one copy to the device."""
-        rows = zip(input_ids, num_committed, write_index, strict=True)
-        return torch.tensor([[*block, committed, index] for block, committed, index in rows])
-
-    def _extent(self, block_size: int, write_index: int) -> int:
-        extent = kv_extent(write_index + block_size, self.geometry.cache_length)
+    def _extent(self, block_size: int, write_index: Sequence[int]) -> int:
+        extent = kv_extent(max(write_index) + block_size, self.geometry.cache_length)
         check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
         return extent
+
+
+def _pack(batch: Batch) -> Tensor:
+    """All inputs [B, n + 2] in one tensor, which is one copy to the device."""
+    return torch.tensor([[*block, committed, index] for block, committed, index in zip(*batch, strict=True)])
 
 
 class SlotCache:

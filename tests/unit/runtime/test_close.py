@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.errors import EngineError
 from cllm_export.measure.traces import RecordingEngine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
@@ -73,12 +74,12 @@ def test_an_error_is_not_hidden_by_a_stream_that_it_left_open(model: Model):
 
 def test_onnx_runtimes_session_is_dropped(workshop: Workshop):
     engine = OrtEngine(workshop.bundle("small"), threads=THREADS)
-    engine.forward([[5, 6]], [1], [0])
+    engine.forward(Batch([[5, 6]], [1], [0]))
     engine.close()
     engine.close()
     for run in (
-        lambda: engine.forward([[5, 6]], [1], [0]),
-        lambda: engine.prefill([[5, 6]], [2], [0]),
+        lambda: engine.forward(Batch([[5, 6]], [1], [0])),
+        lambda: engine.prefill(Batch([[5, 6]], [2], [0])),
         lambda: engine.read_cache("past_key.0"),
         lambda: engine.read_rows(0, 0, 1),
         engine.require_lookahead,

@@ -592,8 +592,8 @@ def test_a_failing_engine_frees_the_model(bundle):
 @pytest.mark.parametrize("method", METHODS[:2])
 def test_an_engine_that_accepts_nothing_ends_in_an_error_and_not_in_a_loop(bundle, method):
     class Stuck(FakeEngine):
-        def forward(self, input_ids, num_committed, write_index, **options):
-            forward = super().forward(input_ids, num_committed, write_index, **options)
+        def forward(self, batch, **options):
+            forward = super().forward(batch, **options)
             return forward._replace(num_accepted=[0] * len(forward.num_accepted))
 
     engine = Stuck(HashModel(vocab_size=200), bundle.manifest.geometry)

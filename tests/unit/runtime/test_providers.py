@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from onnxruntime import InferenceSession as RealSession
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.errors import EngineError, GpuError, OptionError
 from cllm_export.runtime.engines import onnxruntime as ort_engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
@@ -61,28 +62,28 @@ def test_a_forward_that_cannot_be_right_is_refused(workshop: Workshop):
         ([[1, 2], [1]], [1, 1], [0, 0], "must all have 2 tokens"),
     ):
         with pytest.raises(EngineError, match=message):
-            engine.forward(blocks, committed, write_index)
+            engine.forward(Batch(blocks, committed, write_index))
     engine.close()
     with pytest.raises(EngineError, match="is closed"):
-        engine.forward([[1], [1]], [1, 1], [0, 0])
+        engine.forward(Batch([[1], [1]], [1, 1], [0, 0]))
 
 
 def test_a_pinned_graph_takes_its_own_shapes_alone(workshop: Workshop):
     bundle = workshop.bundle("small", **PINNED)
     engine = OrtEngine(bundle, copies=True)
     size = PINNED["block_size"]
-    engine.prefill([[1] * size], [size], [0])
-    assert len(engine.forward([[1] * size], [1], [size]).next_ids[0]) == size
+    engine.prefill(Batch([[1] * size], [size], [0]))
+    assert len(engine.forward(Batch([[1] * size], [1], [size])).next_ids[0]) == size
     with pytest.raises(EngineError, match=f"pinned to blocks of {size}, got 4"):
-        engine.forward([[1] * 4], [1], [0])
+        engine.forward(Batch([[1] * 4], [1], [0]))
     with pytest.raises(EngineError, match="pinned to 1 slots"):
         OrtEngine(bundle, copies=True, num_slots=2)
 
 
 def test_onnx_runtime_says_nothing_of_a_copy_of_the_cache(workshop: Workshop, capfd: pytest.CaptureFixture[str]):
     engine = OrtEngine(workshop.bundle("small"), copies=True, num_slots=1, log_severity=2)
-    engine.forward([[1] * 8], [1], [0])
-    engine.forward([[1] * 8], [1], [8])
+    engine.forward(Batch([[1] * 8], [1], [0]))
+    engine.forward(Batch([[1] * 8], [1], [8]))
     assert "in-place" not in capfd.readouterr().err
 
 
@@ -154,13 +155,13 @@ def test_cuda_graphs_are_asked_for_with_a_graph_for_each_shape_and_none_for_chun
     expected, engine = OrtEngine(bundle, threads=THREADS), open_engine(bundle, "cuda", cuda_graphs=True)
     (session,) = graph_session.made
     assert session.providers == [("CUDAExecutionProvider", {"enable_cuda_graph": "1"})]
-    engine.prefill([[*range(3, 14)]], [11], [0])
-    expected.prefill([[*range(3, 14)]], [11], [0])
+    engine.prefill(Batch([[*range(3, 14)]], [11], [0]))
+    expected.prefill(Batch([[*range(3, 14)]], [11], [0]))
     for size, with_logits in ((8, False), (8, False), (8, True), (1, False), (8, False), (8, True)):
         asked: dict[str, Any] = {"with_logits": with_logits}
-        given = engine.forward([[5] * size], [1], [11], **asked)
-        assert given[:2] == expected.forward([[5] * size], [1], [11], **asked)[:2]
-    engine.forward([[5] * 8], [1], [250])  # a larger extent
+        given = engine.forward(Batch([[5] * size], [1], [11]), **asked)
+        assert given[:2] == expected.forward(Batch([[5] * size], [1], [11]), **asked)[:2]
+    engine.forward(Batch([[5] * 8], [1], [250]))  # a larger extent
     assert session.runs == ["-1", "1", "1", "2", "3", "1", "2", "4"]
     engine.close()
 
@@ -203,7 +204,7 @@ def test_rows_that_were_written_are_read_and_no_others_change(workshop: Workshop
     bundle, found = workshop.bundle("small"), []
     for copies in (False, True):
         engine = OrtEngine(bundle, num_slots=3, threads=THREADS, copies=copies)
-        engine.prefill([[*range(start, start + 20)] for start in (3, 40, 70)], [20] * 3, [0] * 3)
+        engine.prefill(Batch([[*range(start, start + 20)] for start in (3, 40, 70)], [20] * 3, [0] * 3))
         before = {past: engine.read_cache(past) for past in engine.cache_addresses}
         rows = engine.read_rows(1, 4, 15)
         engine.write_rows(2, 4, 15, rows)
@@ -234,14 +235,14 @@ def test_an_extent_costs_a_graph_only_where_graphs_are_recorded(workshop: Worksh
     for cuda_graphs in (False, True):
         engine = OrtEngine(bundle, device="cuda", cuda_graphs=cuda_graphs)
         for start in range(0, 200, 8):
-            engine.forward([[5] * 8], [1], [start])
+            engine.forward(Batch([[5] * 8], [1], [start]))
         numbers[cuda_graphs] = set(graph_session.made[-1].runs)
     assert numbers == {False: {None}, True: {"1"}}
 
 
 def test_a_closed_engine_holds_no_session(workshop: Workshop, graph_session: type[GraphSession]):
     engine = OrtEngine(workshop.bundle("small"), device="cuda")
-    engine.forward([[5] * 8], [1], [0])
+    engine.forward(Batch([[5] * 8], [1], [0]))
     session = weakref.ref(graph_session.made.pop())
     engine.close()
     gc.collect()
@@ -250,7 +251,7 @@ def test_a_closed_engine_holds_no_session(workshop: Workshop, graph_session: typ
 
 def test_without_the_option_nothing_is_recorded(workshop: Workshop, graph_session: type[GraphSession]):
     engine = open_engine(workshop.bundle("small"), "cuda")
-    engine.forward([[5] * 8], [1], [0])
+    engine.forward(Batch([[5] * 8], [1], [0]))
     (session,) = graph_session.made
     assert session.providers == ["CUDAExecutionProvider"]
     assert session.runs == [None]
@@ -263,9 +264,9 @@ def test_a_failure_says_to_leave_graphs_out_where_they_were_asked_for(
     with_graphs, without = open_engine(bundle, "cuda", cuda_graphs=True), open_engine(bundle, "cuda")
     graph_session.breaks.add("run")
     with pytest.raises(EngineError, match=f"operation not permitted when stream is capturing.*{advice}"):
-        with_graphs.forward([[5] * 8], [1], [0])
+        with_graphs.forward(Batch([[5] * 8], [1], [0]))
     with pytest.raises(EngineError, match=r"operation not permitted when stream is capturing$"):
-        without.forward([[5] * 8], [1], [0])
+        without.forward(Batch([[5] * 8], [1], [0]))
     graph_session.breaks.add("load")
     with pytest.raises(EngineError, match=f"have not been partitioned.*{advice}"):
         open_engine(bundle, "cuda", cuda_graphs=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import perf_counter
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.runtime.engines.base import Engine
 
 BUDGET_SECONDS = 0.15
@@ -39,16 +40,16 @@ def run_forward(engine: Engine, block_size: int, past: int) -> None:
         EngineError: the engine failed.
     """
     slots = engine.num_slots
-    engine.forward([[0] * block_size] * slots, [1] * slots, [past] * slots)
+    engine.forward(Batch([[0] * block_size] * slots, [1] * slots, [past] * slots))
 
 
 def _time_size(engine: Engine, size: int, pad_token_id: int, *, until: float) -> float:
     slots = engine.num_slots
     last_rows = engine.geometry.cache_length - size  # beyond what a text of the max length fills
-    blocks, num_committed, write_index = [[pad_token_id] * size] * slots, [0] * slots, [last_rows] * slots
+    batch = Batch([[pad_token_id] * size] * slots, [0] * slots, [last_rows] * slots)
     times: list[float] = []
     while len(times) < FORWARDS and (not times or perf_counter() < until):
         started = perf_counter()
-        engine.forward(blocks, num_committed, write_index)
+        engine.forward(batch)
         times.append(perf_counter() - started)
     return min(times[1:] or times)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.runtime.decoding.lookahead.policy import Lookahead
 from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.engines.base import Engine, prefill
@@ -61,11 +62,6 @@ class LookaheadLoop:
         write_index, layout = self._task.decode.write_index, self._decoder.layout
         tokens, num_committed = self._task.decode.next_block(self._block_size)
         idle = [0] * (self._engine.num_slots - 1)
-        forward = self._engine.forward_rows(
-            [tokens] * self._engine.num_slots,
-            [num_committed, *idle],
-            [write_index, *idle],
-            layout.offsets,
-            layout.mask,
-        )
+        batch = Batch([tokens] * self._engine.num_slots, [num_committed, *idle], [write_index, *idle])
+        forward = self._engine.forward_rows(batch, layout.offsets, layout.mask)
         return forward.next_ids[0], forward.num_accepted[0]

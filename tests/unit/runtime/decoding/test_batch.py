@@ -177,8 +177,8 @@ def test_what_does_not_fit_the_cache_is_refused_by_the_engine():
 
 def test_an_engine_that_accepts_nothing_ends_with_an_error():
     class Stuck(FakeEngine):
-        def forward(self, input_ids, num_committed, write_index, **options):
-            return super().forward(input_ids, num_committed, write_index, **options)._replace(num_accepted=[0])
+        def forward(self, batch, **options):
+            return super().forward(batch, **options)._replace(num_accepted=[0])
 
     engine = Stuck(HashModel(vocab_size=VOCABULARY), make_geometry(vocab_size=VOCABULARY))
     with pytest.raises(EngineError, match="makes no token known"):

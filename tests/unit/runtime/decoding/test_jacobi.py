@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.runtime.decoding.drafts.sources import PadFill, PlainFill, PromptFill, RepeatFill, make_fill
 from cllm_export.runtime.decoding.jacobi import Block, BlockJacobi, SlidingJacobi
 from cllm_export.runtime.engines.base import prefill
@@ -184,7 +185,7 @@ def test_any_sequence_of_block_sizes_gives_the_greedy_tokens(sizes, window, seed
     tokens = []
     for size in sizes:
         block = decoder.next_block(size).tokens
-        forward = engine.forward([block], [1], [decoder.write_index])
+        forward = engine.forward(Batch([block], [1], [decoder.write_index]))
         assert len(block) == size
         tokens += decoder.commit(forward.next_ids[0], forward.num_accepted[0]).tokens
         if len(tokens) > 40:

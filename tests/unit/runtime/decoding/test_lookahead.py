@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.drafts.sources import PromptFill, make_fill
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape, layout_of
@@ -63,7 +64,9 @@ def run(
     while len(tokens) < count:
         layout, write_index = decoder.layout, decoder.write_index
         block = decoder.next_block(MAX_ROWS)
-        forward = engine.forward_rows([block.tokens], [block.num_committed], [write_index], layout.offsets, layout.mask)
+        forward = engine.forward_rows(
+            Batch([block.tokens], [block.num_committed], [write_index]), layout.offsets, layout.mask
+        )
         tokens += decoder.commit(forward.next_ids[0], forward.num_accepted[0]).tokens
     return tokens, engine
 
@@ -313,7 +316,7 @@ def test_an_engine_that_fails_frees_the_model(bundle):
     class FailingOnce(FakeEngine):
         def forward_rows(self, *arguments):
             if not self.calls:
-                self.prefill([[5]], [1], [0])
+                self.prefill(Batch([[5]], [1], [0]))
                 raise EngineError("out of memory")
             return super().forward_rows(*arguments)
 
@@ -335,7 +338,10 @@ def test_a_row_of_the_fake_engine_that_sees_no_text_predicts_otherwise():
     predicted = []
     for mask, places in ((right, offsets), (wrong, offsets), (right, np.array([0, 2, 3]))):
         engine = FakeEngine(model, make_geometry(vocab_size=2**31))
-        predicted.append(engine.forward_rows([tokens], [3], [0], places, mask).next_ids[0])
-    assert predicted[0] == FakeEngine(model, make_geometry(vocab_size=2**31)).forward([tokens], [3], [0]).next_ids[0]
+        predicted.append(engine.forward_rows(Batch([tokens], [3], [0]), places, mask).next_ids[0])
+    assert (
+        predicted[0]
+        == FakeEngine(model, make_geometry(vocab_size=2**31)).forward(Batch([tokens], [3], [0])).next_ids[0]
+    )
     assert predicted[0][2] not in (predicted[1][2], predicted[2][2])
     assert predicted[0][:2] == predicted[1][:2]

@@ -45,11 +45,11 @@ class FailingEngine(FakeEngine):
     fails_at = -1
     error: Exception = EngineError("out of memory")
 
-    def forward(self, input_ids, num_committed, write_index, **options):
+    def forward(self, batch, **options):
         if len(self.calls) == self.fails_at:
             self.fails_at = -1
             raise self.error
-        return super().forward(input_ids, num_committed, write_index, **options)
+        return super().forward(batch, **options)
 
 
 @properties
