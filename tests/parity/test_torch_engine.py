@@ -218,11 +218,11 @@ def test_half_precision_decodes_through_the_same_engine(workshop: Workshop):
     engine = model.engine
     assert isinstance(engine, TorchEngine)
     assert {parameter.dtype for parameter in engine._model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in engine._cache._buffers} == {torch.bfloat16}
     for prompt in prompts_for(model):
         options = {"max_new_tokens": 12, "block_size": 4}
         expected = model.generate(prompt, method="autoregressive", **options).token_ids
         assert model.generate(prompt, method="jacobi", **options).token_ids == expected
-    assert {buffer.dtype for buffer in engine._cache._buffers} == {torch.bfloat16}
 
 
 def test_decoding_to_the_last_row_stays_lossless(workshop: Workshop):
