@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
-from dataclasses import fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from cllm_export.errors import BundleError, OptionError
@@ -11,10 +14,10 @@ from cllm_export.errors import BundleError, OptionError
 T = TypeVar("T")
 
 
-def require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise OptionError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
-        raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", fields=(name,))
 
 
 def require_plain_name(name: str) -> None:
@@ -34,4 +37,85 @@ def from_fields(cls: type[T], raw: dict[str, Any]) -> T:
 def require_at_least(name: str, value: int, minimum: int) -> None:
     """Raise OptionError unless ``value`` is an int of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise OptionError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        raise OptionError(f"{name} must be an integer of at least {minimum}, got {value!r}", fields=(name,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionSpec:
+    """What an option means and may be. It is the metadata ``option`` of a dataclass field."""
+
+    help: str
+    """One sentence for the command line's help and for readers of the class."""
+    minimum: float | None = None
+    above: float | None = None
+    """An exclusive minimum."""
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    flag: str | None = None
+    """The command line's spelling where it is not ``--name-with-dashes``."""
+    hidden: bool = False
+    """The command line does not offer it under its own name."""
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> Any:  # noqa: A002
+    """A field of an options class: default, meaning and range in one place; ``check_options`` checks the range.
+
+    Args:
+        default: as of ``dataclasses.field``. An option whose default is None may be None.
+        help: what it means, one sentence.
+        limits: the other fields of ``OptionSpec``.
+    """
+    return dataclasses.field(default=default, metadata={"option": OptionSpec(help=help, **limits)})
+
+
+def option_specs(cls: Any) -> dict[str, OptionSpec]:
+    """The options of a class (or of an instance of it), in their order."""
+    return {field.name: field.metadata["option"] for field in fields(cls) if "option" in field.metadata}
+
+
+def check_options(options: Any) -> None:
+    """Hold every option of an instance to its spec, for ``__post_init__``. A tuple is checked item by item.
+
+    Raises:
+        OptionError: an option is out of its range; it names the field and the value.
+    """
+    for field in fields(options):
+        spec = field.metadata.get("option")
+        value = getattr(options, field.name)
+        if spec is None or (value is None and field.default is None):
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            _check_option(field.name, item, spec, is_integer="float" not in str(field.type))
+
+
+def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool) -> None:
+    if spec.choices:
+        require_one_of(name, value, spec.choices)
+    limits = (spec.minimum, spec.above, spec.maximum)
+    if limits == (None, None, None):
+        return
+    if is_integer and spec.minimum is not None and spec.maximum is None:
+        require_at_least(name, value, int(spec.minimum))  # type: ignore[arg-type]
+        return
+    kinds = (int,) if is_integer else (int, float)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not _is_within(value, spec):  # type: ignore[arg-type]
+        raise OptionError(f"{name} must be {_range_text(spec, is_integer=is_integer)}, got {value!r}", fields=(name,))
+
+
+def _is_within(value: float, spec: OptionSpec) -> bool:
+    return (
+        (spec.minimum is None or value >= spec.minimum)
+        and (spec.above is None or value > spec.above)
+        and (spec.maximum is None or value <= spec.maximum)
+    )
+
+
+def _range_text(spec: OptionSpec, *, is_integer: bool) -> str:
+    what = "an integer" if is_integer else "a number"
+    if spec.minimum is not None and spec.maximum is not None:
+        return f"{what} from {spec.minimum:g} to {spec.maximum:g}"
+    bounds = [f"at least {spec.minimum:g}"] if spec.minimum is not None else []
+    bounds += [f"above {spec.above:g}"] if spec.above is not None else []
+    bounds += [f"at most {spec.maximum:g}"] if spec.maximum is not None else []
+    return f"{what} {' and '.join(bounds)}".replace("number at", "number of at").replace("integer at", "integer of at")

@@ -31,13 +31,23 @@ and what to do next. Anything else that escapes is a defect of this project.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CllmExportError(Exception):
     """Base of every error raised on purpose."""
 
 
 class OptionError(CllmExportError, ValueError):
-    """An option or argument is outside its range."""
+    """An option or argument is outside its range.
+
+    Attributes:
+        fields: the options that the message names, as Python spells them; the command line shows their flags instead.
+    """
+
+    def __init__(self, message: str, *, fields: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
 
 
 class CheckpointError(CllmExportError):
