@@ -19,7 +19,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8", "int4", "fp8"]
 """What ``--precision`` takes: a dtype, or a scheme over fp32."""
 
-BLOCK_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128)
 """Input channels that may share a scale of a 4-bit weight."""
 
 MAX_PAIR = 128
@@ -42,7 +42,7 @@ class Quantization:
     scheme: Scheme
     method: str
     """How weights were rounded."""
-    block_size: int | None
+    group_size: int | None
     """Input channels that share a scale of the weights; None where a whole output channel does."""
     engines: tuple[Engine, ...]
     """Engines that the graph is for: operators of one are not always known to the other."""

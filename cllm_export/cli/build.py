@@ -49,8 +49,8 @@ def build(
     quantize_head: Annotated[
         bool, typer.Option("--quantize-head", help="Quantise the head too, which by default is kept.")
     ] = False,
-    quantize_block: Annotated[
-        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="int4: input channels that share a scale, 32, 64 or 128.")
     ] = None,
     quantize_for: QuantizeForOption = None,
     scales: Annotated[
@@ -110,7 +110,7 @@ def build(
         quantize=quantize_options(
             scheme,
             head=quantize_head,
-            block_size=quantize_block,
+            group_size=group_size,
             keep=tuple(keep or ()),
             scales=scales,
             engine=quantize_for,

@@ -126,8 +126,8 @@ def quantize(
             help="Share of the score that may be lost: execution match, exact match, or equal texts without answers.",
         ),
     ] = None,
-    quantize_block: Annotated[
-        int | None, typer.Option("--quantize-block", help="int4: input channels that share a scale, 32, 64 or 128.")
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="int4: input channels that share a scale, 32, 64 or 128.")
     ] = None,
     quantize_for: QuantizeForOption = None,
     scales: Annotated[Path | None, typer.Option("--scales", help="What `calibrate` wrote.")] = None,
@@ -162,7 +162,7 @@ def quantize(
             tpf=parse_share("--max-tpf-loss", max_tpf_loss),
             quality=None if max_quality_loss is None else parse_share("--max-quality-loss", max_quality_loss),
         ),
-        block_size=quantize_block,
+        group_size=group_size,
         engine=quantize_for,
         scales=scales,
         always_rank=sensitivity or plots is not None,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TAKERS: dict[str, tuple[Scheme, ...]] = {
     "--scales": ("int8", "int4", "fp8"),
-    "--quantize-block": ("int4",),
+    "--group-size": ("int4",),
     "--quantize-for": ("int4",),
 }
 """Schemes that an option is for; the others are built without it."""
@@ -51,7 +51,7 @@ class FitOptions:
 
     schemes: tuple[Scheme, ...]
     budget: Budget
-    block_size: int | None = None
+    group_size: int | None = None
     """Input channels that share a scale of a 4-bit weight."""
     engine: Engine | None = None
     """Engine that an ``int4`` graph is for."""
@@ -72,7 +72,7 @@ class FitOptions:
             )
         for flag, given in (
             ("--scales", self.scales),
-            ("--quantize-block", self.block_size),
+            ("--group-size", self.group_size),
             ("--quantize-for", self.engine),
         ):
             if given is not None and not set(TAKERS[flag]) & set(self.schemes):
@@ -182,7 +182,7 @@ def _stand_in(baseline: Bundle, scheme: Scheme, options: FitOptions) -> FakeQuan
     scales = open_scales(options.scales) if options.scales and scheme in TAKERS["--scales"] else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
-    return FakeQuantization(scheme=scheme, scales=scales, block=options.block_size or 32)
+    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size or 32)
 
 
 def _fit(
@@ -249,7 +249,7 @@ class _Builder:
         chosen = self._options
         return QuantizeOptions(
             scheme=scheme,
-            block_size=chosen.block_size if scheme in TAKERS["--quantize-block"] else None,
+            group_size=chosen.group_size if scheme in TAKERS["--group-size"] else None,
             keep=keep,
             scales=chosen.scales if scheme in TAKERS["--scales"] else None,
             engine=chosen.engine if scheme in TAKERS["--quantize-for"] else None,

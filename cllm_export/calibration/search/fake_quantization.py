@@ -35,18 +35,18 @@ class FakeQuantization:
     """What a scheme does to a linear layer.
 
     ``int8-dynamic`` and ``int8``: 8-bit weights, a scale an output channel; activations with a scale a row, or one for
-    all rows after smoothing. ``int4``: 4-bit weights alone, a scale for each ``block`` input channels. ``fp8``: 8-bit
-    floats (E4M3) for both, a scale an output channel and one for all rows.
+    all rows after smoothing. ``int4``: 4-bit weights alone, a scale for each ``group_size`` input channels.
+    ``fp8``: 8-bit floats (E4M3) for both, a scale an output channel and one for all rows.
     """
 
     scheme: Scheme
     scales: Scales | None = None
     """What ``int8`` and ``fp8`` take their activation scales from."""
-    block: int = 32
+    group_size: int = 32
 
     def __post_init__(self) -> None:
         require_one_of("precision", self.scheme, SCHEMES)
-        require_at_least("block", self.block, 1)
+        require_at_least("group_size", self.group_size, 1)
         if self.scheme in ("int8", "fp8") and self.scales is None:
             raise CalibrationError(
                 f"{self.scheme} needs scales: make them with cllm-export calibrate, and give them as --scales"
@@ -109,7 +109,7 @@ def round_float8(matrix: FloatArray) -> FloatArray:
 
 def _round_layer(graph: ModelProto, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization) -> FloatArray:
     if how.scheme == "int4":
-        return round_blocks(matrix, INT4_MAX, how.block)
+        return round_blocks(matrix, INT4_MAX, how.group_size)
     if how.scheme == "int8-dynamic":
         _put_before(graph, layer, _rounding_by_row(layer))
         return round_pairs(matrix)

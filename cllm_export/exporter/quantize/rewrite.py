@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cllm_export.bundle.quantization import BLOCK_SIZES, ENGINES, SCHEMES, Engine, Quantization, Scheme
+from cllm_export.bundle.quantization import ENGINES, GROUP_SIZES, SCHEMES, Engine, Quantization, Scheme
 from cllm_export.bundle.scales import Scales
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError, QuantizationError
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.quantize.gptq import Factors
-from cllm_export.exporter.quantize.int4 import Int4Blocks
+from cllm_export.exporter.quantize.int4 import Int4Groups
 from cllm_export.exporter.quantize.int4_dequantize import Int4Dequantize
 from cllm_export.exporter.quantize.int8_dynamic import Int8Dynamic
 from cllm_export.exporter.quantize.linear import LayerQuantizer, Linear, linear_layers, nodes_of_head
 from cllm_export.exporter.quantize.static_layers import FLOAT8, INT8, ColumnMaximum, StaticLayers
 
-DEFAULT_BLOCK_SIZE = 32
+DEFAULT_GROUP_SIZE = 32
 STATIC = {"int8": INT8, "fp8": FLOAT8}
 """Schemes whose activations have scales known before they run."""
 
@@ -40,8 +40,8 @@ class QuantizeOptions:
     scheme: Scheme
     head: bool = False
     """Quantise the head too."""
-    block_size: int | None = None
-    """Input channels that share a scale of a weight; only where the scheme has blocks, 32 by default."""
+    group_size: int | None = None
+    """Input channels that share a scale of a weight; only where the scheme has groups, 32 by default."""
     keep: tuple[str, ...] = ()
     """Checkpoint tensors whose layers keep their precision."""
     scales: Path | None = None
@@ -52,12 +52,12 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise OptionError(f"the scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
-        if self.block_size is not None:
-            require_at_least("block_size", self.block_size, 1)
-            if self.scheme != "int4" or self.block_size not in BLOCK_SIZES:
-                sizes = ", ".join(map(str, BLOCK_SIZES))
+        if self.group_size is not None:
+            require_at_least("group_size", self.group_size, 1)
+            if self.scheme != "int4" or self.group_size not in GROUP_SIZES:
+                sizes = ", ".join(map(str, GROUP_SIZES))
                 raise OptionError(
-                    f"--quantize-block is for int4 and one of {sizes}, got {self.block_size} for {self.scheme}"
+                    f"--group-size is for int4 and one of {sizes}, got {self.group_size} for {self.scheme}"
                 )
 
         if self.scheme in STATIC and self.scales is None:
@@ -87,16 +87,16 @@ class QuantizeOptions:
         return ENGINES if self.scheme in STATIC else ("onnxruntime",)
 
     @property
-    def block(self) -> int | None:
-        """The block size, settled."""
-        return (self.block_size or DEFAULT_BLOCK_SIZE) if self.scheme == "int4" else None
+    def group(self) -> int | None:
+        """The group size, settled."""
+        return (self.group_size or DEFAULT_GROUP_SIZE) if self.scheme == "int4" else None
 
 
 def quantize_options(
     scheme: Scheme | None,
     *,
     head: bool = False,
-    block_size: int | None = None,
+    group_size: int | None = None,
     keep: tuple[str, ...] = (),
     scales: Path | None = None,
     engine: Engine | None = None,
@@ -107,10 +107,10 @@ def quantize_options(
         OptionError: an option of quantisation was given for nothing to quantise, or is out of range.
     """
     if scheme is not None:
-        return QuantizeOptions(scheme=scheme, head=head, block_size=block_size, keep=keep, scales=scales, engine=engine)
+        return QuantizeOptions(scheme=scheme, head=head, group_size=group_size, keep=keep, scales=scales, engine=engine)
     given = {
         "--quantize-head": head,
-        "--quantize-block": block_size,
+        "--group-size": group_size,
         "--keep": keep,
         "--scales": scales,
         "--quantize-for": engine,
@@ -152,7 +152,7 @@ def quantize(
     graph.quantization = Quantization(
         scheme=options.scheme,
         method=method,
-        block_size=options.block,
+        group_size=options.group,
         engines=options.engines,
         weights=tuple(sorted(quantized)),
         kept={name: reason for name, reason in _kept(graph, reasons).items() if name not in quantized},
@@ -169,14 +169,14 @@ def _quantizer(
 ) -> tuple[LayerQuantizer, str]:
     """What replaces the layers, and what its method is called."""
     nearest = "round to nearest"
-    if options.block is not None:
-        make = Int4Dequantize if "tensorrt" in options.engines else Int4Blocks
+    if options.group is not None:
+        make = Int4Dequantize if "tensorrt" in options.engines else Int4Groups
         if scales is None:
-            return make(graph, options.block), nearest
+            return make(graph, options.group), nearest
         scales.require_tensors({name: linear.shape[1] for linear in chosen for name in linear.source.tensors})
         for linear in chosen:
             scales.gram(linear.source.tensors[0])  # find out now that there is none
-        return make(graph, options.block, Factors(scales)), "GPTQ"
+        return make(graph, options.group, Factors(scales)), "GPTQ"
     if scales is not None:
         static = StaticLayers(graph, scales, STATIC[options.scheme], chosen, maximum)
         return static, "SmoothQuant" if options.scheme == "int8" else nearest
