@@ -11,10 +11,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cllm_export.bundle.quantization import BELOW_PAIR, MAX_PAIR, PAIRED
-
 INT8_MAX = 127
 """Symmetric: -128 is left out."""
+
+MAX_PAIR = 128
+"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
+signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
+not."""
+PAIRED = 4
+"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
+BELOW_PAIR = 1 - 2.0**-12
+"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
 
 
 class Rounded(NamedTuple):
@@ -37,6 +44,14 @@ class Rounding(Protocol):
     def __call__(self, rows: Tensor) -> Rounded:
         """Round rows in fp32, which it may change."""
         ...
+
+
+def restored(rounded: Rounded, width: int) -> Tensor:
+    """The rows [r, in] of this width, in fp32, that codes and scales stand for: with a scale a row, or with a scale a
+    group and two codes a byte."""
+    codes, scales = rounded
+    whole = unpacked(codes) if codes.dtype == torch.uint8 else codes
+    return (whole.float() * scales[..., None]).flatten(1)[:, :width]
 
 
 class _SignedChannels:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from cllm_export.bundle.quantization import MAX_PAIR, PAIRED  # noqa: E402
 from cllm_export.exporter.graph.rounding import (  # noqa: E402 - after the skip
     INT4_ZERO,
+    MAX_PAIR,
+    PAIRED,
     ChannelRounding,
     Float8Rounding,
     GroupRounding,
