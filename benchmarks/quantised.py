@@ -47,7 +47,7 @@ def precision_of(bundle: Bundle) -> str:
     if quantization is None:
         return bundle.manifest.precision
     head = "" if any(reason.count("head") for reason in quantization.kept.values()) else " with head"
-    block = f" block {quantization.block_size}" if quantization.block_size else ""
+    block = f" group {quantization.group_size}" if quantization.group_size else ""
     return f"{quantization.scheme}{block}{head}, {quantization.method}"
 
 

@@ -35,7 +35,16 @@ from collections.abc import Sequence
 
 
 class CllmExportError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        fields: the options that the message names, as Python spells them; the command line shows their flags instead.
+            A name with an underscore, and one with a value as in ``name=value``, needs not be listed.
+    """
+
+    def __init__(self, message: str = "", *, fields: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
 
 
 class OptionError(CllmExportError, ValueError):

@@ -28,7 +28,7 @@ from cllm_export.checks import from_fields, require_at_least, require_one_of, re
 from cllm_export.errors import BundleError, BundleVersionError, ChecksumError
 from cllm_export.progress import Progress
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 MANIFEST_NAME = "bundle.json"
 

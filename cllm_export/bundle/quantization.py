@@ -1,9 +1,8 @@
-"""What a quantised bundle is made of: the names of the schemes, and the record that its manifest keeps.
+"""Quantisation schemes as plain data, and the record of a quantised bundle that its manifest keeps.
 
-How weights become integers is ``exporter/graph/rounding.py``, what becomes of the graph
-``exporter/quantize/rewrite.py``. A scheme
-says how linear layers store their weights and take their activations; ``Precision`` still is the dtype of everything
-else, the KV cache among it.
+A scheme says how linear layers store their weights and take their activations; ``Precision`` still is the dtype of
+everything else, the KV cache among it. What the exporter does with a scheme is its object in
+``exporter/quantize/schemes.py``; what stands here is known before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,35 +13,98 @@ from typing import Literal, get_args
 from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.errors import OptionError
 
-Scheme = Literal["int8-dynamic", "int8", "int4", "fp8"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
-PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8", "int4", "fp8"]
+SchemeName = Literal["int8-dynamic", "int8", "int4", "fp8"]
+SCHEME_NAMES: tuple[SchemeName, ...] = get_args(SchemeName)
+PrecisionName = Literal[Precision, SchemeName]
 """What ``--precision`` takes: a dtype, or a scheme over fp32."""
-
-BLOCK_SIZES = (32, 64, 128)
-"""Input channels that may share a scale of a 4-bit weight."""
-
-MAX_PAIR = 128
-"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
-signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
-not."""
-PAIRED = 4
-"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
-BELOW_PAIR = 1 - 2.0**-12
-"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
 
 Engine = Literal["onnxruntime", "tensorrt"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+ENGINE_TITLES: dict[Engine, str] = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+
+
+SchemeOption = Literal["scales", "group_size", "engine"]
+"""Options that some schemes take and others do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphForm:
+    """A graph that a scheme makes: the engines that run it, and the dtypes that the rest of it may compute in."""
+
+    engines: tuple[Engine, ...]
+    compute: tuple[Precision, ...] = PRECISIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeSpec:
+    """What the options of a build are checked against: what a scheme needs, and what it takes."""
+
+    name: SchemeName
+    forms: tuple[GraphForm, ...]
+    """The graphs that it makes; the first is the default."""
+    scales: Literal["needed", "optional", "refused"]
+    """Whether it takes the scales of a calibration."""
+    group_sizes: tuple[int, ...] = ()
+    """Input channels that may share a scale of a weight, the default first; empty where all of them do."""
+
+    def takes(self, option: SchemeOption) -> bool:
+        """Whether an option is for this scheme."""
+        taken = {
+            "scales": self.scales != "refused",
+            "group_size": bool(self.group_sizes),
+            "engine": len(self.forms) > 1,
+        }
+        return taken[option]
+
+    def form(self, engine: Engine | None) -> GraphForm | None:
+        """The graph for an engine, or by default; None where the scheme makes no graph for it."""
+        return next((form for form in self.forms if engine is None or engine in form.engines), None)
+
+
+SCHEME_SPECS: dict[SchemeName, SchemeSpec] = {
+    spec.name: spec
+    for spec in (
+        SchemeSpec(
+            name="int8-dynamic",
+            forms=(GraphForm(engines=("onnxruntime",), compute=("fp32",)),),
+            scales="refused",
+        ),
+        SchemeSpec(name="int8", forms=(GraphForm(engines=ENGINES),), scales="needed"),
+        SchemeSpec(
+            name="int4",
+            forms=(GraphForm(engines=("onnxruntime",), compute=("fp32",)), GraphForm(engines=("tensorrt",))),
+            scales="optional",
+            group_sizes=(32, 64, 128),
+        ),
+        SchemeSpec(name="fp8", forms=(GraphForm(engines=ENGINES),), scales="needed"),
+    )
+}
+
+
+def schemes_that_take(option: SchemeOption) -> tuple[SchemeName, ...]:
+    """The schemes that an option is for."""
+    return tuple(spec.name for spec in SCHEME_SPECS.values() if spec.takes(option))
+
+
+def builds_for(engine: Engine) -> str:
+    """The options of ``cllm-export build`` whose quantised graphs an engine runs, for a message that gives advice."""
+    builds = [
+        f"--precision {spec.name}{'' if engine in spec.forms[0].engines else f' --quantize-for {engine}'}"
+        for spec in SCHEME_SPECS.values()
+        if spec.form(engine)
+    ]
+    return f"{', '.join(builds[:-1])} or {builds[-1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
     """What was quantised, how, and what was not and why."""
 
-    scheme: Scheme
+    scheme: SchemeName
     method: str
     """How weights were rounded."""
-    block_size: int | None
+    group_size: int | None
     """Input channels that share a scale of the weights; None where a whole output channel does."""
     engines: tuple[Engine, ...]
     """Engines that the graph is for: operators of one are not always known to the other."""
@@ -54,7 +116,7 @@ class Quantization:
     """Of the calibration's file, where one was used."""
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES or not self.engines or not set(self.engines) <= set(ENGINES):
+        if self.scheme not in SCHEME_NAMES or not self.engines or not set(self.engines) <= set(ENGINES):
             raise ValueError(f"quantization of scheme {self.scheme!r} for engines {self.engines!r} is unknown")
         if not self.weights:
             raise ValueError("a quantised bundle needs a quantised weight")
@@ -62,7 +124,7 @@ class Quantization:
             raise ValueError(f"{sorted(set(self.weights) & set(self.kept))[0]} is both quantised and kept")
 
 
-def split_precision(name: PrecisionName, compute: Precision | None = None) -> tuple[Precision, Scheme | None]:
+def split_precision(name: PrecisionName, compute: Precision | None = None) -> tuple[Precision, SchemeName | None]:
     """The dtype and the scheme that ``--precision`` and ``--compute`` stand for.
 
     Raises:
@@ -70,9 +132,10 @@ def split_precision(name: PrecisionName, compute: Precision | None = None) -> tu
     """
     dtype = next((precision for precision in PRECISIONS if precision == name), None)
     if dtype is None:
-        return compute or "fp32", next(scheme for scheme in SCHEMES if scheme == name)
+        return compute or "fp32", next(scheme for scheme in SCHEME_NAMES if scheme == name)
     if compute is not None:
         raise OptionError(
-            f"--compute is for {', '.join(SCHEMES)}, got it with --precision {name}, which says it already"
+            f"compute is for {', '.join(SCHEME_NAMES)}, got it with precision {name}, which says it already",
+            fields=("compute", "precision"),
         )
     return dtype, None

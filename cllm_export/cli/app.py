@@ -8,6 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 from cllm_export import __version__
+from cllm_export.cli.flags import Flag, with_flags
+from cllm_export.cli.signature import renamed_fields
+from cllm_export.errors import CllmExportError
 
 ORDER = (
     *("build", "plan", "verify", "generate", "inspect", "bench"),
@@ -20,6 +23,32 @@ ORDER = (
 class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; its errors name options by their flags."""
+        try:
+            return super().invoke(ctx)
+        except CllmExportError as error:
+            error.args = (with_flags(error, self._flags(ctx.invoked_subcommand)),)
+            raise
+
+    def _flags(self, running: str) -> dict[str, Flag]:
+        """Flags by field: those of the command that runs, and of the others, which advice may name."""
+        flags: dict[str, Flag] = {}
+        for name in sorted(self.commands, key=lambda name: (name == running, -ORDER.index(name))):
+            flags |= _flags_of(self.commands[name])
+        arguments = {given.name for given in self.commands[running].params if given.param_type_name == "argument"}
+        return {name: flag for name, flag in flags.items() if name not in arguments}
+
+
+def _flags_of(command: Any) -> dict[str, Flag]:
+    flags = {
+        given.name: Flag(on=given.opts[0], off=next(iter(given.secondary_opts), None), is_switch=given.is_flag)
+        for given in command.params
+        if given.param_type_name == "option"
+    }
+    renamed = {field: flags[name] for field, name in renamed_fields(command.callback).items() if field not in flags}
+    return flags | renamed
 
 
 app = typer.Typer(

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.linked_weights import WeightsMode
 from cllm_export.bundle.manifest import FillName, Loop, TrainedWith
-from cllm_export.bundle.quantization import PrecisionName, split_precision
+from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
 from cllm_export.cli.app import app
+from cllm_export.cli.flags import names_replaced
 from cllm_export.cli.options import BaseOption, QuantizeForOption, write_text
 from cllm_export.cli.show.console import bytes_text, progress_bar, say
 from cllm_export.cli.sizes import parse_size
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.quantize.options import QuantizeOptions
 
 Target = Literal["onnx", "tensorrt"]
 
@@ -61,9 +65,9 @@ def build(
         ),
     ] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantise the head (lm_head) too.")] = False,
-    quantize_block: Annotated[
+    group_size: Annotated[
         int | None,
-        typer.Option("--quantize-block", help="For int4: how many input channels share a scale: 32, 64 or 128."),
+        typer.Option("--group-size", help="For int4: how many input channels share a scale: 32, 64 or 128."),
     ] = None,
     quantize_for: QuantizeForOption = None,
     scales: Annotated[
@@ -133,32 +137,33 @@ def build(
     with needs_extra("export"):
         from cllm_export.exporter.options import BuildOptions
         from cllm_export.exporter.pipeline import export
-        from cllm_export.exporter.quantize.rewrite import quantize_options
+        from cllm_export.exporter.quantize.options import quantize_options
     dtype, scheme = split_precision(precision, compute)
-    options = BuildOptions(
-        block_size=block_size,
-        max_length=max_length,
-        batch_size=batch_size,
-        precision=dtype,
-        quantize=quantize_options(
+    with names_replaced({"scheme": "precision", "head": "quantize_head", "engine": "quantize_for"}):
+        quantize = quantize_options(
             scheme,
             head=quantize_head,
-            block_size=quantize_block,
+            group_size=group_size,
             keep=tuple(keep or ()),
             scales=scales,
             engine=quantize_for,
-        ),
-        fixed_shapes=fixed_shapes,
-        trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
-        weights=weights,
-        max_memory=parse_size(max_memory, flag="--max-memory") if max_memory is not None else None,
-        base=base,
-        num_layers=num_layers,
-        lookahead=lookahead,
-    )
-    if target == "tensorrt" and options.quantize and "tensorrt" not in options.quantize.engines:
-        advice = "add --quantize-for tensorrt" if scheme == "int4" else "choose int8, int4 or fp8"
-        raise OptionError(f"--precision {scheme} makes a graph for ONNX Runtime, and --target is tensorrt: {advice}")
+        )
+        options = BuildOptions(
+            block_size=block_size,
+            max_length=max_length,
+            batch_size=batch_size,
+            precision=dtype,
+            quantize=quantize,
+            fixed_shapes=fixed_shapes,
+            trained_with=_trained_with(trained_block_size, trained_fill, trained_loop),
+            weights=weights,
+            max_memory=parse_size(max_memory, flag="--max-memory") if max_memory is not None else None,
+            base=base,
+            num_layers=num_layers,
+            lookahead=lookahead,
+        )
+    if target == "tensorrt" and quantize:
+        _require_tensorrt(quantize)
     with progress_bar() as progress:
         done = export(checkpoint, output, options, force=force, progress=progress, say=say)
     size = bytes_text(done.report.bytes_written)
@@ -170,6 +175,16 @@ def build(
         from cllm_export.tensorrt.build_plan import build_plan
 
         typer.echo(f"wrote {build_plan(done.bundle, gpu=gpu, say=say).path}")
+
+
+def _require_tensorrt(quantize: QuantizeOptions) -> None:
+    """Refuse a quantised graph of which TensorRT makes no plan."""
+    if "tensorrt" not in quantize.form.engines:
+        other = quantize.spec.form("tensorrt")
+        advice = "add --quantize-for tensorrt" if other else f"choose {builds_for('tensorrt')}"
+        raise OptionError(
+            f"--precision {quantize.scheme} makes a graph for ONNX Runtime, and --target is tensorrt: {advice}"
+        )
 
 
 def _trained_with(block_size: int | None, fill: FillName | None, loop: Loop | None) -> TrainedWith | None:

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.bundle.quantization import SCHEMES
+from cllm_export.bundle.quantization import SCHEME_NAMES
 from cllm_export.cli.app import app
+from cllm_export.cli.flags import names_replaced
 from cllm_export.cli.options import (
     BlockSizeOption,
     BundleArgument,
@@ -131,7 +132,7 @@ def quantize(
         list[str],
         typer.Option(
             "--precision",
-            metavar="|".join(SCHEMES),
+            metavar="|".join(SCHEME_NAMES),
             help="How linear layers are quantised; repeat the option to choose the fastest of several here.",
         ),
     ],
@@ -146,9 +147,9 @@ def quantize(
             help="Largest share of the score that may be lost; without answers, the score is the share of equal texts.",
         ),
     ] = None,
-    quantize_block: Annotated[
+    group_size: Annotated[
         int | None,
-        typer.Option("--quantize-block", help="For int4: how many input channels share a scale: 32, 64 or 128."),
+        typer.Option("--group-size", help="For int4: how many input channels share a scale: 32, 64 or 128."),
     ] = None,
     quantize_for: QuantizeForOption = None,
     scales: Annotated[Path | None, typer.Option("--scales", help="The scales file that `calibrate` wrote.")] = None,
@@ -183,18 +184,19 @@ def quantize(
     if as_json:
         check_report_path(as_json)
     check_plots(plots)
-    options = FitOptions(
-        schemes=parse_schemes(precision),
-        budget=Budget(
-            tpf=parse_share("--max-tpf-loss", max_tpf_loss),
-            quality=None if max_quality_loss is None else parse_share("--max-quality-loss", max_quality_loss),
-        ),
-        block_size=quantize_block,
-        engine=quantize_for,
-        scales=scales,
-        always_rank=sensitivity or plots is not None,
-        held_out=HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads),
-    )
+    with names_replaced({"schemes": "precision", "engine": "quantize_for"}):
+        options = FitOptions(
+            schemes=parse_schemes(precision),
+            budget=Budget(
+                tpf=parse_share("--max-tpf-loss", max_tpf_loss),
+                quality=None if max_quality_loss is None else parse_share("--max-quality-loss", max_quality_loss),
+            ),
+            group_size=group_size,
+            engine=quantize_for,
+            scales=scales,
+            always_rank=sensitivity or plots is not None,
+            held_out=HeldOutOptions(block_size=block_size, fill=fill, max_new_tokens=max_new_tokens, threads=threads),
+        )
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
         chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)

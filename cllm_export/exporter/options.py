@@ -12,12 +12,13 @@ from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
 from cllm_export.bundle.manifest import (
     TrainedWith,
 )
+from cllm_export.bundle.quantization import ENGINE_TITLES
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length
 from cllm_export.exporter.graph.trace import geometry_of
-from cllm_export.exporter.quantize.rewrite import QuantizeOptions
+from cllm_export.exporter.quantize.options import QuantizeOptions
 from cllm_export.exporter.weights.weights import (
     ENGINE_DTYPE,
     is_linkable,
@@ -67,11 +68,20 @@ class BuildOptions:
                 require_at_least(name, getattr(self, name), 1)
         require_one_of("precision", self.precision, PRECISIONS)
         require_one_of("weights", self.weights, WEIGHTS_MODES)
-        if self.quantize and self.precision != "fp32" and "tensorrt" not in self.quantize.engines:
-            raise OptionError(
-                f"{self.quantize.scheme} for ONNX Runtime computes in fp32, got {self.precision}: leave --compute out"
-                f"{', or give --quantize-for tensorrt' if self.quantize.scheme == 'int4' else ''}"
-            )
+        if self.quantize:
+            self._require_compute(self.quantize)
+
+    def _require_compute(self, quantize: QuantizeOptions) -> None:
+        """Refuse a dtype that the quantised graph cannot compute in."""
+        if self.precision in quantize.form.compute:
+            return
+        engines = " and ".join(ENGINE_TITLES[engine] for engine in quantize.form.engines)
+        other = next((form for form in quantize.spec.forms if self.precision in form.compute), None)
+        raise OptionError(
+            f"{quantize.scheme} for {engines} computes in {' or '.join(quantize.form.compute)}, got {self.precision}: "
+            f"leave compute out{f', or give engine {other.engines[0]}' if other else ''}",
+            fields=("compute", "engine"),
+        )
 
 
 def require_linkable(options: BuildOptions, tensors: Mapping[str, TensorInfo]) -> None:

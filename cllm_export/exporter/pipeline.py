@@ -45,9 +45,10 @@ from cllm_export.exporter.options import BuildOptions, Settings, require_linkabl
 from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
 from cllm_export.exporter.quantize.gptq import factor_bytes
 from cllm_export.exporter.quantize.rewrite import quantize
-from cllm_export.exporter.quantize.static_layers import ColumnMaximum
+from cllm_export.exporter.quantize.scheme import ColumnMaximum
+from cllm_export.exporter.quantize.schemes import SCHEMES
 from cllm_export.exporter.stages import Stages
-from cllm_export.exporter.weights.memory import plan_memory, watched_memory
+from cllm_export.exporter.weights.memory import MemoryPlan, plan_memory, watched_memory
 from cllm_export.exporter.weights.weights import (
     WeightsFile,
     attach_weights,
@@ -148,22 +149,11 @@ class _Work:
 
     def run(self, path: Path, *, force: bool) -> BuildReport:
         options, stages = self._options, self.stages
-        with stages.stage("checkpoint"):
-            checkpoint, adapter = open_source(path, options.base, max_length=options.max_length)
-            if options.num_layers is not None:
-                checkpoint = checkpoint.with_layers(options.num_layers)
-            settings = settle(options, checkpoint)
-            wanted = check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
-            tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
-            check_dtypes(tensors)
+        checkpoint, adapter, settings, tensors = self._open(path)
         is_linked = options.weights == "link"
         if is_linked:
             require_linkable(options, tensors)
-        memory = plan_memory(
-            options.max_memory,
-            needed=smoke_bytes(tensors) if options.quantize else 0,
-            beside=factor_bytes(tensors) if options.quantize and options.quantize.is_gptq else 0,
-        )
+        memory = self._plan_memory(tensors)
         stages.say(f"weights: {options.weights}")
         stages.say(f"predicted peak memory {memory.peak / 1e6:,.0f} MB")
         self._require_early_space(tensors)
@@ -202,7 +192,7 @@ class _Work:
                     files = describe_files(staging, known)
                     write_manifest(staging, make_manifest(checkpoint, settings, graphs, layout, files, sums))
                 if options.quantize:
-                    self._require_sound(staging, checkpoint, adapter)
+                    self._require_sound(staging, checkpoint, adapter, SCHEMES[options.quantize.scheme].max_flips)
                 written = perf_counter()
             stages.took("to disk", perf_counter() - written)
         return BuildReport(
@@ -214,6 +204,29 @@ class _Work:
             peak=0,
             bytes_written=sum(entry.size for entry in files.values()),
             bytes_linked=sum(weight.length for weight in layout.linked.values()),
+        )
+
+    def _open(self, path: Path) -> tuple[Checkpoint, Adapter | None, Settings, dict[str, TensorInfo]]:
+        """The checkpoint with its adapter and its settled options, and those of its tensors that the model has."""
+        options = self._options
+        with self.stages.stage("checkpoint"):
+            checkpoint, adapter = open_source(path, options.base, max_length=options.max_length)
+            if options.num_layers is not None:
+                checkpoint = checkpoint.with_layers(options.num_layers)
+            settings = settle(options, checkpoint)
+            wanted = check_tensors(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
+            tensors = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
+            check_dtypes(tensors)
+        return checkpoint, adapter, settings, tensors
+
+    def _plan_memory(self, tensors: Mapping[str, TensorInfo]) -> MemoryPlan:
+        """The bytes that each stage may take, and those that quantisation needs for itself."""
+        quantize = self._options.quantize
+        reads_gram = quantize is not None and quantize.scales is not None and SCHEMES[quantize.scheme].reads_gram
+        return plan_memory(
+            self._options.max_memory,
+            needed=smoke_bytes(tensors) if quantize else 0,
+            beside=factor_bytes(tensors) if reads_gram else 0,
         )
 
     def _quantize(
@@ -246,10 +259,12 @@ class _Work:
             lint_graph(graph, ir.serde.serialize_model(graph.model))
         return None
 
-    def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None) -> None:
+    def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None, max_flips: float) -> None:
         """Let no quantised bundle take its place that does not compute its model any more."""
         with self.stages.stage("smoke"):
-            smoke = require_sound(open_bundle(staging), checkpoint, adapter, threads=available_threads())
+            smoke = require_sound(
+                open_bundle(staging), checkpoint, adapter, max_flips=max_flips, threads=available_threads()
+            )
         self.stages.say(
             f"of {smoke.tokens} random tokens {smoke.flips} are followed by another token than before; "
             f"the last layer is off by {smoke.distance:.1%}"

@@ -23,12 +23,12 @@ from cllm_export.bundle.manifest import (
     GraphEntry,
     Manifest,
 )
-from cllm_export.bundle.quantization import ENGINES
 from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.passes import pin_shapes, state_contract
-from cllm_export.exporter.lint.rules import ONNXRUNTIME_OPERATORS, require_clean
+from cllm_export.exporter.lint.rules import require_clean
 from cllm_export.exporter.options import Settings
+from cllm_export.exporter.quantize.schemes import SCHEMES
 from cllm_export.exporter.stages import Stages
 from cllm_export.exporter.weights.weights import (
     Layout,
@@ -54,8 +54,8 @@ def finish_graph(graph: DecoderGraph, settings: Settings, stages: Stages) -> Non
 
 def lint_graph(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
     """Hold the graph to TensorRT's rules, but for what quantises a graph that is not meant for it."""
-    engines = graph.quantization.engines if graph.quantization else ENGINES
-    require_clean(proto, unjudged=() if "tensorrt" in engines else ONNXRUNTIME_OPERATORS)
+    made = graph.quantization
+    require_clean(proto, unjudged=SCHEMES[made.scheme].unjudged if made and "tensorrt" not in made.engines else ())
 
 
 def write_graph(graph: DecoderGraph, name: str, directory: Path) -> None:

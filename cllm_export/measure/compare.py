@@ -119,7 +119,7 @@ def precision_name(bundle: Bundle) -> str:
     quantization = bundle.manifest.quantization
     if quantization is None:
         return bundle.manifest.precision
-    return f"{quantization.scheme}{f' /{quantization.block_size}' if quantization.block_size else ''}"
+    return f"{quantization.scheme}{f' /{quantization.group_size}' if quantization.group_size else ''}"
 
 
 def _check(bundles: Sequence[Bundle]) -> None:

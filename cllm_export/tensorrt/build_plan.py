@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
+from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import CllmExportError, GpuError, OptionError, PlanError
@@ -199,7 +200,7 @@ def _require_graph(bundle: Bundle) -> None:
     if quantization and "tensorrt" not in quantization.engines:
         raise PlanError(
             f"{bundle.path} is {quantization.scheme} for {', '.join(quantization.engines)}, with operators that "
-            "TensorRT has not: build the bundle with --precision int4 --quantize-for tensorrt, int8 or fp8"
+            f"TensorRT has not: build the bundle with {builds_for('tensorrt')}"
         )
 
 

@@ -95,10 +95,10 @@ REFUSED_BY_LOAD: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda path: (path / "bundle.json").write_bytes(b"\xff\xfe"),
         ("bundle.json", "cannot be read"),
     ),
-    "newer schema": (manifest(schema_version=99), ("schema_version 99", "reads 2", "upgrade cllm-export")),
+    "newer schema": (manifest(schema_version=99), ("schema_version 99", "reads 3", "upgrade cllm-export")),
     "older schema": (
-        manifest(schema_version=1),
-        ("schema_version 1", "cllm-export build CHECKPOINT --output", "--force"),
+        manifest(schema_version=2),
+        ("schema_version 2", "cllm-export build CHECKPOINT --output", "--force"),
     ),
     "newer contract": (manifest(contract_version=99), ("contract_version 99", "upgrade cllm-export")),
     "older contract": (manifest(contract_version=0), ("contract_version 0", "cllm-export build CHECKPOINT")),

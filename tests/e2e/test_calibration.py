@@ -135,7 +135,7 @@ def test_quantize_with_one_precision_takes_no_times(
     [
         (("--precision", "int4", "--precision", "int4"), "once for each scheme"),
         (("--precision", "int8-dynamic", "--scales", "f"), "--scales is for int8 and int4 and fp8"),
-        (("--precision", "int8-dynamic", "--quantize-block", 32), "--quantize-block is for int4"),
+        (("--precision", "int8-dynamic", "--group-size", 32), "--group-size is for int4"),
         (("--precision", "int8-dynamic", "--precision", "int4", "--quantize-for", "tensorrt"), "give one --precision"),
         (("--precision", "int4", "--max-quality-loss", "2"), "--max-quality-loss must be from 0%"),
     ],

@@ -36,13 +36,13 @@ def test_a_head_is_quantised_only_with_a_precision_that_quantises(cli: Cli, work
     [
         (("--precision", "int8"), "--precision int8 needs --scales"),
         (("--precision", "fp8"), "--precision fp8 needs --scales"),
-        (("--precision", "int8-dynamic", "--quantize-block", 64), "--quantize-block is for int4"),
-        (("--precision", "int4", "--quantize-block", 48), "one of 32, 64, 128, got 48"),
+        (("--precision", "int8-dynamic", "--group-size", 64), "--group-size is for int4"),
+        (("--precision", "int4", "--group-size", 48), "one of 32, 64, 128, got 48"),
         (("--precision", "int4", "--keep", "no.such.weight"), "--keep no.such.weight names no linear layer"),
         (("--precision", "int4", "--scales", "no-such-file"), "no-such-file cannot be read"),
         (("--precision", "int8-dynamic", "--quantize-for", "tensorrt"), "--quantize-for is for int4"),
         (("--quantize-for", "tensorrt"), "--quantize-for needs a --precision that quantises"),
-        (("--precision", "int4", "--quantize-for", "tensorrt", "--quantize-block", 128), "no whole number of blocks"),
+        (("--precision", "int4", "--quantize-for", "tensorrt", "--group-size", 128), "no whole number of groups"),
     ],
 )
 def test_options_that_do_not_fit_end_in_one_sentence_and_leave_nothing(
@@ -77,7 +77,7 @@ def test_int4_for_tensorrt_is_built_shown_and_verified(cli: Cli, workshop: Works
     small = workshop.checkpoint("small")
     built = cli("build", small, "--output", output, "--precision", "int4", "--quantize-for", "tensorrt")
     assert built.code == 0, built.err
-    assert "blocks of 32, for tensorrt" in " ".join(cli("inspect", output).out.split())
+    assert "groups of 32, for tensorrt" in " ".join(cli("inspect", output).out.split())
     verified = cli("verify", output, "--max-new-tokens", 4)
     assert verified.code == 0, verified.out
 

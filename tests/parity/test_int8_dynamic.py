@@ -25,7 +25,7 @@ from cllm_export.exporter.parity import smoke  # noqa: E402
 from cllm_export.exporter.parity.layer_parity import LayeredGraph  # noqa: E402
 from cllm_export.exporter.parity.smoke import require_sound  # noqa: E402
 from cllm_export.exporter.quantize import int8_dynamic  # noqa: E402
-from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
+from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
 from cllm_export.runtime.decoding.request import METHODS  # noqa: E402
 from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402

@@ -173,7 +173,7 @@ def test_a_bundle_with_operators_of_onnx_runtime_is_refused_before_anything_star
     record = Quantization(
         scheme="int4",
         method="round to nearest",
-        block_size=32,
+        group_size=32,
         engines=("onnxruntime",),
         weights=("weight",),
         kept={},

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
-from cllm_export.bundle.quantization import SCHEMES, Engine, Scheme
+from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, Engine, SchemeName, SchemeOption
 from cllm_export.bundle.scales import open_scales
 from cllm_export.bundle.storage import check_output, output_error, staged_output
 from cllm_export.calibration.search.fake_quantization import FakeQuantization
@@ -24,21 +24,12 @@ from cllm_export.calibration.search.sensitivity import StandIn
 from cllm_export.checks import require_one_of
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.exporter.quantize.options import QuantizeOptions, require_takers
 from cllm_export.extras import needs_extra
 from cllm_export.measure.compare import UNQUANTISED, CompareOptions, compare
 from cllm_export.progress import Progress
 from cllm_export.runtime.load import load
 from cllm_export.verification.files import require_source
-
-if TYPE_CHECKING:
-    from cllm_export.exporter.quantize.rewrite import QuantizeOptions
-
-TAKERS: dict[str, tuple[Scheme, ...]] = {
-    "--scales": ("int8", "int4", "fp8"),
-    "--quantize-block": ("int4",),
-    "--quantize-for": ("int4",),
-}
-"""Schemes that an option is for; the others are built without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +40,9 @@ class FitOptions:
         OptionError: no scheme, one twice, several for an engine that is not timed here, or an option that is for none.
     """
 
-    schemes: tuple[Scheme, ...]
+    schemes: tuple[SchemeName, ...]
     budget: Budget
-    block_size: int | None = None
+    group_size: int | None = None
     """Input channels that share a scale of a 4-bit weight."""
     engine: Engine | None = None
     """Engine that an ``int4`` graph is for."""
@@ -63,28 +54,36 @@ class FitOptions:
     def __post_init__(self) -> None:
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
             raise OptionError(
-                f"--precision must be given once for each scheme, got {', '.join(self.schemes) or 'none'}"
+                f"schemes must be given once for each scheme, got {', '.join(self.schemes) or 'none'}",
+                fields=("schemes",),
             )
         if len(self.schemes) > 1 and self.engine not in (None, "onnxruntime"):
             raise OptionError(
-                f"several precisions are told apart by their speed with ONNX Runtime: give one --precision with "
-                f"--quantize-for {self.engine}, got {', '.join(self.schemes)}"
+                f"several precisions are told apart by their speed with ONNX Runtime: give one precision with "
+                f"engine {self.engine}, got {', '.join(self.schemes)}",
+                fields=("precision", "engine"),
             )
-        for flag, given in (
-            ("--scales", self.scales),
-            ("--quantize-block", self.block_size),
-            ("--quantize-for", self.engine),
-        ):
-            if given is not None and not set(TAKERS[flag]) & set(self.schemes):
-                takers = " and ".join(TAKERS[flag])
-                raise OptionError(f"{flag} is for {takers}, got {given} with --precision {', '.join(self.schemes)}")
+        for name in get_args(SchemeOption):
+            if getattr(self, name) is not None:
+                require_takers(name, getattr(self, name), self.schemes)
+
+    def quantize(self, scheme: SchemeName, keep: tuple[str, ...]) -> QuantizeOptions:
+        """The options of one scheme's build: those of these that it takes."""
+        spec = SCHEME_SPECS[scheme]
+        return QuantizeOptions(
+            scheme=scheme,
+            keep=keep,
+            group_size=self.group_size if spec.takes("group_size") else None,
+            scales=self.scales if spec.takes("scales") else None,
+            engine=self.engine if spec.takes("engine") else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """What one scheme came to: a bundle within the budget, or why there is none."""
 
-    scheme: Scheme
+    scheme: SchemeName
     fit: Fit | None
     refused: str | None = None
 
@@ -116,15 +115,15 @@ class Choice:
         }
 
 
-def parse_schemes(given: Sequence[str]) -> tuple[Scheme, ...]:
+def parse_schemes(given: Sequence[str]) -> tuple[SchemeName, ...]:
     """Names as ``--precision`` was given them.
 
     Raises:
         OptionError: one is none.
     """
     for name in given:
-        require_one_of("--precision", name, SCHEMES)
-    return tuple(scheme for name in given for scheme in SCHEMES if scheme == name)
+        require_one_of("precision", name, SCHEME_NAMES)
+    return tuple(scheme for name in given for scheme in SCHEME_NAMES if scheme == name)
 
 
 def quantize(
@@ -178,11 +177,11 @@ def quantize(
     )
 
 
-def _stand_in(baseline: Bundle, scheme: Scheme, options: FitOptions) -> FakeQuantization:
-    scales = open_scales(options.scales) if options.scales and scheme in TAKERS["--scales"] else None
+def _stand_in(baseline: Bundle, scheme: SchemeName, options: FitOptions) -> FakeQuantization:
+    scales = open_scales(options.scales) if options.scales and SCHEME_SPECS[scheme].takes("scales") else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
-    return FakeQuantization(scheme=scheme, scales=scales, block=options.block_size or 32)
+    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size)
 
 
 def _fit(
@@ -210,7 +209,7 @@ def _fit(
 
 def _time(
     baseline: Bundle,
-    within: Mapping[Scheme, Bundle],
+    within: Mapping[SchemeName, Bundle],
     questions: Sequence[Question],
     options: HeldOutOptions,
     progress: Progress | None,
@@ -235,25 +234,13 @@ class _Builder:
         self._checkpoint, self._manifest = checkpoint, baseline.manifest
         self._directory, self._options = directory, options
 
-    def of(self, scheme: Scheme) -> Builder:
+    def of(self, scheme: SchemeName) -> Builder:
         """Builds by a scheme, in the place of its earlier bundle."""
-        return lambda keep: self._build(scheme, self._quantized(scheme, keep))
+        return lambda keep: self._build(scheme, self._options.quantize(scheme, keep))
 
     def unquantised(self) -> Bundle:
         """The bundle once more, with its weights in it, so that it can be moved."""
         return self._build(UNQUANTISED, None)
-
-    def _quantized(self, scheme: Scheme, keep: tuple[str, ...]) -> QuantizeOptions:
-        with needs_extra("export"):
-            from cllm_export.exporter.quantize.rewrite import QuantizeOptions
-        chosen = self._options
-        return QuantizeOptions(
-            scheme=scheme,
-            block_size=chosen.block_size if scheme in TAKERS["--quantize-block"] else None,
-            keep=keep,
-            scales=chosen.scales if scheme in TAKERS["--scales"] else None,
-            engine=chosen.engine if scheme in TAKERS["--quantize-for"] else None,
-        )
 
     def _build(self, name: str, quantized: QuantizeOptions | None) -> Bundle:
         with needs_extra("export"):

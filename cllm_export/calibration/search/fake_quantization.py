@@ -1,7 +1,8 @@
 """Stand-ins for quantised layers: weights and activations rounded as a scheme rounds them, in an fp32 graph.
 
-For ranking layers and trying sets of them in seconds instead of building a bundle for each. What a bundle really
-computes is the quantiser's matter, so whatever a stand-in promises is measured again on a bundle.
+For ranking layers and trying sets of them in seconds instead of building a bundle for each. The roundings are the
+exporter's own. What a bundle really computes is the quantiser's matter, so whatever a stand-in promises is measured
+again on a bundle.
 """
 
 from __future__ import annotations
@@ -11,46 +12,51 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.bundle.quantization import BELOW_PAIR, MAX_PAIR, PAIRED, SCHEMES, Scheme
+from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, SchemeName
 from cllm_export.bundle.scales import FloatArray, Scales
 from cllm_export.calibration.linear_inputs import LinearLayer
 from cllm_export.calibration.stored_weights import read_weight
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import CalibrationError
+from cllm_export.extras import needs_extra
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
-
-INT8_MAX, INT4_MAX, FLOAT8_MAX = 127, 7, 448
-FLOAT8_BITS, FLOAT8_LEAST = 3, -6
-"""Bits behind the first of an E4M3 number, and the exponent below which there are fewer (arXiv 2209.05433)."""
-SMOOTHING = 0.5
-"""Share of an activation's range that smoothing moves into the weight (arXiv 2211.10438)."""
+    import onnx_ir as ir
+    from onnx import ModelProto
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeQuantization:
     """What a scheme does to a linear layer.
 
-    ``int8-dynamic`` and ``int8``: 8-bit weights, a scale an output channel; activations with a scale a row, or one for
-    all rows after smoothing. ``int4``: 4-bit weights alone, a scale for each ``block`` input channels. ``fp8``: 8-bit
-    floats (E4M3) for both, a scale an output channel and one for all rows.
+    Raises:
+        CalibrationError: the scheme needs scales.
+        OptionError: an option is out of its range.
     """
 
-    scheme: Scheme
+    scheme: SchemeName
     scales: Scales | None = None
-    """What ``int8`` and ``fp8`` take their activation scales from."""
-    block: int = 32
+    """What the scheme takes its activation scales from, if it needs any."""
+    group_size: int | None = None
+    """Input channels that share a scale of a weight; by default the first of the scheme's sizes."""
 
     def __post_init__(self) -> None:
-        require_one_of("precision", self.scheme, SCHEMES)
-        require_at_least("block", self.block, 1)
-        if self.scheme in ("int8", "fp8") and self.scales is None:
+        require_one_of("scheme", self.scheme, SCHEME_NAMES)
+        if self.group_size is not None:
+            require_at_least("group_size", self.group_size, 1)
+        if SCHEME_SPECS[self.scheme].scales == "needed" and self.scales is None:
             raise CalibrationError(
-                f"{self.scheme} needs scales: make them with cllm-export calibrate, and give them as --scales"
+                f"{self.scheme} needs scales: make them with cllm-export calibrate, and give them as scales",
+                fields=("scales",),
             )
+
+    @property
+    def settled_group_size(self) -> int | None:
+        """Input channels that share a scale; None where the scheme has no groups."""
+        return self.group_size or next(iter(SCHEME_SPECS[self.scheme].group_sizes), None)
 
 
 def fake_quantized(
@@ -61,151 +67,80 @@ def fake_quantized(
     Raises:
         CalibrationError: the bundle is not fp32, or a layer has no scales.
     """
-    from onnx import ModelProto
-
     if bundle.manifest.precision != "fp32":
         raise CalibrationError(f"{bundle.path} is {bundle.manifest.precision}; stand-ins need an fp32 bundle")
-    copy = ModelProto()
-    copy.CopyFrom(graph)
+    with needs_extra("export"):
+        import onnx_ir as ir
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
+    model = ir.serde.deserialize_model(graph)
+    readers = {_weight_name(node): node for node in model.graph}
     weights = {}
     for layer in layers:
         stored = read_weight(bundle, initializers[layer.weight])
         matrix = stored if layer.transposed else stored.T  # [out, in]
-        rounded = _round_layer(copy, layer, matrix, how)
+        rounded = _round_layer(model.graph, readers[layer.weight], layer, matrix, how)
         weights[layer.weight] = np.ascontiguousarray(rounded if layer.transposed else rounded.T)
-    return copy, weights
+    return ir.serde.serialize_model(model), weights
 
 
-def round_blocks(matrix: FloatArray, largest: int, block: int) -> FloatArray:
-    """A matrix [out, in] rounded to integers up to ``largest``, one scale for ``block`` input channels, as fp32."""
-    out, width = matrix.shape
-    padded = np.pad(matrix, ((0, 0), (0, -width % block))).reshape(out, -1, block)
-    scales = np.abs(padded).max(axis=-1, keepdims=True) / largest
-    scales[scales == 0] = 1
-    rounded: FloatArray = (np.round(padded / scales) * scales).reshape(out, -1)[:, :width].astype(np.float32)
-    return rounded
+def _weight_name(node: ir.Node) -> str | None:
+    """What a MatMul or Gemm multiplies its rows by; None of any other node."""
+    weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+    return weight.name if weight else None
 
 
-def round_pairs(matrix: FloatArray) -> FloatArray:
-    """A matrix [out, in] rounded to 8 bits as ``int8-dynamic`` has them, one scale an output channel, as fp32."""
-    magnitudes = np.abs(np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % PAIRED))))
-    pairs = np.sort(magnitudes.reshape(matrix.shape[0], -1, PAIRED), axis=-1)[..., -2:].sum(axis=-1).max(axis=1)
-    scales = np.maximum(magnitudes.max(axis=1) / INT8_MAX, pairs / (MAX_PAIR * BELOW_PAIR))[:, None]
-    scales[scales == 0] = 1
-    rounded: FloatArray = (np.round(matrix / scales) * scales).astype(np.float32)
-    return rounded
+def _round_layer(
+    graph: ir.Graph, node: ir.Node, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization
+) -> FloatArray:
+    """Put what rounds the rows of a layer before it; its rounded weight [out, in]."""
+    import torch
 
+    from cllm_export.exporter.quantize.scheme import FakeInput
+    from cllm_export.exporter.quantize.schemes import SCHEMES
 
-def round_float8(matrix: FloatArray) -> FloatArray:
-    """A matrix [out, in] rounded to 8-bit floats (E4M3), one scale an output channel, as fp32."""
-    scales = np.abs(matrix).max(axis=1, keepdims=True) / FLOAT8_MAX
-    scales[scales == 0] = 1
-    _, exponents = np.frexp(matrix / scales)
-    steps = np.exp2(np.maximum(exponents - 1, FLOAT8_LEAST) - FLOAT8_BITS)
-    rounded: FloatArray = (np.round(matrix / scales / steps) * steps * scales).astype(np.float32)
-    return rounded
-
-
-def _round_layer(graph: ModelProto, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization) -> FloatArray:
-    if how.scheme == "int4":
-        return round_blocks(matrix, INT4_MAX, how.block)
-    if how.scheme == "int8-dynamic":
-        _put_before(graph, layer, _rounding_by_row(layer))
-        return round_pairs(matrix)
-    assert how.scales is not None
-    amax = how.scales.of(layer.tensors[0]).amax
-    if how.scheme == "fp8":
-        _put_before(graph, layer, _rounding_to_float8(graph, layer, float(amax.max()) / FLOAT8_MAX))
-        return round_float8(matrix)
-    smoothing = smoothing_factors(amax, np.abs(matrix).max(axis=0))
-    step = float((amax / smoothing).max()) / INT8_MAX
-    _put_before(graph, layer, _rounding_by_tensor(graph, layer, smoothing, step))
-    return round_blocks(matrix * smoothing, INT8_MAX, matrix.shape[1])
-
-
-def smoothing_factors(amax: FloatArray, weight_amax: FloatArray) -> FloatArray:
-    """What each input channel is divided by, and its column of the weight multiplied with; 1 where either is 0."""
-    usable = (amax > 0) & (weight_amax > 0)
-    factors = np.ones_like(amax)
-    factors[usable] = amax[usable] ** SMOOTHING / weight_amax[usable] ** (1 - SMOOTHING)
-    return factors
-
-
-def _rounding_by_row(layer: LinearLayer) -> list[NodeProto]:
-    """rows -> round(127 rows / a) a / 127 with a = max |row|; a row of zeros stays one."""
-    from onnx import helper
-
-    names = [
-        f"fake.{layer.weight}.{part}" for part in ("abs", "amax", "some", "ratio", "scaled", "codes", "back", "out")
-    ]
-    magnitude, amax, some, ratio, scaled, codes, back, out = names
-    limit, tiny = _constant(f"fake.{layer.weight}.limit", INT8_MAX), _constant(f"fake.{layer.weight}.tiny", 1e-30)
-    axis = helper.make_node("Constant", [], [f"fake.{layer.weight}.axis"], value_ints=[-1])
-    return [
-        limit,
-        tiny,
-        axis,
-        helper.make_node("Abs", [layer.rows], [magnitude]),
-        helper.make_node("ReduceMax", [magnitude, axis.output[0]], [amax], keepdims=1),
-        helper.make_node("Max", [amax, tiny.output[0]], [some]),
-        helper.make_node("Div", [layer.rows, some], [ratio]),
-        helper.make_node("Mul", [ratio, limit.output[0]], [scaled]),
-        helper.make_node("Round", [scaled], [codes]),
-        helper.make_node("Mul", [codes, some], [back]),
-        helper.make_node("Div", [back, limit.output[0]], [out]),
-    ]
-
-
-def _rounding_by_tensor(graph: ModelProto, layer: LinearLayer, smoothing: FloatArray, step: float) -> list[NodeProto]:
-    """rows -> clip(round(rows / (smoothing step))) step: what a smoothed weight takes."""
-    from onnx import helper, numpy_helper
-
-    name = f"fake.{layer.weight}"
-    graph.graph.initializer.append(numpy_helper.from_array(smoothing * np.float32(step), f"{name}.steps"))
-    low, high, back = (
-        _constant(f"{name}.{part}", value) for part, value in (("low", -INT8_MAX), ("high", INT8_MAX), ("step", step))
+    rows = node.inputs[0]
+    assert rows is not None
+    amax = how.scales.of(layer.tensors[0]).amax.copy() if how.scales else None
+    fake = SCHEMES[how.scheme].fake(
+        FakeInput(
+            constants=_Constants(graph),
+            name=f"fake.{layer.weight}",
+            rows=rows,
+            weight=torch.tensor(matrix),
+            group_size=how.settled_group_size,
+            amax=None if amax is None else torch.from_numpy(amax),
+        )
     )
-    return [
-        low,
-        high,
-        back,
-        helper.make_node("Div", [layer.rows, f"{name}.steps"], [f"{name}.ratio"]),
-        helper.make_node("Round", [f"{name}.ratio"], [f"{name}.rounded"]),
-        helper.make_node("Clip", [f"{name}.rounded", low.output[0], high.output[0]], [f"{name}.codes"]),
-        helper.make_node("Mul", [f"{name}.codes", back.output[0]], [f"{name}.out"]),
-    ]
+    if fake.nodes:
+        graph.insert_before(node, fake.nodes)
+        node.replace_input_with(0, fake.nodes[-1].outputs[0])
+    weight: FloatArray = fake.weight.numpy()
+    return weight
 
 
-def _rounding_to_float8(graph: ModelProto, layer: LinearLayer, step: float) -> list[NodeProto]:
-    """rows -> E4M3(rows / step) step, which saturates; rows that were always 0 stay as they are."""
-    from onnx import TensorProto, helper
+class _Constants:
+    """Constants of a graph, each an initializer of its own, named as no weight of a bundle is."""
 
-    name = f"fake.{layer.weight}"
-    zero = helper.make_tensor(f"{name}.zero", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
-    graph.graph.initializer.append(zero)
-    scale = _constant(f"{name}.step", step or 1.0)
-    given = [scale.output[0], zero.name]
-    return [
-        scale,
-        helper.make_node("QuantizeLinear", [layer.rows, *given], [f"{name}.codes"]),
-        helper.make_node("DequantizeLinear", [f"{name}.codes", *given], [f"{name}.out"]),
-    ]
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
 
+    def add_scalar(self, name: str, number: np.generic) -> ir.Value:
+        return self._add(name, np.asarray(number))
 
-def _constant(name: str, value: float) -> NodeProto:
-    from onnx import helper
+    def add_constant(self, values: list[int]) -> ir.Value:
+        return self._add("_".join(["const", *map(str, values)]), np.asarray(values, np.int64))
 
-    return helper.make_node("Constant", [], [name], value_float=float(value))
+    def add_values(self, name: str, values: FloatArray) -> ir.Value:
+        return self._add(name, values)
 
+    def _add(self, name: str, values: NDArray[np.generic]) -> ir.Value:
+        import onnx_ir as ir
 
-def _put_before(graph: ModelProto, layer: LinearLayer, nodes: list[NodeProto]) -> None:
-    """Let a layer read what the last of these nodes gives."""
-    position, node = next(
-        (index, node)
-        for index, node in enumerate(graph.graph.node)
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] == layer.weight
-    )
-    node.input[0] = nodes[-1].output[0]
-    for offset, added in enumerate(nodes):
-        graph.graph.node.insert(position + offset, added)
+        name = name if name.startswith("fake.") else f"fake.{name}"
+        if name not in self._graph.initializers:
+            tensor = ir.tensor(values, name=name)
+            value = ir.Value(
+                name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self._graph.register_initializer(value)
+        return self._graph.initializers[name]

@@ -63,11 +63,11 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 def _quantization_text(quantization: Mapping[str, Any]) -> str:
     """What was quantised and, by reason, how many weights were not."""
-    blocks = f", blocks of {quantization['block_size']}" if quantization["block_size"] else ""
+    groups = f", groups of {quantization['group_size']}" if quantization["group_size"] else ""
     reasons = Counter(quantization["kept"].values())
     kept = "; ".join(f"{count} kept ({reason})" for reason, count in sorted(reasons.items()))
     scheme, engines = quantization["scheme"], ", ".join(quantization["engines"])
-    return f"{scheme}, {quantization['method']}{blocks}, for {engines}: {len(quantization['weights'])} weights" + (
+    return f"{scheme}, {quantization['method']}{groups}, for {engines}: {len(quantization['weights'])} weights" + (
         f"; {kept}" if kept else ""
     )
 

@@ -11,10 +11,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cllm_export.bundle.quantization import BELOW_PAIR, MAX_PAIR, PAIRED
-
 INT8_MAX = 127
 """Symmetric: -128 is left out."""
+
+MAX_PAIR = 128
+"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
+signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
+not."""
+PAIRED = 4
+"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
+BELOW_PAIR = 1 - 2.0**-12
+"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
 
 
 class Rounded(NamedTuple):
@@ -37,6 +44,14 @@ class Rounding(Protocol):
     def __call__(self, rows: Tensor) -> Rounded:
         """Round rows in fp32, which it may change."""
         ...
+
+
+def restored(rounded: Rounded, width: int) -> Tensor:
+    """The rows [r, in] of this width, in fp32, that codes and scales stand for: with a scale a row, or with a scale a
+    group and two codes a byte."""
+    codes, scales = rounded
+    whole = unpacked(codes) if codes.dtype == torch.uint8 else codes
+    return (whole.float() * scales[..., None]).flatten(1)[:, :width]
 
 
 class _SignedChannels:
@@ -125,36 +140,36 @@ INT4_ZERO = 8
 """What stands for 0 where 4-bit integers are stored without a sign; they reach from -8 to 7."""
 
 STEPS = (7.0, 7.5, 8.0, 8.5)
-"""Steps from 0 to the largest magnitude of a block: of these, the one with the least squared error is taken."""
+"""Steps from 0 to the largest magnitude of a group: of these, the one with the least squared error is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockRounding:
-    """4 bits, round to nearest, one scale for each block of a row. As ONNX Runtime's MatMulNBits takes them: codes
-    [r, blocks, block / 2], two in a byte, the first one low; scales [r, blocks]. Zeros fill the last block."""
+class GroupRounding:
+    """4 bits, round to nearest, one scale for each group of a row. As ONNX Runtime's MatMulNBits takes them: codes
+    [r, groups, group / 2], two in a byte, the first one low; scales [r, groups]. Zeros fill the last group."""
 
-    block_size: int
+    group_size: int
 
     @property
     def code_dtype(self) -> torch.dtype:
         return torch.uint8
 
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        blocks = -(-width // self.block_size)
-        return (blocks, self.block_size // 2), (blocks,)
+        groups = -(-width // self.group_size)
+        return (groups, self.group_size // 2), (groups,)
 
     def __call__(self, rows: Tensor) -> Rounded:
-        blocks = in_blocks(rows, self.block_size)
-        scales = block_scales(blocks)
-        return Rounded(packed(int4_codes(blocks, scales)), scales)
+        groups = in_groups(rows, self.group_size)
+        scales = group_scales(groups)
+        return Rounded(packed(int4_codes(groups, scales)), scales)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SignedBlocks:
-    """Another rounding of 4 bits in blocks, stored with a sign, as ONNX's DequantizeLinear takes them: codes [r, in],
-    from -8 to 7, a byte each until they are written, and scales [r, blocks].
+class SignedGroups:
+    """Another rounding of 4 bits in groups, stored with a sign, as ONNX's DequantizeLinear takes them: codes [r, in],
+    from -8 to 7, a byte each until they are written, and scales [r, groups].
 
-    A block of zeros has scale 1: TensorRT takes positive scales alone.
+    A group of zeros has scale 1: TensorRT takes positive scales alone.
     """
 
     inner: Rounding
@@ -181,36 +196,36 @@ def positive(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales, 1.0)
 
 
-def in_blocks(rows: Tensor, block_size: int) -> Tensor:
-    """Rows [r, in] as [r, blocks, block], with zeros at the end."""
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % block_size))
-    return padded.view(rows.shape[0], -1, block_size)
+def in_groups(rows: Tensor, group_size: int) -> Tensor:
+    """Rows [r, in] as [r, groups, group], with zeros at the end."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
+    return padded.view(rows.shape[0], -1, group_size)
 
 
-def block_scales(blocks: Tensor) -> Tensor:
-    """The scale of each block [..., block] -> [...], 0 where it is zeros."""
-    largest = blocks.abs().amax(dim=-1)
+def group_scales(groups: Tensor) -> Tensor:
+    """The scale of each group [..., group] -> [...], 0 where it is zeros."""
+    largest = groups.abs().amax(dim=-1)
     best, least = largest / STEPS[0], torch.full_like(largest, torch.inf)
     for steps in STEPS:
         scales = largest / steps
-        error = (int4_codes(blocks, scales) * scales[..., None] - blocks).square_().sum(dim=-1)
+        error = (int4_codes(groups, scales) * scales[..., None] - groups).square_().sum(dim=-1)
         best = torch.where(error < least, scales, best)
         least = torch.minimum(error, least)
     return best
 
 
-def int4_codes(blocks: Tensor, scales: Tensor) -> Tensor:
+def int4_codes(groups: Tensor, scales: Tensor) -> Tensor:
     """Integers from -8 to 7, as floats."""
-    return torch.round(blocks / positive(scales)[..., None]).clamp_(-8, 7)
+    return torch.round(groups / positive(scales)[..., None]).clamp_(-8, 7)
 
 
 def packed(codes: Tensor) -> Tensor:
-    """Integers from -8 to 7 [..., block] as bytes [..., block / 2]."""
+    """Integers from -8 to 7 [..., group] as bytes [..., group / 2]."""
     shifted = (codes + INT4_ZERO).to(torch.uint8)
     return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
 
 
 def unpacked(codes: Tensor) -> Tensor:
-    """Bytes [..., block / 2] as integers from -8 to 7 [..., block], in 8 bits."""
+    """Bytes [..., group / 2] as integers from -8 to 7 [..., group], in 8 bits."""
     halves = torch.stack([codes & 15, codes >> 4], dim=-1)
     return halves.flatten(-2).to(torch.int8) - INT4_ZERO

@@ -123,9 +123,6 @@ REFUSED: dict[str, str] = {
 }
 """Operators that are easily met, and what to do instead."""
 
-ONNXRUNTIME_OPERATORS = frozenset({"MatMulInteger", "QuantizeLinear", "MatMulNBits"})
-"""What a bundle for ONNX Runtime alone may quantise with: integers without a sign, operators of its own."""
-
 TYPED_VALUES: dict[str, Callable[[NodeProto], Sequence[str]]] = {
     "Where": lambda node: node.input[1:2],
     "Cast": lambda node: [*node.input[:1], *node.output[:1]],

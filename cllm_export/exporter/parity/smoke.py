@@ -14,18 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.bundle.quantization import Scheme
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.checkpoint.adapter import Adapter
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.parity.layer_parity import LayeredGraph
 from cllm_export.exporter.parity.layer_reference import Float32Array, LayerRecord, LayerReference
-
-MAX_FLIPS: dict[Scheme, float] = {"int8-dynamic": 0.5, "int8": 0.5, "fp8": 0.5, "int4": 0.75}
-"""Share of greedy tokens that may differ from the unquantised model's. On random tokens margins are small: sound 8-bit
-bundles of tiny random models differ in a fifth of them, 4-bit ones in more than half; a broken layer leaves next to
-none alike."""
 
 MAX_DISTANCE = 1.0
 """Root mean square of a layer's error against that of its output: at 1 nothing is left of the model."""
@@ -55,8 +49,13 @@ def smoke_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return HELD * max(sizes.values())
 
 
-def require_sound(bundle: Bundle, checkpoint: Checkpoint, adapter: Adapter | None, *, threads: int) -> Smoke:
+def require_sound(
+    bundle: Bundle, checkpoint: Checkpoint, adapter: Adapter | None, *, max_flips: float, threads: int
+) -> Smoke:
     """Compare a few forwards of the bundle with the checkpoint, merged with its adapter if it has one.
+
+    Args:
+        max_flips: share of greedy tokens that may differ from the checkpoint's.
 
     Raises:
         QuantizationError: a layer's output is not finite or has nothing of the model's left, or too many greedy tokens
@@ -87,8 +86,7 @@ def require_sound(bundle: Bundle, checkpoint: Checkpoint, adapter: Adapter | Non
     )
     expected = reference.run(token_ids, visit).argmax(axis=-1)
     flips = int(np.sum(graph.head(token_ids, hidden.pop()) != expected))
-    assert manifest.quantization is not None
-    if flips > MAX_FLIPS[manifest.quantization.scheme] * len(token_ids):
+    if flips > max_flips * len(token_ids):
         raise QuantizationError(_broken(bundle, f"{flips} of {len(token_ids)} greedy tokens differ"))
     return Smoke(tokens=len(token_ids), flips=flips, distance=distance)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm_export.bundle.scales import Scales
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.checkpoint.files import TensorInfo
-from cllm_export.exporter.graph.rounding import Rounded, block_scales, int4_codes, packed
+from cllm_export.exporter.graph.rounding import Rounded, group_scales, int4_codes, packed
 
 DAMPING = 0.01
 """Share of the mean of the Gram matrix's diagonal that is added to it, as in the paper."""
@@ -69,9 +69,9 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GptqRounding:
-    """4 bits in blocks as ``BlockRounding`` stores them, each column chosen in view of those before it."""
+    """4 bits in groups as ``GroupRounding`` stores them, each column chosen in view of those before it."""
 
-    block_size: int
+    group_size: int
     tensor: str
     """A checkpoint tensor that reads the same input."""
     factors: Factors
@@ -81,25 +81,25 @@ class GptqRounding:
         return torch.uint8
 
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        blocks = -(-width // self.block_size)
-        return (blocks, self.block_size // 2), (blocks,)
+        groups = -(-width // self.group_size)
+        return (groups, self.group_size // 2), (groups,)
 
     def __call__(self, rows: Tensor) -> Rounded:
         factor = self.factors.of(self.tensor)
         count, width = rows.shape
-        codes = torch.zeros(count, -(-width // self.block_size), self.block_size)
+        codes = torch.zeros(count, -(-width // self.group_size), self.group_size)
         scales = torch.zeros(codes.shape[:2])
-        for block, start in enumerate(range(0, width, self.block_size)):
-            stop = min(start + self.block_size, width)
-            scales[:, block] = block_scales(rows[:, start:stop])
-            chosen, errors = self._columns(rows[:, start:stop], scales[:, block], factor[start:stop, start:stop])
-            codes[:, block, : stop - start] = chosen
+        for group, start in enumerate(range(0, width, self.group_size)):
+            stop = min(start + self.group_size, width)
+            scales[:, group] = group_scales(rows[:, start:stop])
+            chosen, errors = self._columns(rows[:, start:stop], scales[:, group], factor[start:stop, start:stop])
+            codes[:, group, : stop - start] = chosen
             rows[:, stop:] -= errors @ factor[start:stop, stop:]
         return Rounded(packed(codes), scales)
 
     @staticmethod
     def _columns(rows: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of a block [r, columns], and the error of each column over its diagonal entry of the factor."""
+        """Codes of a group [r, columns], and the error of each column over its diagonal entry of the factor."""
         codes, errors = torch.empty_like(rows), torch.empty_like(rows)
         for column in range(rows.shape[1]):
             values = rows[:, column]

@@ -1,52 +1,125 @@
-"""Layers of 4-bit weights in blocks of input channels: ONNX Runtime's fused operator.
+"""int4: 4-bit weights in groups of input channels that share a scale. Each engine has a graph of its own.
 
-The operator rounds what it takes to 8 bits, block by block of each row, which is twice as fast as multiplying in fp32
-and keeps rows apart.
+Both have the same integers and scales, rounded to nearest, or by GPTQ where there are scales of a calibration.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from cllm_export.errors import QuantizationError
 from cllm_export.exporter.graph.model import DecoderGraph
-from cllm_export.exporter.graph.rounding import BlockRounding, Rounding
+from cllm_export.exporter.graph.rounding import GroupRounding, Rounding, SignedGroups
 from cllm_export.exporter.quantize.gptq import Factors, GptqRounding
 from cllm_export.exporter.quantize.linear import Linear, add_rounded, put_in_place
+from cllm_export.exporter.quantize.scheme import (
+    ROUND_TO_NEAREST,
+    FakeInput,
+    FakeLayer,
+    LayerQuantizer,
+    Layers,
+    Scheme,
+)
 
 DOMAIN = "com.microsoft"
 INT8_ACTIVATIONS = 4
 """The operator's own number for what it computes in (``accuracy_level``)."""
 
+INPUT_CHANNELS = 0
+"""Axis of a weight [in, out] along which a group shares a scale."""
 
-class Int4Blocks:
-    """x [B, n, in] times a weight whose ``block_size`` input channels of an output channel share a scale.
 
-    Rounded to nearest; by GPTQ where there are ``factors`` of a calibration.
+class Int4Layers:
+    """What both forms share: how the weight of a layer becomes 4 bits.
+
+    Args:
+        factors: those of a calibration, for GPTQ; without them weights are rounded to nearest.
     """
 
-    def __init__(self, graph: DecoderGraph, block_size: int, factors: Factors | None = None) -> None:
+    def __init__(self, graph: DecoderGraph, group_size: int, factors: Factors | None = None) -> None:
         self._graph = graph
-        self._block_size = block_size
+        self._group_size = group_size
         self._factors = factors
-        graph.model.opset_imports[DOMAIN] = 1
+
+    @property
+    def method(self) -> str:
+        return ROUND_TO_NEAREST if self._factors is None else "GPTQ"
+
+    def _rounding(self, linear: Linear) -> Rounding:
+        if self._factors is None:
+            return GroupRounding(group_size=self._group_size)
+        return GptqRounding(group_size=self._group_size, tensor=linear.source.tensors[0], factors=self._factors)
+
+
+class Int4ForOnnxRuntime(Int4Layers):
+    """x [B, n, in] times a weight whose ``group_size`` input channels of an output channel share a scale, by ONNX
+    Runtime's fused operator.
+
+    The operator rounds what it takes to 8 bits, group by group of each row, which is twice as fast as multiplying in
+    fp32 and keeps rows apart.
+    """
 
     def replace(self, linear: Linear) -> None:
+        self._graph.model.opset_imports[DOMAIN] = 1
         out, width = linear.shape
-        rounding = int4_rounding(linear, self._block_size, self._factors)
-        weight, scales = add_rounded(self._graph, linear, rounding, transposed=False)
+        weight, scales = add_rounded(self._graph, linear, self._rounding(linear), transposed=False)
         attributes = {
             "K": width,
             "N": out,
             "bits": 4,
-            "block_size": self._block_size,
+            "block_size": self._group_size,
             "accuracy_level": INT8_ACTIVATIONS,
         }
         node = ir.node("MatMulNBits", [linear.rows, weight, scales], attributes, domain=DOMAIN)
         put_in_place(self._graph, linear.node, [node])
 
 
-def int4_rounding(linear: Linear, block_size: int, factors: Factors | None) -> Rounding:
-    """How the weight of a layer becomes 4 bits: by GPTQ where there are factors, else to nearest."""
-    if factors is None:
-        return BlockRounding(block_size=block_size)
-    return GptqRounding(block_size=block_size, tensor=linear.source.tensors[0], factors=factors)
+class Int4ForTensorRT(Int4Layers):
+    """x [B, n, in] times a weight [in, out] of signed 4-bit integers, with scales [in / group_size, out], by ONNX's own
+    DequantizeLinear before a MatMul.
+
+    TensorRT fuses the two into a kernel that reads 4 bits. Rows are multiplied as they are: nothing at run time has a
+    scale. ONNX Runtime dequantises once, when it loads the graph, and then multiplies in fp32: as right, and as large
+    and slow as an unquantised bundle.
+
+    Raises:
+        QuantizationError: a layer's input channels are no whole number of groups, or its output channels are odd.
+    """
+
+    def replace(self, linear: Linear) -> None:
+        self._require_whole(linear)
+        rounding = SignedGroups(inner=self._rounding(linear))
+        codes, scales = add_rounded(self._graph, linear, rounding, transposed=True)
+        weight = ir.node("DequantizeLinear", [codes, scales], {"axis": INPUT_CHANNELS, "block_size": self._group_size})
+        weight.outputs[0].type = ir.TensorType(self._graph.dtype)
+        put_in_place(self._graph, linear.node, [weight, ir.node("MatMul", [linear.rows, weight.outputs[0]])])
+
+    def _require_whole(self, linear: Linear) -> None:
+        """TensorRT infers the size of a group by a division; a byte of two rows could not be mapped by row."""
+        (out, width), keep = linear.shape, " ".join(f"keep={tensor}" for tensor in linear.source.tensors)
+        if width % self._group_size:
+            raise QuantizationError(
+                f"{linear.name} takes {width} channels, no whole number of groups of {self._group_size} as TensorRT "
+                f"needs them: choose another group_size, or leave it out with {keep}"
+            )
+        if out % 2:
+            raise QuantizationError(
+                f"{linear.name} gives {out} channels, and a byte holds two of 4 bits: leave it out with {keep}"
+            )
+
+
+class Int4(Scheme):
+    """4-bit weights, a scale for each group of input channels."""
+
+    def quantizer(self, layers: Layers) -> LayerQuantizer:
+        assert layers.group_size is not None
+        make = Int4ForTensorRT if "tensorrt" in layers.engines else Int4ForOnnxRuntime
+        return make(layers.graph, layers.group_size, Factors(layers.scales) if layers.scales else None)
+
+    def fake(self, layer: FakeInput) -> FakeLayer:
+        """Rounded to nearest even where there are scales: GPTQ takes too long to try every layer."""
+        assert layer.group_size is not None
+        return FakeLayer(layer.rounded(GroupRounding(group_size=layer.group_size)), [])
+
+
+INT4 = Int4(name="int4", max_flips=0.75, unjudged=frozenset({"MatMulNBits"}), reads_gram=True)

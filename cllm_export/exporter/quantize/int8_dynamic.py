@@ -1,4 +1,4 @@
-"""8-bit layers that quantise what they take at run time, row by row: ONNX Runtime's CPU provider.
+"""int8-dynamic: 8-bit layers that quantise what they take at run time, row by row. For ONNX Runtime's CPU provider.
 
 Rows must not see each other except through attention, or Jacobi decoding is not lossless any more. So an activation
 has a scale of its own in every row; ONNX's DynamicQuantizeLinear has one for the whole tensor, and with it the later
@@ -7,6 +7,8 @@ rows of a block and other slots change the first ones.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,6 +16,15 @@ from cllm_export.errors import QuantizationError
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.rounding import INT8_MAX, PairRounding
 from cllm_export.exporter.quantize.linear import Linear, add_rounded, put_in_place
+from cllm_export.exporter.quantize.scheme import (
+    ROUND_TO_NEAREST,
+    Constants,
+    FakeInput,
+    FakeLayer,
+    LayerQuantizer,
+    Layers,
+    Scheme,
+)
 
 MAX_WIDTH = (2**31 - 1) // INT8_MAX**2
 """Input channels of an 8-bit layer, at most: one more and a sum of products might not fit 32 bits."""
@@ -25,46 +36,84 @@ SCALED_OVER = [-1]
 """Axes that share a scale of an activation: its channels, and no axis of rows or slots."""
 
 
-class Int8Dynamic:
+class RowCodes(NamedTuple):
+    """Rows as integers, and the nodes that make them."""
+
+    nodes: list[ir.Node]
+    codes: ir.Value
+    largest: ir.Value
+    """The largest magnitude of each row."""
+
+
+class RowRounding:
+    """Rows as integers with a scale a row: codes = round(127 x / a) + 128, for x [B, n, in] with a = max |x| of a row.
+
+    127 x / a is one Div and one QuantizeLinear with scale 1 / 127. A row of zeros gives 0 / 0, whatever integers that
+    becomes, and then times 0: so 0 again.
+    """
+
+    def __init__(self, constants: Constants) -> None:
+        self._constants = constants
+        self.step = constants.add_scalar("row_step", np.float32(1 / INT8_MAX))
+        self.zero = constants.add_scalar("row_zero", np.uint8(ROW_ZERO))
+
+    def __call__(self, rows: ir.Value) -> RowCodes:
+        magnitude = ir.node("Abs", [rows])
+        axes = self._constants.add_constant(SCALED_OVER)
+        largest = ir.node("ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1})
+        ratio = ir.node("Div", [rows, largest.outputs[0]])
+        codes = ir.node("QuantizeLinear", [ratio.outputs[0], self.step, self.zero])
+        return RowCodes([magnitude, largest, ratio, codes], codes.outputs[0], largest.outputs[0])
+
+
+class Int8DynamicLayers:
     """8-bit weights, and activations with a scale a row. The product of their integers is exact on every processor.
 
-    For x [B, n, in] with a = max |x| of a row: codes = round(127 x / a) + 128, and the product of codes, in integers,
-    is multiplied by w_scale / 127 of its column and by a of its row. 127 x / a is one Div and one QuantizeLinear with
-    scale 1 / 127. A row of zeros gives 0 / 0, whatever integers that becomes, and then times 0: so 0 again.
+    The product of codes, in integers, is multiplied by w_scale / 127 of its column and by the largest magnitude of its
+    row.
 
     Raises:
         QuantizationError: a layer is too wide.
     """
 
+    method = ROUND_TO_NEAREST
+
     def __init__(self, graph: DecoderGraph) -> None:
         self._graph = graph
-        self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        """Activation -> its codes and the largest magnitude of each row, made once for all layers that take it."""
-        self._step = graph.add_scalar("row_step", np.float32(1 / INT8_MAX))
-        self._zero = graph.add_scalar("row_zero", np.uint8(ROW_ZERO))
+        self._round = RowRounding(graph)
+        self._rounded: dict[ir.Value, RowCodes] = {}
+        """Activation -> its codes, made once for all layers that take it."""
 
     def replace(self, linear: Linear) -> None:
         if linear.shape[1] > MAX_WIDTH:
             raise QuantizationError(
                 f"{linear.name} takes {linear.shape[1]} channels, beyond {MAX_WIDTH} in 32-bit sums"
             )
-        codes, largest = self._rows(linear)
+        if linear.rows not in self._rounded:
+            self._rounded[linear.rows] = self._round(linear.rows)
+            self._graph.graph.insert_before(linear.node, self._rounded[linear.rows].nodes)
+        _, codes, largest = self._rounded[linear.rows]
         rounding = PairRounding(scale_factor=1 / INT8_MAX)
         weight, scales = add_rounded(self._graph, linear, rounding, transposed=True)
-        product = ir.node("MatMulInteger", [codes, weight, self._zero])
+        product = ir.node("MatMulInteger", [codes, weight, self._round.zero])
         cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
         scaled = ir.node("Mul", [cast.outputs[0], scales])  # a DequantizeLinear does both and takes longer
         result = ir.node("Mul", [scaled.outputs[0], largest])
         put_in_place(self._graph, linear.node, [product, cast, scaled, result])
 
-    def _rows(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
-        rows = linear.rows
-        if rows not in self._quantized:
-            magnitude = ir.node("Abs", [rows])
-            axes = self._graph.add_constant(SCALED_OVER)
-            largest = ir.node("ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1})
-            ratio = ir.node("Div", [rows, largest.outputs[0]])
-            codes = ir.node("QuantizeLinear", [ratio.outputs[0], self._step, self._zero])
-            self._graph.graph.insert_before(linear.node, [magnitude, largest, ratio, codes])
-            self._quantized[rows] = codes.outputs[0], largest.outputs[0]
-        return self._quantized[rows]
+
+class Int8Dynamic(Scheme):
+    """8-bit integers, activations with a scale a row that is found at run time."""
+
+    def quantizer(self, layers: Layers) -> LayerQuantizer:
+        return Int8DynamicLayers(layers.graph)
+
+    def fake(self, layer: FakeInput) -> FakeLayer:
+        rounding = RowRounding(layer.constants)
+        nodes, codes, largest = rounding(layer.rows)
+        shares = ir.node("DequantizeLinear", [codes, rounding.step, rounding.zero])
+        restored = ir.node("Mul", [shares.outputs[0], largest])
+        return FakeLayer(layer.rounded(PairRounding()), [*nodes, shares, restored])
+
+
+INT8_DYNAMIC = Int8Dynamic(name="int8-dynamic", max_flips=0.5, unjudged=frozenset({"MatMulInteger", "QuantizeLinear"}))

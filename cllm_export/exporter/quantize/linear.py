@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
@@ -31,12 +31,6 @@ class Linear(NamedTuple):
         value = self.node.inputs[0]
         assert value is not None
         return value
-
-
-class LayerQuantizer(Protocol):
-    """Puts quantised layers in the place of others, by one scheme."""
-
-    def replace(self, linear: Linear) -> None: ...
 
 
 def linear_layers(graph: DecoderGraph) -> Iterator[Linear]:

@@ -1,4 +1,4 @@
-"""Layers whose activations have one scale, known before they run: 8-bit integers, or 8-bit floats (E4M3).
+"""Layers whose activations have one scale, known before they run: what int8 and fp8 have in common.
 
 QuantizeLinear and DequantizeLinear around a MatMul, symmetric, weights by output channel: the explicit form that
 TensorRT takes and ONNX Runtime runs. A scale that nothing at run time changes cannot let rows see each other.
@@ -6,7 +6,7 @@ TensorRT takes and ONNX Runtime runs. A scale that nothing at run time changes c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +18,22 @@ from torch import Tensor
 from cllm_export.bundle.scales import Scales
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.graph.model import DecoderGraph
-from cllm_export.exporter.graph.rounding import INT8_MAX, ChannelRounding, Float8Rounding, Rounding, ScaledRounding
+from cllm_export.exporter.graph.rounding import Rounding, ScaledRounding
 from cllm_export.exporter.quantize.linear import Linear, add_rounded, put_in_place
-
-FLOAT8_MAX = 448.0
-"""The largest number of E4M3."""
+from cllm_export.exporter.quantize.scheme import (
+    ROUND_TO_NEAREST,
+    ColumnMaximum,
+    FakeInput,
+    FakeLayer,
+    LayerQuantizer,
+    Layers,
+    Scheme,
+)
 
 SMOOTHING = 0.5
 """Share of an activation's range that moves into the weight, on a scale of powers (arXiv 2211.10438)."""
 
 NORMS = frozenset({"RMSNormalization", "LayerNormalization"})
-
-ColumnMaximum = Callable[[str], Tensor]
-"""Largest magnitude [in] of each column of a checkpoint tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +46,24 @@ class Format:
     smooth: bool
     """Whether outliers of channels are worth moving into the weight: integers have evenly spaced steps, floats not."""
 
+    def step(self, amax: Tensor, factors: Tensor | None) -> float:
+        """What the largest number of the format stands for one of: 0 where the activation was 0 in every row.
 
-INT8 = Format(largest=INT8_MAX, zero=np.int8(0), rounding=ChannelRounding(), smooth=True)
-FLOAT8 = Format(
-    largest=FLOAT8_MAX,
-    zero=ir.DataType.FLOAT8E4M3FN.numpy().type(0),
-    rounding=Float8Rounding(largest=FLOAT8_MAX),
-    smooth=False,
-)
+        Args:
+            amax: [in], the largest magnitude of each channel of the activation.
+            factors: [in], what each of them is divided by.
+        """
+        return float((amax if factors is None else amax / factors).max()) / self.largest
+
+    def rounding_of(self, factors: Tensor | None) -> Rounding:
+        """Rounds a weight whose columns are first multiplied by what the activation was divided by."""
+        return self.rounding if factors is None else ScaledRounding(inner=self.rounding, factors=factors)
+
+
+def rounded_rows(rows: ir.Value, step: ir.Value, zero: ir.Value) -> list[ir.Node]:
+    """Nodes of which the last gives the rows, rounded to multiples of a step."""
+    codes = ir.node("QuantizeLinear", [rows, step, zero])
+    return [codes, ir.node("DequantizeLinear", [codes.outputs[0], step, zero])]
 
 
 class StaticLayers:
@@ -69,14 +82,15 @@ class StaticLayers:
         self._kind = kind
         self._zero = graph.add_scalar("activation_zero", kind.zero)
         self._quantized: dict[ir.Value, ir.Value] = {}
-        scales.require_tensors({tensor: linear.shape[1] for linear in linears for tensor in linear.source.tensors})
         self._factors = self._smooth(linears, maximum) if kind.smooth else {}
         """Activation -> what each of its channels was divided by."""
 
+    @property
+    def method(self) -> str:
+        return "SmoothQuant" if self._kind.smooth else ROUND_TO_NEAREST
+
     def replace(self, linear: Linear) -> None:
-        factors = self._factors.get(linear.rows)
-        inner = self._kind.rounding
-        rounding = inner if factors is None else ScaledRounding(inner=inner, factors=factors)
+        rounding = self._kind.rounding_of(self._factors.get(linear.rows))
         codes, scales = add_rounded(self._graph, linear, rounding, transposed=True)
         weight = ir.node("DequantizeLinear", [codes, scales], {"axis": 1})
         weight.outputs[0].type = ir.TensorType(self._graph.dtype)
@@ -86,22 +100,22 @@ class StaticLayers:
     def _rows(self, linear: Linear) -> ir.Value:
         if linear.rows not in self._quantized:
             step = self._graph.add_scalar(f"{linear.name}.step", self._graph.dtype.numpy().type(self._step(linear)))
-            codes = ir.node("QuantizeLinear", [linear.rows, step, self._zero])
-            back = ir.node("DequantizeLinear", [codes.outputs[0], step, self._zero])
-            self._graph.graph.insert_before(linear.node, [codes, back])
-            self._quantized[linear.rows] = back.outputs[0]
+            nodes = rounded_rows(linear.rows, step, self._zero)
+            self._graph.graph.insert_before(linear.node, nodes)
+            self._quantized[linear.rows] = nodes[-1].outputs[0]
         return self._quantized[linear.rows]
 
     def _step(self, linear: Linear) -> float:
-        amax = torch.from_numpy(self._scales.of(linear.source.tensors[0]).amax.copy())
-        factors = self._factors.get(linear.rows)
-        largest = float((amax if factors is None else amax / factors).max())
-        if not largest > 0:
+        step = self._kind.step(self._amax(linear), self._factors.get(linear.rows))
+        if not step > 0:
             raise QuantizationError(
                 f"what {linear.name} takes was 0 in every row of the calibration, so it has no scale: "
-                f"calibrate with other prompts, or leave it out with --keep {linear.source.tensors[0]}"
+                f"calibrate with other prompts, or leave it out with keep={linear.source.tensors[0]}"
             )
-        return largest / self._kind.largest
+        return step
+
+    def _amax(self, linear: Linear) -> Tensor:
+        return torch.from_numpy(self._scales.of(linear.source.tensors[0]).amax.copy())
 
     def _smooth(self, linears: Sequence[Linear], maximum: ColumnMaximum) -> dict[ir.Value, Tensor]:
         """Divide the channels of each norm that feeds quantised layers alone, in its own stored scale."""
@@ -115,8 +129,7 @@ class StaticLayers:
             if norm is None or norm.op_type not in NORMS or not alone or not self._is_own(norm):
                 continue
             weight = torch.stack([maximum(tensor) for linear in group for tensor in linear.source.tensors]).amax(dim=0)
-            amax = torch.from_numpy(self._scales.of(group[0].source.tensors[0]).amax.copy())
-            factors[rows] = smoothing_factors(amax, weight)
+            factors[rows] = smoothing_factors(self._amax(group[0]), weight)
             self._divide(norm, factors[rows])
         return factors
 
@@ -137,3 +150,29 @@ def smoothing_factors(amax: Tensor, weight_amax: Tensor) -> Tensor:
     usable = (amax > 0) & (weight_amax > 0)
     factors: Any = amax.clamp(min=1e-30) ** SMOOTHING / weight_amax.clamp(min=1e-30) ** (1 - SMOOTHING)
     return torch.where(usable, factors, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticScheme(Scheme):
+    """Weights and activations in one format, activations with one scale of a calibration for all rows."""
+
+    format: Format
+
+    def quantizer(self, layers: Layers) -> LayerQuantizer:
+        assert layers.scales is not None
+        return StaticLayers(layers.graph, layers.scales, self.format, layers.chosen, layers.column_maximum)
+
+    def fake(self, layer: FakeInput) -> FakeLayer:
+        """Smoothed on its own, whatever makes its rows: a graph that is built smooths only what a norm makes."""
+        assert layer.amax is not None
+        kind = self.format
+        factors = smoothing_factors(layer.amax, layer.weight.abs().amax(dim=0)) if kind.smooth else None
+        step = kind.step(layer.amax, factors) or 1.0
+        constants, before, rows = layer.constants, [], layer.rows
+        if factors is not None:
+            divisor = constants.add_values(f"{layer.name}.factors", factors.numpy())
+            before = [ir.node("Div", [rows, divisor])]
+            rows = before[0].outputs[0]
+        zero = constants.add_scalar("activation_zero", kind.zero)
+        after = rounded_rows(rows, constants.add_scalar(f"{layer.name}.step", np.float32(step)), zero)
+        return FakeLayer(layer.rounded(kind.rounding_of(factors)), [*before, *after])

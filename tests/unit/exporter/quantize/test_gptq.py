@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 
 from cllm_export.bundle.scales import Scales  # noqa: E402 - after the skip
 from cllm_export.errors import QuantizationError  # noqa: E402
-from cllm_export.exporter.graph.rounding import INT4_ZERO, BlockRounding, Rounded  # noqa: E402
+from cllm_export.exporter.graph.rounding import INT4_ZERO, GroupRounding, Rounded  # noqa: E402
 from cllm_export.exporter.quantize.gptq import Factors, GptqRounding  # noqa: E402
 
-WIDTH, BLOCK = 72, 32
+WIDTH, GROUP = 72, 32
 
 
 class OneInput:
@@ -41,7 +41,7 @@ def correlated_rows(seed: int = 0) -> torch.Tensor:
 
 
 def gptq(rows: torch.Tensor) -> GptqRounding:
-    return GptqRounding(block_size=BLOCK, tensor="layer", factors=Factors(cast(Scales, OneInput(rows))))
+    return GptqRounding(group_size=GROUP, tensor="layer", factors=Factors(cast(Scales, OneInput(rows))))
 
 
 def restored(rounded: Rounded) -> torch.Tensor:
@@ -55,9 +55,9 @@ def test_it_halves_the_error_of_the_output():
     weight = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1))
     error = {
         type(rounding).__name__: float((rows @ (restored(rounding(weight.clone())) - weight).T).square().mean())
-        for rounding in (BlockRounding(block_size=BLOCK), gptq(rows))
+        for rounding in (GroupRounding(group_size=GROUP), gptq(rows))
     }
-    assert error["GptqRounding"] < 0.5 * error["BlockRounding"], error
+    assert error["GptqRounding"] < 0.5 * error["GroupRounding"], error
 
 
 def test_rows_are_rounded_on_their_own():
@@ -72,7 +72,7 @@ def test_rows_are_rounded_on_their_own():
 def test_without_correlation_it_is_round_to_nearest():
     rows = torch.eye(WIDTH)
     weight = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(gptq(rows)(weight.clone()).codes, BlockRounding(block_size=BLOCK)(weight.clone()).codes)
+    assert torch.equal(gptq(rows)(weight.clone()).codes, GroupRounding(group_size=GROUP)(weight.clone()).codes)
 
 
 def test_a_gram_matrix_without_an_inverse_is_refused_by_name():

@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from cllm_export.bundle.quantization import MAX_PAIR, PAIRED  # noqa: E402
 from cllm_export.exporter.graph.rounding import (  # noqa: E402 - after the skip
     INT4_ZERO,
-    BlockRounding,
+    MAX_PAIR,
+    PAIRED,
     ChannelRounding,
     Float8Rounding,
+    GroupRounding,
     PairRounding,
     Rounding,
     ScaledRounding,
-    SignedBlocks,
+    SignedGroups,
 )
 from tests.fakes import properties  # noqa: E402
 
@@ -74,7 +75,7 @@ def test_rows_are_rounded_on_their_own(split: int, seed: int):
         ChannelRounding(),
         PairRounding(),
         Float8Rounding(largest=448.0),
-        SignedBlocks(inner=BlockRounding(block_size=32)),
+        SignedGroups(inner=GroupRounding(group_size=32)),
     ],
 )
 def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
@@ -85,14 +86,14 @@ def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
 
 @properties
 @given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
-def test_signed_blocks_hold_the_numbers_of_the_rounding_inside(rows: int, width: int, seed: int):
-    inner, values = BlockRounding(block_size=32), random_rows(rows, width, seed)
+def test_signed_groups_hold_the_numbers_of_the_rounding_inside(rows: int, width: int, seed: int):
+    inner, values = GroupRounding(group_size=32), random_rows(rows, width, seed)
     codes, scales = inner(values.clone())
-    signed = SignedBlocks(inner=inner)(values.clone())
+    signed = SignedGroups(inner=inner)(values.clone())
     halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
     assert torch.equal(signed.codes.float(), halves.flatten(1)[:, :width])
     assert torch.equal(signed.scales, scales)
-    assert (signed.codes.shape[1:], signed.scales.shape[1:]) == SignedBlocks(inner=inner).row_shapes(width)
+    assert (signed.codes.shape[1:], signed.scales.shape[1:]) == SignedGroups(inner=inner).row_shapes(width)
 
 
 def test_scales_carry_the_other_factor_of_a_product():
@@ -106,12 +107,12 @@ def test_scales_carry_the_other_factor_of_a_product():
 @given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
 def test_four_bit_values_are_a_step_away_at_most(rows: int, width: int, seed: int):
     values = random_rows(rows, width, seed)
-    codes, scales = BlockRounding(block_size=32)(values.clone())
+    codes, scales = GroupRounding(group_size=32)(values.clone())
     unpacked = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
     restored = (unpacked * scales[..., None]).flatten(1)
     padded = torch.nn.functional.pad(values, (0, restored.shape[1] - width))
     largest = padded.view(rows, -1, 32).abs().amax(dim=-1)
-    # the coarsest step is a seventh of the block's largest; the finest leaves 1.5 of 8.5 steps of it to be clipped
+    # the coarsest step is a seventh of the group's largest; the finest leaves 1.5 of 8.5 steps of it to be clipped
     assert ((restored - padded).abs().view(rows, -1, 32) <= 1.5 / 8.5 * largest[..., None] * FEW_ROUNDINGS).all()
     assert restored[:, width:].eq(0).all()
 

@@ -1,0 +1,66 @@
+"""Errors as the command line shows them: the name of an option becomes its flag."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cllm_export.errors import CllmExportError, OptionError
+
+VALUE = r"=(?P<value>True|False|'[^']*'|-?[\w.]*\w)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """How an option is spelled on the command line."""
+
+    on: str
+    off: str | None = None
+    """What turns a switch off."""
+    is_switch: bool = False
+
+
+def replace_words(text: str, words: Mapping[str, str]) -> str:
+    """Replace whole words, but none that is quoted or part of a path or flag: those are what the user wrote."""
+    return _replaced(text, list(words), "", lambda found: words[found["name"]])
+
+
+@contextmanager
+def names_replaced(names: Mapping[str, str]) -> Iterator[None]:
+    """Name the parameters of a command in errors that name fields."""
+    try:
+        yield
+    except OptionError as error:
+        words = {field: names.get(field, field) for field in error.fields}
+        if all(field == name for field, name in words.items()):
+            raise
+        raise OptionError(replace_words(str(error), words), fields=tuple(words.values())) from error
+
+
+def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
+    """The message, with flags in place of the names of options.
+
+    ``name=value`` becomes ``--name value``, and ``name=False`` what turns a switch off. A name alone is replaced where
+    it has an underscore, which no other word has, or is one of the error's ``fields``.
+
+    Args:
+        flags: by the name of the field.
+    """
+    text = _replaced(str(error), list(flags), VALUE, lambda found: _with_value(flags[found["name"]], found["value"]))
+    named = [name for name in flags if "_" in name or name in error.fields]
+    return replace_words(text, {name: flags[name].on for name in named})
+
+
+def _replaced(text: str, names: list[str], suffix: str, by: Callable[[re.Match[str]], str]) -> str:
+    if not names:
+        return text
+    either = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    return re.sub(rf"(?<![\w'\"./-])(?P<name>{either}){suffix}(?![\w'\"/=-]|\.\w)", by, text)
+
+
+def _with_value(flag: Flag, value: str) -> str:
+    if flag.is_switch:
+        return flag.on if value != "False" else flag.off or f"no {flag.on}"
+    return f"{flag.on} {value.strip(chr(39))}"

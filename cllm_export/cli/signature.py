@@ -1,0 +1,220 @@
+"""A command's parameters, made from the dataclasses that they fill: each option is written once, in its class."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from cllm_export.checks import OptionSpec, option_specs
+from cllm_export.cli.flags import names_replaced
+from cllm_export.errors import OptionError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Parse = Callable[..., Any]
+
+RENAMED = "renamed_fields"
+"""Attribute of a command: the parameters of fields that are spelled otherwise than their field."""
+NUMBERS = {int: "INTEGER", float: "FLOAT"}
+
+
+def with_options(
+    cls: type[Any],
+    *,
+    names: Mapping[str, str] | None = None,
+    exclude: Collection[str] = (),
+    parse: Mapping[str, Parse] | None = None,
+    metavars: Mapping[str, str] | None = None,
+) -> Callable[[Command], Command]:
+    """Replace a command's parameter of this class by one parameter for each of the class's ``option`` fields.
+
+    The parameter is found by its annotation, ``Class`` or ``Class | None``, and the command gets an instance of the
+    class in it. A parameter takes its type, default, help and range from its field. Its flag is the spec's ``flag``,
+    else ``--name-with-dashes``. The class checks the range, so that one message serves Python and the command line.
+    An instance of ``Class | None`` is built where its required options are given; they go together with the others.
+
+    Use it below ``@app.command()``, once for each class.
+
+    Args:
+        cls: a dataclass whose module loads nothing heavy.
+        names: parameter names by field name, where two classes have a field of the same name.
+        exclude: fields that the command does not offer; they keep their defaults. Fields of hidden specs do as well.
+        parse: functions from what the user writes to a field's value, by field name. A function's first parameter is
+            annotated ``str``, or ``list[str]`` for an option that may be repeated.
+        metavars: by field name, what the help shows in place of the type.
+
+    Raises:
+        TypeError: the command has no parameter of the class, or two parameters get one name.
+    """
+    offered = _offered(cls, names or {}, exclude, parse or {}, metavars or {})
+
+    def decorate(command: Command) -> Command:
+        target = _parameter_of(command, cls)
+
+        @functools.wraps(command)
+        def run(**given: Any) -> Any:
+            values = {entry.field.name: entry.value(given.pop(entry.name)) for entry in offered}
+            return command(**given, **{target.name: _instance(cls, values, offered, target)})
+
+        parameters = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            replaced = [entry.parameter(target) for entry in offered] if parameter.name == target.name else [parameter]
+            parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in replaced]
+        _require_distinct(parameters, command)
+        _describe(run, parameters, {entry.field.name: entry.name for entry in offered})
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def renamed_fields(command: Callable[..., Any] | None) -> dict[str, str]:
+    """Parameter names of a command by field name, where they differ."""
+    return dict(getattr(command, RENAMED, {}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Offered:
+    """A field that is a parameter."""
+
+    name: str
+    field: dataclasses.Field[Any]
+    hint: Any
+    spec: OptionSpec
+    parse: Parse | None
+    metavar: str | None
+
+    @property
+    def is_required(self) -> bool:
+        return self.field.default is dataclasses.MISSING
+
+    @property
+    def default(self) -> Any:
+        """What the command line shows as the default; None stands for the field's own, see ``value``."""
+        default = None if self.is_required or self.parse else self.field.default
+        return (list(default) or None) if isinstance(default, tuple) else default
+
+    def value(self, given: Any) -> Any:
+        """The field's value for what the command line gave."""
+        if given is None:
+            return None if self.is_required else self.field.default
+        if self.parse:
+            return self.parse(given)
+        return tuple(given) if isinstance(given, list) else given
+
+    def parameter(self, target: inspect.Parameter) -> inspect.Parameter:
+        kind = _kind_of(self.hint, self.parse)
+        must_be_given = self.is_required and not _allows_none(target.annotation)
+        info = typer.Option(
+            *(self.spec.flag or _flag(self.name, kind, self.default)).split(),
+            help=self.spec.help,
+            metavar=self.metavar or _range_metavar(self.spec, kind),
+            show_default=not (must_be_given or self.default is None),
+        )
+        annotation = kind if must_be_given or self.default is not None else kind | None
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[annotation, info],
+            default=inspect.Parameter.empty if must_be_given else self.default,
+        )
+
+
+def _offered(
+    cls: type[Any],
+    names: Mapping[str, str],
+    exclude: Collection[str],
+    parse: Mapping[str, Parse],
+    metavars: Mapping[str, str],
+) -> list[_Offered]:
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, get_type_hints(cls)
+    specs = option_specs(cls)
+    if unknown := {*names, *exclude, *parse, *metavars} - set(specs):
+        raise TypeError(f"{cls.__name__} has no options {', '.join(sorted(unknown))}")
+    return [
+        _Offered(
+            name=names.get(name, name),
+            field=fields[name],
+            hint=hints[name],
+            spec=spec,
+            parse=parse.get(name),
+            metavar=metavars.get(name),
+        )
+        for name, spec in specs.items()
+        if name not in exclude and not spec.hidden
+    ]
+
+
+def _parameter_of(command: Callable[..., Any], cls: type[Any]) -> inspect.Parameter:
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.annotation is cls or cls in get_args(parameter.annotation):
+            return parameter
+    raise TypeError(f"{command.__name__} has no parameter of {cls.__name__}")
+
+
+def _instance(cls: type[Any], values: dict[str, Any], offered: list[_Offered], target: inspect.Parameter) -> Any:
+    """The class's instance; None where nothing of an optional one was given.
+
+    Raises:
+        OptionError: an option is out of its range, or stands without what it needs.
+    """
+    missing = [entry.field.name for entry in offered if entry.is_required and values[entry.field.name] is None]
+    if not missing or not _allows_none(target.annotation):
+        with names_replaced({entry.field.name: entry.name for entry in offered}):
+            return cls(**values)
+    for entry in offered:
+        name = entry.field.name
+        if name not in missing and values[name] != (None if entry.is_required else entry.field.default):
+            needed = next(other.name for other in offered if other.field.name == missing[0])
+            raise OptionError(f"{entry.name} needs {needed}", fields=(entry.name, needed))
+    return None
+
+
+def _describe(run: Any, parameters: list[inspect.Parameter], names: Mapping[str, str]) -> None:
+    """What Typer reads of a command."""
+    run.__signature__ = inspect.Signature(parameters, return_annotation=None)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    setattr(run, RENAMED, renamed_fields(run) | {field: name for field, name in names.items() if field != name})
+
+
+def _require_distinct(parameters: list[inspect.Parameter], command: Callable[..., Any]) -> None:
+    seen: set[str] = set()
+    for parameter in parameters:
+        if parameter.name in seen:
+            raise TypeError(f"{command.__name__} has two parameters {parameter.name}: give one a name in `names`")
+        seen.add(parameter.name)
+
+
+def _allows_none(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
+
+
+def _kind_of(hint: Any, parse: Parse | None) -> Any:
+    """The type that Typer is told: without None, and a list where the field has a tuple."""
+    if parse is not None:
+        return next(iter(inspect.signature(parse, eval_str=True).parameters.values())).annotation
+    if _allows_none(hint):
+        [hint] = [kind for kind in get_args(hint) if kind is not NoneType]
+    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
+
+
+def _flag(name: str, kind: Any, default: Any) -> str:
+    dashed = name.replace("_", "-")
+    return f"--{dashed}/--no-{dashed}" if kind is bool and default is not False else f"--{dashed}"
+
+
+def _range_metavar(spec: OptionSpec, kind: Any) -> str | None:
+    """The type with its range, such as ``INTEGER 0<=x<=5``; None where the range is open on both sides."""
+    number = NUMBERS.get(get_args(kind)[0] if get_origin(kind) is list else kind)
+    low = f"{spec.minimum:g}<=" if spec.minimum is not None else f"{spec.above:g}<" if spec.above is not None else ""
+    high = f"<={spec.maximum:g}" if spec.maximum is not None else ""
+    if number is None or not (low or high):
+        return None
+    if not high:
+        bound, sign = (spec.minimum, ">=") if spec.minimum is not None else (spec.above, ">")
+        return f"{number} x{sign}{bound:g}"
+    return f"{number} {low}x{high}"

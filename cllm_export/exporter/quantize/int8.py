@@ -1,0 +1,14 @@
+"""int8: 8-bit integers, activations with one scale of a calibration; outliers of channels move into the weight."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cllm_export.exporter.graph.rounding import INT8_MAX, ChannelRounding
+from cllm_export.exporter.quantize.static_layers import Format, StaticScheme
+
+INT8 = StaticScheme(
+    name="int8",
+    max_flips=0.5,
+    format=Format(largest=INT8_MAX, zero=np.int8(0), rounding=ChannelRounding(), smooth=True),
+)
