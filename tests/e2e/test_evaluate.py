@@ -191,7 +191,7 @@ def test_without_the_extras_each_thing_prints_its_install_line(
     workshop: Workshop, bundle: Path, prompt_file: Path, tmp_path: Path
 ):
     prompts = ("--task", "prompts", "--data", prompt_file, *FEW)
-    lean = without("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "sqlglot")
+    lean = without("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "sqlglot")
     run_process("evaluate", bundle, *prompts, prelude=lean, check=True)
     checkpoint = workshop.checkpoint("llama")
     assert_refused(run_process("evaluate", checkpoint, *prompts, prelude=lean), TRAIN_INSTALL)
