@@ -75,7 +75,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; what stood there still does.
     """
-    if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file()):
+    if _is_stream(path):
         yield path
         return
     target = Path(os.path.realpath(path))
@@ -122,15 +122,24 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_file(path: Path) -> None:
-    """Find out, before any work, that a file could not be written.
+def check_report_path(path: Path) -> None:
+    """Find out, before the work that goes into it, that a report could not be written.
 
     Raises:
         OutputError: it is a directory, or lies in one that does not exist or takes no file.
     """
     directory = path.absolute().parent
+    if _is_stream(path) and not path.is_dir():
+        return
     if path.is_dir() or not directory.is_dir() or not os.access(directory, os.W_OK):
-        raise OutputError(f"cannot write {path}: give a file in a directory that exists and can be written")
+        raise OutputError(
+            f"cannot write the report to {path}: give a file in a directory that exists and can be written"
+        )
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether no file may take its place: a pipe, a device, a directory."""
+    return path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file())
 
 
 def unfinished_files(directory: Path) -> list[Path]:
