@@ -10,7 +10,7 @@ from cllm_export.errors import MissingExtraError
 
 Extra = Literal["export", "train", "sentencepiece"]
 
-_EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+_EXPORT = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript")
 _PACKAGES: dict[Extra, tuple[str, ...]] = {
     "export": _EXPORT,
     "train": (*_EXPORT, "pyarrow", "accelerate", "peft", "tensorboard"),

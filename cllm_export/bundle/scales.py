@@ -10,17 +10,14 @@ One safetensors file of float32. For each input of a linear layer, *in* channels
 
 Layers that read the same value (the three projections of an attention; gate and up) share one input, whose NAME is the
 first of their tensors. Each is found by the name that its weight has in the checkpoint, which exporter and bundle both
-know. How it was made stands in the header, with a checksum over the file. Needs numpy alone; it neither collects
-statistics nor quantises.
+know. How it was made stands in the header, with a checksum over the file. Nothing here collects statistics or
+quantises.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -29,10 +26,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
-from cllm_export.bundle.linked_weights import read_places
-from cllm_export.bundle.manifest import Bundle, FillName, Loop
-from cllm_export.bundle.storage import output_error, sync_directory
+from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.safetensors_header import make_header, read_header
+from cllm_export.bundle.storage import output_error, whole_file
 from cllm_export.checks import from_fields, require_at_least
 from cllm_export.errors import OutputError, ScalesError
 
@@ -163,19 +161,6 @@ class Scales:
                 f"{fingerprint[:12]}); {AGAIN} on a bundle of this checkpoint"
             )
 
-    def require_bundle(self, bundle: Bundle) -> None:
-        """Refuse scales of another bundle.
-
-        Raises:
-            ScalesError: they are.
-        """
-        own = self.provenance.bundle_fingerprint
-        if own != bundle.fingerprint:
-            raise ScalesError(
-                f"{self.path} was calibrated with another bundle (fingerprint {own[:12]}, {bundle.path} has "
-                f"{bundle.fingerprint[:12]}); {AGAIN} {bundle.path}"
-            )
-
     def require_tensors(self, widths: Mapping[str, int]) -> None:
         """Refuse scales that lack a layer or have one of another width.
 
@@ -211,17 +196,11 @@ def write_scales(
     """
     if path.exists() and not force:
         raise OutputError(f"{path} exists; replace it with --force or choose another --output")
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with staged.open("xb") as file:
+        with whole_file(path) as scratch, scratch.open("xb") as file:
             _write(file, provenance, inputs, grams or {})
-            os.fsync(file.fileno())
-        staged.replace(path)
-        sync_directory(path.parent)
     except OSError as error:
         raise output_error(error, path) from error
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def open_scales(path: Path) -> Scales:
@@ -231,19 +210,25 @@ def open_scales(path: Path) -> Scales:
         ScalesError: missing, damaged, or of another version.
     """
     try:
-        metadata, places = _read_header(path), read_places(path)
-        _check_sum(path, str(metadata[_CHECKSUM]))
+        header = read_header(path)
+        metadata = header.metadata
+        if not {_METADATA, _CHECKSUM} <= set(metadata):
+            raise ValueError("its header does not say how it was made")
+        _check_sum(path, header.num_bytes, metadata[_CHECKSUM])
         raw = json.loads(metadata[_METADATA])
         if (version := raw["version"]) != SCALES_VERSION:
             advice = "upgrade cllm-export" if version > SCALES_VERSION else AGAIN
             raise ScalesError(f"{path} has version {version}, this cllm-export reads {SCALES_VERSION}: {advice}")
         provenance = from_fields(Provenance, raw["provenance"])
-        inputs = tuple(_read_input(path, entry, places) for entry in raw["inputs"])
+        with safe_open(path, framework="np") as file:
+            inputs = tuple(_read_input(file, entry) for entry in raw["inputs"])
     except OSError as error:
         raise ScalesError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ScalesError(f"{path} is no scales file, or is damaged: {error}; {AGAIN}") from None
-    grams = {name.removeprefix("gram/"): place[0] for name, place in places.items() if name.startswith("gram/")}
+    grams = {
+        name.removeprefix("gram/"): place.offset for name, place in header.places.items() if name.startswith("gram/")
+    }
     return Scales(path=path, provenance=provenance, inputs=inputs, grams=grams)
 
 
@@ -252,16 +237,10 @@ def _write(
 ) -> None:
     described = [{"tensors": entry.tensors, "num_rows": entry.num_rows} for entry in inputs]
     raw = {"version": SCALES_VERSION, "provenance": asdict(provenance), "inputs": described}
-    header: dict[str, Any] = {"__metadata__": {_METADATA: json.dumps(raw, sort_keys=True), _CHECKSUM: _NO_SUM}}
-    offset = 0
-    for name, shape in _shapes(inputs, with_grams=bool(grams)):
-        length = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + length]}
-        offset += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = {name: ("F32", shape) for name, shape in _shapes(inputs, with_grams=bool(grams))}
+    header = make_header(tensors, {_METADATA: json.dumps(raw, sort_keys=True), _CHECKSUM: _NO_SUM})
     digest = hashlib.sha256()
-    for data in (len(text).to_bytes(8, "little"), text, *_vectors(inputs)):
+    for data in (header, *_vectors(inputs)):
         file.write(data)
         digest.update(data)
     for entry in inputs if grams else ():
@@ -269,7 +248,7 @@ def _write(
         file.write(data)
         digest.update(data)
     # as a pair of the metadata: zeros alone may stand in the provenance, whose own quotes are escaped
-    file.seek(8 + text.index(f'"{_CHECKSUM}":"{_NO_SUM}"'.encode()) + len(f'"{_CHECKSUM}":"'))
+    file.seek(header.index(f'"{_CHECKSUM}":"{_NO_SUM}"'.encode()) + len(f'"{_CHECKSUM}":"'))
     file.write(digest.hexdigest().encode())
 
 
@@ -293,40 +272,24 @@ def _bytes(name: str, values: FloatArray, shape: tuple[int, ...]) -> bytes:
     return np.ascontiguousarray(values, "<f4").tobytes()
 
 
-def _read_header(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise ValueError(f"its header would take {length} bytes")
-        metadata = json.loads(file.read(length)).get("__metadata__", {})
-    if not {_METADATA, _CHECKSUM} <= set(metadata):
-        raise ValueError("its header does not say how it was made")
-    return dict(metadata)
-
-
-def _check_sum(path: Path, expected: str) -> None:
+def _check_sum(path: Path, header_bytes: int, expected: str) -> None:
     """The sum is over the file with zeros where the sum itself stands."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        start = file.read(8)
-        header = file.read(int.from_bytes(start, "little"))
-        digest.update(start + header.replace(expected.encode(), _NO_SUM.encode(), 1))
+        digest.update(file.read(header_bytes).replace(expected.encode(), _NO_SUM.encode(), 1))
         while block := file.read(_BLOCK):
             digest.update(block)
     if len(expected) != len(_NO_SUM) or digest.hexdigest() != expected:
         raise ValueError(f"its sha256 is {digest.hexdigest()}, it says {expected!r}")
 
 
-def _read_input(path: Path, raw: dict[str, Any], places: Mapping[str, tuple[int, int, str, tuple[int, ...]]]) -> Any:
+def _read_input(file: Any, raw: dict[str, Any]) -> InputStatistics:
+    """The statistics of one input, from an opened safetensors file."""
     tensors = tuple(raw["tensors"])
-    vectors = {kind: _read_vector(path, places[f"{kind}/{tensors[0]}"]) for kind in VECTORS}
-    if not all(np.isfinite(vector).all() and (vector >= 0).all() for vector in vectors.values()):
-        raise ValueError(f"the statistics of {tensors[0]} are not finite, or below 0")
+    vectors = {kind: file.get_tensor(f"{kind}/{tensors[0]}") for kind in VECTORS}
+    for vector in vectors.values():
+        if vector.dtype != np.float32 or vector.ndim != 1:
+            raise ValueError(f"a statistic is {vector.dtype} {list(vector.shape)}")
+        if not (np.isfinite(vector).all() and (vector >= 0).all()):
+            raise ValueError(f"the statistics of {tensors[0]} are not finite, or below 0")
     return InputStatistics(tensors=tensors, num_rows=raw["num_rows"], **vectors)
-
-
-def _read_vector(path: Path, place: tuple[int, int, str, tuple[int, ...]]) -> FloatArray:
-    offset, _, dtype, shape = place
-    if dtype != "F32" or len(shape) != 1:
-        raise ValueError(f"a statistic is {dtype} {list(shape)}")
-    return np.fromfile(path, "<f4", shape[0], offset=offset).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A directory that is written whole or not at all: staged beside its target, then exchanged with it in one step."""
+"""Files and directories that are written whole or not at all: staged beside their target, put there in one step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cllm_export.errors import OutputError
 
@@ -62,6 +64,87 @@ def check_output(target: Path, *, force: bool, marker: str) -> None:
         raise OutputError(f"{target} exists and holds no {marker}; it will not be replaced: choose another --output")
     if not force and not is_empty_dir:
         raise OutputError(f"{target} exists; replace it with --force or choose another --output")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A scratch file beside ``path``, for the block to write; it takes its place at the end, and vanishes on an error.
+
+    A link is followed. What is no regular file (a pipe, ``/dev/stdout``) is given as it is.
+
+    Raises:
+        OSError: the file cannot be written; what stood there still does.
+    """
+    if _is_stream(path):
+        yield path
+        return
+    target = Path(os.path.realpath(path))
+    scratch = target.with_name(f".cllm-export-{secrets.token_hex(4)}.unfinished")
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(target)
+        sync_directory(target.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        with whole_file(path) as scratch:
+            scratch.write_bytes(data)
+    except OSError as error:
+        raise output_error(error, path) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_report_path(path: Path) -> None:
+    """Find out, before the work that goes into it, that a report could not be written.
+
+    Raises:
+        OutputError: it is a directory, or lies in one that does not exist or takes no file.
+    """
+    directory = path.absolute().parent
+    if _is_stream(path) and not path.is_dir():
+        return
+    if path.is_dir() or not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise OutputError(
+            f"cannot write the report to {path}: give a file in a directory that exists and can be written"
+        )
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether no file may take its place: a pipe, a device, a directory."""
+    return path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file())
+
+
+def unfinished_files(directory: Path) -> list[Path]:
+    """What was being written into a directory when its writer was killed."""
+    return sorted(path for path in directory.glob(".*.unfinished") if path.is_file())
 
 
 def sha256_of(path: Path) -> str:

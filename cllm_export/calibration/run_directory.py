@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cllm_export.bundle.manifest import FillName, Loop
-from cllm_export.bundle.storage import output_error
+from cllm_export.bundle.storage import output_error, unfinished_files, whole_file, write_json
 from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
 
 RUN_NAME = "run.json"
@@ -64,14 +64,11 @@ class RunDirectory:
         """Write one of its files whole, unless it is there."""
         if path.exists():
             return
-        unfinished = path.with_name(f".{path.name}")
         try:
-            write(unfinished)
-            unfinished.replace(path)
+            with whole_file(path) as unfinished:
+                write(unfinished)
         except OSError as error:
             raise output_error(error, path) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -120,9 +117,7 @@ def _begin(path: Path, settings: RunSettings) -> None:
     run, ours = path / RUN_NAME, asdict(settings)
     if not run.exists():
         _refuse_strangers(path)
-        staged = path / f".{RUN_NAME}"
-        staged.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        staged.replace(run)
+        write_json(run, ours)
         return
     try:
         theirs = dict(json.loads(run.read_text(encoding="utf-8")))
@@ -137,5 +132,6 @@ def _begin(path: Path, settings: RunSettings) -> None:
 
 
 def _refuse_strangers(path: Path) -> None:
-    if strange := sorted(entry.name for entry in path.iterdir() if entry.name != f".{RUN_NAME}"):
+    ours = unfinished_files(path)
+    if strange := sorted(entry.name for entry in path.iterdir() if entry not in ours):
         raise OutputError(f"{path} exists and holds {strange[0]}, which is not ours; choose another --output")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
+from cllm_export.bundle.storage import check_report_path, write_json
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -25,11 +25,10 @@ from cllm_export.cli.options import (
     ThreadsOption,
     WindowOption,
     require_use,
-    write_text,
 )
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.decoding import show_bench, show_comparison
-from cllm_export.errors import OptionError, OutputError
+from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.request import METHODS, Method
@@ -85,13 +84,13 @@ def bench(
         sweep=_parse_sizes(sweep),
     )
     opened = open_bundle(bundle)
-    if as_json and (as_json.is_dir() or not as_json.absolute().parent.is_dir()):
-        raise OutputError(f"cannot write the report to {as_json}: give a file in a directory that exists")
+    if as_json:
+        check_report_path(as_json)
     given = read_prompts(prompts, limit=limit) if prompts else ()
     with progress_bar() as progress, needs_extra("export"):
         report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)
     if as_json:
-        write_text(as_json, json.dumps(report, indent=2) + "\n")
+        write_json(as_json, report)
     show_bench(report)
 
 
@@ -120,7 +119,6 @@ def compare(
 ) -> None:
     """Say which of several bundles decodes fastest on this machine, and at which block size."""
     from cllm_export.cli.show.plots import check_plots, plot_trade_off
-    from cllm_export.evaluation.report_file import check_report_path, write_report
     from cllm_export.measure.compare import CompareOptions
     from cllm_export.measure.compare import compare as run
 
@@ -134,7 +132,7 @@ def compare(
     with progress_bar() as progress:
         report = run(opened, given, options, progress=progress)
     if as_json:
-        write_report(as_json, report)
+        write_json(as_json, report)
     if plots:
         plot_trade_off(report["settings"], plots)
     show_comparison(report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,9 +11,10 @@ from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.linked_weights import WeightsMode
 from cllm_export.bundle.manifest import FillName, Loop, TrainedWith
 from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
+from cllm_export.bundle.storage import write_json
 from cllm_export.cli.app import app
 from cllm_export.cli.flags import names_replaced
-from cllm_export.cli.options import BaseOption, QuantizeForOption, write_text
+from cllm_export.cli.options import BaseOption, QuantizeForOption
 from cllm_export.cli.show.console import bytes_text, progress_bar, say
 from cllm_export.cli.sizes import parse_size
 from cllm_export.errors import OptionError
@@ -170,7 +170,7 @@ def build(
     linked = f", {bytes_text(done.report.bytes_linked)} linked" if done.report.bytes_linked else ""
     typer.echo(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
     if as_json is not None:
-        write_text(as_json, json.dumps(vars(done.report), indent=2) + "\n")
+        write_json(as_json, vars(done.report))
     if gpu is not None:
         from cllm_export.tensorrt.build_plan import build_plan
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.bundle.quantization import SCHEME_NAMES
+from cllm_export.bundle.storage import check_report_path, write_json
 from cllm_export.cli.app import app
 from cllm_export.cli.flags import names_replaced
 from cllm_export.cli.options import (
@@ -21,7 +21,6 @@ from cllm_export.cli.options import (
     QuantizeForOption,
     ReportOption,
     ThreadsOption,
-    write_text,
 )
 from cllm_export.cli.show.console import progress_bar
 
@@ -71,7 +70,7 @@ def calibrate(
     with progress_bar() as progress:
         report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
     if as_json:
-        write_text(as_json, json.dumps(report, indent=2) + "\n")
+        write_json(as_json, report)
     show_calibration(report)
 
 
@@ -98,7 +97,6 @@ def convergence(
     from cllm_export.calibration.search.convergence import measure_convergence
     from cllm_export.calibration.search.measured import HeldOutOptions
     from cllm_export.cli.show.calibration import show_convergence
-    from cllm_export.evaluation.report_file import check_report_path, write_report
     from cllm_export.evaluation.tasks.questions import read_questions
 
     if as_json:
@@ -109,7 +107,7 @@ def convergence(
     with progress_bar() as progress:
         report = measure_convergence(opened, candidates, questions, options, progress=progress)
     if as_json:
-        write_report(as_json, report)
+        write_json(as_json, report)
     show_convergence(report)
 
 
@@ -178,7 +176,6 @@ def quantize(
     from cllm_export.calibration.search.measured import HeldOutOptions
     from cllm_export.cli.show.calibration import show_choice
     from cllm_export.cli.show.plots import check_plots, plot_choice
-    from cllm_export.evaluation.report_file import check_report_path, write_report
     from cllm_export.evaluation.tasks.questions import read_questions
 
     if as_json:
@@ -202,7 +199,7 @@ def quantize(
         chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)
     report = chosen.to_dict()
     if as_json:
-        write_report(as_json, report)
+        write_json(as_json, report)
     if plots:
         plot_choice(report, plots)
     show_choice(str(output), report)

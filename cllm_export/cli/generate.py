@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, FillName, open_bundle
+from cllm_export.bundle.storage import write_text
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -29,7 +30,6 @@ from cllm_export.cli.options import (
     WindowOption,
     parse_block_size,
     require_use,
-    write_text,
 )
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.errors import OptionError, PromptError

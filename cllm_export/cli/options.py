@@ -9,7 +9,7 @@ import typer
 
 from cllm_export.bundle.manifest import FillName
 from cllm_export.bundle.quantization import Engine as QuantizedFor
-from cllm_export.errors import OptionError, OutputError
+from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
 from cllm_export.runtime.decoding.request import Method
 
@@ -134,10 +134,3 @@ def require_use(draft_model: Path | None, method: Method | None, fill: str | Non
     is_asked = "model" in parse_fill(fill) if fill else method == "speculative"
     if draft_model and not is_asked:
         raise OptionError("--draft-model needs --method speculative, or --fill with model among its sources")
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None

@@ -6,10 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from cllm_export.bundle.storage import check_report_path, write_json
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
 from cllm_export.evaluation.probe import MAX_NEW_TOKENS, PROMPTS, ProbeOptions, probe
-from cllm_export.evaluation.report_file import check_report_path, write_report
 from cllm_export.evaluation.tasks.task import TASKS, TaskName
 from cllm_export.progress import Progress
 from cllm_export.prompts import read_prompts
@@ -42,7 +42,7 @@ def run_evaluation(
         source, read_task(task, data, options), data=data, parent=parent, options=options, progress=progress
     )
     if output:
-        write_report(output, report)
+        write_json(output, report)
     return report
 
 
@@ -74,5 +74,5 @@ def run_probe(
     )
     report = probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)
     if output:
-        write_report(output, report)
+        write_json(output, report)
     return report

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.bundle.storage import check_output, staged_output
+from cllm_export.bundle.storage import check_output, staged_output, unfinished_files, whole_file
 from cllm_export.errors import OptionError, OutputError, TuningError
 from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
 from cllm_export.exporter.checkpoint.read import Checkpoint
@@ -193,8 +193,8 @@ class WorkDirectory:
         """Refuse a directory of the user's that happens to have the name."""
         if not self.path.exists() and not self.path.is_symlink():
             return
-        is_own = any((self.path / name).is_file() for name in (SETTINGS, f"{SETTINGS}.new", REPORT_NAME))
-        if not self.path.is_dir() or (not is_own and any(self.path.iterdir())):
+        is_own = any((self.path / name).is_file() for name in (SETTINGS, REPORT_NAME))
+        if not self.path.is_dir() or (not is_own and set(self.path.iterdir()) - set(unfinished_files(self.path))):
             raise OutputError(f"{self.path} is needed to work in, and is no run's: move it, or choose another --output")
 
     def _lock_directory(self) -> None:
@@ -228,9 +228,8 @@ class WorkDirectory:
         return counters
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        unfinished = self.path / f"{name}.new"
-        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(self.path / name)
+        with whole_file(self.path / name) as unfinished:
+            unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def _replace(self, name: str) -> None:
         """Put ``name.new`` where ``name`` is; a kill in between leaves ``name.old``, which ``_recover`` puts back."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle
+from cllm_export.bundle.storage import write_text
 from cllm_export.errors import OutputError
 
 GREEDY, SAMPLED = "", "sampled "
@@ -87,14 +87,7 @@ def write_parity(bundle: Bundle, parity: Parity) -> None:
     Raises:
         OutputError: the bundle cannot be written to.
     """
-    target = bundle.path / PARITY_NAME
-    scratch = target.with_name(f".{PARITY_NAME}.{os.getpid()}")
-    try:
-        scratch.write_text(parity.to_json(), encoding="utf-8")
-        scratch.replace(target)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+    write_text(bundle.path / PARITY_NAME, parity.to_json())
 
 
 def files_text(bundle: Bundle) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cllm_export.bundle.manifest import FILLS
+from cllm_export.bundle.storage import write_json
 from cllm_export.errors import OutputError
-from cllm_export.evaluation.report_file import write_report
 from tests.conftest import PINNED, Workshop
 from tests.e2e.conftest import Cli, assert_refused, run_process
 from tests.e2e.test_missing_extras import without
@@ -178,11 +178,11 @@ def test_a_report_replaces_an_older_one_whole(tmp_path: Path):
     output = tmp_path / "report.json"
     output.write_text("old", encoding="utf-8")
     with pytest.raises(TypeError):
-        write_report(output, {"not": {"json"}})
+        write_json(output, {"not": {"json"}})
     assert output.read_text(encoding="utf-8") == "old"
     with pytest.raises(OutputError, match="cannot write"):
-        write_report(output / "below-a-file", {})
-    write_report(output, {"new": 1})
+        write_json(output / "below-a-file", {})
+    write_json(output, {"new": 1})
     assert json.loads(output.read_text(encoding="utf-8")) == {"new": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -191,7 +191,7 @@ def test_without_the_extras_each_thing_prints_its_install_line(
     workshop: Workshop, bundle: Path, prompt_file: Path, tmp_path: Path
 ):
     prompts = ("--task", "prompts", "--data", prompt_file, *FEW)
-    lean = without("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "sqlglot")
+    lean = without("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "sqlglot")
     run_process("evaluate", bundle, *prompts, prelude=lean, check=True)
     checkpoint = workshop.checkpoint("llama")
     assert_refused(run_process("evaluate", checkpoint, *prompts, prelude=lean), TRAIN_INSTALL)

@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
-@pytest.mark.parametrize("package", ["torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "onnx", "onnx_ir", "onnxscript"])
 def test_build_without_the_export_extra_prints_its_install_line(workshop: Workshop, tmp_path, package: str):
     """Hidden are this package and what comes heavily after it, which nothing may import first."""
     hidden = (package, "torch") if package != "transformers" else ("transformers",)
@@ -51,7 +51,7 @@ def test_an_engine_command_without_onnxruntime_prints_the_install_line(workshop:
 
 def test_the_runtime_extra_alone_generates_inspects_verifies_and_times(workshop: Workshop, tmp_path):
     bundle = workshop.copy(workshop.bundle("llama"), tmp_path / "bundle").path
-    lean = without("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+    lean = without("torch", "transformers", "onnx", "onnx_ir", "onnxscript")
     [line] = run_process("generate", bundle, "hello", "--json", *FEW, prelude=lean, check=True).out.splitlines()
     assert json.loads(line)["token_ids"]
     run_process("verify", bundle, *FEW, prelude=lean, check=True)

@@ -353,7 +353,7 @@ def test_a_run_killed_at_any_moment_can_be_resumed_or_started_again(
         assert_same_weights(weights_of(output), weights_of(whole))
 
 
-@pytest.mark.parametrize("event", ["open tuning.json.new", "os.rename state"])
+@pytest.mark.parametrize("event", ["open .cllm-export.unfinished", "os.rename state"])
 def test_a_run_killed_when_it_was_done_is_only_finished(
     cli: Cli, llama: Path, prompts: Path, whole: Path, tmp_path: Path, event: str
 ):
@@ -370,7 +370,7 @@ def test_a_run_that_patience_stopped_does_not_go_on_when_it_is_resumed(
     cli: Cli, llama: Path, prompts: Path, whole: Path, tmp_path: Path
 ):
     options = (*FEW, "--steps", 10, "--learning-rate", 0, "--patience", 2)
-    at = moment(whole, "open tuning.json.new", -1)
+    at = moment(whole, "open .cllm-export.unfinished", -1)
     assert kill(llama, prompts, tmp_path / "out", at, *options, log=tmp_path / "log").code == -signal.SIGKILL
     assert cli(*arguments(llama, prompts, tmp_path / "out", *options, "--resume")).code == 0
     assert report_of(tmp_path / "out")["steps"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from tests.e2e.conftest import Outcome
 
 TIMEOUT = 240
+_SCRATCH = re.compile(r"\.cllm-export-[0-9a-f]{8}\.")
+"""What a file's name begins with while it is written: another for each file."""
 EVENTS = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove")
 """What Python reports, just before it does it, of all that a run does to files."""
 
@@ -124,7 +127,8 @@ def _watch(orders: Orders) -> None:
         if seen == orders.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         seen += 1
-        os.write(log, f"{event} {os.path.relpath(str(arguments[0]), watched)}\n".encode())
+        name = _SCRATCH.sub(".cllm-export.", os.path.relpath(str(arguments[0]), watched))
+        os.write(log, f"{event} {name}\n".encode())
 
     sys.addaudithook(hook)
 

@@ -121,6 +121,13 @@ def test_importing_the_runtime_loads_nothing_heavy(module):
     assert loaded_by(f"import {module}", HEAVY) == []
 
 
+def test_safetensors_brings_no_framework():
+    """The runtime depends on it, and opens files with it as numpy arrays."""
+    frameworks = {"torch", "tensorflow", "jax", "mlx", "paddle"}
+    code = "import safetensors.numpy, cllm_export.bundle.scales, cllm_export.runtime.decoding.prefix.prefix_snapshot"
+    assert loaded_by(code, frameworks | HEAVY | {"safetensors"}) == ["safetensors"]
+
+
 def test_every_folder_stands_on_a_floor():
     assert {place_of(module) for module in MODULES} == set(FLOOR_OF)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cllm_export.bundle.manifest import TOKENIZER_NAME
 from cllm_export.errors import CheckpointError, OptionError, UnsupportedError
-from cllm_export.exporter.checkpoint.files import TensorInfo, read_header, read_json, refuse_links
+from cllm_export.exporter.checkpoint.files import TensorInfo, read_json, read_tensors, refuse_links
 from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
 from cllm_export.exporter.checkpoint.stream import Piece
 
@@ -132,7 +132,7 @@ def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
 
 
 def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> dict[str, Matrices]:
-    held = read_header(path / WEIGHTS_NAME)
+    held = read_tensors(path / WEIGHTS_NAME)
     found: dict[str, Matrices] = {}
     for name in sorted(held, key=lambda each: (each.endswith(".weight"), each)):  # what is no matrix first
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle.linked_weights import read_places
+from cllm_export.bundle.safetensors_header import read_header
 from cllm_export.checks import require_plain_name
 from cllm_export.errors import BundleError, CheckpointError, UnsupportedError
 
@@ -55,7 +55,7 @@ def refuse_links(path: Path) -> None:
 def find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in read_header(file).items():
+        for name, info in read_tensors(file).items():
             if name in tensors:
                 raise CheckpointError(f"tensor {name!r} stands in both {tensors[name].file} and {file}")
             tensors[name] = info
@@ -115,24 +115,18 @@ def layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file. The library checks that they lie inside it, end to end and apart.
+def read_tensors(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file.
 
     Raises:
         CheckpointError: it is damaged or cut short.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="np"):
-            pass
-        return {
-            name: TensorInfo(file=file, dtype=dtype, shape=shape, offset=offset, length=length)
-            for name, (offset, length, dtype, shape) in read_places(file).items()
-        }
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        places = read_header(file).places
+    except (OSError, ValueError) as error:
         size = file.stat().st_size if file.exists() else 0
         raise CheckpointError(f"{file} ({size} bytes) is damaged or cut short: {error}; download it again") from None
+    return {name: TensorInfo(file=file, **place._asdict()) for name, place in places.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from cllm_export.bundle.manifest import FILLS, FillName
-from cllm_export.bundle.storage import output_error, sha256_of
+from cllm_export.bundle.storage import output_error, sha256_of, unfinished_files
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.progress import Progress
@@ -28,7 +28,6 @@ from cllm_export.training.collection.collection import (
     CollectionSettings,
     check_shards,
     read_manifest,
-    unfinished_files,
     write_manifest,
     write_shard,
 )

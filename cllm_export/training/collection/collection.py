@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm_export.bundle.manifest import FillName, Loop
-from cllm_export.bundle.storage import output_error, sha256_of, sync_directory
+from cllm_export.bundle.storage import sha256_of, write_bytes, write_text
 from cllm_export.checks import from_fields, require_at_least, require_plain_name
 from cllm_export.errors import BundleError, TrajectoryError
 
@@ -188,7 +187,7 @@ def write_manifest(directory: Path, manifest: CollectionManifest) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    _write_file(directory / MANIFEST_NAME, manifest.to_json().encode())
+    write_text(directory / MANIFEST_NAME, manifest.to_json())
 
 
 def write_shard(directory: Path, number: int, rows: Sequence[Trajectory], dropped: Mapping[str, Dropped]) -> ShardEntry:
@@ -201,14 +200,9 @@ def write_shard(directory: Path, number: int, rows: Sequence[Trajectory], droppe
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
     name = f"shard-{number:05}.parquet"
-    _write_file(directory / name, sink.getvalue())
+    write_bytes(directory / name, sink.getvalue())
     sha256 = hashlib.sha256(sink.getvalue()).hexdigest()
     return ShardEntry(file=name, num_rows=len(rows), sha256=sha256, dropped=dict(dropped))
-
-
-def unfinished_files(directory: Path) -> list[Path]:
-    """What a killed collection was writing."""
-    return sorted(path for path in directory.glob(".*.unfinished") if path.is_file())
 
 
 def merge_dropped(parts: Sequence[Mapping[str, Dropped]]) -> dict[str, Dropped]:
@@ -238,20 +232,6 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
     if not table.schema.equals(expected):
         raise TrajectoryError(f"{path} has other columns than a shard of trajectories; {AGAIN}")
     return table
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise output_error(error, path) from None
 
 
 def _manifest_from(raw: dict[str, Any]) -> CollectionManifest:

@@ -9,7 +9,6 @@ import pytest
 
 from cllm_export.bundle.scales import InputStatistics, Provenance, open_scales, write_scales
 from cllm_export.errors import OutputError, ScalesError
-from tests.fakes import write_bundle
 
 Q, K, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight", "mlp.down_proj.weight"
 MADE = Provenance(
@@ -94,13 +93,6 @@ def test_scales_of_another_checkpoint_are_refused(path):
     open_scales(path).require_checkpoint("c" * 64)
     with pytest.raises(ScalesError, match="calibrated with another checkpoint"):
         open_scales(path).require_checkpoint("e" * 64)
-
-
-def test_scales_of_another_bundle_are_refused(path, tmp_path):
-    bundle = write_bundle(tmp_path / "bundle")
-    with pytest.raises(ScalesError, match="calibrated with another bundle"):
-        open_scales(path).require_bundle(bundle)
-    open_scales(path).require_bundle(replace(bundle, fingerprint="b" * 64))
 
 
 def test_every_flipped_byte_is_noticed(path):

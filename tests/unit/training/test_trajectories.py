@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cllm_export.bundle.storage import sha256_of
+from cllm_export.bundle.storage import sha256_of, unfinished_files
 from cllm_export.errors import OutputError, TrajectoryError
 from cllm_export.training.collection.collection import (
     MANIFEST_NAME,
@@ -20,7 +20,6 @@ from cllm_export.training.collection.collection import (
     Trajectory,
     merge_dropped,
     read_manifest,
-    unfinished_files,
     write_manifest,
     write_shard,
 )

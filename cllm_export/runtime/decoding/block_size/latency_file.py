@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.errors import OutputError
+from cllm_export.bundle.storage import write_json
 from cllm_export.runtime.engines.machine import describe_machine
 
 log = logging.getLogger(__name__)
@@ -50,18 +49,11 @@ def write_latency(bundle: Bundle, seconds: Mapping[int, float], *, num_slots: in
     Raises:
         OutputError: the bundle cannot be written to.
     """
-    target = bundle.path / LATENCY_NAME
-    scratch = target.with_name(f".{LATENCY_NAME}.{os.getpid()}")
     report = {
         "conditions": _conditions(bundle, num_slots, threads),
         "seconds": {str(size): value for size, value in sorted(seconds.items())},
     }
-    try:
-        scratch.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(target)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {target}: {error.strerror}") from None
+    write_json(bundle.path / LATENCY_NAME, report)
 
 
 def _conditions(bundle: Bundle, num_slots: int, threads: int | None) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Headers of safetensors files, where the library's own interface does not reach.
+
+``safetensors`` judges a header: tensors lie inside the file, end to end and apart, and each has the bytes that its
+dtype and shape take. It gives no offsets, which mapped and streamed weights need. It silently takes the last of two
+tensors of one name. Therefore the JSON is read here once more. A header is written here for a file whose tensors are
+streamed: the library's writer holds all of them in memory, and puts metadata in an order of chance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+MAX_HEADER_BYTES = 100_000_000
+"""As the library: a longer header is no header."""
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a value by its safetensors dtype, for what can hold weights."""
+
+_METADATA = "__metadata__"
+_ALIGNMENT = 8
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor stands in its file."""
+
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """In bytes."""
+    dtype: str
+    """As safetensors spells it: ``BF16``, ``F32``, ..."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    metadata: dict[str, str]
+    places: dict[str, TensorPlace]
+    num_bytes: int
+    """Bytes before the data, the eight of the header's length included."""
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, which the library has accepted.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no safetensors file, one that was cut short, a name that stands twice in it, or a shape that no
+            tensor can have.
+    """
+    with path.open("rb") as file:
+        try:
+            with safe_open(path, framework="np"):
+                raw, num_bytes = _read_json(file)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+    places = {name: _place(entry, num_bytes) for name, entry in raw.items() if name != _METADATA}
+    return Header(metadata=raw.get(_METADATA) or {}, places=places, num_bytes=num_bytes)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a header, even where the tensors are damaged: it tells whose file it is.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no safetensors header.
+    """
+    with path.open("rb") as file:
+        metadata = _read_json(file)[0].get(_METADATA, {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file whose tensors follow in this order; equal arguments give equal bytes.
+
+    Args:
+        tensors: name -> safetensors dtype and shape.
+    """
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_json(file: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """The header's JSON object as it stands there, and the number of bytes before the data."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header would take {length} bytes")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("its header is nested too deep") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that names nothing twice: which of two is meant would depend on the reader."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"its header names {name!r} twice")
+        found[name] = value
+    return found
+
+
+def _place(entry: dict[str, Any], start: int) -> TensorPlace:
+    first, last = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if math.prod(max(extent, 1) for extent in shape) >= 2**63:  # sound by its bytes where another extent is 0
+        raise ValueError(f"its header gives a tensor the shape {list(shape)}")
+    return TensorPlace(start + first, last - first, entry["dtype"], shape)

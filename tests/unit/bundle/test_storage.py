@@ -1,0 +1,61 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+
+import pytest
+
+from cllm_export.bundle.storage import check_report_path, unfinished_files, whole_file, write_json, write_text
+from cllm_export.errors import OutputError
+
+
+def test_a_file_takes_the_place_of_an_older_one(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    write_json(path, {"é": "\ud800"})
+    assert json.loads(path.read_bytes()) == {"é": "\ud800"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(error), whole_file(path) as scratch:
+        scratch.write_text("half")
+        assert unfinished_files(tmp_path) == [scratch]
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for text in ("new", "newer"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_text() == text
+
+
+def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
+    path, read = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: read.append(path.read_text()))
+    reader.start()
+    check_report_path(path)
+    write_text(path, "through")
+    reader.join()
+    assert read == ["through"]
+    assert path.is_fifo()
+
+
+@pytest.mark.parametrize("name", [".", "none/report.json", "file/report.json"])
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write the report to"):
+        check_report_path(tmp_path / name)
+    with pytest.raises(OutputError, match="cannot write"):
+        write_text(tmp_path / name, "text")
