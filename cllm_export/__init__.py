@@ -1,4 +1,4 @@
-"""Export Consistency LLMs and decode them in parallel: at every fixed n, the tokens of autoregressive decoding.
+"""Export Consistency LLMs and decode them in parallel: at every fixed n, token for token as autoregressive decoding.
 
     import cllm_export
 
