@@ -15,13 +15,16 @@ from typer.main import get_command
 from cllm_export.cli import app
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "cllm_export"
 README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-CHECKED = (*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("**/README.md")))
+CHECKED = (*PAGES, ARCHITECTURE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("**/README.md")))
 """Pages whose links, commands and scripts must exist."""
-PROSE = dict.fromkeys(PAGES, 22)
+PROSE = dict.fromkeys(PAGES, 22) | {ARCHITECTURE: 25}
 """The most words that a sentence of a page may have, as the mean of the page."""
-README_LINES = 150
+MOST_LINES = {README: 150, ARCHITECTURE: 150}
+"""What everybody reads is short; the rest is in docs/."""
 
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}[^\n]*(?:\n|\Z)|\n(?= {4}))+")
@@ -29,6 +32,10 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 COMMAND = re.compile(r"(?:\bcllm-export|-m cllm_export) ([a-z][a-z-]*)\b(.*)")
 SCRIPT = re.compile(r"\b(?:benchmarks|examples)/[\w/]+\.(?:py|sh|yaml)\b")
+MODULE = re.compile(r"(?<![\w./-])(?:[\w-]+/)+\w+\.py\b")
+"""A Python file with its folder, wherever on a page."""
+PLACE = re.compile(r"(?:[a-z_0-9]+/)+|\w+\.py")
+"""A folder, or a Python file without one: a span of this form alone is a place. Capitals are placeholders."""
 SENTENCE_END = re.compile(r"(?<=[.!?])[)*\"]*\s+(?=[\"(*`\[]*[A-Z0-9`\[])")
 
 each_page = pytest.mark.parametrize("page", CHECKED, ids=[str(page.relative_to(ROOT)) for page in CHECKED])
@@ -109,9 +116,9 @@ def test_finds_the_options_of_commands() -> None:
     assert list(calls_of(page)) == [("bench", ["--limit", "--sweep"]), ("build", ["--force"]), ("tune", [])]
 
 
-def test_readme_is_short() -> None:
-    """The README holds what everybody reads; the rest is in docs/."""
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= README_LINES
+@pytest.mark.parametrize("page", MOST_LINES, ids=[page.name for page in MOST_LINES])
+def test_pages_for_everybody_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= MOST_LINES[page]
 
 
 @pytest.mark.parametrize("page", PROSE, ids=[page.name for page in PROSE])
@@ -148,6 +155,43 @@ def test_scripts_exist(page: Path) -> None:
     """Every script and example of a page is a file of the repository."""
     for script in SCRIPT.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / script).is_file(), f"{page.name}: {script}"
+
+
+def places_of(text: str) -> set[str]:
+    """The files and folders of the source that a page names: files anywhere, folders and bare names as a span."""
+    return {*MODULE.findall(text), *filter(PLACE.fullmatch, SPAN.findall(text))}
+
+
+def is_place(name: str) -> bool:
+    """Whether the repository or the package has this file or folder; of a bare file name, whether any folder has it."""
+    if "/" in name:
+        return any((root / name).exists() for root in (ROOT, PACKAGE))
+    return any(next(folder.rglob(name), None) for folder in (PACKAGE, ROOT / "tests", ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("`runtime/load.py` and `load.py`, not load.py", {"runtime/load.py", "load.py"}),
+        ("    a: exporter/graph/trace.py\n", {"exporter/graph/trace.py"}),
+        ("`bundle/`, `a/b`, `plans/KEY/`, `ENV/bin/python x`, `x.py y`", {"bundle/"}),
+    ],
+)
+def test_finds_the_places_of_a_page(text: str, places: set[str]) -> None:
+    assert places_of(text) == places
+
+
+@pytest.mark.parametrize("page", PROSE, ids=[page.name for page in PROSE])
+def test_places_exist(page: Path) -> None:
+    """Every file and folder of the source that a page names is where the page says, after each move."""
+    missing = {name for name in places_of(page.read_text(encoding="utf-8")) if not is_place(name)}
+    assert not missing, f"{page.name}: {missing}"
+
+
+def test_the_architecture_names_every_folder() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} - {"."}
+    assert not {folder for folder in folders if not re.search(rf"^    {folder}/ ", text, re.MULTILINE)}
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
