@@ -187,7 +187,7 @@ def test_int4_with_scales_is_gptq_and_says_so(workshop: Workshop, shop: Shop):
     options = QuantizeOptions(scheme="int4", group_size=64, scales=shop.scales("llama"))
     record = workshop.bundle("llama", quantize=options).manifest.quantization
     assert record is not None
-    assert (record.method, record.block_size) == ("GPTQ", 64)
+    assert (record.method, record.group_size) == ("GPTQ", 64)
     assert record.scales_sha256 is not None
 
 

@@ -61,7 +61,7 @@ class QuantizeOptions:
                 fields=("scheme", "scales"),
             )
         if self.engine is not None and not self.spec.takes("engine"):
-            engines = self.form.engines
+            engines = self.spec.forms[0].engines
             which = "one graph for both engines" if len(engines) > 1 else f"for {ENGINE_TITLES[engines[0]]} alone"
             raise OptionError(
                 f"engine is for {_either('engine')}, got {self.engine}: {self.scheme} is {which}; leave it out",
