@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from cllm_export.checks import check_options, option
-from cllm_export.cli.signature import renamed_fields, with_options
+from cllm_export.cli.signature import flags_of_fields, with_options
 from cllm_export.errors import OptionError
 
 
@@ -38,7 +38,7 @@ class Bake:
     by_hand: bool | None = option(None, help="Knead by hand.", flag="--by-hand/--by-machine")
     memory: int | None = option(None, help="How much memory.", minimum=1)
     pairs: dict[str, str] | None = option(None, help="Which pairs.", flag="--pair")
-    secret: int = option(7, help="What nobody may ask.", hidden=True)
+    secret: int = option(7, help="What nobody may ask.", flag="--recipe-book", hidden=True)
     plain: int = 8
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ def test_the_help_shows_what_the_class_says():
 
 
 def test_a_command_tells_which_fields_are_spelled_otherwise():
-    assert renamed_fields(bake) == {"heat": "icing_heat"}
+    assert flags_of_fields(bake) == {"heat": "--icing-heat", "secret": "--recipe-book"}
 
 
 def test_two_parameters_of_one_name_are_a_defect():
