@@ -21,7 +21,7 @@ from cllm_export.bundle.scales import open_scales  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError, ScalesError  # noqa: E402
 from cllm_export.exporter.lint.rules import lint  # noqa: E402
 from cllm_export.exporter.quantize import int4  # noqa: E402
-from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
+from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.runtime.load import load  # noqa: E402
 from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
