@@ -88,9 +88,9 @@ def schemes_that_take(option: SchemeOption) -> tuple[SchemeName, ...]:
 
 
 def builds_for(engine: Engine) -> str:
-    """The options of ``cllm-export build`` whose quantised graphs an engine runs, for a message that gives advice."""
+    """The options of a build whose quantised graphs an engine runs, for a message that gives advice."""
     builds = [
-        f"--precision {spec.name}{'' if engine in spec.forms[0].engines else f' --quantize-for {engine}'}"
+        f"precision='{spec.name}'" + ("" if engine in spec.forms[0].engines else f" with engine='{engine}'")
         for spec in SCHEME_SPECS.values()
         if spec.form(engine)
     ]

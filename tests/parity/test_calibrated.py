@@ -248,7 +248,7 @@ def test_what_is_not_quantised_can_be_computed_in_half_precision(workshop: Works
 
 def test_half_precision_is_refused_where_onnx_runtime_computes_in_single(workshop: Workshop):
     for scheme in ("int8-dynamic", "int4"):
-        with pytest.raises(OptionError, match="computes in fp32, got fp16: leave compute out"):
+        with pytest.raises(OptionError, match="computes in fp32, got fp16: leave precision out"):
             workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme=scheme), precision="fp16")
 
 

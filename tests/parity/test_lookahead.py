@@ -16,8 +16,9 @@ from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.graph.lookahead import derive_lookahead
 from cllm_export.exporter.graph.passes import PASSES, name_replaceable_values, state_contract
 from cllm_export.exporter.lint.rules import require_clean
-from cllm_export.exporter.options import BuildOptions, settle
+from cllm_export.exporter.options import BuildOptions
 from cllm_export.exporter.pipeline import _trace, export
+from cllm_export.exporter.settle import settle
 from cllm_export.exporter.stages import Stages
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape, layout_of

@@ -178,7 +178,7 @@ def test_a_bundle_with_operators_of_onnx_runtime_is_refused_before_anything_star
         weights=("weight",),
         kept={},
     )
-    with pytest.raises(PlanError, match=r"int4 for onnxruntime.*--quantize-for tensorrt"):
+    with pytest.raises(PlanError, match=r"int4 for onnxruntime.*engine='tensorrt'"):
         build_plan(with_manifest(bundle, quantization=record))
 
 

@@ -11,16 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from cllm_export.bundle.manifest import FILLS, FillName
 from cllm_export.bundle.storage import output_error, sha256_of
-from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
-from cllm_export.runtime.decoding.request import JacobiMethod
 from cllm_export.runtime.model import Model
 from cllm_export.training.collection.collection import (
     MANIFEST_NAME,
@@ -34,31 +31,9 @@ from cllm_export.training.collection.collection import (
 )
 from cllm_export.training.collection.collection_range import LOOP_OF_METHOD, decode_range
 from cllm_export.training.collection.collection_summary import summarize_collection
+from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.collection.source import Source
 from cllm_export.training.collection.trajectories import Trajectories
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectOptions:
-    """What ``cllm-export collect`` lets the user choose; by default what the model was trained with."""
-
-    method: JacobiMethod | None = None
-    block_size: int | None = None
-    fill: FillName | None = None
-    seed: int = 0
-    max_new_tokens: int | None = None
-    """By default whatever fits."""
-    shard_size: int = 1000
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "max_new_tokens", "shard_size", "limit"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        if self.fill is not None:
-            require_one_of("fill", self.fill, FILLS)
-        if self.method is not None:
-            require_one_of("method", self.method, tuple(LOOP_OF_METHOD))
 
 
 def check_collection_output(directory: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from cllm_export.checks import check_options, option
-from cllm_export.cli.signature import renamed_fields, with_options
+from cllm_export.cli.signature import flags_of_fields, with_options
 from cllm_export.errors import OptionError
 
 
@@ -33,12 +33,13 @@ class Bake:
     heat: float = option(1.0, help="How hot.", above=0)
     sizes: tuple[int, ...] = option((16,), help="Which sizes.", minimum=2, flag="--size")
     names: tuple[str, ...] = option((), help="Which names.")
+    toppings: tuple[Literal["nuts", "salt"], ...] = option((), help="Which toppings.", choices=("nuts", "salt"))
     salted: bool = option(False, help="Add salt.")
     crusty: bool = option(True, help="Bake a crust.")
     by_hand: bool | None = option(None, help="Knead by hand.", flag="--by-hand/--by-machine")
     memory: int | None = option(None, help="How much memory.", minimum=1)
     pairs: dict[str, str] | None = option(None, help="Which pairs.", flag="--pair")
-    secret: int = option(7, help="What nobody may ask.", hidden=True)
+    secret: int = option(7, help="What nobody may ask.", flag="--recipe-book", hidden=True)
     plain: int = 8
 
     def __post_init__(self) -> None:
@@ -110,6 +111,12 @@ def test_a_tuple_is_an_option_that_may_be_repeated():
     assert baked("--size", 4, "--size", 8, "--names", "a") == Bake(sizes=(4, 8), names=("a",))
 
 
+def test_a_tuple_may_be_of_choices():
+    assert baked("--toppings", "nuts", "--toppings", "salt").toppings == ("nuts", "salt")
+    with pytest.raises(OptionError, match="toppings must be one of nuts, salt, got 'mud'"):
+        baked("--toppings", "mud")
+
+
 def test_a_parser_may_take_every_repetition():
     assert baked("--pair", "a=b", "--pair", "c=d").pairs == {"a": "b", "c": "d"}
 
@@ -175,11 +182,12 @@ def test_the_help_shows_what_the_class_says():
     assert "x>=1" in lines["--num-loaves"]
     assert "x>0" in lines["--heat"]
     assert "A=B" in lines["--pair"]
+    assert "nuts|salt" in lines["--toppings"]
     assert "default: 16" in lines["--size"]
 
 
 def test_a_command_tells_which_fields_are_spelled_otherwise():
-    assert renamed_fields(bake) == {"heat": "icing_heat"}
+    assert flags_of_fields(bake) == {"heat": "--icing-heat", "secret": "--recipe-book"}
 
 
 def test_two_parameters_of_one_name_are_a_defect():

@@ -9,8 +9,9 @@ import pytest
 
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import EngineError, OptionError, OutputError, PromptError, TrajectoryError
-from cllm_export.training.collection.collect import CollectOptions, collect
+from cllm_export.training.collection.collect import collect
 from cllm_export.training.collection.collection import MANIFEST_NAME
+from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.collection.source import Source
 from cllm_export.training.collection.trajectories import read_trajectories
 from tests.fakes import EOS, HashModel, ScriptModel, make_model, with_manifest, write_bundle
