@@ -125,7 +125,7 @@ def calibrate(
     """
     options = options or CalibrateOptions()
     if output.exists() and not force:
-        raise OutputError(f"{output} exists; replace it with --force or choose another --output")
+        raise OutputError(f"{output} exists; replace it with force=True or choose another output", fields=("output",))
     prompts = read_prompts(prompts_path, limit=options.limit)
     require_unquantised(bundle)
     graph = read_graph(bundle)

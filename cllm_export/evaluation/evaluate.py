@@ -81,7 +81,7 @@ def evaluate(
     options: EvaluateOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Decode and score a task; the report, JSON-ready (``--output`` writes it as it is).
+    """Decode and score a task; the report, JSON-ready.
 
     ``models`` holds ``model`` and, if given, ``parent``, which is decoded with the settings of the former. Of each:
     ``scores`` (shares by measure, overall and by group), ``decoding`` (see ``Measures``), ``skipped`` (prompts by

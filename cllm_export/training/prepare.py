@@ -79,7 +79,7 @@ def prepare(
         left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         raise TuningError(
             f"{len(kept)} samples are left to train on and {len(measured)} to measure on (dropped: {left_out}): "
-            "tuning needs both; give more prompts, a smaller --num-held-out, or --held-out"
+            "tuning needs both; give more prompts, a smaller num_held_out, or held_out"
         )
     return TrainingData(samples=kept, held_out=measured, dropped=dropped)
 

@@ -366,7 +366,7 @@ def _make_accelerator(options: TuneOptions) -> Accelerator:
         raise OptionError("mixed_precision fp16 needs a GPU: use bf16, or none")
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=options.mixed_precision)
     if options.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
-        raise OptionError("muon needs whole matrices, which sharding takes apart: use --optimizer adamw")
+        raise OptionError("muon needs whole matrices, which sharding takes apart: use optimizer='adamw'")
     return accelerator
 
 

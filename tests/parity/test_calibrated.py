@@ -257,7 +257,7 @@ def test_a_layer_is_kept_by_its_checkpoint_name(workshop: Workshop):
     bundle = workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=(tensor,)))
     record = bundle.manifest.quantization
     assert record is not None and record.kept[f"{tensor}.T"] == "kept as asked"
-    with pytest.raises(OptionError, match="keep=nothing names no linear layer"):
+    with pytest.raises(OptionError, match="keep='nothing' names no linear layer"):
         workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=("nothing",)))
 
 

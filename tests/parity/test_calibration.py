@@ -152,7 +152,7 @@ def test_too_few_prompts_are_refused(bundle, prompts, tmp_path):
 
 
 def test_an_existing_scales_file_is_refused_before_any_work(bundle, prompts, mixed):
-    with pytest.raises(OutputError, match="exists; replace it with --force"):
+    with pytest.raises(OutputError, match="exists; replace it with force=True"):
         calibrate(bundle, prompts, mixed.path, MIXED)
 
 

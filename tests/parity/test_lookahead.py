@@ -246,7 +246,7 @@ def test_a_bundle_without_the_graph_runs_as_before_and_says_how_to_build_one(wor
     ("name", "options", "reason"),
     [
         ("mistral-sliding", {}, f"layers of this model see {WINDOW} tokens of the max length {MAX_POSITIONS}"),
-        ("small", PINNED, "--fixed-shapes pins the block"),
+        ("small", PINNED, "fixed_shapes pins the block"),
     ],
 )
 def test_a_model_that_can_have_no_lookahead_graph_gets_its_greedy_graph_and_the_reason(

@@ -66,7 +66,6 @@ class QuantizeOptions(LayerOptions):
     scheme: SchemeName = option(
         help="How linear layers store their weights and take their activations.",
         choices=SCHEME_NAMES,
-        flag="--precision",
         hidden=True,
     )
 

@@ -45,10 +45,12 @@ def check_collection_output(directory: Path) -> None:
     if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_dir():
-        raise OutputError(f"{directory} exists and is no directory; choose another --output")
+        raise OutputError(f"{directory} exists and is no directory; choose another output", fields=("output",))
     strange = {path.name for path in directory.iterdir()} - {path.name for path in unfinished_files(directory)}
     if strange and MANIFEST_NAME not in strange:
-        raise OutputError(f"{directory} exists and is not a collection of trajectories; choose another --output")
+        raise OutputError(
+            f"{directory} exists and is not a collection of trajectories; choose another output", fields=("output",)
+        )
 
 
 def collect(
@@ -128,8 +130,8 @@ def _lock(descriptor: int, output: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        message = f"another run is collecting into {output}: wait for it, or choose another --output"
-        raise OutputError(message) from None
+        message = f"another run is collecting into {output}: wait for it, or choose another output"
+        raise OutputError(message, fields=("output",)) from None
 
 
 def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:
@@ -144,7 +146,8 @@ def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:
         if theirs != ours:
             raise OutputError(
                 f"{output} holds a collection with {entry.name} {theirs!r}, this one has {ours!r}: "
-                "choose another --output, or remove the directory"
+                "choose another output, or remove the directory",
+                fields=("output",),
             )
     check_shards(output, found)
     return found

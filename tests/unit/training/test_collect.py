@@ -260,7 +260,7 @@ def test_what_is_no_collection_is_never_touched(bundle, prompts, tmp_path, kind)
         (output / "thesis.tex").write_text("years of work")
     else:
         output.symlink_to("nowhere")
-    with pytest.raises(OutputError, match="choose another --output"):
+    with pytest.raises(OutputError, match="choose another output"):
         collect(make_source(bundle), prompts, output, small())
     assert not (tmp_path / "nowhere").exists()
 
