@@ -16,7 +16,7 @@ from cllm_export.errors import OptionError
 SchemeName = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEME_NAMES: tuple[SchemeName, ...] = get_args(SchemeName)
 PrecisionName = Literal[Precision, SchemeName]
-"""What ``--precision`` takes: a dtype, or a scheme over fp32."""
+"""What the command line takes as a precision: a dtype, or a scheme over fp32."""
 
 Engine = Literal["onnxruntime", "tensorrt"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -88,9 +88,9 @@ def schemes_that_take(option: SchemeOption) -> tuple[SchemeName, ...]:
 
 
 def builds_for(engine: Engine) -> str:
-    """The options of ``cllm-export build`` whose quantised graphs an engine runs, for a message that gives advice."""
+    """The options of a build whose quantised graphs an engine runs, for a message that gives advice."""
     builds = [
-        f"--precision {spec.name}{'' if engine in spec.forms[0].engines else f' --quantize-for {engine}'}"
+        f"precision='{spec.name}'" + ("" if engine in spec.forms[0].engines else f" with engine='{engine}'")
         for spec in SCHEME_SPECS.values()
         if spec.form(engine)
     ]
@@ -125,7 +125,7 @@ class Quantization:
 
 
 def split_precision(name: PrecisionName, compute: Precision | None = None) -> tuple[Precision, SchemeName | None]:
-    """The dtype and the scheme that ``--precision`` and ``--compute`` stand for.
+    """The dtype and the scheme that a precision and ``compute`` stand for.
 
     Raises:
         OptionError: both name a dtype.
@@ -135,7 +135,7 @@ def split_precision(name: PrecisionName, compute: Precision | None = None) -> tu
         return compute or "fp32", next(scheme for scheme in SCHEME_NAMES if scheme == name)
     if compute is not None:
         raise OptionError(
-            f"compute is for {', '.join(SCHEME_NAMES)}, got it with precision {name}, which says it already",
-            fields=("compute", "precision"),
+            f"compute is for {', '.join(SCHEME_NAMES)}, got it with precision='{name}', which says it already",
+            fields=("compute",),
         )
     return dtype, None

@@ -144,7 +144,7 @@ class Scales:
         """
         entry = self.of(tensor)
         if entry.name not in self.grams:
-            raise ScalesError(f"{self.path} has no Gram matrix of {tensor}; calibrate again with --gram")
+            raise ScalesError(f"{self.path} has no Gram matrix of {tensor}; calibrate again with gram=True")
         shape = (entry.width, entry.width)
         return np.memmap(self.path, np.float32, "r", offset=self.grams[entry.name], shape=shape)
 
@@ -195,7 +195,7 @@ def write_scales(
         ScalesError: a value is not finite.
     """
     if path.exists() and not force:
-        raise OutputError(f"{path} exists; replace it with --force or choose another --output")
+        raise OutputError(f"{path} exists; replace it with force=True or choose another output", fields=("output",))
     try:
         with whole_file(path) as scratch, scratch.open("xb") as file:
             _write(file, provenance, inputs, grams or {})

@@ -55,7 +55,7 @@ def select_rows(counts: Iterable[RowCounts], *, num_rows: int, mix: float, seed:
     counts = list(counts)
     available = RowCounts(sum(each.states for each in counts), sum(each.clean for each in counts))
     limits = [num_rows]
-    limits += [int(available.states / mix)] if mix > 0 else []
+    limits += [int(min(num_rows, available.states / mix))] if mix > 0 else []
     limits += [int(available.clean / (1 - mix))] if mix < 1 else []
     total = min(limits)
     if total < MIN_ROWS:

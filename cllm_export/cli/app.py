@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from cllm_export import __version__
 from cllm_export.cli.flags import Flag, with_flags
-from cllm_export.cli.signature import renamed_fields
+from cllm_export.cli.signature import flags_of_fields
 from cllm_export.errors import CllmExportError
 
 ORDER = (
@@ -47,8 +47,9 @@ def _flags_of(command: Any) -> dict[str, Flag]:
         for given in command.params
         if given.param_type_name == "option"
     }
-    renamed = {field: flags[name] for field, name in renamed_fields(command.callback).items() if field not in flags}
-    return flags | renamed
+    spelled = {flag.on: flag for flag in flags.values()}
+    others = flags_of_fields(command.callback)
+    return {field: spelled.get(flag, Flag(on=flag)) for field, flag in others.items()} | flags
 
 
 app = typer.Typer(

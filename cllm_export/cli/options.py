@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.bundle.manifest import FillName
-from cllm_export.bundle.quantization import Engine as QuantizedFor
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
 from cllm_export.runtime.decoding.request import Method
@@ -37,6 +35,11 @@ PromptsOption = Annotated[
 ]
 
 
+PromptFileOption = Annotated[
+    Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
+]
+
+
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", help="The Hugging Face checkpoint that the bundle was built from.")
 ]
@@ -45,12 +48,6 @@ CheckpointOption = Annotated[
 BaseOption = Annotated[
     Path | None,
     typer.Option("--base", help="The checkpoint that a LoRA adapter is for; by default the one that it names."),
-]
-
-
-QuantizeForOption = Annotated[
-    QuantizedFor | None,
-    typer.Option("--quantize-for", help="For int4: the engine that runs the graph; by default onnxruntime."),
 ]
 
 
@@ -93,10 +90,7 @@ DraftModelOption = Annotated[
 ]
 
 
-FillOption = Annotated[
-    FillName | None,
-    typer.Option("--fill", help="How guesses are first filled and refilled; by default as the model was trained."),
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file as JSON.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many prompts, from the first.")]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -18,8 +18,8 @@ from cllm_export.errors import OptionError
 Command = TypeVar("Command", bound=Callable[..., Any])
 Parse = Callable[..., Any]
 
-RENAMED = "renamed_fields"
-"""Attribute of a command: the parameters of fields that are spelled otherwise than their field."""
+FLAGS = "flags_of_fields"
+"""Attribute of a command: the flags of fields that are spelled otherwise than their field."""
 NUMBERS = {int: "INTEGER", float: "FLOAT"}
 
 
@@ -30,6 +30,7 @@ def with_options(
     exclude: Collection[str] = (),
     parse: Mapping[str, Parse] | None = None,
     metavars: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> Callable[[Command], Command]:
     """Replace a command's parameter of this class by one parameter for each of the class's ``option`` fields.
 
@@ -47,6 +48,7 @@ def with_options(
         parse: functions from what the user writes to a field's value, by field name. A function's first parameter is
             annotated ``str``, or ``list[str]`` for an option that may be repeated.
         metavars: by field name, what the help shows in place of the type.
+        flags: by name, the flags of other fields that errors may name.
 
     Raises:
         TypeError: the command has no parameter of the class, or two parameters get one name.
@@ -58,23 +60,24 @@ def with_options(
 
         @functools.wraps(command)
         def run(**given: Any) -> Any:
-            values = {entry.field.name: entry.value(given.pop(entry.name)) for entry in offered}
-            return command(**given, **{target.name: _instance(cls, values, offered, target)})
+            own = {entry.name: given.pop(entry.name) for entry in offered}
+            return command(**given, **{target.name: _instance(cls, own, offered, target)})
 
         parameters = []
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             replaced = [entry.parameter(target) for entry in offered] if parameter.name == target.name else [parameter]
             parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in replaced]
         _require_distinct(parameters, command)
-        _describe(run, parameters, {entry.field.name: entry.name for entry in offered})
+        spelled = {entry.field.name: entry.flag for entry in offered if entry.field.name != entry.name}
+        _describe(run, parameters, spelled | dict(flags or {}))
         return run  # type: ignore[return-value]
 
     return decorate
 
 
-def renamed_fields(command: Callable[..., Any] | None) -> dict[str, str]:
-    """Parameter names of a command by field name, where they differ."""
-    return dict(getattr(command, RENAMED, {}))
+def flags_of_fields(command: Callable[..., Any] | None) -> dict[str, str]:
+    """Flags of a command by field name, where they are no parameter's of that name."""
+    return dict(getattr(command, FLAGS, {}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,10 @@ class _Offered:
         default = None if self.is_required or self.parse else self.field.default
         return (list(default) or None) if isinstance(default, tuple) else default
 
+    @property
+    def flag(self) -> str:
+        return self.spec.flag or _flag(self.name, _kind_of(self.hint, self.parse), self.default)
+
     def value(self, given: Any) -> Any:
         """The field's value for what the command line gave."""
         if given is None:
@@ -107,20 +114,20 @@ class _Offered:
         return tuple(given) if isinstance(given, list) else given
 
     def parameter(self, target: inspect.Parameter) -> inspect.Parameter:
-        kind = _kind_of(self.hint, self.parse)
-        must_be_given = self.is_required and not _allows_none(target.annotation)
+        kind, is_optional = _kind_of(self.hint, self.parse), _allows_none(target.annotation)
+        must_be_given = self.is_required and not is_optional
+        default = None if is_optional else self.default
         info = typer.Option(
-            *(self.spec.flag or _flag(self.name, kind, self.default)).split(),
+            self.flag,
             help=self.spec.help,
-            metavar=self.metavar or _range_metavar(self.spec, kind),
-            show_default=not (must_be_given or self.default is None),
+            metavar=self.metavar or _metavar(self.spec, kind),
+            show_default=self.default is not None and (str(self.default) if is_optional else not must_be_given),
         )
-        annotation = kind if must_be_given or self.default is not None else kind | None
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[annotation, info],
-            default=inspect.Parameter.empty if must_be_given else self.default,
+            annotation=Annotated[kind if must_be_given or default is not None else kind | None, info],
+            default=inspect.Parameter.empty if must_be_given else default,
         )
 
 
@@ -156,29 +163,26 @@ def _parameter_of(command: Callable[..., Any], cls: type[Any]) -> inspect.Parame
     raise TypeError(f"{command.__name__} has no parameter of {cls.__name__}")
 
 
-def _instance(cls: type[Any], values: dict[str, Any], offered: list[_Offered], target: inspect.Parameter) -> Any:
+def _instance(cls: type[Any], given: dict[str, Any], offered: list[_Offered], target: inspect.Parameter) -> Any:
     """The class's instance; None where nothing of an optional one was given.
 
     Raises:
         OptionError: an option is out of its range, or stands without what it needs.
     """
-    missing = [entry.field.name for entry in offered if entry.is_required and values[entry.field.name] is None]
+    missing = [entry.name for entry in offered if entry.is_required and given[entry.name] is None]
     if not missing or not _allows_none(target.annotation):
         with names_replaced({entry.field.name: entry.name for entry in offered}):
-            return cls(**values)
-    for entry in offered:
-        name = entry.field.name
-        if name not in missing and values[name] != (None if entry.is_required else entry.field.default):
-            needed = next(other.name for other in offered if other.field.name == missing[0])
-            raise OptionError(f"{entry.name} needs {needed}", fields=(entry.name, needed))
+            return cls(**{entry.field.name: entry.value(given[entry.name]) for entry in offered})
+    if alone := [name for name, value in given.items() if value is not None]:
+        raise OptionError(f"{alone[0]} needs {missing[0]}", fields=(alone[0], missing[0]))
     return None
 
 
-def _describe(run: Any, parameters: list[inspect.Parameter], names: Mapping[str, str]) -> None:
-    """What Typer reads of a command."""
+def _describe(run: Any, parameters: list[inspect.Parameter], flags: Mapping[str, str]) -> None:
+    """What Typer reads of a command, and the flags of its fields."""
     run.__signature__ = inspect.Signature(parameters, return_annotation=None)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    setattr(run, RENAMED, renamed_fields(run) | {field: name for field, name in names.items() if field != name})
+    setattr(run, FLAGS, {**flags_of_fields(run), **flags})
 
 
 def _require_distinct(parameters: list[inspect.Parameter], command: Callable[..., Any]) -> None:
@@ -194,12 +198,18 @@ def _allows_none(hint: Any) -> bool:
 
 
 def _kind_of(hint: Any, parse: Parse | None) -> Any:
-    """The type that Typer is told: without None, and a list where the field has a tuple."""
+    """The type that Typer is told: without None, and a list where the field has a tuple or a sequence.
+
+    Typer knows no list of choices: it takes them as texts, and the class checks them.
+    """
     if parse is not None:
         return next(iter(inspect.signature(parse, eval_str=True).parameters.values())).annotation
     if _allows_none(hint):
         [hint] = [kind for kind in get_args(hint) if kind is not NoneType]
-    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
+    if get_origin(hint) not in (tuple, Sequence):
+        return hint
+    item = get_args(hint)[0]
+    return list[str] if get_origin(item) is Literal else list[item]  # type: ignore[valid-type]
 
 
 def _flag(name: str, kind: Any, default: Any) -> str:
@@ -207,14 +217,16 @@ def _flag(name: str, kind: Any, default: Any) -> str:
     return f"--{dashed}/--no-{dashed}" if kind is bool and default is not False else f"--{dashed}"
 
 
-def _range_metavar(spec: OptionSpec, kind: Any) -> str | None:
-    """The type with its range, such as ``INTEGER 0<=x<=5``; None where the range is open on both sides."""
+def _metavar(spec: OptionSpec, kind: Any) -> str | None:
+    """The type with its range, such as ``INTEGER 0<=x<=5``; None where Typer says it all."""
+    if spec.choices and kind == list[str]:
+        return "|".join(spec.choices)
     number = NUMBERS.get(get_args(kind)[0] if get_origin(kind) is list else kind)
-    low = f"{spec.minimum:g}<=" if spec.minimum is not None else f"{spec.above:g}<" if spec.above is not None else ""
-    high = f"<={spec.maximum:g}" if spec.maximum is not None else ""
+    low = f"{spec.minimum}<=" if spec.minimum is not None else f"{spec.above}<" if spec.above is not None else ""
+    high = f"<={spec.maximum}" if spec.maximum is not None else ""
     if number is None or not (low or high):
         return None
     if not high:
         bound, sign = (spec.minimum, ">=") if spec.minimum is not None else (spec.above, ">")
-        return f"{number} x{sign}{bound:g}"
+        return f"{number} x{sign}{bound}"
     return f"{number} {low}x{high}"

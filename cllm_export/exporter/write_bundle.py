@@ -27,8 +27,8 @@ from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.passes import pin_shapes, state_contract
 from cllm_export.exporter.lint.rules import require_clean
-from cllm_export.exporter.options import Settings
 from cllm_export.exporter.quantize.schemes import SCHEMES
+from cllm_export.exporter.settle import Settings
 from cllm_export.exporter.stages import Stages
 from cllm_export.exporter.weights.weights import (
     Layout,

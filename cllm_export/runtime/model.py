@@ -346,9 +346,7 @@ class Model:
         if asks_model and method == LOOKAHEAD:
             raise OptionError(f"fill {fill!r} is not for lookahead, whose window is filled once: leave model out")
         if asks_model and not self.draft_model:
-            raise OptionError(
-                f"fill {fill!r} needs a draft model: load(path, draft_model=...), --draft-model on the command line"
-            )
+            raise OptionError(f"fill {fill!r} needs a draft model: give draft_model where the bundle is loaded")
         return fill
 
     def _compile_grammar(self, options: Options) -> Constraint | None:

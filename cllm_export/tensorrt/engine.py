@@ -135,7 +135,7 @@ class TrtEngine(EngineBase):
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         if with_logits and not self._settings.logits:
-            raise EngineError("this plan was built with --no-logits, and this request needs them: build it without")
+            raise EngineError("this plan was built with logits=False, and this request needs them: build it without")
         size, slots = self._check_batch(batch), self.num_slots
         padded = self._padded_size(size)
         profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(padded)

@@ -26,9 +26,9 @@ from cllm_export.errors import TuningError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.training.data.samples import Sample
 from cllm_export.training.model.torch_engine import load_checkpoint
+from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import prepare
 from cllm_export.training.tune import tune
-from cllm_export.training.tune_options import TuneOptions
 from tests.checkpoints import EOS, MAX_POSITIONS, PAD, Variant, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, snapshot
@@ -608,19 +608,19 @@ def test_nothing_to_train_on_is_an_error_that_says_why(cli: Cli, llama: Path, tm
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ((), "either steps or minutes"),
-        (("--steps", 1, "--minutes", 1), "either steps or minutes"),
+        ((), "either --steps or --minutes"),
+        (("--steps", 1, "--minutes", 1), "either --steps or --minutes"),
         (("--minutes", "nan"), "minutes must be"),
-        (("--steps", 1, "--learning-rate", "nan"), "learning_rate must be"),
-        (("--steps", 1, "--decay", 2), "decay is a share"),
+        (("--steps", 1, "--learning-rate", "nan"), "--learning-rate must be"),
+        (("--steps", 1, "--decay", 2), "--decay must be"),
         (("--steps", 1, "--patience", 0), "patience must be"),
         (("--steps", 1, "--seed", -1), "seed must be"),
         (("--steps", 1, "--threads", 0), "threads must be"),
         (("--steps", 1, "--lora-alpha", 3), "--lora-alpha needs --lora-rank"),
-        (("--steps", 1, "--lora-rank", 2, "--lora-alpha", 0), "lora alpha must be"),
+        (("--steps", 1, "--lora-rank", 2, "--lora-alpha", 0), "--lora-alpha must be"),
         (("--steps", 1, "--mixed-precision", "fp16"), "fp16 needs a GPU"),
         (("--steps", 1, "--max-length", 100000), "100000"),
-        (("--steps", 1, "--block-size", 1), "block_sizes"),
+        (("--steps", 1, "--block-size", 1), "--block-size must be"),
         (("--steps", 1, "--block-size", 5000), "smaller --block-size"),
     ],
 )
@@ -721,7 +721,8 @@ def test_two_files_of_one_name_are_answered_apart(cli: Cli, workshop: Workshop, 
 
 @pytest.fixture(scope="module")
 def trajectories(workshop: Workshop, unanswered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cllm_export.training.collection.collect import CollectOptions, collect
+    from cllm_export.training.collection.collect import collect
+    from cllm_export.training.collection.options import CollectOptions
     from cllm_export.training.collection.source import open_source
 
     output = tmp_path_factory.mktemp("collected") / "trajectories"

@@ -9,22 +9,22 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
-from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, Engine, SchemeName, SchemeOption
+from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, SchemeName, SchemeOption
 from cllm_export.bundle.scales import open_scales
 from cllm_export.bundle.storage import check_output, output_error, staged_output
 from cllm_export.calibration.search.fake_quantization import FakeQuantization
 from cllm_export.calibration.search.fit import Budget, Builder, Fit, fit
 from cllm_export.calibration.search.measured import HeldOutOptions, Losses
 from cllm_export.calibration.search.sensitivity import StandIn
-from cllm_export.checks import require_one_of
+from cllm_export.checks import check_options, option
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.tasks.questions import Question
-from cllm_export.exporter.quantize.options import QuantizeOptions, require_takers
+from cllm_export.exporter.quantize.options import QuantizeOptions, SchemeOptions, require_takers
 from cllm_export.extras import needs_extra
 from cllm_export.measure.compare import UNQUANTISED, CompareOptions, compare
 from cllm_export.progress import Progress
@@ -33,25 +33,28 @@ from cllm_export.verification.files import require_source
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions:
+class FitOptions(SchemeOptions):
     """What ``cllm-export quantize`` lets the user choose beside paths.
 
     Raises:
         OptionError: no scheme, one twice, several for an engine that is not timed here, or an option that is for none.
     """
 
-    schemes: tuple[SchemeName, ...]
-    budget: Budget
-    group_size: int | None = None
-    """Input channels that share a scale of a 4-bit weight."""
-    engine: Engine | None = None
-    """Engine that an ``int4`` graph is for."""
-    scales: Path | None = None
-    """What ``int8`` and ``fp8`` need, and ``int4`` takes GPTQ from."""
-    always_rank: bool = False
-    held_out: HeldOutOptions
+    schemes: tuple[SchemeName, ...] = option(
+        help="How linear layers are quantised; repeat the option to choose the fastest of several here.",
+        choices=SCHEME_NAMES,
+        flag="--precision",
+    )
+    budget: Budget = field(default_factory=Budget)
+    always_rank: bool = option(
+        False,
+        help="Measure the sensitivity of every layer, even if the budget holds with all layers quantised.",
+        flag="--sensitivity",
+    )
+    held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
             raise OptionError(
                 f"schemes must be given once for each scheme, got {', '.join(self.schemes) or 'none'}",
@@ -59,9 +62,9 @@ class FitOptions:
             )
         if len(self.schemes) > 1 and self.engine not in (None, "onnxruntime"):
             raise OptionError(
-                f"several precisions are told apart by their speed with ONNX Runtime: give one precision with "
-                f"engine {self.engine}, got {', '.join(self.schemes)}",
-                fields=("precision", "engine"),
+                f"schemes must be one alone with engine='{self.engine}', got {', '.join(self.schemes)}: several are "
+                "told apart by their speed with ONNX Runtime",
+                fields=("schemes",),
             )
         for name in get_args(SchemeOption):
             if getattr(self, name) is not None:
@@ -107,23 +110,12 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "max_tpf_loss": self.budget.tpf,
-            "max_quality_loss": self.budget.quality,
+            "max_tpf_loss": self.budget.max_tpf_loss,
+            "max_quality_loss": self.budget.max_quality_loss,
             "chosen": self.scheme,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "timings": self.timings,
         }
-
-
-def parse_schemes(given: Sequence[str]) -> tuple[SchemeName, ...]:
-    """Names as ``--precision`` was given them.
-
-    Raises:
-        OptionError: one is none.
-    """
-    for name in given:
-        require_one_of("precision", name, SCHEME_NAMES)
-    return tuple(scheme for name in given for scheme in SCHEME_NAMES if scheme == name)
 
 
 def quantize(

@@ -96,7 +96,7 @@ class Int4ForTensorRT(Int4Layers):
 
     def _require_whole(self, linear: Linear) -> None:
         """TensorRT infers the size of a group by a division; a byte of two rows could not be mapped by row."""
-        (out, width), keep = linear.shape, " ".join(f"keep={tensor}" for tensor in linear.source.tensors)
+        (out, width), keep = linear.shape, " ".join(f"keep='{tensor}'" for tensor in linear.source.tensors)
         if width % self._group_size:
             raise QuantizationError(
                 f"{linear.name} takes {width} channels, no whole number of groups of {self._group_size} as TensorRT "

@@ -1,4 +1,4 @@
-"""What a build may be told of quantisation. Checked before torch is imported."""
+"""What quantisation may be told. Checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,31 +21,52 @@ from cllm_export.bundle.quantization import (
 from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError
 
-CALIBRATE = "make them with cllm-export calibrate on the unquantised bundle"
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeOptions:
+    """Options that some schemes have."""
+
+    group_size: int | None = option(
+        None, help="For int4: how many input channels share a scale: 32, 64 or 128.", minimum=1
+    )
+    """Input channels that share a scale of a weight; by default the first of the scheme's sizes."""
+    engine: Engine | None = option(
+        None,
+        help="For int4: the engine that runs the graph; by default onnxruntime.",
+        choices=ENGINES,
+        flag="--quantize-for",
+    )
+    """Engine that the graph is for, where a scheme has a form for each: int4, by default for ONNX Runtime."""
+    scales: Path | None = option(
+        None, help="The scales file that `calibrate` wrote. int8 and fp8 need it; int4 uses GPTQ with it."
+    )
+    """File of a calibration: int8 and fp8 need one, with one int4 is rounded by GPTQ, int8-dynamic takes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """What ``cllm-export build`` lets the user choose of quantisation.
+class LayerOptions(SchemeOptions):
+    """Those, and which layers are quantised: all that stands beside a scheme's name."""
+
+    head: bool = option(False, help="Quantise the head (lm_head) too.", flag="--quantize-head")
+    """Quantise the head too."""
+    keep: tuple[str, ...] = option(
+        (), help="Do not quantise the linear layer of this checkpoint tensor; repeat the option for several."
+    )
+    """Checkpoint tensors whose layers keep their precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(LayerOptions):
+    """How linear layers are quantised.
 
     Raises:
-        OptionError: an option is out of its range, or not for the scheme.
+        OptionError: the scheme is none, needs an option that is not given, or takes none of one that is.
     """
 
     scheme: SchemeName = option(
-        help="How linear layers are quantised.", choices=SCHEME_NAMES, flag="--precision", hidden=True
-    )
-    head: bool = option(False, help="Quantise the head too, which by default is kept.", flag="--quantize-head")
-    group_size: int | None = option(
-        None, help="int4: input channels that share a scale of a weight, 32, 64 or 128.", minimum=1
-    )
-    """By default the first of the scheme's."""
-    keep: tuple[str, ...] = option((), help="Checkpoint tensor of a linear layer that keeps its precision; repeatable.")
-    scales: Path | None = option(
-        None, help="The file that cllm-export calibrate wrote: int8 and fp8 need it, int4 then takes GPTQ."
-    )
-    engine: Engine | None = option(
-        None, help="int4: the engine of the graph; by default onnxruntime.", choices=ENGINES, flag="--quantize-for"
+        help="How linear layers store their weights and take their activations.",
+        choices=SCHEME_NAMES,
+        hidden=True,
     )
 
     def __post_init__(self) -> None:
@@ -54,17 +75,19 @@ class QuantizeOptions:
             require_takers("group_size", self.group_size, (self.scheme,))
             self._require_group_size(self.group_size)
         if self.spec.scales == "needed" and self.scales is None:
-            raise OptionError(f"scheme {self.scheme} needs scales: {CALIBRATE}", fields=("scheme", "scales"))
-        if self.spec.scales == "refused" and self.scales is not None:
             raise OptionError(
-                f"scheme {self.scheme} takes no scales, they are for {_either('scales')}: leave them out",
-                fields=("scheme", "scales"),
+                f"scheme='{self.scheme}' needs scales: make them with cllm-export calibrate on the unquantised bundle",
+                fields=("scales",),
+            )
+        if self.scales is not None and not self.spec.takes("scales"):
+            takers = " and ".join(schemes_that_take("scales"))
+            raise OptionError(
+                f"scheme='{self.scheme}' takes no scales: they are for {takers}; leave them out", fields=("scales",)
             )
         if self.engine is not None and not self.spec.takes("engine"):
-            engines = self.form.engines
-            which = "one graph for both engines" if len(engines) > 1 else f"for {ENGINE_TITLES[engines[0]]} alone"
             raise OptionError(
-                f"engine is for {_either('engine')}, got {self.engine}: {self.scheme} is {which}; leave it out",
+                f"engine is for {' and '.join(schemes_that_take('engine'))}: {self.scheme} is {self._engines_text()}; "
+                "leave it out",
                 fields=("engine",),
             )
 
@@ -72,7 +95,11 @@ class QuantizeOptions:
         sizes = self.spec.group_sizes
         if group_size not in sizes:
             known = ", ".join(map(str, sizes))
-            raise OptionError(f"group_size must be one of {known}, got {group_size}", fields=("group_size",))
+            raise OptionError(f"group_size must be one of {known}, got {group_size}")
+
+    def _engines_text(self) -> str:
+        engines = self.spec.forms[0].engines
+        return "one graph for both engines" if len(engines) > 1 else f"for {ENGINE_TITLES[engines[0]]} alone"
 
     @property
     def spec(self) -> SchemeSpec:
@@ -91,24 +118,16 @@ class QuantizeOptions:
         return self.group_size or next(iter(self.spec.group_sizes), None)
 
 
-def quantize_options(
-    scheme: SchemeName | None,
-    *,
-    head: bool = False,
-    group_size: int | None = None,
-    keep: tuple[str, ...] = (),
-    scales: Path | None = None,
-    engine: Engine | None = None,
-) -> QuantizeOptions | None:
+def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> QuantizeOptions | None:
     """Options of a scheme; None where nothing is quantised.
 
     Raises:
         OptionError: an option of quantisation was given for nothing to quantise, or is out of range.
     """
-    given = {"head": head, "group_size": group_size, "keep": keep, "scales": scales, "engine": engine}
     if scheme is not None:
-        return QuantizeOptions(scheme=scheme, **given)  # type: ignore[arg-type]
-    if used := next((name for name, value in given.items() if value), None):
+        return QuantizeOptions(scheme=scheme, **vars(layers))
+    names = ("head", "group_size", "keep", "scales", "engine")
+    if used := next((name for name in names if getattr(layers, name)), None):
         raise OptionError(
             f"{used} needs a precision that quantises: {', '.join(SCHEME_NAMES)}", fields=(used, "precision")
         )
@@ -117,12 +136,9 @@ def quantize_options(
 
 def require_takers(name: SchemeOption, given: object, schemes: Collection[SchemeName]) -> None:
     """Raise OptionError unless an option that was given is for one of the schemes."""
-    if not set(schemes_that_take(name)) & set(schemes):
-        takers = " and ".join(schemes_that_take(name))
+    takers = schemes_that_take(name)
+    if not set(takers) & set(schemes):
         raise OptionError(
-            f"{name} is for {takers}, got {given} with {', '.join(schemes)}: leave it out", fields=(name,)
+            f"{name} is for {' and '.join(takers)}, got {given} with {', '.join(schemes)}: leave it out",
+            fields=(name,),
         )
-
-
-def _either(name: SchemeOption) -> str:
-    return " and ".join(schemes_that_take(name))

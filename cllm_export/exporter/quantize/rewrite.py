@@ -88,9 +88,8 @@ def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOption
     known = {tensor for linear in linears for tensor in linear.source.tensors}
     if unknown := sorted(set(options.keep) - known):
         raise OptionError(
-            f"keep={unknown[0]} names no linear layer of the model; give a weight's name as the checkpoint has it, "
-            f"such as {min(known)}",
-            fields=("keep",),
+            f"keep='{unknown[0]}' names no linear layer of the model; give a weight's name as the checkpoint has it, "
+            f"such as {min(known)}"
         )
     head = nodes_of_head(graph, num_layers)
     reasons = {linear.name: HEAD_KEPT for linear in linears if linear.node in head and not options.head}

@@ -236,7 +236,7 @@ class OrtEngine(EngineBase):
         elif manifest.precision == "bf16":
             raise EngineError(
                 f"{bundle.path} is a bf16 bundle, and ONNX Runtime's CPU provider multiplies no bf16 matrices: "
-                "build it with --precision fp32, or run it on a GPU engine"
+                "build it with precision='fp32', or run it on a GPU engine"
             )
         fixed = manifest.graphs[GREEDY_GRAPH].fixed_shapes
         is_small = device == "cpu" and bundle.weight_bytes <= CACHE_RESIDENT_BYTES

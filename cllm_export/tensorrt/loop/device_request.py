@@ -34,13 +34,13 @@ def require_device_loop(given: Engine, *, block_size: int, num_eos: int) -> TrtE
     if not given.has_device_loop:
         raise OptionError(
             f"forwards_per_sync is for TensorRT, and this model runs on {type(given).__name__}: load its bundle with "
-            "provider='tensorrt' (--provider tensorrt), or leave it out"
+            "provider='tensorrt', or leave it out"
         )
     engine = cast("TrtEngine", given)
     if block_size not in engine.block_sizes:
         raise OptionError(
             f"forwards_per_sync takes a block size of the plan's, {' or '.join(map(str, engine.block_sizes))}, got "
-            f"{block_size}: choose one as block_size, or build a plan with --block-size {block_size}"
+            f"{block_size}: choose one as block_size, or build a plan with block_sizes={block_size}"
         )
     if num_eos > MOST_EOS:
         raise OptionError(f"forwards_per_sync takes {MOST_EOS} end-of-sequence tokens at most, the model has {num_eos}")

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from cllm_export.checks import check_options, option
-from cllm_export.cli.signature import renamed_fields, with_options
+from cllm_export.cli.signature import flags_of_fields, with_options
 from cllm_export.errors import OptionError
 
 
@@ -33,6 +33,7 @@ class Bake:
     heat: float = option(1.0, help="How hot.", above=0)
     sizes: tuple[int, ...] = option((16,), help="Which sizes.", minimum=2, flag="--size")
     names: tuple[str, ...] = option((), help="Which names.")
+    toppings: tuple[Literal["nuts", "salt"], ...] = option((), help="Which toppings.", choices=("nuts", "salt"))
     salted: bool = option(False, help="Add salt.")
     crusty: bool = option(True, help="Bake a crust.")
     by_hand: bool | None = option(None, help="Knead by hand.", flag="--by-hand/--by-machine")
@@ -66,7 +67,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 @with_options(Bake, parse=PARSE, metavars={"pairs": "A=B"})
-@with_options(Icing, names={"heat": "icing_heat"})
+@with_options(Icing, names={"heat": "icing_heat"}, flags={"page": "--recipe"})
 def bake(
     recipe: Annotated[str, typer.Argument(help="The recipe.")],
     options: Bake,
@@ -108,6 +109,12 @@ def test_every_kind_of_option_reaches_its_field():
 
 def test_a_tuple_is_an_option_that_may_be_repeated():
     assert baked("--size", 4, "--size", 8, "--names", "a") == Bake(sizes=(4, 8), names=("a",))
+
+
+def test_a_tuple_may_be_of_choices():
+    assert baked("--toppings", "nuts", "--toppings", "salt").toppings == ("nuts", "salt")
+    with pytest.raises(OptionError, match="toppings must be one of nuts, salt, got 'mud'"):
+        baked("--toppings", "mud")
 
 
 def test_a_parser_may_take_every_repetition():
@@ -175,11 +182,12 @@ def test_the_help_shows_what_the_class_says():
     assert "x>=1" in lines["--num-loaves"]
     assert "x>0" in lines["--heat"]
     assert "A=B" in lines["--pair"]
+    assert "nuts|salt" in lines["--toppings"]
     assert "default: 16" in lines["--size"]
 
 
 def test_a_command_tells_which_fields_are_spelled_otherwise():
-    assert renamed_fields(bake) == {"heat": "icing_heat"}
+    assert flags_of_fields(bake) == {"heat": "--icing-heat", "page": "--recipe"}
 
 
 def test_two_parameters_of_one_name_are_a_defect():

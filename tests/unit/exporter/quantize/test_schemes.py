@@ -17,7 +17,7 @@ from cllm_export.bundle.quantization import (  # noqa: E402
 )
 from cllm_export.errors import OptionError  # noqa: E402
 from cllm_export.exporter.lint.rules import DTYPES  # noqa: E402
-from cllm_export.exporter.quantize.options import QuantizeOptions, quantize_options  # noqa: E402
+from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options  # noqa: E402
 from cllm_export.exporter.quantize.scheme import FakeInput, FakeLayer  # noqa: E402
 from cllm_export.exporter.quantize.schemes import SCHEMES  # noqa: E402
 
@@ -79,7 +79,7 @@ def test_only_operators_that_tensorrt_does_not_take_so_are_left_out_of_the_lint(
 
 
 def test_advice_for_an_engine_names_every_scheme_that_has_a_graph_for_it():
-    assert builds_for("tensorrt") == "--precision int8, --precision int4 --quantize-for tensorrt or --precision fp8"
+    assert builds_for("tensorrt") == "precision='int8', precision='int4' with engine='tensorrt' or precision='fp8'"
 
 
 def test_a_group_size_is_settled_only_where_weights_have_groups():
@@ -89,9 +89,9 @@ def test_a_group_size_is_settled_only_where_weights_have_groups():
 
 
 def test_options_of_quantisation_need_a_scheme():
-    assert quantize_options(None) is None
+    assert quantize_options(None, LayerOptions()) is None
     with pytest.raises(OptionError, match="group_size needs a precision that quantises") as refused:
-        quantize_options(None, group_size=32)
+        quantize_options(None, LayerOptions(group_size=32))
     assert refused.value.fields == ("group_size", "precision")
 
 
