@@ -211,13 +211,30 @@ def _make_staging(target: Path) -> tuple[Path, int]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    import fcntl
+    """Lock what is open, until it is closed or its process ends; False where another has it locked."""
+    from filelock import lock_descriptor
 
+    return lock_descriptor(descriptor, blocking=False)
+
+
+@contextlib.contextmanager
+def locked_directory(directory: Path, *, busy: str) -> Iterator[None]:
+    """Hold a directory, which is made if it is missing: one process at a time. A lock vanishes with its process.
+
+    Raises:
+        OutputError: another process holds it, which ``busy`` says; or it cannot be made.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise output_error(error, directory) from None
+    try:
+        if not _try_lock(descriptor):
+            raise OutputError(busy, fields=("output",))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -11,7 +11,6 @@ A file appears whole, under its name, or not at all. The directory is removed on
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cllm_export.bundle.manifest import FillName, Loop
-from cllm_export.bundle.storage import output_error, unfinished_files, whole_file, write_json
+from cllm_export.bundle.storage import locked_directory, output_error, unfinished_files, whole_file, write_json
 from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
 
 RUN_NAME = "run.json"
@@ -82,13 +81,8 @@ def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]
         OutputError: another run is at work in it, or it cannot be written.
     """
     path = output.with_name(f"{output.name}.calibrating")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise output_error(error, path) from None
-    try:
-        _lock(descriptor, path)
+    busy = f"another calibration is at work in {path}: wait for it, or choose another output"
+    with locked_directory(path, busy=busy):
         _begin(path, settings)
         try:
             yield RunDirectory(path)
@@ -98,20 +92,6 @@ def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]
             shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(
-            f"another calibration is at work in {path}: wait for it, or choose another output",
-            fields=("output",),
-        ) from None
 
 
 def _begin(path: Path, settings: RunSettings) -> None:

@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cllm_export.bundle.contract import (
     BYTES,
@@ -127,11 +126,6 @@ class TrtEngine(EngineBase):
     def block_sizes(self) -> tuple[int, ...]:
         """Every n that the plan has a profile for."""
         return self._settings.block_sizes
-
-    @property
-    def cache_addresses(self) -> dict[str, int]:
-        """Where on the device each cache tensor lies, by past name: the address of past and present."""
-        return {past: self._addresses[past] for past, _ in cache_names(self.geometry.num_layers)}
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         if with_logits and not self._settings.logits:
@@ -246,21 +240,6 @@ class TrtEngine(EngineBase):
         """As the host sees it: numpy has no bf16, so that its bits stand for it."""
         spec = next(spec for spec in self._inputs if spec.name.startswith("past"))
         return np.dtype("uint16" if spec.dtype == "bfloat16" else spec.dtype)
-
-    def read_cache(self, past: str) -> NDArray[np.generic]:
-        """A cache tensor [B, K, C, D] copied to the host; bf16 comes as its bits, uint16. For tests and diagnosis."""
-        self._require_open()
-        array = np.zeros(self._cache_shape(), self._cache_dtype)
-        self._cuda.copy(array.ctypes.data, self._addresses[past], array.nbytes, "to host", self._stream)
-        self._cuda.synchronize(self._stream)
-        return array
-
-    def write_cache(self, past: str, array: NDArray[np.generic]) -> None:
-        """Replace a cache tensor, as ``read_cache`` gives it."""
-        self._require_open()
-        array = np.ascontiguousarray(array)
-        self._cuda.copy(self._addresses[past], array.ctypes.data, array.nbytes, "to device", self._stream)
-        self._cuda.synchronize(self._stream)
 
     # Loading.
 

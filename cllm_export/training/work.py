@@ -13,10 +13,9 @@ put back where a kill came between two renames.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.bundle.storage import check_output, staged_output, unfinished_files, whole_file
+from cllm_export.bundle.storage import check_output, locked_directory, staged_output, unfinished_files, whole_file
 from cllm_export.errors import OptionError, OutputError, TuningError
 from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
 from cllm_export.exporter.checkpoint.read import Checkpoint
@@ -60,7 +59,7 @@ class WorkDirectory:
         self._output, self._force, self._resume = output, force, resume
         self.path = output.with_name(f"{output.name}.tuning")
         self._log: EventLog | None = None
-        self._lock: int | None = None
+        self._lock = ExitStack()
         has_state = any((self.path / name / COUNTERS).is_file() for name in (STATE, f"{STATE}.old"))
         if resume and not has_state:
             raise TuningError(
@@ -182,9 +181,7 @@ class WorkDirectory:
     def close(self) -> None:
         """Let go of logs and lock."""
         self._close_log()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def _close_log(self) -> None:
         if self._log:
@@ -203,16 +200,8 @@ class WorkDirectory:
             )
 
     def _lock_directory(self) -> None:
-        import fcntl
-
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another run is at work in {self.path}: wait for it, or choose another output",
-                fields=("output",),
-            ) from None
+        busy = f"another run is at work in {self.path}: wait for it, or choose another output"
+        self._lock.enter_context(locked_directory(self.path, busy=busy))
 
     def _require_same(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The counters of a run, which must have these settings."""

@@ -20,6 +20,7 @@ from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.cuda import probe_driver
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import THREADS
+from tests.tensorrt import caches
 
 BLOCK_SIZES = (1, 8, 16, 32, 64)
 
@@ -72,20 +73,20 @@ class TrtSubject:
         self.engine: Any = TrtEngine(bundle, plan=plan, gpu=gpu)
 
     def read_cache(self) -> dict[str, np.ndarray]:
-        return {past: self.engine.read_cache(past) for past in self.engine.cache_addresses}
+        return caches.read_cache(self.engine)
 
     def write_cache(self, cache: dict[str, np.ndarray]) -> None:
-        for past, array in cache.items():
-            self.engine.write_cache(past, array)
+        caches.write_cache(self.engine, cache)
 
     def addresses(self) -> dict[str, int]:
-        return self.engine.cache_addresses
+        return caches.cache_addresses(self.engine)
 
     def close(self) -> None:
         self.engine.close()
 
     def free_memory(self) -> int | None:
-        return self._gpu.cuda.free_memory()
+        _, free, _ = self._gpu.cuda.runtime.cudaMemGetInfo()
+        return int(free)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import pytest
 
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.runtime.decoding.batch import decode_batch
+from cllm_export.runtime.decoding.batch import BatchRequest, decode_requests
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine, Forward
@@ -110,18 +110,16 @@ def test_jacobi_decoding_gives_autoregressive_tokens_exactly(subject: Subject, s
 
 def decode(engine: Engine, prompts: list[list[int]], method: Method, size: int, *, count: int = 16) -> list[list[int]]:
     """New tokens of each prompt. Blocks smaller than the reading width are padded to it only while a prompt is read."""
-    decoded = decode_batch(
+    decodes = decode_requests(
         engine,
-        prompts,
+        [BatchRequest(prompt=prompt, max_new_tokens=count) for prompt in prompts],
         method=method,
         block_size=size,
         fill="repeat",
-        seed=0,
-        max_new_tokens=count,
         eos_token_ids=(),
         pad_token_id=PAD,
     )
-    return [[token for record in records for token in record.new] for records in decoded]
+    return [[token for record in decode.records for token in record.new] for decode in decodes]
 
 
 @pytest.mark.parametrize("count", [1, 8, 100])

@@ -274,12 +274,12 @@ def _kill_after_the_trace(killer: Killer, checkpoint: Path, place: Place, option
 
     resumed: list[Phases] = []
 
-    def staged_in_forks(target: Path, *, force: bool) -> AbstractContextManager[Path]:
+    def staged_in_forks(target: Path, *, force: bool, marker: str) -> AbstractContextManager[Path]:
         try:
             killer.kill(_go_on, PHASES[2:], wanted)
         except _GoOn as fork:
             resumed.append(fork.phases)
-            return fork.phases.staged(target, force=place.force)
+            return fork.phases.staged(target, force=place.force, marker=marker)
         raise _Finished
 
     def report(phase: str, *_: int) -> None:

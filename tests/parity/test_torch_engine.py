@@ -14,7 +14,7 @@ from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import CheckpointError, EngineError, OptionError, UnsupportedError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.graph.trace import geometry_of
-from cllm_export.runtime.decoding.batch import decode_batch
+from cllm_export.runtime.decoding.batch import BatchRequest, decode_requests
 from cllm_export.runtime.decoding.request import METHODS, Method
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
@@ -112,19 +112,12 @@ def test_a_batch_of_slots_decodes_every_prompt_as_alone(workshop: Workshop, name
     eos, reference = model.facts.eos_token_ids, workshop.reference(name)
     alone = [model.generate(prompt, max_new_tokens=20, method=method, block_size=8).token_ids for prompt in prompts]
     for kind, engine in engines.items():
-        records = decode_batch(
-            engine,
-            prompts,
-            method=method,
-            block_size=8,
-            fill="pad",
-            seed=0,
-            max_new_tokens=20,
-            eos_token_ids=eos,
-            pad_token_id=0,
+        requests = [BatchRequest(prompt=prompt, max_new_tokens=20) for prompt in prompts]
+        decodes = decode_requests(
+            engine, requests, method=method, block_size=8, fill="pad", eos_token_ids=eos, pad_token_id=0
         )
-        for prompt, found, expected in zip(prompts, records, alone, strict=True):
-            tokens = [token for record in found for token in record.new]
+        for prompt, found, expected in zip(prompts, decodes, alone, strict=True):
+            tokens = [token for record in found.records for token in record.new]
             at = first_difference(tokens, expected)
             margin = 0.0 if at is None else reference.predict(prompt, tokens[: at + 1])[at].margin
             assert margin < MARGIN_EPSILON, f"{kind}, {name}, {method}, prompt of {len(prompt)}"

@@ -297,7 +297,6 @@ def test_a_model_gives_everything_back_and_does_not_run_afterwards(machine: Simu
     for run in (
         lambda: engine.forward(Batch([[1]], [1], [0])),
         lambda: engine.read_rows(0, 0, 1),
-        lambda: engine.read_cache("past_key_0"),
         lambda: engine.enqueue_decode(8, 32),
     ):
         with pytest.raises(EngineError, match="this engine is closed"):

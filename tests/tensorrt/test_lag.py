@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.runtime.decoding.batch import decode_batch
+from cllm_export.runtime.decoding.batch import BatchRequest, decode_requests
 from cllm_export.runtime.engines import cuda as cuda_module
 from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
 from cllm_export.tensorrt.engine import TrtEngine
@@ -52,20 +52,17 @@ class Expected(NamedTuple):
 
 
 def decode_on_host(engine: Any, prompts: Sequence[list[int]], fill: str, limit: int, eos: set[int]) -> Expected:
-    decoded = decode_batch(
+    decodes = decode_requests(
         engine,
-        prompts,
+        [BatchRequest(prompt=prompt, max_new_tokens=limit) for prompt in prompts],
         method="jacobi",
         block_size=BLOCK_SIZE,
         fill=fill,
-        seed=0,
-        max_new_tokens=limit,
         eos_token_ids=eos,
         pad_token_id=0,
     )
-    return Expected(
-        [[token for record in records for token in record.new] for records in decoded], max(map(len, decoded))
-    )
+    tokens = [[token for record in decode.records for token in record.new] for decode in decodes]
+    return Expected(tokens, max(len(decode.records) for decode in decodes))
 
 
 class Stand:

@@ -26,6 +26,7 @@ from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
 from cllm_export.tensorrt.engine import TrtEngine
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.tensorrt import simulation
+from tests.tensorrt.caches import cache_addresses, read_cache, write_cache
 from tests.tensorrt.simulation import SimulatedGpu, versions
 
 BLOCK_SIZE = 8
@@ -125,15 +126,16 @@ def test_logits_come_to_the_host_only_if_asked_for_and_are_those_of_the_cpu_engi
 
 
 def test_the_cache_stays_where_it_is_and_holds_the_rows_that_were_written(engine: TrtEngine, bundle: Bundle):
-    addresses = engine.cache_addresses
+    addresses = cache_addresses(engine)
     cpu = OrtEngine(bundle, num_slots=2, threads=THREADS)
     for each in (engine, cpu):
         each.prefill(Batch([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], [5, 5], [0, 0]))
         each.forward(Batch([[8] * BLOCK_SIZE] * 2, [1, 1], [5, 3]))
-    assert engine.cache_addresses == addresses
+    assert cache_addresses(engine) == addresses
     assert len(set(addresses.values())) == len(addresses)
+    found = read_cache(engine)
     for past in cpu.cache_addresses:
-        np.testing.assert_array_equal(engine.read_cache(past), cpu.read_cache(past))
+        np.testing.assert_array_equal(found[past], cpu.read_cache(past))
 
 
 def test_rows_of_a_slot_are_those_of_the_cpu_engine_and_can_be_moved_to_another(engine: TrtEngine, bundle: Bundle):
@@ -154,12 +156,12 @@ def test_rows_of_a_slot_are_those_of_the_cpu_engine_and_can_be_moved_to_another(
 
 
 def test_a_cache_starts_as_zeros_and_can_be_replaced(engine: TrtEngine):
-    for past in engine.cache_addresses:
-        cache = engine.read_cache(past)
-        assert not cache.any()
-        cache[...] = 7
-        engine.write_cache(past, cache)
-        assert (engine.read_cache(past) == 7).all()
+    cache = read_cache(engine)
+    for array in cache.values():
+        assert not array.any()
+        array[...] = 7
+    write_cache(engine, cache)
+    assert all((array == 7).all() for array in read_cache(engine).values())
 
 
 @pytest.mark.parametrize(
@@ -251,5 +253,5 @@ def test_two_engines_on_one_gpu_do_not_meet(bundle: Bundle):
             alone = first.forward(Batch([prompts[0]], [1], [0]))
             prefill(second, prompts[1], 0)
             assert first.forward(Batch([prompts[0]], [1], [0])) == alone
-            assert not set(first.cache_addresses.values()) & set(second.cache_addresses.values())
+            assert not set(cache_addresses(first).values()) & set(cache_addresses(second).values())
         assert first.forward(Batch([prompts[0]], [1], [0])) == alone, "closing one engine harmed the other"

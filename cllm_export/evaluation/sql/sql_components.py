@@ -82,9 +82,6 @@ class _Names:
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
 
-    def has_table(self, name: str) -> bool:
-        return self._schema.table(name) is not None
-
     def has(self, table: str, column: str) -> bool:
         found = self._schema.table(table)
         return found is not None and found.has(column)

@@ -10,7 +10,6 @@ from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.request import Decode, Method, make_decoder
 from cllm_export.runtime.decoding.scheduler import Scheduler
-from cllm_export.runtime.decoding.statistics import ForwardRecord
 from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.engines.base import Engine
 
@@ -34,40 +33,6 @@ class BatchRequest:
         require_at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
-def decode_batch(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    *,
-    method: Method,
-    block_size: int,
-    fill: FillName,
-    seed: int,
-    max_new_tokens: int,
-    eos_token_ids: Collection[int],
-    pad_token_id: int,
-) -> list[tuple[ForwardRecord, ...]]:
-    """Decode prompts (token ids) greedily, as many at once as the engine has slots; the forwards of each, in order.
-
-    Each gives the tokens, and the forwards, that it gives alone: slots do not see each other. (Through an engine that
-    rounds differently for different shapes, but for ties.)
-
-    Raises:
-        OptionError: a prompt is empty, or an option is out of range.
-        EngineError: the engine failed, or a prompt and its new tokens do not fit.
-    """
-    requests = [BatchRequest(prompt=prompt, max_new_tokens=max_new_tokens, seed=seed) for prompt in prompts]
-    decodes = decode_requests(
-        engine,
-        requests,
-        method=method,
-        block_size=block_size,
-        fill=fill,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad_token_id,
-    )
-    return [tuple(decode.records) for decode in decodes]
-
-
 def decode_requests(
     engine: Engine,
     requests: Sequence[BatchRequest],
@@ -79,7 +44,19 @@ def decode_requests(
     pad_token_id: int,
     finished: Callable[[int], None] | None = None,
 ) -> list[Decode]:
-    """Like ``decode_batch``, with a limit and a seed for each prompt; ``finished`` is called with the number done."""
+    """Decode prompts (token ids) greedily, as many at once as the engine has slots; ``Decode.records`` are the forwards
+    of each, in order.
+
+    Each gives the tokens, and the forwards, that it gives alone: slots do not see each other. (Through an engine that
+    rounds differently for different shapes, but for ties.)
+
+    Args:
+        finished: called with the number of prompts done, whenever one is.
+
+    Raises:
+        OptionError: an option is out of range.
+        EngineError: the engine failed, or a prompt and its new tokens do not fit.
+    """
     num_done = 0
 
     def ended(_: Task) -> None:

@@ -88,10 +88,6 @@ class Scheduler:
         self._waiting: deque[Task] = deque()
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def num_running(self) -> int:
         return sum(not slot.is_idle for slot in self._slots)
 
@@ -115,7 +111,6 @@ class Scheduler:
         slot = next((slot for slot in self._slots if slot.task is task), None)
         if slot is None and task not in self._waiting:
             return False
-        task.is_cancelled = True
         if slot is not None:
             slot.leave()
         else:

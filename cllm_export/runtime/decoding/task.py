@@ -38,7 +38,6 @@ class Task:
         self.drafts = DraftRecord(drafts, with_logits=decode.needs_logits)
         self.error: Exception | None = None
         """Why it ended, where it did not end by its own rules."""
-        self.is_cancelled = False
         self.reused_tokens = 0
         """Of the prompt, those whose KV was kept from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0

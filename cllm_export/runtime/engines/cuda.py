@@ -125,11 +125,6 @@ class Cuda:
         """The newest CUDA that the driver takes, and the runtime's own; 12040 is 12.4."""
         return int(self._call("cudaDriverGetVersion")), int(self._call("cudaRuntimeGetVersion"))
 
-    def free_memory(self) -> int:
-        """Bytes of device memory that nobody has taken."""
-        free, _ = self._call("cudaMemGetInfo")
-        return int(free)
-
     def allocate(self, size: int) -> int:
         """Address of device memory; not cleared."""
         return int(self._call("cudaMalloc", size))

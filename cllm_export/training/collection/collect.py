@@ -8,13 +8,12 @@ may flip a near tie of the model's; nothing else differs: the fill of a prompt i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from cllm_export.bundle.storage import output_error, sha256_of, unfinished_files
+from cllm_export.bundle.storage import locked_directory, sha256_of, unfinished_files
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
@@ -109,28 +108,11 @@ def _settle(source: Source, prompts_path: Path, num_prompts: int, options: Colle
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Hold the directory for this run; what a killed one was writing is removed."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output, os.O_RDONLY)
-    except OSError as error:
-        raise output_error(error, output) from None
-    try:
-        _lock(descriptor, output)
+    busy = f"another run is collecting into {output}: wait for it, or choose another output"
+    with locked_directory(output, busy=busy):
         for left in unfinished_files(output):
             left.unlink(missing_ok=True)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, output: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        message = f"another run is collecting into {output}: wait for it, or choose another output"
-        raise OutputError(message, fields=("output",)) from None
 
 
 def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:

@@ -39,9 +39,6 @@ from cllm_export.training.model.attention import CPU_ATTENTION
 PREFILL_CHUNK = 128
 """Tokens a prefill forward takes: PyTorch's own cost of a forward is that of some hundred rows of a small model."""
 
-MASKLESS = ("eager", "flash", "flex", "paged")
-"""Beginnings of the names of attentions in transformers that do not take a mask [B, 1, n, S] of booleans."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
@@ -245,7 +242,7 @@ def model_around(
         checkpoint: where it came from.
         max_length: prompt plus new tokens; by default the model's, capped at 2048.
         trained_with: what it is being trained with, whose n, fill and loop are then its defaults.
-        num_slots: of its engine; ``Model.generate`` uses one, ``decode_batch`` all.
+        num_slots: of its engine; ``Model.generate`` uses one, ``decode_requests`` all.
 
     Raises:
         OptionError: an option is out of range for this model.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cllm_export.bundle.contract import FixedShapes
 from cllm_export.errors import EngineError, OptionError
-from cllm_export.runtime.decoding.batch import BatchRequest, decode_batch, decode_requests
+from cllm_export.runtime.decoding.batch import BatchRequest, decode_requests
 from cllm_export.runtime.decoding.request import METHODS
 from tests.fakes import (
     EOS,
@@ -38,17 +38,12 @@ def make_engine(num_slots, *, seed=0, window=None, fixed_shapes=None, vocab_size
 
 
 def decode(engine, prompts, *, method="jacobi", block_size=4, fill="pad", seed=0, max_new_tokens=20, eos=(EOS,)):
-    return decode_batch(
-        engine,
-        prompts,
-        method=method,
-        block_size=block_size,
-        fill=fill,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        eos_token_ids=eos,
-        pad_token_id=PAD,
+    """The forwards of each prompt."""
+    requests = [BatchRequest(prompt=prompt, max_new_tokens=max_new_tokens, seed=seed) for prompt in prompts]
+    decodes = decode_requests(
+        engine, requests, method=method, block_size=block_size, fill=fill, eos_token_ids=eos, pad_token_id=PAD
     )
+    return [tuple(decode.records) for decode in decodes]
 
 
 @pytest.mark.parametrize("fill", ["pad", "repeat", "prompt"])
