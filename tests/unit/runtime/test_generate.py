@@ -17,6 +17,7 @@ from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import GenerateOptions, resolve
 from tests.fakes import (
     EOS,
     PAD,
@@ -344,7 +345,8 @@ def test_a_chosen_size_is_only_for_loops_that_can_change_it(model, fixed_bundle)
     with pytest.raises(OptionError, match="must be an integer or 'auto', got 'best'"):
         model.generate([5, 6], block_size="best")
     for method in ("jacobi", "speculative"):
-        assert model.prepare([5, 6], method=method, block_size="auto").block_size == "auto"
+        options = GenerateOptions(method=method, block_size="auto")
+        assert resolve(options, model.limits, [5, 6]).block_size == "auto"
     alone = model.generate([5, 6], method="autoregressive", block_size="auto", max_new_tokens=3)
     assert {len(record.block) for record in alone.forwards} == {1}
     pinned = make_model(fixed_bundle, HashModel(vocab_size=200)).generate([5, 6], block_size="auto", max_new_tokens=3)
@@ -582,8 +584,8 @@ def test_a_failing_engine_frees_the_model(bundle):
             return super().forward(*arguments, **options)
 
     language_model = HashModel(vocab_size=200)
-    model = make_model(bundle, language_model)
-    model.engine = FailingOnce(language_model, bundle.manifest.geometry)
+    engine = FailingOnce(language_model, bundle.manifest.geometry)
+    model = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
     with pytest.raises(EngineError, match="out of memory"):
         model.generate([5])
     assert list(model.generate([5], max_new_tokens=3).token_ids) == greedy(language_model, [5], 3)

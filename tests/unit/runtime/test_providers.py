@@ -13,7 +13,6 @@ from cllm_export.runtime.engines import onnxruntime_device as ort_device_engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.engines.onnxruntime_device import OrtDeviceEngine
 from cllm_export.runtime.load import Provider, load, open_engine
-from cllm_export.runtime.options import Options
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import write_bundle
 
@@ -164,7 +163,7 @@ def test_tokens_are_the_cpu_engines_whatever_runs_a_forward_several_times(
     prompt = [*range(3, 40)]
     with load(bundle.path, provider="cuda", cuda_graphs=True, draft_model=bundle.path) as model:
         for method in ("jacobi", "jacobi-block", "speculative"):
-            options: Options = {"method": method, "max_new_tokens": 30, "block_size": 8, "ignore_eos": True}  # type: ignore[typeddict-item]
+            options: dict[str, Any] = {"method": method, "max_new_tokens": 30, "block_size": 8, "ignore_eos": True}
             found = model.generate(prompt, **options)
             plain = {"method": method if method != "speculative" else "jacobi"}
             assert found.token_ids == workshop.model("small").generate(prompt, **options | plain).token_ids  # type: ignore[arg-type]

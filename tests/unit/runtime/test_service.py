@@ -243,7 +243,7 @@ def test_closing_ends_what_runs_and_frees_the_model(model):
     gate.set()
     closer.join(10)
     assert not closer.is_alive()
-    assert all(handle.result(1).finish_reason == "closed" for handle in handles)
+    assert all(handle.result(1).finish_reason == "cancelled" for handle in handles)
     with pytest.raises(EngineError, match="the service is closed"):
         service.submit([5])
     service.close()
@@ -310,5 +310,5 @@ def test_a_service_that_cannot_measure_its_engine_leaves_the_model_free(model):
     model.engine.forward = None
     with pytest.raises(TypeError):
         Service(model, block_size="auto")
-    with model.in_use():
+    with model.lease.hold():
         pass

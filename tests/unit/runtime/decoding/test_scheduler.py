@@ -240,7 +240,7 @@ def test_nobody_starves_while_others_keep_coming():
     for _ in range(40):
         scheduler.submit(make_task([generator.randrange(8)], count=5))
         scheduler.step()
-    assert first.decode.finish == "length"
+    assert first.decode.finish_reason == "length"
 
 
 @pytest.mark.parametrize("options", [{"block_size": 0}, {"block_size": 4, "queue_size": 0}])
