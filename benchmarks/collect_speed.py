@@ -28,7 +28,8 @@ from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.pipeline import build
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.engines.machine import describe_machine
-from cllm_export.training.collection.collect import CollectOptions, collect
+from cllm_export.training.collection.collect import collect
+from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.collection.source import open_source
 from cllm_export.training.model.torch_engine import load_weights
 

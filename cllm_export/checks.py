@@ -115,8 +115,8 @@ def _is_within(value: float, spec: OptionSpec) -> bool:
 def _range_text(spec: OptionSpec, *, is_integer: bool) -> str:
     what = "an integer" if is_integer else "a number"
     if spec.minimum is not None and spec.maximum is not None:
-        return f"{what} from {spec.minimum:g} to {spec.maximum:g}"
-    bounds = [f"at least {spec.minimum:g}"] if spec.minimum is not None else []
-    bounds += [f"above {spec.above:g}"] if spec.above is not None else []
-    bounds += [f"at most {spec.maximum:g}"] if spec.maximum is not None else []
+        return f"{what} from {spec.minimum} to {spec.maximum}"
+    bounds = [f"at least {spec.minimum}"] if spec.minimum is not None else []
+    bounds += [f"above {spec.above}"] if spec.above is not None else []
+    bounds += [f"at most {spec.maximum}"] if spec.maximum is not None else []
     return f"{what} {' and '.join(bounds)}".replace("number at", "number of at").replace("integer at", "integer of at")

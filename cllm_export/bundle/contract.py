@@ -213,7 +213,7 @@ def check_forward(*, block_size: int, write_index: int, kv_extent: int, geometry
     if needed > geometry.cache_length:
         raise EngineError(
             f"a block of {block_size} at write index {write_index} needs {needed} cache rows, "
-            f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger --max-length"
+            f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger max_length"
         )
     if kv_extent < needed:
         raise EngineError(f"KV extent {kv_extent} is below write index {write_index} + block {block_size}")

@@ -1,4 +1,4 @@
-"""Weights that a bundle does not hold: places in a checkpoint's safetensors files, as ``build --weights link`` records.
+"""Weights that a bundle does not hold: places in a checkpoint's safetensors files, which a build records.
 
 They are the one exception to the rule that no path leaves a bundle's directory, so each is checked before it is
 mapped: an absolute path that ``build`` wrote, a regular ``.safetensors`` file of the recorded size, and a header that
@@ -119,7 +119,7 @@ def _place(entry: Any, start: int, size: int) -> tuple[int, int, str, tuple[int,
 
 
 def _check_file(file: LinkedFile) -> None:
-    advice = "put the checkpoint back, or rebuild the bundle (with --weights copy it needs no checkpoint)"
+    advice = "put the checkpoint back, or rebuild the bundle (with weights='copy' it needs no checkpoint)"
     path = Path(file.path)
     try:
         size = path.stat().st_size

@@ -17,7 +17,7 @@ from cllm_export.errors import OptionError
 Scheme = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8", "int4", "fp8"]
-"""What ``--precision`` takes: a dtype, or a scheme over fp32."""
+"""What the command line takes as a precision: a dtype, or a scheme over fp32."""
 
 GROUP_SIZES = (32, 64, 128)
 """Input channels that may share a scale of a 4-bit weight."""
@@ -63,7 +63,7 @@ class Quantization:
 
 
 def split_precision(name: PrecisionName, compute: Precision | None = None) -> tuple[Precision, Scheme | None]:
-    """The dtype and the scheme that ``--precision`` and ``--compute`` stand for.
+    """The dtype and the scheme that a precision and ``compute`` stand for.
 
     Raises:
         OptionError: both name a dtype.
@@ -73,6 +73,7 @@ def split_precision(name: PrecisionName, compute: Precision | None = None) -> tu
         return compute or "fp32", next(scheme for scheme in SCHEMES if scheme == name)
     if compute is not None:
         raise OptionError(
-            f"--compute is for {', '.join(SCHEMES)}, got it with --precision {name}, which says it already"
+            f"compute is for {', '.join(SCHEMES)}, got it with precision='{name}', which says it already",
+            fields=("compute",),
         )
     return dtype, None

@@ -146,7 +146,7 @@ class Scales:
         """
         entry = self.of(tensor)
         if entry.name not in self.grams:
-            raise ScalesError(f"{self.path} has no Gram matrix of {tensor}; calibrate again with --gram")
+            raise ScalesError(f"{self.path} has no Gram matrix of {tensor}; calibrate again with gram=True")
         shape = (entry.width, entry.width)
         return np.memmap(self.path, np.float32, "r", offset=self.grams[entry.name], shape=shape)
 
@@ -210,7 +210,7 @@ def write_scales(
         ScalesError: a value is not finite.
     """
     if path.exists() and not force:
-        raise OutputError(f"{path} exists; replace it with --force or choose another --output")
+        raise OutputError(f"{path} exists; replace it with force=True or choose another output", fields=("output",))
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with staged.open("xb") as file:

@@ -59,9 +59,11 @@ def check_output(target: Path, *, force: bool, marker: str) -> None:
         return
     is_empty_dir = target.is_dir() and not any(target.iterdir())
     if not (target / marker).is_file() and not is_empty_dir:
-        raise OutputError(f"{target} exists and holds no {marker}; it will not be replaced: choose another --output")
+        raise OutputError(
+            f"{target} exists and holds no {marker}; it will not be replaced: choose another output", fields=("output",)
+        )
     if not force and not is_empty_dir:
-        raise OutputError(f"{target} exists; replace it with --force or choose another --output")
+        raise OutputError(f"{target} exists; replace it with force=True or choose another output", fields=("output",))
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cllm_export import __version__
-from cllm_export.bundle.manifest import FILLS, Bundle, FillName
+from cllm_export.bundle.manifest import Bundle, FillName
 from cllm_export.bundle.scales import FloatArray, InputStatistics, Provenance, Scales, open_scales, write_scales
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.calibration.accumulate import GramAccumulator, num_above
@@ -27,10 +27,17 @@ from cllm_export.calibration.record import RecordOptions, record
 from cllm_export.calibration.recording import Recording, read_recordings, write_recordings
 from cllm_export.calibration.run_directory import RunDirectory, RunSettings, run_directory
 from cllm_export.calibration.selection import RowCounts, Selection, count_rows, select_rows
-from cllm_export.checks import require_at_least, require_one_of
-from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
+from cllm_export.checks import check_options, option
+from cllm_export.errors import CalibrationError, DamagedRunError, OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
+from cllm_export.runtime.decoding.shared_options import (
+    block_size_option,
+    fill_option,
+    limit_option,
+    max_new_tokens_option,
+    threads_option,
+)
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.options import pad_token
@@ -50,29 +57,27 @@ GRAM_BYTES = 1 << 30
 class CalibrateOptions:
     """What ``cllm-export calibrate`` lets the user choose."""
 
-    mix: float = 0.5
+    mix: float = option(
+        0.5,
+        help="Share of the observed rows that come from block states; the rest is clean text.",
+        minimum=0,
+        maximum=1,
+    )
     """Share of the observed rows that come from block states; the rest is clean text."""
-    num_rows: int = 16384
-    seed: int = 0
-    gram: bool = False
+    num_rows: int = option(16384, help="Largest number of rows to observe.", minimum=1, flag="--rows")
+    gram: bool = option(False, help="Write Gram matrices too, which GPTQ needs; the file becomes large.")
     """Gram matrices too."""
-    max_new_tokens: int = 128
-    block_size: int | None = None
+    block_size: int | None = block_size_option()
     """By default the bundle's own."""
-    fill: FillName | None = None
+    fill: FillName | None = fill_option()
     """By default what the model was trained with."""
-    limit: int | None = None
-    threads: int | None = None
+    seed: int = option(0, help="Seed of the random choice of rows, and of random fills.", minimum=0)
+    max_new_tokens: int = max_new_tokens_option()
+    limit: int | None = limit_option()
+    threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
-        for name in ("num_rows", "max_new_tokens", "block_size", "limit", "threads"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        require_at_least("seed", self.seed, 0)
-        if not 0 <= self.mix <= 1:
-            raise OptionError(f"--mix must be a share from 0 to 1, got {self.mix}")
-        if self.fill is not None:
-            require_one_of("fill", self.fill, FILLS)
+        check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,7 @@ def calibrate(
     """
     options = options or CalibrateOptions()
     if output.exists() and not force:
-        raise OutputError(f"{output} exists; replace it with --force or choose another --output")
+        raise OutputError(f"{output} exists; replace it with force=True or choose another output", fields=("output",))
     prompts = read_prompts(prompts_path, limit=options.limit)
     require_unquantised(bundle)
     graph = read_graph(bundle)

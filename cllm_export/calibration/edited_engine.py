@@ -39,7 +39,7 @@ def require_unquantised(bundle: Bundle) -> None:
     if bundle.manifest.quantization is not None:
         raise CalibrationError(
             f"{bundle.path} is quantised ({bundle.manifest.quantization.scheme}) already: give the fp32 bundle of the "
-            "same checkpoint, which cllm-export build makes without --precision"
+            "same checkpoint, which cllm-export build makes with precision='fp32'"
         )
 
 

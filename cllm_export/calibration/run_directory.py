@@ -112,7 +112,8 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputError(
-            f"another calibration is at work in {path}: wait for it, or choose another --output"
+            f"another calibration is at work in {path}: wait for it, or choose another output",
+            fields=("output",),
         ) from None
 
 
@@ -132,10 +133,13 @@ def _begin(path: Path, settings: RunSettings) -> None:
         if theirs.get(name) != ours.get(name):
             raise CalibrationError(
                 f"{path} holds an interrupted calibration with {name} {theirs.get(name)!r}, this one has "
-                f"{ours.get(name)!r}: choose another --output, or remove the directory"
+                f"{ours.get(name)!r}: choose another output, or remove the directory",
+                fields=("output",),
             )
 
 
 def _refuse_strangers(path: Path) -> None:
     if strange := sorted(entry.name for entry in path.iterdir() if entry.name != f".{RUN_NAME}"):
-        raise OutputError(f"{path} exists and holds {strange[0]}, which is not ours; choose another --output")
+        raise OutputError(
+            f"{path} exists and holds {strange[0]}, which is not ours; choose another output", fields=("output",)
+        )

@@ -3,100 +3,39 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.cli.app import app
-from cllm_export.cli.options import BlockSizeOption, BundleArgument
+from cllm_export.cli.options import BundleArgument, JsonOption
 from cllm_export.cli.show.bundle import show_findings, show_memory
 from cllm_export.cli.show.console import say
+from cllm_export.cli.signature import with_options
 from cllm_export.cli.sizes import parse_size
-from cllm_export.tensorrt.plan_files import Hardware
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
+
+PARSE = {"workspace": partial(parse_size, name="workspace")}
 
 
 @app.command()
+@with_options(PlanOptions, parse=PARSE)
 def plan(
     bundle: BundleArgument,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Slots; by default the bundle's.")] = None,
-    block_sizes: Annotated[
-        list[int] | None, typer.Option("--block-size", help="n; repeatable. By default 1 and the bundle's own.")
-    ] = None,
-    prefill_chunk: Annotated[
-        int | None, typer.Option("--prefill-chunk", help="Tokens of the prompt a forward; by default 128.")
-    ] = None,
-    extents: Annotated[
-        list[int] | None,
-        typer.Option("--extent", help="KV rows that attention reads; repeatable. By default 256 and its doubles."),
-    ] = None,
-    workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Scratch that the builder may use, such as 512MB; by default all.")
-    ] = None,
-    optimization_level: Annotated[
-        int, typer.Option("--optimization-level", help="0 to 5: how long to look for faster kernels.")
-    ] = 3,
-    hardware: Annotated[
-        Hardware, typer.Option("--hardware", help="GPUs it runs on; the wider, the fewer kernels fit.")
-    ] = "same",
-    logits: Annotated[
-        bool, typer.Option("--logits/--no-logits", help="Without them no sampling, grammar or logprobs.")
-    ] = True,
-    weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory; slower.")
-    ] = False,
-    strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="A small plan, which takes its weights from the bundle at load.")
-    ] = False,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Runs on later versions of TensorRT; larger, maybe slower.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build it even if it is there.")] = False,
+    options: PlanOptions,
+    force: Annotated[bool, typer.Option("--force", help="Build the plan even if there is one already.")] = False,
 ) -> None:
     """Build a bundle's TensorRT plan for this machine. Needs a GPU, TensorRT and no torch."""
-    from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
-
-    options = PlanOptions(
-        batch_size=batch_size,
-        block_sizes=tuple(block_sizes or ()),
-        prefill_chunk=prefill_chunk,
-        extents=tuple(extents or ()),
-        workspace=parse_size(workspace, flag="--workspace") if workspace is not None else None,
-        optimization_level=optimization_level,
-        hardware=hardware,
-        logits=logits,
-        weight_streaming=weight_streaming,
-        strip_weights=strip_weights,
-        version_compatible=version_compatible,
-    )
     typer.echo(f"wrote {build_plan(open_bundle(bundle), options, force=force, say=say).path}")
 
 
 @app.command()
-def plan_memory(
-    bundle: BundleArgument,
-    precision: Annotated[Precision | None, typer.Option("--precision", help="By default the bundle's own.")] = None,
-    block_size: BlockSizeOption = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="By default the bundle's own.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Slots; by default the bundle's.")] = None,
-    prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", help="Tokens of the prompt a forward.")] = 128,
-    workspace: Annotated[
-        str | None, typer.Option("--workspace", help="Scratch that the builder may use, such as 512MB.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
+@with_options(MemoryOptions, parse=PARSE)
+def plan_memory(bundle: BundleArgument, options: MemoryOptions, as_json: JsonOption = False) -> None:
     """Say what memory a device needs for a bundle and for building its plan, and how each figure is computed."""
-    from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
-
-    options = MemoryOptions(
-        precision=precision,
-        block_size=block_size,
-        max_length=max_length,
-        batch_size=batch_size,
-        prefill_chunk=prefill_chunk,
-        workspace=parse_size(workspace, flag="--workspace") if workspace is not None else None,
-    )
     figures = memory_figures(open_bundle(bundle), options)
     if as_json:
         typer.echo(json.dumps([vars(figure) for figure in figures], indent=2))
@@ -105,7 +44,7 @@ def plan_memory(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def doctor(as_json: JsonOption = False) -> None:
     """Say what of the GPU stack is here, what is missing or mismatched, and what fixes it."""
     from cllm_export.tensorrt.doctor import examine, report
 

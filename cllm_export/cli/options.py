@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.bundle.manifest import FillName
-from cllm_export.bundle.quantization import Engine as QuantizedFor
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
 from cllm_export.runtime.decoding.request import Method
@@ -23,35 +21,53 @@ def _check_fill(fill: str | None) -> str | None:
     return fill
 
 
-BundleArgument = Annotated[Path, typer.Argument(help="A directory that `cllm-export build` wrote.", show_default=False)]
+BundleArgument = Annotated[
+    Path, typer.Argument(help="The bundle, a directory that `cllm-export build` wrote.", show_default=False)
+]
 
 
 PromptsOption = Annotated[
     Path | None,
-    typer.Option("--prompts", help="JSON Lines (`prompt` or `messages`, optional `id`, `answer`), or a prompt a line."),
+    typer.Option(
+        "--prompts",
+        help="A file of JSON Lines (`prompt` or `messages`, optional `id`, `answer`), or of one prompt a line.",
+    ),
 ]
 
 
-CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="The Hugging Face directory it came from.")]
-
-
-BaseOption = Annotated[Path | None, typer.Option("--base", help="Checkpoint of an adapter, if not the one it names.")]
-
-
-QuantizeForOption = Annotated[
-    QuantizedFor | None, typer.Option("--quantize-for", help="int4: the engine of the graph; by default onnxruntime.")
+PromptFileOption = Annotated[
+    Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
 ]
 
 
-BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help="n; by default the bundle's own.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="The Hugging Face checkpoint that the bundle was built from.")
+]
+
+
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--base", help="The checkpoint that a LoRA adapter is for; by default the one that it names."),
+]
+
+
+BlockSizeOption = Annotated[
+    int | None, typer.Option("--block-size", help="Block size n, in tokens; by default the bundle's own.")
+]
 
 
 ChosenBlockSizeOption = Annotated[
-    str | None, typer.Option("--block-size", help="n, or auto: chosen forward by forward, the default of jacobi.")
+    str | None,
+    typer.Option(
+        "--block-size",
+        help="Block size n, in tokens. auto, the default of jacobi, chooses n each forward; near ties may differ.",
+    ),
 ]
 
 
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Threads in the engine; by default all.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="Number of CPU threads of the engine; by default all.")
+]
 
 
 SourcesOption = Annotated[
@@ -59,32 +75,44 @@ SourcesOption = Annotated[
     typer.Option(
         "--fill",
         metavar="SOURCES",
-        help=f"Draft sources, asked in order: {', '.join(SOURCES)}, joined by +.",
+        help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.",
         callback=_check_fill,
     ),
 ]
 
 
 DraftModelOption = Annotated[
-    Path | None, typer.Option("--draft-model", help="Another bundle with the same tokenizer, for --fill model.")
+    Path | None,
+    typer.Option(
+        "--draft-model",
+        help="Another bundle with the same tokenizer, which drafts for --method speculative or --fill model.",
+    ),
 ]
 
 
-FillOption = Annotated[FillName | None, typer.Option("--fill", help="First guess and refill.")]
-ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many prompts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file as JSON.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many prompts, from the first.")]
 
 
-WindowOption = Annotated[int | None, typer.Option("--window", help="W of lookahead: columns of its window.")]
+WindowOption = Annotated[
+    int | None, typer.Option("--window", help="For lookahead: W, the number of columns of its window.")
+]
 
 
-NGramOption = Annotated[int | None, typer.Option("--ngram", help="N of lookahead: tokens of an n-gram.")]
+NGramOption = Annotated[
+    int | None, typer.Option("--ngram", help="For lookahead: N, the number of tokens in an n-gram.")
+]
 
 
-GuessesOption = Annotated[int | None, typer.Option("--guesses", help="G of lookahead: n-grams tried in a forward.")]
+GuessesOption = Annotated[
+    int | None, typer.Option("--guesses", help="For lookahead: G, the number of n-grams tried in a forward.")
+]
 
 
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="New tokens a prompt, at most.")]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Largest number of new tokens for each prompt.")
+]
 
 
 def parse_block_size(text: str | None) -> int | str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -118,7 +118,7 @@ class _Offered:
         info = typer.Option(
             self.flag,
             help=self.spec.help,
-            metavar=self.metavar or _range_metavar(self.spec, kind),
+            metavar=self.metavar or _metavar(self.spec, kind),
             show_default=self.default is not None and (str(self.default) if is_optional else not must_be_given),
         )
         return inspect.Parameter(
@@ -177,7 +177,7 @@ def _instance(cls: type[Any], given: dict[str, Any], offered: list[_Offered], ta
 
 
 def _flags(cls: type[Any], offered: list[_Offered]) -> dict[str, str]:
-    hidden = {name: spec.flag for name, spec in option_specs(cls).items() if spec.hidden and spec.flag}
+    hidden: dict[str, str] = {name: spec.flag for name, spec in option_specs(cls).items() if spec.hidden and spec.flag}
     return hidden | {entry.field.name: entry.flag for entry in offered if entry.field.name != entry.name}
 
 
@@ -185,7 +185,7 @@ def _describe(run: Any, parameters: list[inspect.Parameter], flags: Mapping[str,
     """What Typer reads of a command, and the flags of its fields."""
     run.__signature__ = inspect.Signature(parameters, return_annotation=None)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    setattr(run, FLAGS, flags_of_fields(run) | flags)
+    setattr(run, FLAGS, {**flags_of_fields(run), **flags})
 
 
 def _require_distinct(parameters: list[inspect.Parameter], command: Callable[..., Any]) -> None:
@@ -201,12 +201,18 @@ def _allows_none(hint: Any) -> bool:
 
 
 def _kind_of(hint: Any, parse: Parse | None) -> Any:
-    """The type that Typer is told: without None, and a list where the field has a tuple."""
+    """The type that Typer is told: without None, and a list where the field has a tuple or a sequence.
+
+    Typer knows no list of choices: it takes them as texts, and the class checks them.
+    """
     if parse is not None:
         return next(iter(inspect.signature(parse, eval_str=True).parameters.values())).annotation
     if _allows_none(hint):
         [hint] = [kind for kind in get_args(hint) if kind is not NoneType]
-    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
+    if get_origin(hint) not in (tuple, Sequence):
+        return hint
+    item = get_args(hint)[0]
+    return list[str] if get_origin(item) is Literal else list[item]  # type: ignore[valid-type]
 
 
 def _flag(name: str, kind: Any, default: Any) -> str:
@@ -214,14 +220,16 @@ def _flag(name: str, kind: Any, default: Any) -> str:
     return f"--{dashed}/--no-{dashed}" if kind is bool and default is not False else f"--{dashed}"
 
 
-def _range_metavar(spec: OptionSpec, kind: Any) -> str | None:
-    """The type with its range, such as ``INTEGER 0<=x<=5``; None where the range is open on both sides."""
+def _metavar(spec: OptionSpec, kind: Any) -> str | None:
+    """The type with its range, such as ``INTEGER 0<=x<=5``; None where Typer says it all."""
+    if spec.choices and kind == list[str]:
+        return "|".join(spec.choices)
     number = NUMBERS.get(get_args(kind)[0] if get_origin(kind) is list else kind)
-    low = f"{spec.minimum:g}<=" if spec.minimum is not None else f"{spec.above:g}<" if spec.above is not None else ""
-    high = f"<={spec.maximum:g}" if spec.maximum is not None else ""
+    low = f"{spec.minimum}<=" if spec.minimum is not None else f"{spec.above}<" if spec.above is not None else ""
+    high = f"<={spec.maximum}" if spec.maximum is not None else ""
     if number is None or not (low or high):
         return None
     if not high:
         bound, sign = (spec.minimum, ">=") if spec.minimum is not None else (spec.above, ">")
-        return f"{number} x{sign}{bound:g}"
+        return f"{number} x{sign}{bound}"
     return f"{number} {low}x{high}"

@@ -9,13 +9,13 @@ from cllm_export.errors import OptionError
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
-def parse_size(text: str, *, flag: str) -> int:
-    """Bytes of a size such as 512MB, 1GB or 1GiB; ``flag`` is what it was given by.
+def parse_size(text: str, *, name: str) -> int:
+    """Bytes of a size such as 512MB, 1GB or 1GiB; ``name`` is the option's.
 
     Raises:
         OptionError: it is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
     if match is None:
-        raise OptionError(f"{flag} must be a size such as 512MB or 1GB, got {text!r}")
+        raise OptionError(f"{name} must be a size such as 512MB or 1GB, got {text!r}", fields=(name,))
     return int(float(match[1]) * UNITS[match[2] or ""])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
@@ -13,48 +12,34 @@ from cllm_export.cli.options import (
     BaseOption,
     BundleArgument,
     CheckpointOption,
+    JsonOption,
     LimitOption,
-    MaxNewTokensOption,
     PromptsOption,
-    ThreadsOption,
 )
 from cllm_export.cli.show.bundle import show_description, show_parity
 from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
 from cllm_export.prompts import read_prompts
+from cllm_export.verification.report import VerifyOptions
 
 
 @app.command()
+@with_options(VerifyOptions)
 def verify(
     bundle: BundleArgument,
+    options: VerifyOptions,
     checkpoint: CheckpointOption = None,
     base: BaseOption = None,
     prompts: PromptsOption = None,
-    block_sizes: Annotated[
-        list[int] | None, typer.Option("--block-size", help="n; give it several times for several.")
-    ] = None,
-    max_new_tokens: MaxNewTokensOption = 128,
     limit: LimitOption = None,
-    threads: ThreadsOption = None,
-    by_layer: Annotated[
-        bool | None,
-        typer.Option(
-            "--by-layer/--whole",
-            help="Compare with the checkpoint layer by layer, or decode; by default whichever fits in memory.",
-            show_default=False,
-        ),
-    ] = None,
 ) -> None:
     """Prove a bundle lossless, write parity.json into it, and exit with 1 if it is not."""
-    from cllm_export.verification.report import VerifyOptions
     from cllm_export.verification.verify import verify as run
 
     if limit is not None and prompts is None:
-        raise OptionError("--limit needs --prompts")
-    options = VerifyOptions(
-        max_new_tokens=max_new_tokens, block_sizes=tuple(block_sizes or ()), threads=threads, by_layer=by_layer
-    )
+        raise OptionError("limit needs prompts", fields=("limit", "prompts"))
     with progress_bar() as progress, needs_extra("export"):
         parity = run(
             open_bundle(bundle),
@@ -70,7 +55,7 @@ def verify(
 
 
 @app.command()
-def inspect(bundle: BundleArgument, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Say what is in a bundle and what memory it needs."""
     from cllm_export.bundle.inspect import describe
 

@@ -6,17 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from cllm_export.checks import option_specs
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
-from cllm_export.evaluation.probe import MAX_NEW_TOKENS, PROMPTS, ProbeOptions, probe
+from cllm_export.evaluation.probe import ProbeOptions, probe
 from cllm_export.evaluation.report_file import check_report_path, write_report
 from cllm_export.evaluation.tasks.task import TASKS, TaskName
 from cllm_export.progress import Progress
 from cllm_export.prompts import read_prompts
 
-__all__ = ["EvaluateOptions", "run_evaluation", "run_probe"]
-
-OF_PROBE = ("max_new_tokens", "limit", "threads")
+OF_PROBE = tuple(option_specs(ProbeOptions))
 
 
 def run_evaluation(
@@ -35,7 +34,9 @@ def run_evaluation(
         CllmExportError: see ``evaluate``.
     """
     if task is None:
-        raise OptionError(f"say what the data is with --task ({', '.join(TASKS)}), or ask for --probe")
+        raise OptionError(
+            f"say what the data is with task ({', '.join(TASKS)}), or ask for probe", fields=("task", "probe")
+        )
     if output:
         check_report_path(output)
     report = evaluate(
@@ -64,14 +65,12 @@ def run_probe(
     """
     given = {field.name: getattr(options, field.name) for field in fields(options)} | {"task": task, "parent": parent}
     if unused := [name for name, value in given.items() if value and name not in OF_PROBE]:
-        raise OptionError(f"--{unused[0].replace('_', '-')} is not for --probe, which tries every form: leave it out")
+        raise OptionError(
+            f"{unused[0]} is not for probe, which tries every form: leave it out", fields=(unused[0], "probe")
+        )
     if output:
         check_report_path(output)
-    probe_options = ProbeOptions(
-        limit=options.limit or PROMPTS,
-        max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
-        threads=options.threads,
-    )
+    probe_options = ProbeOptions(**{name: given[name] for name in OF_PROBE if given[name] is not None})
     report = probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)
     if output:
         write_report(output, report)

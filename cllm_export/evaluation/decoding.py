@@ -75,9 +75,9 @@ def check_settings(model: Model, settings: Settings) -> None:
     """
     fixed, largest = model.engine.fixed_shapes, model.engine.geometry.max_block_size
     if fixed and settings.block_size != fixed.block_size:
-        raise OptionError(f"--block-size must be {fixed.block_size}, which this bundle is pinned to")
+        raise OptionError(f"block_size must be {fixed.block_size}, which this bundle is pinned to")
     if settings.block_size > largest:
-        raise OptionError(f"--block-size must be at most {largest} for this model, got {settings.block_size}")
+        raise OptionError(f"block_size must be at most {largest} for this model, got {settings.block_size}")
 
 
 def decode_prompts(

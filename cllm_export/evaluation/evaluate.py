@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_export.bundle.manifest import FillName
+from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.evaluation.decoding import Decoded, Settings, decode_prompts, default_settings
 from cllm_export.evaluation.measures import measure
@@ -19,6 +20,14 @@ from cllm_export.evaluation.tasks.scores import Scores
 from cllm_export.evaluation.tasks.task import Task, TaskName, user_message
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.request import JacobiMethod
+from cllm_export.runtime.decoding.shared_options import (
+    block_size_option,
+    fill_option,
+    limit_option,
+    max_new_tokens_option,
+    method_option,
+    threads_option,
+)
 from cllm_export.runtime.model import Model
 
 REPORT_VERSION = 1
@@ -28,13 +37,18 @@ REPORT_VERSION = 1
 class EvaluateOptions:
     """What ``cllm-export evaluate`` lets the user choose; None is the model's own, or the task's."""
 
-    method: JacobiMethod | None = None
-    block_size: int | None = None
-    fill: FillName | None = None
-    max_new_tokens: int | None = None
-    limit: int | None = None
-    threads: int | None = None
-    allow_code_execution: bool = False
+    method: JacobiMethod | None = method_option()
+    block_size: int | None = block_size_option(whose="the model's own")
+    fill: FillName | None = fill_option()
+    max_new_tokens: int | None = max_new_tokens_option(None, otherwise="the task's")
+    limit: int | None = limit_option()
+    threads: int | None = threads_option()
+    allow_code_execution: bool = option(
+        False, help="Run the code that the model writes, in a sandbox. Only humaneval needs it."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def read_task(name: TaskName, data: Path, options: EvaluateOptions) -> Task:
@@ -46,7 +60,7 @@ def read_task(name: TaskName, data: Path, options: EvaluateOptions) -> Task:
         MissingExtraError: the task needs a package that is not installed.
     """
     if options.allow_code_execution and name != "humaneval":
-        raise OptionError(f"--allow-code-execution is for --task humaneval; leave it out with --task {name}")
+        raise OptionError(f"allow_code_execution is for task='humaneval'; leave it out with task='{name}'")
     if name == "humaneval":
         return HumanevalTask.read(data, limit=options.limit, allow_code_execution=options.allow_code_execution)
     if name == "gsm8k":
@@ -67,7 +81,7 @@ def evaluate(
     options: EvaluateOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Decode and score a task; the report, JSON-ready (``--output`` writes it as it is).
+    """Decode and score a task; the report, JSON-ready.
 
     ``models`` holds ``model`` and, if given, ``parent``, which is decoded with the settings of the former. Of each:
     ``scores`` (shares by measure, overall and by group), ``decoding`` (see ``Measures``), ``skipped`` (prompts by

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_export.bundle.manifest import FILLS, Bundle, open_bundle
+from cllm_export.checks import check_options
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.decoding import JACOBI_METHODS, Settings, decode_prompts, default_settings
 from cllm_export.evaluation.measures import measure
@@ -24,6 +25,7 @@ from cllm_export.extras import needs_extra
 from cllm_export.measure.bench import measure_latency
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.shared_options import limit_option, max_new_tokens_option, threads_option
 from cllm_export.runtime.engines.machine import describe_machine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
@@ -31,17 +33,18 @@ from cllm_export.runtime.model import Model
 BLOCK_SIZES = (1, 4, 8, 16, 32)
 FORM_PROMPTS = 8
 """Prompts on which loops and fills are compared, before the best of them is measured at every n."""
-PROMPTS = 32
-MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """What ``cllm-export evaluate --probe`` lets the user choose."""
+    """What a probe may be told."""
 
-    limit: int = PROMPTS
-    max_new_tokens: int = MAX_NEW_TOKENS
-    threads: int | None = None
+    limit: int = limit_option(32)
+    max_new_tokens: int = max_new_tokens_option(128)
+    threads: int | None = threads_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def probe(
@@ -64,7 +67,7 @@ def probe(
     with _as_bundle(source, progress) as bundle:
         model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
         if model.engine.fixed_shapes:
-            raise OptionError(f"{source} is pinned to one block size: probe a bundle built without --fixed-shapes")
+            raise OptionError(f"{source} is pinned to one block size: probe a bundle built without fixed_shapes")
         sample = list(prompts)[: options.limit]
         defaults = default_settings(model, max_new_tokens=options.max_new_tokens)
         forms = _measure_forms(model, sample[:FORM_PROMPTS], defaults, progress)

@@ -1,151 +1,101 @@
-"""What a build may be told, and what a checkpoint settles it to."""
+"""What a build may be told."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cllm_export.bundle.contract import PRECISIONS, FixedShapes, Geometry, Precision
+from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
-from cllm_export.bundle.manifest import (
-    TrainedWith,
-)
-from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.bundle.manifest import FILLS, LOOPS, FillName, Loop, TrainedWith
+from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError
-from cllm_export.exporter.checkpoint.adapter import Adapter
-from cllm_export.exporter.checkpoint.files import TensorInfo
-from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length
-from cllm_export.exporter.graph.trace import geometry_of
-from cllm_export.exporter.quantize.rewrite import QuantizeOptions
-from cllm_export.exporter.weights.weights import (
-    ENGINE_DTYPE,
-    is_linkable,
-)
-
-log = logging.getLogger(__name__)
-
-DEFAULT_BLOCK_SIZE = 16
-
-MIN_MAX_BLOCK_SIZE = 64
-"""Decode forwards of up to this many tokens fit the cache of every bundle with symbolic shapes."""
-
-MIN_MAX_LENGTH = 2
+from cllm_export.exporter.quantize.options import QuantizeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What ``cllm-export build`` lets the user choose."""
+    """What ``cllm-export build`` lets the user choose.
 
-    block_size: int | None = None
-    """n; by default what the model was trained with, else 16."""
-    max_length: int | None = None
-    """Prompt plus new tokens; by default the model's own length, capped at 2048."""
-    batch_size: int = 1
-    precision: Precision = "fp32"
+    Raises:
+        OptionError: an option is out of its range.
+    """
+
+    block_size: int | None = option(
+        None, help="Block size n, in tokens; by default what the model was trained with, else 16.", minimum=1
+    )
+    max_length: int | None = option(
+        None,
+        help="Largest number of tokens of a prompt and its new tokens; by default the model's, at most 2048.",
+        minimum=1,
+    )
+    batch_size: int = option(1, help="Number of slots: prompts that are decoded at once.", minimum=1)
+    precision: Precision = option(
+        "fp32", help="The dtype of what is computed and of the KV cache.", choices=PRECISIONS, hidden=True
+    )
     """The dtype of what is computed and of the KV cache."""
     quantize: QuantizeOptions | None = None
     """How linear layers are quantised; by default they are not."""
-    fixed_shapes: bool = False
+    weights: WeightsMode | None = option(
+        None,
+        help="Copy the weights into the bundle, or link to the checkpoint, which must then stay there.",
+        choices=WEIGHTS_MODES,
+    )
+    """By default ``link`` where every tensor has the engine's dtype already, else ``copy``."""
+    max_memory: int | None = option(
+        None, help="Largest amount of memory that the build may use, such as 1GB.", minimum=1
+    )
+    """Bytes of anonymous memory that the build must stay under."""
+    base: Path | None = option(
+        None, help="The checkpoint that a LoRA adapter is for; by default the one that it names."
+    )
+    num_layers: int | None = option(
+        None, help="Export only this many layers, from the first, for debugging.", minimum=1
+    )
+    fixed_shapes: bool = option(
+        False, help="Fix the batch size, block size and KV extent in the graph, for compilers that need fixed shapes."
+    )
+    lookahead: bool = option(False, help="Add the graph that lookahead decoding needs.")
+    """Add the lookahead graph. A model that can have none gets its greedy graph alone, and the report says why."""
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
-    weights: WeightsMode | None = None
-    """By default ``link`` where every tensor has the engine's dtype already, else ``copy``."""
-    max_memory: int | None = None
-    """Bytes of anonymous memory that the build must stay under."""
-    base: Path | None = None
-    """The checkpoint that an adapter is for; by default the one that it names."""
-    num_layers: int | None = None
-    """The first so many layers alone, for debugging."""
-    lookahead: bool = False
-    """Add the lookahead graph. A model that can have none gets its greedy graph alone, and the report says why."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_length", "batch_size", "num_layers", "max_memory"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        require_one_of("precision", self.precision, PRECISIONS)
-        if self.weights is not None:
-            require_one_of("weights", self.weights, WEIGHTS_MODES)
+        check_options(self)
         if self.quantize and self.precision != "fp32" and "tensorrt" not in self.quantize.engines:
+            instead = ", or give engine='tensorrt'" if self.quantize.scheme == "int4" else ""
             raise OptionError(
-                f"{self.quantize.scheme} for ONNX Runtime computes in fp32, got {self.precision}: leave --compute out"
-                f"{', or give --quantize-for tensorrt' if self.quantize.scheme == 'int4' else ''}"
+                f"{self.quantize.scheme} for ONNX Runtime computes in fp32, got {self.precision}: leave precision out"
+                f"{instead}",
+                fields=("precision",),
             )
-
-
-def choose_weights(
-    options: BuildOptions, tensors: Mapping[str, TensorInfo], adapter: Adapter | None
-) -> tuple[WeightsMode, str]:
-    """Whether weights are linked or copied, and why.
-
-    Raises:
-        OptionError: linking was asked for, and nothing can be linked.
-    """
-    wanted = ENGINE_DTYPE[options.precision]
-    kept = [name for name, info in tensors.items() if is_linkable(info, options.precision)]
-    other = sorted({info.dtype for name, info in tensors.items() if name not in kept})
-    if options.weights == "link" and not kept:
-        raise OptionError(
-            f"no weight can be linked at --precision {options.precision}, which takes {wanted}: the checkpoint holds "
-            f"{', '.join(other)}; use --weights copy, or the precision that it has"
-        )
-    if options.quantize is not None:
-        if options.weights == "link":
-            raise OptionError(
-                f"no weight can be linked at --precision {options.quantize.scheme}, which stores them rounded: "
-                "leave --weights out"
-            )
-        return "copy", f"{options.quantize.scheme} stores them rounded"
-    if options.weights is not None:
-        return options.weights, f"--weights {options.weights} was given"
-    if adapter is not None:
-        return "copy", "an adapter is merged into them"
-    if len(kept) < len(tensors):
-        return "copy", f"{options.precision} takes {wanted} and the checkpoint holds {', '.join(other)}"
-    return "link", f"the checkpoint holds them in {wanted} already; the bundle needs it to stay where it is"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Options with every default settled for one checkpoint."""
+class TrainedOptions:
+    """``TrainedWith`` as the command line offers it."""
 
-    block_size: int
-    max_length: int
-    batch_size: int
-    precision: Precision
-    trained_with: TrainedWith | None
-    geometry: Geometry
-    fixed: FixedShapes | None
-
-
-def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
-    trained_with = options.trained_with or checkpoint.trained_with
-    trained_block = trained_with.block_size if trained_with else DEFAULT_BLOCK_SIZE
-    block_size = options.block_size or trained_block
-    limit = int(checkpoint.config.max_position_embeddings)
-    max_length = options.max_length or default_max_length(checkpoint.config)
-    if max_length < MIN_MAX_LENGTH:
-        raise OptionError(f"--max-length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
-    if max_length > limit:
-        raise OptionError(f"--max-length {max_length} is beyond the model's own {limit} positions")
-    if block_size > max_length:
-        origin = "--block-size" if options.block_size else "the block size it was trained with,"
-        raise OptionError(f"{origin} {block_size} is above the max length {max_length}; choose a smaller --block-size")
-    max_block_size = block_size if options.fixed_shapes else max(block_size, MIN_MAX_BLOCK_SIZE)
-    geometry = geometry_of(checkpoint.config, max_length=max_length, max_block_size=max_block_size)
-    fixed = (
-        FixedShapes(batch_size=options.batch_size, block_size=block_size, kv_extent=geometry.cache_length)
-        if options.fixed_shapes
-        else None
+    block_size: int = option(
+        help="Block size that the model was tuned with, if its config does not say.",
+        minimum=1,
+        flag="--trained-block-size",
     )
-    return Settings(
-        block_size=block_size,
-        max_length=max_length,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        trained_with=trained_with,
-        geometry=geometry,
-        fixed=fixed,
+    fill: FillName = option(
+        "pad",
+        help="Fill that the model was tuned with, if its config does not say.",
+        choices=FILLS,
+        flag="--trained-fill",
     )
+    loop: Loop = option(
+        "sliding",
+        help="Loop that the model was tuned with, if its config does not say.",
+        choices=LOOPS,
+        flag="--trained-loop",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def trained_with(self) -> TrainedWith:
+        return TrainedWith(block_size=self.block_size, fill=self.fill, loop=self.loop)

@@ -41,11 +41,12 @@ from cllm_export.exporter.graph.lookahead import derive_lookahead, lookahead_obs
 from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
 from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
 from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
-from cllm_export.exporter.options import BuildOptions, Settings, choose_weights, settle
+from cllm_export.exporter.options import BuildOptions
 from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
 from cllm_export.exporter.quantize.gptq import factor_bytes
 from cllm_export.exporter.quantize.rewrite import quantize
 from cllm_export.exporter.quantize.static_layers import ColumnMaximum
+from cllm_export.exporter.settle import Settings, choose_weights, settle
 from cllm_export.exporter.stages import Stages
 from cllm_export.exporter.weights.memory import plan_memory, watched_memory
 from cllm_export.exporter.weights.weights import (

@@ -28,7 +28,7 @@ from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.passes import pin_shapes, state_contract
 from cllm_export.exporter.lint.rules import ONNXRUNTIME_OPERATORS, require_clean
-from cllm_export.exporter.options import Settings
+from cllm_export.exporter.settle import Settings
 from cllm_export.exporter.stages import Stages
 from cllm_export.exporter.weights.weights import (
     Layout,

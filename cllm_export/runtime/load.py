@@ -91,7 +91,7 @@ def _load_draft_model(
     if pinned and pinned.batch_size < num_slots:
         raise OptionError(
             f"draft model {bundle.path} is pinned to {pinned.batch_size} slots and the model has {num_slots}: "
-            f"build it with --batch-size {num_slots}, or without --fixed-shapes"
+            f"build it with batch_size={num_slots}, or without fixed_shapes"
         )
     return DraftModel(
         open_engine(
@@ -143,6 +143,6 @@ def open_engine(
         slots = engine.num_slots
         engine.close()
         raise OptionError(
-            f"the plan was built for {slots} slots, got num_slots={num_slots}: build one with --batch-size"
+            f"the plan was built for {slots} slots, got num_slots={num_slots}: build one with that batch_size"
         )
     return engine

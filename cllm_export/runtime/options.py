@@ -381,7 +381,7 @@ def _resolve_fill(options: GenerateOptions, method: Method, limits: ModelLimits)
         return limits.trained_with.fill if limits.trained_with else "pad"
     if "model" in parse_fill(fill) and not limits.has_draft_model:
         raise OptionError(
-            f"fill {fill!r} needs a draft model: load the model with a draft_model",
+            f"fill {fill!r} needs a draft model: give draft_model where the bundle is loaded",
             fields=("fill", "draft_model"),
         )
     return fill

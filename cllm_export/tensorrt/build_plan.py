@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cllm_export.bundle.contract import LOGITS, TensorSpec, check_block_size, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.storage import sha256_of, staged_output
-from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.checks import check_options, option
 from cllm_export.errors import CllmExportError, GpuError, OptionError, PlanError
 from cllm_export.runtime.decoding.batch import MIN_READING_WIDTH
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
@@ -63,25 +63,44 @@ class Range(NamedTuple):
 class PlanOptions:
     """What ``cllm-export plan`` lets the user choose; None and () stand for what the bundle suggests."""
 
-    batch_size: int | None = None
-    block_sizes: tuple[int, ...] = ()
+    batch_size: int | None = option(
+        None, help="Number of slots: prompts that are decoded at once; by default the bundle's.", minimum=1
+    )
+    block_sizes: tuple[int, ...] = option(
+        (),
+        help="Block size n, in tokens; repeat the option for several. By default 1 and the bundle's own.",
+        minimum=1,
+        flag="--block-size",
+    )
     """n of each decode profile; by default 1, the bundle's block size, and 16, with which batches read prompts."""
-    prefill_chunk: int | None = None
-    extents: tuple[int, ...] = ()
+    prefill_chunk: int | None = option(
+        None, help="Number of prompt tokens that one forward reads; by default 128.", minimum=1
+    )
+    extents: tuple[int, ...] = option(
+        (),
+        help="KV rows that attention reads; repeat the option for several. By default 256, 512 and so on.",
+        minimum=1,
+        flag="--extent",
+    )
     """KV extents; by default 256 and each double of it, up to the whole cache."""
-    workspace: int | None = None
-    optimization_level: int = 3
-    logits: bool = True
-    weight_streaming: bool = False
-    strip_weights: bool = False
-    version_compatible: bool = False
-    hardware: Hardware = "same"
+    workspace: int | None = option(
+        None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
+    )
+    optimization_level: int = option(3, help="How long the builder looks for faster kernels.", minimum=0, maximum=5)
+    hardware: Hardware = option(
+        "same", help="GPUs that the plan runs on; a wider choice leaves fewer fast kernels.", choices=HARDWARE
+    )
+    logits: bool = option(True, help="Keep the logits, which sampling, grammars and log-probabilities need.")
+    weight_streaming: bool = option(False, help="Let weights stay in host memory, which is slower.")
+    strip_weights: bool = option(
+        False, help="Write a small plan without weights, which are read from the bundle when it is loaded."
+    )
+    version_compatible: bool = option(
+        False, help="Write a plan that later versions of TensorRT run too; it is larger and may be slower."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "prefill_chunk", "workspace"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        require_one_of("hardware", self.hardware, HARDWARE)
+        check_options(self)
 
 
 def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
@@ -100,7 +119,7 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
         batch, chunk = fixed.batch_size, fixed.block_size
     check_block_size(sizes[-1], largest=geometry.max_block_size)
     if extents and extents[-1] > geometry.cache_length:
-        raise OptionError(f"extent must be at most the cache's {geometry.cache_length} rows, got {extents[-1]}")
+        raise OptionError(f"extents must be at most the cache's {geometry.cache_length} rows, got {extents[-1]}")
     return PlanSettings(
         batch_size=batch,
         block_sizes=sizes,
@@ -128,8 +147,8 @@ def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> N
         set(options.block_sizes) - {block_size} or options.batch_size not in (None, batch_size) or options.extents
     ):
         raise OptionError(
-            f"this bundle is pinned to {batch_size} slots and blocks of {block_size}; leave batch size, block size and "
-            "extents out, or build the bundle without --fixed-shapes"
+            f"this bundle is pinned to {batch_size} slots and blocks of {block_size}; leave batch_size, "
+            "block_sizes and extents out, or build the bundle without fixed_shapes"
         )
 
 
@@ -198,7 +217,7 @@ def _require_graph(bundle: Bundle) -> None:
     if quantization and "tensorrt" not in quantization.engines:
         raise PlanError(
             f"{bundle.path} is {quantization.scheme} for {', '.join(quantization.engines)}, with operators that "
-            "TensorRT has not: build the bundle with --precision int4 --quantize-for tensorrt, int8 or fp8"
+            "TensorRT has not: build the bundle with precision='int4' and engine='tensorrt', int8 or fp8"
         )
 
 
@@ -206,7 +225,7 @@ def _require_precision(bundle: Bundle, platform: Platform) -> None:
     if bundle.manifest.precision == "bf16" and version_numbers(platform.compute_capability)[0] < BFLOAT16_SINCE:
         raise GpuError(
             f"{bundle.path} is a bf16 bundle, and {platform.gpu} (compute capability {platform.compute_capability}) "
-            f"has no bf16: build the bundle with --precision fp16, or use a GPU of {BFLOAT16_SINCE}.0 or newer"
+            f"has no bf16: build the bundle with precision='fp16', or use a GPU of {BFLOAT16_SINCE}.0 or newer"
         )
 
 

@@ -155,7 +155,7 @@ class TrtEngine:
         with_logits: bool = False,
     ) -> Forward:
         if with_logits and not self._settings.logits:
-            raise EngineError("this plan was built with --no-logits, and this request needs them: build it without")
+            raise EngineError("this plan was built with logits=False, and this request needs them: build it without")
         size, slots = len(input_ids[0]), self.num_slots
         padded = self._padded_size(size)
         profile = PREFILL if self._fixed else 1 + self.block_sizes.index(padded)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE, PRECISIONS, Geometry, Precision, check_block_size
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.checks import check_options, option
+from cllm_export.runtime.decoding.shared_options import block_size_option
 
 LIVE_ROWS = 4
 """Values of the hidden size that a row holds at once: the residual, the normed input, what goes into attention's
@@ -23,20 +24,26 @@ FLOAT32 = 4
 class MemoryOptions:
     """What the figures are for; None stands for the bundle's own."""
 
-    precision: Precision | None = None
-    block_size: int | None = None
-    max_length: int | None = None
-    batch_size: int | None = None
-    prefill_chunk: int = 128
-    workspace: int | None = None
+    precision: Precision | None = option(
+        None, help="Number format to plan for; by default the bundle's own.", choices=PRECISIONS
+    )
+    block_size: int | None = block_size_option()
+    max_length: int | None = option(
+        None,
+        help="Largest number of tokens of a prompt and its new tokens; by default the bundle's own.",
+        minimum=1,
+    )
+    batch_size: int | None = option(
+        None, help="Number of slots: prompts that are decoded at once; by default the bundle's.", minimum=1
+    )
+    prefill_chunk: int = option(128, help="Number of prompt tokens that one forward reads.", minimum=1)
+    workspace: int | None = option(
+        None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
+    )
     """Bytes that the builder may let a kernel have; without, all that the device has."""
 
     def __post_init__(self) -> None:
-        if self.precision is not None:
-            require_one_of("precision", self.precision, PRECISIONS)
-        for name in ("block_size", "max_length", "batch_size", "prefill_chunk", "workspace"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
+        check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import torch
 
 from cllm_export.checks import require_at_least
 from cllm_export.progress import Progress
+from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import prepare
 from cllm_export.training.processes import first_then_others, join_processes, noticing_a_loss
 from cllm_export.training.tune import tune
-from cllm_export.training.tune_options import TuneOptions
 from cllm_export.training.work import WorkDirectory
 
 

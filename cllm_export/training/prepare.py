@@ -16,11 +16,13 @@ from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
 from cllm_export.runtime.decoding.text import TextCodec
-from cllm_export.training.collection.collect import CollectOptions, collect
+from cllm_export.training.collection.collect import collect
+from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.collection.source import open_source
 from cllm_export.training.collection.trajectories import read_trajectories
 from cllm_export.training.data.samples import TOO_LONG, Sample, Samples, encode_samples, with_shared_ids
-from cllm_export.training.tune_options import TuneOptions
+from cllm_export.training.options import TuneOptions
+from cllm_export.training.settle import settle_tuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def prepare(
         left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         raise TuningError(
             f"{len(kept)} samples are left to train on and {len(measured)} to measure on (dropped: {left_out}): "
-            "tuning needs both; give more prompts, a smaller --num-held-out, or --held-out"
+            "tuning needs both; give more prompts, a smaller num_held_out, or held_out"
         )
     return TrainingData(samples=kept, held_out=measured, dropped=dropped)
 
@@ -90,7 +92,7 @@ class _Reader:
             raise OptionError(f"{checkpoint.path} names no eos_token_id, so that no answer would ever end: set it")
         self._checkpoint, self._options = checkpoint, options
         self._collected, self._progress = collected, progress
-        self._max_length = options.settle(checkpoint).max_length
+        self._max_length = settle_tuning(options, checkpoint).max_length
         self._codec = TextCodec(
             checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens
         )

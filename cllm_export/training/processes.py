@@ -56,7 +56,8 @@ def noticing_a_loss() -> Iterator[None]:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         raise TuningError(
-            "another process of the run is gone, and says why if it could; what was saved is whole: go on with --resume"
+            "another process of the run is gone, and says why if it could; what was saved is whole: go on with "
+            "resume=True"
         ) from error
 
 

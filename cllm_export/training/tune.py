@@ -36,9 +36,10 @@ from cllm_export.training.model.packed_model import PackedModel
 from cllm_export.training.model.packing import Packed, pack
 from cllm_export.training.model.torch_engine import load_weights, model_around
 from cllm_export.training.optimizers import make_optimizers, set_learning_rate
+from cllm_export.training.options import TuneOptions
 from cllm_export.training.pool import Pool, PoolOptions
 from cllm_export.training.processes import failing_together, first_then_others, join_processes, largest, of_first
-from cllm_export.training.tune_options import TuneOptions
+from cllm_export.training.settle import settle_tuning
 from cllm_export.training.work import WorkDirectory
 
 HELD_OUT_SLOTS = 16
@@ -113,7 +114,7 @@ class _Run:
     ) -> None:
         self._checkpoint, self._work, self._options = checkpoint, work, options
         self._held_out, self._progress = held_out, progress
-        settings = options.settle(checkpoint)
+        settings = settle_tuning(options, checkpoint)
         self._accelerator = _make_accelerator(options)
         self._is_main = self._accelerator.is_main_process
         self._settings = {
@@ -365,7 +366,7 @@ def _make_accelerator(options: TuneOptions) -> Accelerator:
         raise OptionError("mixed_precision fp16 needs a GPU: use bf16, or none")
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=options.mixed_precision)
     if options.optimizer == "muon" and accelerator.distributed_type == DistributedType.FSDP:
-        raise OptionError("muon needs whole matrices, which sharding takes apart: use --optimizer adamw")
+        raise OptionError("muon needs whole matrices, which sharding takes apart: use optimizer='adamw'")
     return accelerator
 
 

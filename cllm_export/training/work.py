@@ -64,10 +64,12 @@ class WorkDirectory:
         has_state = any((self.path / name / COUNTERS).is_file() for name in (STATE, f"{STATE}.old"))
         if resume and not has_state:
             raise TuningError(
-                f"there is no run to resume in {self.path}: it has saved no state; start without --resume"
+                f"there is no run to resume in {self.path}: it has saved no state; start without resume=True"
             )
         if has_state and not (resume or force):
-            raise OutputError(f"{self.path} holds an interrupted run: go on with --resume, or forget it with --force")
+            raise OutputError(
+                f"{self.path} holds an interrupted run: go on with resume=True, or replace it with force=True"
+            )
         self._require_own()
 
     @property
@@ -128,7 +130,7 @@ class WorkDirectory:
             accelerator.load_state(str(place))
         except Exception as error:  # pickle, PyTorch and accelerate raise many types for a damaged file
             raise TuningError(
-                f"the state in {place} is damaged: {type(error).__name__}: {error}; start over with --force"
+                f"the state in {place} is damaged: {type(error).__name__}: {error}; start over with force=True"
             ) from None
         return pool
 
@@ -195,7 +197,10 @@ class WorkDirectory:
             return
         is_own = any((self.path / name).is_file() for name in (SETTINGS, f"{SETTINGS}.new", REPORT_NAME))
         if not self.path.is_dir() or (not is_own and any(self.path.iterdir())):
-            raise OutputError(f"{self.path} is needed to work in, and is no run's: move it, or choose another --output")
+            raise OutputError(
+                f"{self.path} is needed to work in, and is no run's: move it, or choose another output",
+                fields=("output",),
+            )
 
     def _lock_directory(self) -> None:
         import fcntl
@@ -205,7 +210,8 @@ class WorkDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"another run is at work in {self.path}: wait for it, or choose another --output"
+                f"another run is at work in {self.path}: wait for it, or choose another output",
+                fields=("output",),
             ) from None
 
     def _require_same(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +221,7 @@ class WorkDirectory:
             counters: dict[str, Any] = json.loads((self.path / STATE / COUNTERS).read_text(encoding="utf-8"))
             was_options = dict(before["options"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TuningError(f"the run in {self.path} cannot be read: {error}; start over with --force") from None
+            raise TuningError(f"the run in {self.path} cannot be read: {error}; start over with force=True") from None
         given = json.loads(json.dumps(settings))
         options = given["options"]
         differing = [name for name, value in options.items() if was_options.get(name) != value]
@@ -265,7 +271,7 @@ class WorkDirectory:
                 shutil.rmtree(staging, ignore_errors=True)
             raise OutputError(
                 f"cannot write to {self.path}: {_reason(error)}; what was saved before is whole: make room, and go on "
-                "with --resume"
+                "with resume=True"
             ) from None
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle
+from cllm_export.checks import check_options, option
 from cllm_export.errors import OutputError
+from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
 
 GREEDY, SAMPLED = "", "sampled "
 """What a check's name begins with."""
@@ -59,12 +61,21 @@ class Parity:
 class VerifyOptions:
     """What ``cllm-export verify`` lets the user choose."""
 
-    max_new_tokens: int = 128
-    block_sizes: tuple[int, ...] = ()
+    max_new_tokens: int = max_new_tokens_option()
+    block_sizes: tuple[int, ...] = option(
+        (), help="Block size n, in tokens; repeat the option for several.", minimum=1, flag="--block-size"
+    )
     """Block sizes the losslessness checks run at; by default the bundle's own."""
-    threads: int | None = None
-    by_layer: bool | None = None
+    threads: int | None = threads_option()
+    by_layer: bool | None = option(
+        None,
+        help="Compare with the checkpoint layer by layer, or by decoding; by default whichever fits in memory.",
+        flag="--by-layer/--whole",
+    )
     """Compare with the checkpoint layer by layer instead of decoding; by default where the two do not fit in memory."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def check_writable(bundle: Bundle) -> None:

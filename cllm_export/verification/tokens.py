@@ -61,7 +61,7 @@ class TokenSession:
         self._block_sizes = options.block_sizes or (own,)
         if pinned and set(self._block_sizes) != {own}:
             given = ", ".join(map(str, self._block_sizes))
-            raise OptionError(f"this bundle is pinned to blocks of {own}, got {given}: leave --block-size out")
+            raise OptionError(f"this bundle is pinned to blocks of {own}, got {given}: leave block_sizes out")
 
     def token_checks(self) -> list[Check]:
         checks = []
@@ -99,7 +99,7 @@ class TokenSession:
         return Check(
             name=f"{kind}{method} == autoregressive, n = {block_size}",
             passed=False if differences else None if vacuous else True,
-            detail=detail + ("; no draft was accepted, which proves little: give --prompts" if vacuous else ""),
+            detail=detail + ("; no draft was accepted, which proves little: give prompts" if vacuous else ""),
             data={"prompts": len(actual), "equal": equal, "new_tokens": tokens, "differences": differences},
         )
 
@@ -146,7 +146,7 @@ class TokenSession:
     def _against_checkpoint(self, block_size: int) -> Check:
         name = "against the PyTorch checkpoint"
         if self._reference is None:
-            return Check(name=name, passed=None, detail="no --checkpoint given")
+            return Check(name=name, passed=None, detail="no checkpoint given")
         ties = Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         generations = self._decode("autoregressive", block_size)
         for (prompt_id, prompt), generation in zip(self._prompts.items(), generations, strict=True):
@@ -168,7 +168,7 @@ class TokenSession:
     def _tokenization(self) -> Check:
         name = "prompts encode as in the checkpoint"
         if self._reference is None or not self._contents:
-            return Check(name=name, passed=None, detail="needs --checkpoint and --prompts")
+            return Check(name=name, passed=None, detail="needs a checkpoint and prompts")
         different = [
             key for key, content in self._contents.items() if self._reference.encode(content) != self._prompts[key]
         ]
@@ -253,7 +253,7 @@ class Ties:
         detail = f"{self._num_prompts - len(prompts)} of {self._num_prompts} prompts equal"
         if self._differences:
             first = (wrong or self._differences)[0]
-            margin = "unknown (give --checkpoint)" if first["margin"] is None else f"{first['margin']:.2g}"
+            margin = "unknown (give a checkpoint)" if first["margin"] is None else f"{first['margin']:.2g}"
             detail += f"; first difference: prompt {first['prompt']}, token {first['position']}, margin {margin}"
             detail += f"; {share:.1%} of positions differ"
         data = {

@@ -62,7 +62,9 @@ def verify(
     check_writable(bundle)
     instead = _why_by_layer(bundle, options.by_layer)
     if instead and checkpoint is None:
-        raise OptionError(f"nothing would be decoded ({instead}): give --checkpoint to compare with")
+        raise OptionError(
+            f"nothing would be decoded ({instead}): give checkpoint, to compare with", fields=("checkpoint",)
+        )
     conditions = {
         "by_layer": instead,
         "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
@@ -118,7 +120,7 @@ def check_layers(
     require_source(bundle, checkpoint, base)
     opened, adapter = open_source(checkpoint, base, max_length=manifest.max_length)
     if adapter:
-        raise OptionError(f"{checkpoint} is an adapter, which is not compared layer by layer: use --whole")
+        raise OptionError(f"{checkpoint} is an adapter, which is not compared layer by layer: use by_layer=False")
     reference = LayerReference(
         opened, manifest.precision, max_length=manifest.max_length, num_layers=manifest.geometry.num_layers
     )

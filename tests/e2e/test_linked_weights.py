@@ -213,7 +213,7 @@ def test_a_bf16_bundle_is_clean_and_refused_by_the_cpu_engine_in_a_sentence(work
         assert lint(graph) == []
         past = next(value for value in graph.graph.input if value.name == "past_key.0")
         assert past.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
-        with pytest.raises(EngineError, match=r"bf16 bundle.*--precision fp32, or run it on a GPU engine"):
+        with pytest.raises(EngineError, match=r"bf16 bundle.*precision='fp32', or run it on a GPU engine"):
             load(bundle.path, threads=THREADS)
 
 

@@ -26,9 +26,9 @@ from cllm_export.errors import TuningError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.training.data.samples import Sample
 from cllm_export.training.model.torch_engine import load_checkpoint
+from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import prepare
 from cllm_export.training.tune import tune
-from cllm_export.training.tune_options import TuneOptions
 from tests.checkpoints import EOS, MAX_POSITIONS, PAD, Variant, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, snapshot
@@ -721,7 +721,8 @@ def test_two_files_of_one_name_are_answered_apart(cli: Cli, workshop: Workshop, 
 
 @pytest.fixture(scope="module")
 def trajectories(workshop: Workshop, unanswered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cllm_export.training.collection.collect import CollectOptions, collect
+    from cllm_export.training.collection.collect import collect
+    from cllm_export.training.collection.options import CollectOptions
     from cllm_export.training.collection.source import open_source
 
     output = tmp_path_factory.mktemp("collected") / "trajectories"

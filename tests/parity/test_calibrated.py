@@ -21,7 +21,7 @@ from cllm_export.bundle.scales import open_scales  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError, ScalesError  # noqa: E402
 from cllm_export.exporter.lint.rules import lint  # noqa: E402
 from cllm_export.exporter.quantize import int4  # noqa: E402
-from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
+from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.runtime.load import load  # noqa: E402
 from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
@@ -248,7 +248,7 @@ def test_what_is_not_quantised_can_be_computed_in_half_precision(workshop: Works
 
 def test_half_precision_is_refused_where_onnx_runtime_computes_in_single(workshop: Workshop):
     for scheme in ("int8-dynamic", "int4"):
-        with pytest.raises(OptionError, match="computes in fp32, got fp16: leave --compute out"):
+        with pytest.raises(OptionError, match="computes in fp32, got fp16: leave precision out"):
             workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme=scheme), precision="fp16")
 
 
@@ -257,7 +257,7 @@ def test_a_layer_is_kept_by_its_checkpoint_name(workshop: Workshop):
     bundle = workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=(tensor,)))
     record = bundle.manifest.quantization
     assert record is not None and record.kept[f"{tensor}.T"] == "kept as asked"
-    with pytest.raises(OptionError, match="--keep nothing names no linear layer"):
+    with pytest.raises(OptionError, match="keep='nothing' names no linear layer"):
         workshop.build(workshop.checkpoint("small"), quantize=QuantizeOptions(scheme="int4", keep=("nothing",)))
 
 
@@ -280,11 +280,11 @@ def test_scales_that_do_not_fit_are_refused_by_name(workshop: Workshop, shop: Sh
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"scheme": "int8"}, "needs --scales"),
-        ({"scheme": "int8-dynamic", "scales": Path("scales")}, "takes no --scales"),
-        ({"scheme": "int8-dynamic", "group_size": 32}, "--group-size is for int4"),
+        ({"scheme": "int8"}, "needs scales"),
+        ({"scheme": "int8-dynamic", "scales": Path("scales")}, "takes no scales"),
+        ({"scheme": "int8-dynamic", "group_size": 32}, "group_size is for int4"),
         ({"scheme": "int4", "group_size": 48}, "one of 32, 64, 128"),
-        ({"scheme": "int3"}, "the scheme must be one of"),
+        ({"scheme": "int3"}, "scheme must be one of"),
         ({"scheme": "int8-dynamic", "engine": "tensorrt"}, "int8-dynamic is for ONNX Runtime alone"),
         ({"scheme": "int8", "scales": Path("scales"), "engine": "tensorrt"}, "int8 is one graph for both engines"),
         ({"scheme": "fp8", "scales": Path("scales"), "engine": "onnxruntime"}, "fp8 is one graph for both engines"),

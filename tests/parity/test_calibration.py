@@ -147,7 +147,7 @@ def test_too_few_prompts_are_refused(bundle, prompts, tmp_path):
 
 
 def test_an_existing_scales_file_is_refused_before_any_work(bundle, prompts, mixed):
-    with pytest.raises(OutputError, match="exists; replace it with --force"):
+    with pytest.raises(OutputError, match="exists; replace it with force=True"):
         calibrate(bundle, prompts, mixed.path, MIXED)
 
 
@@ -231,7 +231,7 @@ def test_an_fp8_stand_in_rounds_weights_as_a_bundle_does():
 def test_a_fit_on_a_real_bundle_measures_that_bundle(bundle, prompts):
     how = FakeQuantization(scheme="int8-dynamic")
     stand_in = StandIn(bundle, read_questions(prompts, limit=3), how, HeldOutOptions(max_new_tokens=8, threads=THREADS))
-    chosen = fit(stand_in, lambda keep: bundle, lambda built: Losses(tpf=0.0, quality=0.0), Budget(tpf=0.03))
+    chosen = fit(stand_in, lambda keep: bundle, lambda built: Losses(tpf=0.0, quality=0.0), Budget(max_tpf_loss=0.03))
     assert chosen.kept == () and chosen.bundle is bundle
 
 

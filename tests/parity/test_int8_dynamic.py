@@ -20,7 +20,7 @@ from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
 from cllm_export.exporter.graph.rounding import PairRounding  # noqa: E402
 from cllm_export.exporter.quantize import int8_dynamic  # noqa: E402
-from cllm_export.exporter.quantize.rewrite import QuantizeOptions  # noqa: E402
+from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
 from cllm_export.runtime.decoding.request import METHODS  # noqa: E402
 from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402

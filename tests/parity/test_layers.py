@@ -67,7 +67,7 @@ def test_a_bundle_too_large_for_memory_is_compared_layer_by_layer(
 ):
     monkeypatch.setattr(verify_module, "available_memory", lambda: 1000)
     bundle = workshop.build(workshop.checkpoint("small"))
-    with pytest.raises(OptionError, match="GB are free\\): give --checkpoint"):
+    with pytest.raises(OptionError, match="GB are free\\): give checkpoint"):
         verify(bundle)
     parity = verify(bundle, checkpoint=workshop.checkpoint("small"), options=VerifyOptions(threads=THREADS))
     assert parity.passed

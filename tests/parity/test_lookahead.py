@@ -16,8 +16,9 @@ from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.graph.lookahead import derive_lookahead
 from cllm_export.exporter.graph.passes import PASSES, name_replaceable_values, state_contract
 from cllm_export.exporter.lint.rules import require_clean
-from cllm_export.exporter.options import BuildOptions, settle
+from cllm_export.exporter.options import BuildOptions
 from cllm_export.exporter.pipeline import _trace, export
+from cllm_export.exporter.settle import settle
 from cllm_export.exporter.stages import Stages
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape, layout_of
@@ -245,7 +246,7 @@ def test_a_bundle_without_the_graph_runs_as_before_and_says_how_to_build_one(wor
     ("name", "options", "reason"),
     [
         ("mistral-sliding", {}, f"layers of this model see {WINDOW} tokens of the max length {MAX_POSITIONS}"),
-        ("small", PINNED, "--fixed-shapes pins the block"),
+        ("small", PINNED, "fixed_shapes pins the block"),
     ],
 )
 def test_a_model_that_can_have_no_lookahead_graph_gets_its_greedy_graph_and_the_reason(

@@ -15,7 +15,8 @@ from cllm_export.exporter.graph.layers import repeat_layers, repeated_period
 from cllm_export.exporter.graph.linking import LINKED_PASSES
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.passes import PASSES, Pass, state_contract
-from cllm_export.exporter.options import BuildOptions, settle
+from cllm_export.exporter.options import BuildOptions
+from cllm_export.exporter.settle import settle
 from cllm_export.exporter.stages import Stages
 from tests.checkpoints import VARIANTS, Variant
 from tests.conftest import Workshop

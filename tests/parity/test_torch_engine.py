@@ -265,7 +265,7 @@ def test_what_cannot_be_built_cannot_be_loaded_either(workshop: Workshop, tmp_pa
 @pytest.mark.parametrize("name", UNTRAINABLE)
 def test_what_a_causal_mask_alone_would_decode_wrongly_is_refused(workshop: Workshop, name: str):
     softcap = "attn_logit_softcapping" in UNTRAINABLE[name].config
-    words = f"sliding window of {WINDOW} tokens.*--max-length {WINDOW} or less .it is {MAX_POSITIONS}.*build a bundle"
+    words = f"sliding window of {WINDOW} tokens.*max_length={WINDOW} or less .it is {MAX_POSITIONS}.*build a bundle"
     with pytest.raises(UnsupportedError, match=words):
         load_checkpoint(workshop.checkpoint(name))
     if softcap:

@@ -178,13 +178,13 @@ def test_a_bundle_with_operators_of_onnx_runtime_is_refused_before_anything_star
         weights=("weight",),
         kept={},
     )
-    with pytest.raises(PlanError, match=r"int4 for onnxruntime.*--quantize-for tensorrt"):
+    with pytest.raises(PlanError, match=r"int4 for onnxruntime.*engine='tensorrt'"):
         build_plan(with_manifest(bundle, quantization=record))
 
 
 def test_a_bf16_bundle_is_refused_on_a_gpu_without_bf16(bundle: Bundle):
     bf16 = with_manifest(bundle, precision="bf16")
-    with pytest.raises(GpuError, match=r"compute capability 7.5\) has no bf16.*--precision fp16"):
+    with pytest.raises(GpuError, match=r"compute capability 7.5\) has no bf16.*precision='fp16'"):
         build_plan(bf16, gpu=SimulatedGpu(capability=(7, 5)).gpu)
 
 

@@ -190,7 +190,7 @@ def test_a_chunk_that_is_too_wide_is_refused(engine: TrtEngine):
 def test_a_plan_without_logits_refuses_a_request_that_needs_them(bundle: Bundle):
     with (
         open_engine(bundle, SimulatedGpu(), logits=False) as engine,
-        pytest.raises(EngineError, match="built with --no-logits"),
+        pytest.raises(EngineError, match="built with logits=False"),
     ):
         engine.forward([[1]], [1], [0], with_logits=True)
 

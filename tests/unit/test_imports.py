@@ -121,6 +121,11 @@ def test_importing_the_runtime_loads_nothing_heavy(module):
     assert loaded_by(f"import {module}", HEAVY) == []
 
 
+def test_the_command_line_loads_nothing_heavy():
+    """Its help, and its refusal of an argument, need no torch."""
+    assert loaded_by("import cllm_export.cli", HEAVY) == []
+
+
 def test_every_folder_stands_on_a_floor():
     assert {place_of(module) for module in MODULES} == set(FLOOR_OF)
 
@@ -169,10 +174,14 @@ def test_only_exporter_and_training_load_torch_transformers_or_onnx():
 
 
 def test_training_is_loaded_only_by_itself():
-    """Others import it where they need it. Its ``__init__`` loads nothing, and may be imported by any of them."""
+    """Others import it where they need it. Its ``__init__`` loads nothing, and may be imported by any of them.
+
+    So may its classes of options, which the command line is made of: see that it loads nothing heavy.
+    """
+    options = {module for module in MODULES if module.startswith("training.") and module.endswith(".options")}
     for module, path in MODULES.items():
         if module.split(".")[0] != "training":
-            loaded = own_imports(imports_at_load(path)) - {"training"}
+            loaded = own_imports(imports_at_load(path)) - {"training", *options}
             assert not any(name.split(".")[0] == "training" for name in loaded), module
 
 

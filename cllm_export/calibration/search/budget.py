@@ -9,75 +9,76 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
-from cllm_export.bundle.quantization import SCHEMES, Engine, Scheme
+from cllm_export.bundle.quantization import SCHEMES, Scheme
 from cllm_export.bundle.scales import open_scales
 from cllm_export.bundle.storage import check_output, output_error, staged_output
 from cllm_export.calibration.search.fake_quantization import FakeQuantization
 from cllm_export.calibration.search.fit import Budget, Builder, Fit, fit
 from cllm_export.calibration.search.measured import HeldOutOptions, Losses
 from cllm_export.calibration.search.sensitivity import StandIn
-from cllm_export.checks import require_one_of
+from cllm_export.checks import check_options, option
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.exporter.quantize.options import QuantizeOptions, SchemeOptions
 from cllm_export.extras import needs_extra
 from cllm_export.measure.compare import UNQUANTISED, CompareOptions, compare
 from cllm_export.progress import Progress
 from cllm_export.runtime.load import load
 from cllm_export.verification.files import require_source
 
-if TYPE_CHECKING:
-    from cllm_export.exporter.quantize.rewrite import QuantizeOptions
-
 TAKERS: dict[str, tuple[Scheme, ...]] = {
-    "--scales": ("int8", "int4", "fp8"),
-    "--group-size": ("int4",),
-    "--quantize-for": ("int4",),
+    "scales": ("int8", "int4", "fp8"),
+    "group_size": ("int4",),
+    "engine": ("int4",),
 }
 """Schemes that an option is for; the others are built without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitOptions:
+class FitOptions(SchemeOptions):
     """What ``cllm-export quantize`` lets the user choose beside paths.
 
     Raises:
         OptionError: no scheme, one twice, several for an engine that is not timed here, or an option that is for none.
     """
 
-    schemes: tuple[Scheme, ...]
-    budget: Budget
-    group_size: int | None = None
-    """Input channels that share a scale of a 4-bit weight."""
-    engine: Engine | None = None
-    """Engine that an ``int4`` graph is for."""
-    scales: Path | None = None
-    """What ``int8`` and ``fp8`` need, and ``int4`` takes GPTQ from."""
-    always_rank: bool = False
-    held_out: HeldOutOptions
+    schemes: tuple[Scheme, ...] = option(
+        help="How linear layers are quantised; repeat the option to choose the fastest of several here.",
+        choices=SCHEMES,
+        flag="--precision",
+    )
+    budget: Budget = field(default_factory=Budget)
+    always_rank: bool = option(
+        False,
+        help="Measure the sensitivity of every layer, even if the budget holds with all layers quantised.",
+        flag="--sensitivity",
+    )
+    held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
             raise OptionError(
-                f"--precision must be given once for each scheme, got {', '.join(self.schemes) or 'none'}"
+                f"schemes must be given once for each scheme, got {', '.join(self.schemes) or 'none'}",
+                fields=("schemes",),
             )
         if len(self.schemes) > 1 and self.engine not in (None, "onnxruntime"):
             raise OptionError(
-                f"several precisions are told apart by their speed with ONNX Runtime: give one --precision with "
-                f"--quantize-for {self.engine}, got {', '.join(self.schemes)}"
+                "several schemes are told apart by their speed with ONNX Runtime: give one of schemes with "
+                f"engine='{self.engine}', got {', '.join(self.schemes)}",
+                fields=("schemes",),
             )
-        for flag, given in (
-            ("--scales", self.scales),
-            ("--group-size", self.group_size),
-            ("--quantize-for", self.engine),
-        ):
-            if given is not None and not set(TAKERS[flag]) & set(self.schemes):
-                takers = " and ".join(TAKERS[flag])
-                raise OptionError(f"{flag} is for {takers}, got {given} with --precision {', '.join(self.schemes)}")
+        for name, takers in TAKERS.items():
+            if (given := getattr(self, name)) is not None and not set(takers) & set(self.schemes):
+                raise OptionError(
+                    f"{name} is for {' and '.join(takers)}, got {given} with schemes {', '.join(self.schemes)}",
+                    fields=(name, "schemes"),
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,23 +109,12 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "max_tpf_loss": self.budget.tpf,
-            "max_quality_loss": self.budget.quality,
+            "max_tpf_loss": self.budget.max_tpf_loss,
+            "max_quality_loss": self.budget.max_quality_loss,
             "chosen": self.scheme,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "timings": self.timings,
         }
-
-
-def parse_schemes(given: Sequence[str]) -> tuple[Scheme, ...]:
-    """Names as ``--precision`` was given them.
-
-    Raises:
-        OptionError: one is none.
-    """
-    for name in given:
-        require_one_of("--precision", name, SCHEMES)
-    return tuple(scheme for name in given for scheme in SCHEMES if scheme == name)
 
 
 def quantize(
@@ -179,7 +169,7 @@ def quantize(
 
 
 def _stand_in(baseline: Bundle, scheme: Scheme, options: FitOptions) -> FakeQuantization:
-    scales = open_scales(options.scales) if options.scales and scheme in TAKERS["--scales"] else None
+    scales = open_scales(options.scales) if options.scales and scheme in TAKERS["scales"] else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
     return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size or 32)
@@ -244,15 +234,13 @@ class _Builder:
         return self._build(UNQUANTISED, None)
 
     def _quantized(self, scheme: Scheme, keep: tuple[str, ...]) -> QuantizeOptions:
-        with needs_extra("export"):
-            from cllm_export.exporter.quantize.rewrite import QuantizeOptions
         chosen = self._options
         return QuantizeOptions(
             scheme=scheme,
-            group_size=chosen.group_size if scheme in TAKERS["--group-size"] else None,
+            group_size=chosen.group_size if scheme in TAKERS["group_size"] else None,
             keep=keep,
-            scales=chosen.scales if scheme in TAKERS["--scales"] else None,
-            engine=chosen.engine if scheme in TAKERS["--quantize-for"] else None,
+            scales=chosen.scales if scheme in TAKERS["scales"] else None,
+            engine=chosen.engine if scheme in TAKERS["engine"] else None,
         )
 
     def _build(self, name: str, quantized: QuantizeOptions | None) -> Bundle:

@@ -49,7 +49,8 @@ class FakeQuantization:
         require_at_least("group_size", self.group_size, 1)
         if self.scheme in ("int8", "fp8") and self.scales is None:
             raise CalibrationError(
-                f"{self.scheme} needs scales: make them with cllm-export calibrate, and give them as --scales"
+                f"{self.scheme} needs scales: make them with cllm-export calibrate, and give them as scales",
+                fields=("scales",),
             )
 
 

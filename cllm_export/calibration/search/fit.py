@@ -14,7 +14,10 @@ from cllm_export.bundle.manifest import Bundle
 from cllm_export.calibration.linear_inputs import LinearLayer
 from cllm_export.calibration.search.measured import Losses
 from cllm_export.calibration.search.sensitivity import LayerSensitivity
+from cllm_export.checks import option
 from cllm_export.errors import CalibrationError, OptionError
+
+DEFAULT_TPF_LOSS = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +28,26 @@ class Budget:
         OptionError: a share that is none.
     """
 
-    tpf: float
-    quality: float | None = None
+    max_tpf_loss: float = option(
+        DEFAULT_TPF_LOSS,
+        help="Largest share of the tokens per forward that may be lost, such as 1%; "
+        f"by default {DEFAULT_TPF_LOSS:.0%}.",
+    )
+    max_quality_loss: float | None = option(
+        None,
+        help="Largest share of the score that may be lost; without answers, the score is the share of equal texts.",
+    )
     """None where texts may be whatever they are."""
 
     def __post_init__(self) -> None:
-        for share in (self.tpf, self.quality):
+        for name, share in vars(self).items():
             if share is not None and not 0 <= share < 1:
-                raise OptionError(f"the budget must be a share from 0 to 1, such as 3%, got {share:g}")
+                raise OptionError(f"{name} must be from 0% to below 100%, such as 3%, got {share:g}", fields=(name,))
 
     def holds(self, losses: Losses) -> bool:
-        return losses.tpf <= self.tpf and (self.quality is None or losses.quality <= self.quality)
+        return losses.tpf <= self.max_tpf_loss and (
+            self.max_quality_loss is None or losses.quality <= self.max_quality_loss
+        )
 
 
 class Ranking(Protocol):
@@ -135,20 +147,21 @@ def fit(
         if budget.holds(trials[-1].losses):
             return Fit(bundle=bundle, kept=tuple(kept), ranking=tuple(ranked), trials=tuple(trials))
         num_kept = _more(num_kept, len(ranked))
-    raise CalibrationError(_unattainable(budget, [trial.losses for trial in trials if trial.measured_on == "bundle"]))
+    tried = [trial.losses for trial in trials if trial.measured_on == "bundle"]
+    raise CalibrationError(_unattainable(budget, tried))
 
 
 def _unattainable(budget: Budget, tried: Sequence[Losses]) -> str:
-    allowed = f"the loss of tokens per forward within {budget.tpf:.1%}"
+    allowed = f"the loss of tokens per forward within {budget.max_tpf_loss:.1%}"
     least = f"the least was {min(losses.tpf for losses in tried):.1%}"
-    flags = "--max-tpf-loss"
-    if budget.quality is not None:
-        allowed += f" and that of quality within {budget.quality:.1%}"
+    options = "max_tpf_loss"
+    if budget.max_quality_loss is not None:
+        allowed += f" and that of quality within {budget.max_quality_loss:.1%}"
         least += f" and {min(losses.quality for losses in tried):.1%}"
-        flags += " or --max-quality-loss"
+        options += " or max_quality_loss"
     return (
-        f"no choice of layers keeps {allowed}: {least}; allow more with {flags}, measure on more prompts, or choose "
-        "another --precision"
+        f"no choice of layers keeps {allowed}: {least}; allow more with {options}, measure on more prompts, or choose "
+        "another scheme"
     )
 
 
@@ -157,8 +170,8 @@ def _more(num_kept: int, total: int) -> int:
     return total if num_kept >= total - 1 else min(2 * num_kept, total - 1)
 
 
-def parse_share(flag: str, text: str) -> float:
-    """``3%`` or ``0.03``, as a flag was given it, as a share.
+def parse_share(text: str, *, name: str) -> float:
+    """``3%`` or ``0.03`` as a share; ``name`` is the option's.
 
     Raises:
         OptionError: it is neither.
@@ -166,9 +179,9 @@ def parse_share(flag: str, text: str) -> float:
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise OptionError(f"{flag} must be a share such as 3% or 0.03, got {text!r}") from None
+        raise OptionError(f"{name} must be a share such as 3% or 0.03, got {text!r}", fields=(name,)) from None
     if not 0 <= share < 1:
-        raise OptionError(f"{flag} must be from 0% to below 100%, got {text!r}")
+        raise OptionError(f"{name} must be from 0% to below 100%, got {text!r}", fields=(name,))
     return share
 
 

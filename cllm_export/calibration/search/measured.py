@@ -10,12 +10,18 @@ from typing import Any
 
 from cllm_export.bundle.manifest import FillName
 from cllm_export.calibration.recording import Recording, recording_of
-from cllm_export.checks import require_at_least
+from cllm_export.checks import check_options
 from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.decoding import Settings, decode_prompts, default_settings
 from cllm_export.evaluation.tasks.questions import Question
 from cllm_export.evaluation.tasks.score_prompts import EXACT, EXECUTION, score_prompts
 from cllm_export.progress import Progress
+from cllm_export.runtime.decoding.shared_options import (
+    block_size_option,
+    fill_option,
+    max_new_tokens_option,
+    threads_option,
+)
 from cllm_export.runtime.model import Model
 
 
@@ -23,15 +29,13 @@ from cllm_export.runtime.model import Model
 class HeldOutOptions:
     """How held-out prompts are decoded; by default as the model was trained."""
 
-    block_size: int | None = None
-    fill: FillName | None = None
-    max_new_tokens: int = 128
-    threads: int | None = None
+    block_size: int | None = block_size_option()
+    fill: FillName | None = fill_option()
+    max_new_tokens: int = max_new_tokens_option()
+    threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_new_tokens", "threads"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
+        check_options(self)
 
     def settings(self, model: Model) -> Settings:
         """The settings for a model."""

@@ -61,7 +61,7 @@ def run_confined(program: str, check: str, limits: SandboxLimits) -> Outcome:
         os.close(reading)
     if not report.startswith(READY):
         raise OptionError(
-            "--allow-code-execution: this system cannot confine a process "
+            "allow_code_execution: this system cannot confine a process "
             f"({report.decode(errors='replace') or 'the interpreter did not start'}): it takes Linux 5.13 or newer "
             "with Landlock and seccomp, on x86-64 or arm64"
         )

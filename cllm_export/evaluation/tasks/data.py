@@ -87,7 +87,7 @@ def _check_fields(example: Any, where: str, task: str) -> None:
     if not (missing := _missing(example, task)):
         return
     fitting = next((other for other in FIELDS if not _missing(example, other)), None)
-    advice = f"this looks like data of --task {fitting}" if fitting else f"give a data file of --task {task}"
+    advice = f"this looks like data of task='{fitting}'" if fitting else f"give a data file of task='{task}'"
     raise DataError(f"{where}: lacks the text field(s) {_list(missing)}; it has {_list(sorted(example))}: {advice}")
 
 

@@ -1,4 +1,4 @@
-"""``--task gsm8k``: word problems, by the final number."""
+"""The task ``gsm8k``: word problems, by the final number."""
 
 from __future__ import annotations
 

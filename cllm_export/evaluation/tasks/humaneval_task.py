@@ -1,4 +1,4 @@
-"""``--task humaneval``: function completion, by running the tests of each problem in a sandbox."""
+"""The task ``humaneval``: function completion, by running the tests of each problem in a sandbox."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class HumanevalTask:
         """
         if not allow_code_execution:
             raise OptionError(
-                "--task humaneval runs code that the model wrote: allow it with --allow-code-execution. It runs in a "
+                "task='humaneval' runs code that the model wrote: allow it with allow_code_execution. It runs in a "
                 f"sandbox, which does not protect against {UNPROTECTED}"
             )
         return cls(problems=tuple(read_problems(path, limit=limit)))

@@ -1,4 +1,4 @@
-"""``--task prompts``: any prompt file."""
+"""The task ``prompts``: any prompt file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--task spider``: text to SQL over unseen databases, by exact-set match and execution match."""
+"""The task ``spider``: text to SQL over unseen databases, by exact-set match and execution match."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tup
     if is_adapter(path):
         return open_adapter(path, base, max_length=max_length)
     if base is not None:
-        raise OptionError(f"--base is for adapters; {path} has no adapter_config.json, or has a config.json as well")
+        raise OptionError(
+            f"base is for adapters; {path} has no adapter_config.json, or has a config.json as well", fields=("base",)
+        )
     return open_checkpoint(path, max_length=max_length), None
 
 
@@ -126,7 +128,7 @@ def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
     stated = config.get("base_model_name_or_path")
     if not isinstance(stated, str) or not Path(stated).is_dir():
         raise OptionError(
-            f"{path} names its base as {stated!r}, which is no directory here; give the base with --base CHECKPOINT"
+            f"{path} names its base as {stated!r}, which is no directory here; give the base with base=CHECKPOINT"
         )
     return Path(stated)
 

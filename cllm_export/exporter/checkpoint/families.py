@@ -116,6 +116,6 @@ def refuse_rope(config: PretrainedConfig, path: Path, max_length: int | None) ->
     if "dynamic" in rope_types and (max_length or 0) > limit:
         raise UnsupportedError(
             f"{path} has rope type 'dynamic', which beyond {limit} positions has other frequencies for every length, "
-            f"and a graph has one table: choose --max-length {limit} or less, where it scales nothing (it is "
+            f"and a graph has one table: choose max_length={limit} or less, where it scales nothing (it is "
             f"{max_length})"
         )

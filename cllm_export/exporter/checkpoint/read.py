@@ -171,7 +171,7 @@ class Checkpoint:
         """
         total = int(self.config.num_hidden_layers)
         if num_layers > total:
-            raise OptionError(f"--num-layers {num_layers} is more than the {total} layers of {self.path}")
+            raise OptionError(f"num_layers={num_layers} is more than the {total} layers of {self.path}")
         kept = {name: info for name, info in self.tensors.items() if layer_of(name) < num_layers}
         return replace(self, config=truncated_config(self.config, num_layers), tensors=kept)
 
@@ -232,7 +232,7 @@ def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
     if (window := window_within(checkpoint.config, max_length)) is not None:
         raise UnsupportedError(
             f"{checkpoint.path} has layers with a sliding window of {window} tokens, and training and decoding in "
-            f"PyTorch know no window: choose --max-length {window} or less (it is {max_length}), or build a bundle"
+            f"PyTorch know no window: choose max_length={window} or less (it is {max_length}), or build a bundle"
         )
     if getattr(checkpoint.config, "attn_logit_softcapping", None):
         raise UnsupportedError(

@@ -22,11 +22,11 @@ IR_DTYPE = {"int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
 def lookahead_obstacle(config: PretrainedConfig, *, max_length: int, fixed_shapes: bool) -> str | None:
     """Why a model can have no lookahead graph; None where it can."""
     if fixed_shapes:
-        return "its block grows and shrinks by what was accepted, and --fixed-shapes pins the block"
+        return "its block grows and shrinks by what was accepted, and fixed_shapes pins the block"
     if (window := window_within(config, max_length)) is not None:
         return (
             f"its mask knows no window, and layers of this model see {window} tokens of the max length {max_length}: "
-            f"build with --max-length {window} or less"
+            f"build with max_length={window} or less"
         )
     return None
 

@@ -106,5 +106,5 @@ def _broken(bundle: Bundle, what: str) -> str:
     scheme = quantization.scheme if quantization else "unquantised"
     return (
         f"the {scheme} bundle does not compute its model any more: {what} on random tokens; nothing was written. "
-        "Use a wider --precision, or other --scales if it took any"
+        "Use a wider precision, or other scales if it took any"
     )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from cllm_export.bundle.quantization import ENGINES, GROUP_SIZES, SCHEMES, Engine, Quantization, Scheme
+from cllm_export.bundle.quantization import Quantization
 from cllm_export.bundle.scales import Scales
 from cllm_export.bundle.storage import sha256_of
-from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError, QuantizationError
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.quantize.gptq import Factors
@@ -17,9 +14,9 @@ from cllm_export.exporter.quantize.int4 import Int4Groups
 from cllm_export.exporter.quantize.int4_dequantize import Int4Dequantize
 from cllm_export.exporter.quantize.int8_dynamic import Int8Dynamic
 from cllm_export.exporter.quantize.linear import LayerQuantizer, Linear, linear_layers, nodes_of_head
+from cllm_export.exporter.quantize.options import QuantizeOptions
 from cllm_export.exporter.quantize.static_layers import FLOAT8, INT8, ColumnMaximum, StaticLayers
 
-DEFAULT_GROUP_SIZE = 32
 STATIC = {"int8": INT8, "fp8": FLOAT8}
 """Schemes whose activations have scales known before they run."""
 
@@ -31,93 +28,6 @@ ROLES = {
     "Add": "bias",
 }
 """What a weight is for, by the operator that reads it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """What ``cllm-export build`` lets the user choose of quantisation."""
-
-    scheme: Scheme
-    head: bool = False
-    """Quantise the head too."""
-    group_size: int | None = None
-    """Input channels that share a scale of a weight; only where the scheme has groups, 32 by default."""
-    keep: tuple[str, ...] = ()
-    """Checkpoint tensors whose layers keep their precision."""
-    scales: Path | None = None
-    """File of a calibration: int8 and fp8 need one, with one int4 is rounded by GPTQ, int8-dynamic takes none."""
-    engine: Engine | None = None
-    """Engine that the graph is for, where a scheme has a form for each: int4, by default for ONNX Runtime."""
-
-    def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise OptionError(f"the scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
-        if self.group_size is not None:
-            require_at_least("group_size", self.group_size, 1)
-            if self.scheme != "int4" or self.group_size not in GROUP_SIZES:
-                sizes = ", ".join(map(str, GROUP_SIZES))
-                raise OptionError(
-                    f"--group-size is for int4 and one of {sizes}, got {self.group_size} for {self.scheme}"
-                )
-
-        if self.scheme in STATIC and self.scales is None:
-            raise OptionError(
-                f"--precision {self.scheme} needs --scales: make them with cllm-export calibrate on the unquantised "
-                "bundle"
-            )
-        if self.scheme == "int8-dynamic" and self.scales is not None:
-            raise OptionError("--precision int8-dynamic takes no --scales: activations get theirs at run time")
-        if self.engine is not None:
-            require_one_of("quantize-for", self.engine, ENGINES)
-            if self.scheme != "int4":
-                which = (
-                    "is for ONNX Runtime alone" if self.scheme == "int8-dynamic" else "is one graph for both engines"
-                )
-                raise OptionError(f"--quantize-for is for int4: {self.scheme} {which}; leave it out")
-
-    @property
-    def is_gptq(self) -> bool:
-        return self.scheme == "int4" and self.scales is not None
-
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """Engines that the graph is for."""
-        if self.scheme == "int4":
-            return (self.engine or "onnxruntime",)
-        return ENGINES if self.scheme in STATIC else ("onnxruntime",)
-
-    @property
-    def group(self) -> int | None:
-        """The group size, settled."""
-        return (self.group_size or DEFAULT_GROUP_SIZE) if self.scheme == "int4" else None
-
-
-def quantize_options(
-    scheme: Scheme | None,
-    *,
-    head: bool = False,
-    group_size: int | None = None,
-    keep: tuple[str, ...] = (),
-    scales: Path | None = None,
-    engine: Engine | None = None,
-) -> QuantizeOptions | None:
-    """Options of a scheme; None where nothing is quantised.
-
-    Raises:
-        OptionError: an option of quantisation was given for nothing to quantise, or is out of range.
-    """
-    if scheme is not None:
-        return QuantizeOptions(scheme=scheme, head=head, group_size=group_size, keep=keep, scales=scales, engine=engine)
-    given = {
-        "--quantize-head": head,
-        "--group-size": group_size,
-        "--keep": keep,
-        "--scales": scales,
-        "--quantize-for": engine,
-    }
-    if used := next((name for name, value in given.items() if value), None):
-        raise OptionError(f"{used} needs a --precision that quantises: {', '.join(SCHEMES)}")
-    return None
 
 
 def quantize(
@@ -188,7 +98,7 @@ def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOption
     known = {tensor for linear in linears for tensor in linear.source.tensors}
     if unknown := sorted(set(options.keep) - known):
         raise OptionError(
-            f"--keep {unknown[0]} names no linear layer of the model; give a weight's name as the checkpoint has it, "
+            f"keep='{unknown[0]}' names no linear layer of the model; give a weight's name as the checkpoint has it, "
             f"such as {min(known)}"
         )
     head = nodes_of_head(graph, num_layers)

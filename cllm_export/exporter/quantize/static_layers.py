@@ -99,7 +99,7 @@ class StaticLayers:
         if not largest > 0:
             raise QuantizationError(
                 f"what {linear.name} takes was 0 in every row of the calibration, so it has no scale: "
-                f"calibrate with other prompts, or leave it out with --keep {linear.source.tensors[0]}"
+                f"calibrate with other prompts, or leave it out with keep='{linear.source.tensors[0]}'"
             )
         return largest / self._kind.largest
 

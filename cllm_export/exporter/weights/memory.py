@@ -69,7 +69,7 @@ def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> 
     smallest = base + max(PIECE_COPIES * MIN_PIECE_BYTES, needed)
     if max_memory < smallest:
         needed = -(-smallest // 10_000_000) * 10
-        raise OptionError(f"--max-memory {max_memory / 1e6:.0f}MB is too small; the smallest that works is {needed}MB")
+        raise OptionError(f"max_memory={max_memory / 1e6:.0f}MB is too small; the smallest that works is {needed}MB")
     piece = min(MAX_PIECE_BYTES, (max_memory - base) // PIECE_COPIES)
     stage = min(STAGE_BYTES, max_memory - base - PIECE_COPIES * piece)
     return MemoryPlan(piece=piece, stage=stage, peak=base + max(PIECE_COPIES * piece + stage, needed))

@@ -170,7 +170,8 @@ def require_space(directory: Path, needed: int, target: Path) -> None:
     if needed > free:
         raise OutputError(
             f"the disk is full: {target} needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; "
-            "free space, choose another --output, or link the weights instead of copying them (--weights link)"
+            "free space, choose another output, or link the weights instead of copying them (weights='link')",
+            fields=("output",),
         )
 
 
@@ -264,7 +265,7 @@ class WeightsFile:
 
     def _require_fitting(self, piece: Piece, cast: Tensor) -> None:
         if cast.dtype not in self._overflow:
-            meaning = f"holds values that do not fit {cast.dtype}: build with --precision fp32"
+            meaning = f"holds values that do not fit {cast.dtype}: build with precision='fp32'"
             self._overflow[cast.dtype] = FiniteScan(meaning)
         dtype = next(name for name, each in STORED_DTYPE.items() if each == cast.dtype)
         bits = _bytes_of(cast.contiguous())

@@ -228,7 +228,7 @@ def check_pair(model: Bundle, draft: Bundle) -> None:
     if theirs.max_length < ours.max_length:
         raise OptionError(
             f"{name} holds {theirs.max_length} tokens and the model {ours.max_length}: "
-            f"build it with --max-length {ours.max_length}"
+            f"build it with max_length={ours.max_length}"
         )
 
 

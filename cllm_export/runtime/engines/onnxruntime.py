@@ -92,7 +92,7 @@ class OrtEngine:
         if manifest.precision == "bf16":
             raise EngineError(
                 f"{bundle.path} is a bf16 bundle, and ONNX Runtime's CPU provider multiplies no bf16 matrices: "
-                "build it with --precision fp32, or run it on a GPU engine"
+                "build it with precision='fp32', or run it on a GPU engine"
             )
         self._bundle = bundle
         self._threads = threads or available_threads()

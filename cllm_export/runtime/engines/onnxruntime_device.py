@@ -246,7 +246,7 @@ class OrtDeviceEngine:
 
 def _advice(*, cuda_graphs: bool) -> str:
     """What to try where ONNX Runtime fails that was asked for graphs."""
-    return "; it was asked for CUDA graphs: leave cuda_graphs (--cuda-graphs) out" if cuda_graphs else ""
+    return "; it was asked for CUDA graphs: leave cuda_graphs out" if cuda_graphs else ""
 
 
 def _make_session(path: str, device: Device, log_severity: int, linked: MappedWeights, *, cuda_graphs: bool) -> Any:

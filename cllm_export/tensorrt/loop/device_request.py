@@ -31,12 +31,12 @@ def require_device_loop(engine: Engine, *, block_size: int, num_eos: int) -> Trt
     if not isinstance(engine, TrtEngine):
         raise OptionError(
             f"forwards_per_sync is for TensorRT, and this model runs on {type(engine).__name__}: load its bundle with "
-            "provider='tensorrt' (--provider tensorrt), or leave it out"
+            "provider='tensorrt', or leave it out"
         )
     if block_size not in engine.block_sizes:
         raise OptionError(
             f"forwards_per_sync takes a block size of the plan's, {' or '.join(map(str, engine.block_sizes))}, got "
-            f"{block_size}: choose one as block_size, or build a plan with --block-size {block_size}"
+            f"{block_size}: choose one as block_size, or build a plan with block_sizes={block_size}"
         )
     if num_eos > MOST_EOS:
         raise OptionError(f"forwards_per_sync takes {MOST_EOS} end-of-sequence tokens at most, the model has {num_eos}")

@@ -11,17 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from cllm_export.bundle.contract import check_block_size
-from cllm_export.bundle.manifest import FILLS, FillName
 from cllm_export.bundle.storage import output_error, sha256_of
-from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
-from cllm_export.runtime.decoding.request import JacobiMethod
 from cllm_export.runtime.model import Model
 from cllm_export.training.collection.collection import (
     MANIFEST_NAME,
@@ -35,31 +32,9 @@ from cllm_export.training.collection.collection import (
 )
 from cllm_export.training.collection.collection_range import LOOP_OF_METHOD, decode_range
 from cllm_export.training.collection.collection_summary import summarize_collection
+from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.collection.source import Source
 from cllm_export.training.collection.trajectories import Trajectories
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectOptions:
-    """What ``cllm-export collect`` lets the user choose; by default what the model was trained with."""
-
-    method: JacobiMethod | None = None
-    block_size: int | None = None
-    fill: FillName | None = None
-    seed: int = 0
-    max_new_tokens: int | None = None
-    """By default whatever fits."""
-    shard_size: int = 1000
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "max_new_tokens", "shard_size", "limit"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        if self.fill is not None:
-            require_one_of("fill", self.fill, FILLS)
-        if self.method is not None:
-            require_one_of("method", self.method, tuple(LOOP_OF_METHOD))
 
 
 def check_collection_output(directory: Path) -> None:
@@ -71,10 +46,12 @@ def check_collection_output(directory: Path) -> None:
     if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_dir():
-        raise OutputError(f"{directory} exists and is no directory; choose another --output")
+        raise OutputError(f"{directory} exists and is no directory; choose another output", fields=("output",))
     strange = {path.name for path in directory.iterdir()} - {path.name for path in unfinished_files(directory)}
     if strange and MANIFEST_NAME not in strange:
-        raise OutputError(f"{directory} exists and is not a collection of trajectories; choose another --output")
+        raise OutputError(
+            f"{directory} exists and is not a collection of trajectories; choose another output", fields=("output",)
+        )
 
 
 def collect(
@@ -152,8 +129,8 @@ def _lock(descriptor: int, output: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        message = f"another run is collecting into {output}: wait for it, or choose another --output"
-        raise OutputError(message) from None
+        message = f"another run is collecting into {output}: wait for it, or choose another output"
+        raise OutputError(message, fields=("output",)) from None
 
 
 def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:
@@ -168,7 +145,8 @@ def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:
         if theirs != ours:
             raise OutputError(
                 f"{output} holds a collection with {entry.name} {theirs!r}, this one has {ours!r}: "
-                "choose another --output, or remove the directory"
+                "choose another output, or remove the directory",
+                fields=("output",),
             )
     check_shards(output, found)
     return found

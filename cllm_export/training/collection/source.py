@@ -50,7 +50,7 @@ def open_source(
             require_at_least(name, value, 1)
     if (path / MANIFEST_NAME).exists():
         if device not in (None, "cpu"):
-            raise OptionError(f"--device {device} is for checkpoints: a bundle runs on the CPU")
+            raise OptionError(f"device='{device}' is for checkpoints: a bundle runs on the CPU")
         return _open_bundle(path, batch_size, threads)
     if not (path / "config.json").exists():
         what = "it has neither bundle.json nor config.json" if path.is_dir() else "there is no such directory"

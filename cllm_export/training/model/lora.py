@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cllm_export.checks import require_at_least
-from cllm_export.errors import OptionError
+from cllm_export.training.model.options import LoraOptions
 
 PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
@@ -23,23 +20,9 @@ PROJECTIONS = (
 ADAPTER = "default"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """Size of the adapters."""
-
-    rank: int
-    alpha: float
-    """The adapters' product is scaled by alpha / rank."""
-
-    def __post_init__(self) -> None:
-        require_at_least("lora rank", self.rank, 1)
-        if not 0 < self.alpha < math.inf:
-            raise OptionError(f"lora alpha must be a number above 0, got {self.alpha}")
-
-
 def add_lora(decoder: PreTrainedModel, options: LoraOptions) -> None:
     """Put adapters into the decoder's projections, in place, and freeze everything else."""
-    alpha: Any = options.alpha  # peft declares an int and takes any number
+    alpha: Any = options.settled_alpha  # peft declares an int and takes any number
     config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(PROJECTIONS), lora_dropout=0.0)
     inject_adapter_in_model(config, decoder, adapter_name=ADAPTER)
     for name, parameter in decoder.named_parameters():
@@ -52,7 +35,7 @@ def merge_lora(weights: Mapping[str, Tensor], options: LoraOptions) -> dict[str,
     On a state dict rather than on the model, so that it serves sharded models as well.
     """
     merged: dict[str, Tensor] = {}
-    scale = options.alpha / options.rank
+    scale = options.settled_alpha / options.rank
     for name, tensor in weights.items():
         if ".lora_" in name:
             continue

@@ -28,7 +28,8 @@ from cllm_export.errors import CheckpointError, EngineError
 from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length, open_checkpoint, refuse_in_torch
 from cllm_export.exporter.graph.rotary import settle_rope
 from cllm_export.exporter.graph.trace import check_tensors
-from cllm_export.exporter.options import BuildOptions, Settings, settle
+from cllm_export.exporter.options import BuildOptions
+from cllm_export.exporter.settle import Settings, settle
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Forward, KvRows
 from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent

@@ -316,7 +316,7 @@ def test_a_failure_of_the_first_build_leaves_nothing(target):
 
 def test_a_bundle_that_exists_is_refused_without_force(target):
     build(target, family="old")
-    with pytest.raises(OutputError, match="exists; replace it with --force"):
+    with pytest.raises(OutputError, match="exists; replace it with force=True"):
         build(target, family="new")
     assert family_of(target) == "old"
     assert names_beside(target) == ["bundle"]
@@ -413,7 +413,7 @@ def test_an_exchange_cut_short_between_its_two_renames_is_put_right(target, act)
 def test_a_build_that_fails_after_an_exchange_cut_short_leaves_the_old_bundle(target):
     build(target, family="old")
     target.rename(target.with_name(".bundle.previous"))
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="force=True"):
         build(target, family="new")
     assert family_of(target) == "old"
 

@@ -75,7 +75,7 @@ def test_the_safetensors_library_reads_the_file(path):
 
 def test_scales_without_gram_matrices_say_how_to_get_them(tmp_path):
     write_scales(tmp_path / "small", MADE, INPUTS)
-    with pytest.raises(ScalesError, match=r"no Gram matrix of mlp\.down_proj\.weight; calibrate again with --gram"):
+    with pytest.raises(ScalesError, match=r"no Gram matrix of mlp\.down_proj\.weight; calibrate again with gram=True"):
         open_scales(tmp_path / "small").gram(DOWN)
 
 
@@ -146,7 +146,7 @@ def test_nan_is_never_written_and_leaves_no_file(tmp_path):
 
 
 def test_a_file_that_exists_is_replaced_only_by_force(path):
-    with pytest.raises(OutputError, match="exists; replace it with --force"):
+    with pytest.raises(OutputError, match="exists; replace it with force=True"):
         write_scales(path, MADE, INPUTS)
     write_scales(path, MADE, INPUTS[:1], force=True)
     assert open_scales(path).tensors == (Q, K)

@@ -55,7 +55,9 @@ def run(ranking, budget, *, quality=None, **options):
         built.append(keep)
         return keep
 
-    return fit(ranking, build, ranking.losses_of, Budget(tpf=budget, quality=quality), **options), built
+    return fit(
+        ranking, build, ranking.losses_of, Budget(max_tpf_loss=budget, max_quality_loss=quality), **options
+    ), built
 
 
 def test_nothing_is_kept_or_ranked_where_the_budget_holds():
@@ -104,14 +106,14 @@ def test_layers_are_kept_for_quality_where_tokens_per_forward_hold_without():
     chosen, _ = run(ranking, 0.05, quality=0.01)
     assert len(chosen.kept) == 7 and chosen.losses.quality <= 0.01
     with pytest.raises(
-        CalibrationError, match=r"quality within 0\.0%: .* and 0\.2%; allow more with .*max-quality-loss"
+        CalibrationError, match=r"quality within 0\.0%: .* and 0\.2%; allow more with .*max_quality_loss"
     ):
         run(ranking, 0.05, quality=0.0001)
 
 
-@pytest.mark.parametrize("shares", [{"tpf": 1.0}, {"tpf": -0.1}, {"tpf": 0.1, "quality": float("nan")}])
+@pytest.mark.parametrize("shares", [{"max_tpf_loss": 1.0}, {"max_tpf_loss": -0.1}, {"max_quality_loss": float("nan")}])
 def test_a_budget_that_is_no_share_is_refused(shares):
-    with pytest.raises(OptionError, match="a share from 0 to 1"):
+    with pytest.raises(OptionError, match="must be from 0% to below 100%"):
         Budget(**shares)
 
 
@@ -129,10 +131,10 @@ def test_the_report_says_which_layers_were_kept():
 
 @pytest.mark.parametrize(("text", "share"), [("3%", 0.03), ("0.03", 0.03), ("0", 0), ("12.5%", 0.125)])
 def test_a_share_is_a_number_or_a_percentage(text, share):
-    assert parse_share("--max-tpf-loss", text) == pytest.approx(share)
+    assert parse_share(text, name="max_tpf_loss") == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["three", "3%%", "-1%", "100%", "1.5", "nan"])
 def test_another_share_is_refused(text):
-    with pytest.raises(OptionError, match="--max-tpf-loss must be"):
-        parse_share("--max-tpf-loss", text)
+    with pytest.raises(OptionError, match="max_tpf_loss must be"):
+        parse_share(text, name="max_tpf_loss")

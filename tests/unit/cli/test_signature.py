@@ -33,6 +33,7 @@ class Bake:
     heat: float = option(1.0, help="How hot.", above=0)
     sizes: tuple[int, ...] = option((16,), help="Which sizes.", minimum=2, flag="--size")
     names: tuple[str, ...] = option((), help="Which names.")
+    toppings: tuple[Literal["nuts", "salt"], ...] = option((), help="Which toppings.", choices=("nuts", "salt"))
     salted: bool = option(False, help="Add salt.")
     crusty: bool = option(True, help="Bake a crust.")
     by_hand: bool | None = option(None, help="Knead by hand.", flag="--by-hand/--by-machine")
@@ -110,6 +111,12 @@ def test_a_tuple_is_an_option_that_may_be_repeated():
     assert baked("--size", 4, "--size", 8, "--names", "a") == Bake(sizes=(4, 8), names=("a",))
 
 
+def test_a_tuple_may_be_of_choices():
+    assert baked("--toppings", "nuts", "--toppings", "salt").toppings == ("nuts", "salt")
+    with pytest.raises(OptionError, match="toppings must be one of nuts, salt, got 'mud'"):
+        baked("--toppings", "mud")
+
+
 def test_a_parser_may_take_every_repetition():
     assert baked("--pair", "a=b", "--pair", "c=d").pairs == {"a": "b", "c": "d"}
 
@@ -175,6 +182,7 @@ def test_the_help_shows_what_the_class_says():
     assert "x>=1" in lines["--num-loaves"]
     assert "x>0" in lines["--heat"]
     assert "A=B" in lines["--pair"]
+    assert "nuts|salt" in lines["--toppings"]
     assert "default: 16" in lines["--size"]
 
 

@@ -149,5 +149,5 @@ def test_a_code_block_keeps_the_imports_of_its_prompt(problems):
 
 def test_code_is_not_run_unless_that_is_allowed(tmp_path):
     path = write_lines(tmp_path / "own.jsonl", HUMANEVAL)
-    with pytest.raises(OptionError, match=r"--allow-code-execution.*does not protect against"):
+    with pytest.raises(OptionError, match=r"allow_code_execution.*does not protect against"):
         HumanevalTask.read(path)

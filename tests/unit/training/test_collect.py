@@ -9,8 +9,9 @@ import pytest
 
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import EngineError, OptionError, OutputError, PromptError, TrajectoryError
-from cllm_export.training.collection.collect import CollectOptions, collect
+from cllm_export.training.collection.collect import collect
 from cllm_export.training.collection.collection import MANIFEST_NAME
+from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.collection.source import Source
 from cllm_export.training.collection.trajectories import read_trajectories
 from tests.fakes import EOS, HashModel, ScriptModel, make_model, with_manifest, write_bundle
@@ -259,7 +260,7 @@ def test_what_is_no_collection_is_never_touched(bundle, prompts, tmp_path, kind)
         (output / "thesis.tex").write_text("years of work")
     else:
         output.symlink_to("nowhere")
-    with pytest.raises(OutputError, match="choose another --output"):
+    with pytest.raises(OutputError, match="choose another output"):
         collect(make_source(bundle), prompts, output, small())
     assert not (tmp_path / "nowhere").exists()
 

@@ -160,7 +160,7 @@ def test_log_probabilities_are_those_of_the_model_itself(model):
         ({"top_k": -1}, "top_k must be an integer of at least 0"),
         ({"top_p": 0}, "top_p must be a number above 0 and at most 1"),
         ({"min_p": 1.5}, "min_p must be a number from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number from 1e-06 to 1e\\+06"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number from 1e-06 to 1000000"),
         ({"logit_bias": {10**6: 1.0}}, "takes token ids from 0 to [0-9]+, got 1000000"),
         ({"logit_bias": {1: math.nan}}, "must be a number from -1e\\+20 to 1e\\+20, or -inf"),
         ({"logit_bias": {1: 1e39}}, "must be a number from -1e\\+20 to 1e\\+20, or -inf"),

@@ -262,7 +262,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_what_differs(tmp_path):
         OptionError, match=r"another tokenizer \(tokenizer\.json differs in decoder, model, pre_tokenizer"
     ):
         check_pair(ours, other)
-    with pytest.raises(OptionError, match="holds 32 tokens and the model 64: build it with --max-length 64"):
+    with pytest.raises(OptionError, match="holds 32 tokens and the model 64: build it with max_length=64"):
         check_pair(ours, write_bundle(tmp_path / "short", max_length=32))
 
 

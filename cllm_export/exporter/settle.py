@@ -1,0 +1,101 @@
+"""What a checkpoint makes of the options of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cllm_export.bundle.contract import FixedShapes, Geometry, Precision
+from cllm_export.bundle.linked_weights import WeightsMode
+from cllm_export.bundle.manifest import TrainedWith
+from cllm_export.errors import OptionError
+from cllm_export.exporter.checkpoint.adapter import Adapter
+from cllm_export.exporter.checkpoint.files import TensorInfo
+from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length
+from cllm_export.exporter.graph.trace import geometry_of
+from cllm_export.exporter.options import BuildOptions
+from cllm_export.exporter.weights.weights import ENGINE_DTYPE, is_linkable
+
+DEFAULT_BLOCK_SIZE = 16
+
+MIN_MAX_BLOCK_SIZE = 64
+"""Decode forwards of up to this many tokens fit the cache of every bundle with symbolic shapes."""
+
+MIN_MAX_LENGTH = 2
+
+
+def choose_weights(
+    options: BuildOptions, tensors: Mapping[str, TensorInfo], adapter: Adapter | None
+) -> tuple[WeightsMode, str]:
+    """Whether weights are linked or copied, and why.
+
+    Raises:
+        OptionError: linking was asked for, and nothing can be linked.
+    """
+    wanted = ENGINE_DTYPE[options.precision]
+    kept = [name for name, info in tensors.items() if is_linkable(info, options.precision)]
+    other = sorted({info.dtype for name, info in tensors.items() if name not in kept})
+    if options.weights == "link" and not kept:
+        raise OptionError(
+            f"no weight can be linked at precision='{options.precision}', which takes {wanted}: the checkpoint holds "
+            f"{', '.join(other)}; use weights='copy', or the precision that it has"
+        )
+    if options.quantize is not None:
+        if options.weights == "link":
+            raise OptionError(
+                f"no weight can be linked at scheme='{options.quantize.scheme}', which stores them rounded: "
+                "leave weights='link' out"
+            )
+        return "copy", f"{options.quantize.scheme} stores them rounded"
+    if options.weights is not None:
+        return options.weights, f"{options.weights} was asked for"
+    if adapter is not None:
+        return "copy", "an adapter is merged into them"
+    if len(kept) < len(tensors):
+        return "copy", f"{options.precision} takes {wanted} and the checkpoint holds {', '.join(other)}"
+    return "link", f"the checkpoint holds them in {wanted} already; the bundle needs it to stay where it is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options with every default settled for one checkpoint."""
+
+    block_size: int
+    max_length: int
+    batch_size: int
+    precision: Precision
+    trained_with: TrainedWith | None
+    geometry: Geometry
+    fixed: FixedShapes | None
+
+
+def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
+    trained_with = options.trained_with or checkpoint.trained_with
+    trained_block = trained_with.block_size if trained_with else DEFAULT_BLOCK_SIZE
+    block_size = options.block_size or trained_block
+    limit = int(checkpoint.config.max_position_embeddings)
+    max_length = options.max_length or default_max_length(checkpoint.config)
+    if max_length < MIN_MAX_LENGTH:
+        raise OptionError(f"max_length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
+    if max_length > limit:
+        raise OptionError(f"max_length={max_length} is beyond the model's own {limit} positions")
+    if block_size > max_length:
+        given = f"block_size={block_size}"
+        origin = given if options.block_size else f"the block size it was trained with, {block_size},"
+        raise OptionError(f"{origin} is above the max length {max_length}; choose a smaller block_size")
+    max_block_size = block_size if options.fixed_shapes else max(block_size, MIN_MAX_BLOCK_SIZE)
+    geometry = geometry_of(checkpoint.config, max_length=max_length, max_block_size=max_block_size)
+    fixed = (
+        FixedShapes(batch_size=options.batch_size, block_size=block_size, kv_extent=geometry.cache_length)
+        if options.fixed_shapes
+        else None
+    )
+    return Settings(
+        block_size=block_size,
+        max_length=max_length,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        trained_with=trained_with,
+        geometry=geometry,
+        fixed=fixed,
+    )

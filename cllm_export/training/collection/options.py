@@ -1,0 +1,39 @@
+"""What a collection of trajectories may be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cllm_export.bundle.manifest import FillName
+from cllm_export.checks import check_options, option
+from cllm_export.runtime.decoding.request import JacobiMethod
+from cllm_export.runtime.decoding.shared_options import (
+    block_size_option,
+    fill_option,
+    limit_option,
+    max_new_tokens_option,
+    method_option,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectOptions:
+    """What ``cllm-export collect`` lets the user choose; by default what the model was trained with.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
+
+    method: JacobiMethod | None = method_option()
+    block_size: int | None = block_size_option(whose="the model's own")
+    fill: FillName | None = fill_option()
+    seed: int = option(0, help="Seed of the prompt fill, from which each prompt gets its own.")
+    max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
+    """By default whatever fits."""
+    shard_size: int = option(
+        1000, help="Number of prompts in a shard; each shard is saved when it is complete.", minimum=1
+    )
+    limit: int | None = limit_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -1,0 +1,33 @@
+"""What may be told of how a model is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cllm_export.checks import check_options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Size of the adapters.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
+
+    rank: int = option(
+        help="Train LoRA adapters of this rank, which are merged when the checkpoint is saved.",
+        minimum=1,
+        flag="--lora-rank",
+    )
+    alpha: float | None = option(
+        None, help="Alpha of the LoRA adapters; by default twice the rank.", above=0, flag="--lora-alpha"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def settled_alpha(self) -> float:
+        """``alpha``, its default settled: the adapters' product is scaled by it over the rank."""
+        return 2 * self.rank if self.alpha is None else self.alpha

@@ -1,0 +1,125 @@
+"""What ``cllm-export tune`` lets the user choose, and what of it makes no sense."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cllm_export.bundle.manifest import FILLS, LOOPS, FillName, Loop, TrainedWith
+from cllm_export.checks import check_options, option
+from cllm_export.errors import OptionError
+from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
+from cllm_export.training.model.options import LoraOptions
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """How a checkpoint is tuned.
+
+    Raises:
+        OptionError: an option is out of its range, or does not go with another one.
+    """
+
+    objective: Objective = option(
+        "packed",
+        help="The training objective; autoregressive is ordinary fine-tuning, for comparison.",
+        choices=OBJECTIVES,
+    )
+    """``packed``: many states of each sample in one forward; ``global``: one; ``local``: one, against the state after
+    it; ``autoregressive``: none, which is ordinary fine-tuning."""
+    block_sizes: tuple[int, ...] = option(
+        (16,),
+        help="Block size n, in tokens. Repeat the option to mix several; the first is deployed.",
+        minimum=2,
+        flag="--block-size",
+    )
+    """n of the training states. The first is what the checkpoint says it was trained with."""
+    loop: Loop = option("sliding", help="The loop that the tuned model will decode with.", choices=LOOPS)
+    fill: FillName = option("pad", help="The fill that the tuned model will decode with.", choices=FILLS)
+    steps: int | None = option(None, help="Number of optimiser steps; give either this or --minutes.", minimum=1)
+    """Optimiser steps; resumed runs repeat exactly."""
+    minutes: float | None = option(
+        None, help="Minutes of training, without held-out decoding; give either this or --steps.", above=0
+    )
+    """Minutes of training, held-out decoding excluded; instead of steps."""
+    batch_size: int = option(32, help="Number of samples in a forward, for each process.", minimum=1)
+    """Samples of a forward, in each process."""
+    gradient_accumulation: int = option(1, help="Number of forwards in an optimiser step.", minimum=1)
+    """Forwards of an optimiser step. Its gradient is the mean of theirs, each a mean over its own tokens."""
+    num_windows: int = option(
+        6, help="Number of noisy states of each sample in a forward, for the packed objective.", minimum=1
+    )
+    """States of a sample in a forward of the packed objective."""
+    autoregressive_weight: float = option(
+        1.0,
+        help="Weight of the autoregressive loss beside the consistency loss; with too little, models collapse.",
+        minimum=0,
+    )
+    """Weight of the autoregressive loss beside the consistency loss: too little of it, and models collapse."""
+    distance_weight: float = option(
+        1.0,
+        help="Factor on a guess's weight for each place that it stands behind the first wrong one.",
+        minimum=0,
+        maximum=1,
+    )
+    """What a guess counts for each place that it stands behind the first wrong one: below 1, near ones come first."""
+    label_smoothing: float = option(0.0, help="Label smoothing of the autoregressive loss.", minimum=0, maximum=1)
+    optimizer: OptimizerName = option("adamw", help="The optimiser; muon is for small models.", choices=OPTIMIZERS)
+    learning_rate: float = option(2e-5, help="Peak learning rate of adamw.", minimum=0)
+    matrix_learning_rate: float = option(0.02, help="Peak learning rate of muon, which trains the matrices.", minimum=0)
+    """Of muon."""
+    weight_decay: float = option(0.01, help="Weight decay of the optimiser.", minimum=0, hidden=True)
+    decay: float = option(
+        0.6,
+        help="Share of the run, at its end, over which the learning rate falls to zero.",
+        minimum=0,
+        maximum=1,
+    )
+    """Share of the run over which the learning rate falls to zero."""
+    max_gradient_norm: float = option(1.0, help="Norm that gradients are clipped to.", above=0, hidden=True)
+    mixed_precision: MixedPrecision = option(
+        "no", help="The dtype of mixed precision, as in accelerate.", choices=MIXED_PRECISIONS
+    )
+    lora: LoraOptions | None = None
+    gradient_checkpointing: bool = option(
+        False, help="Compute activations again in the backward pass: less memory, a third more time."
+    )
+    max_length: int | None = option(
+        None, help="Largest number of tokens of prompt and answer; longer samples are left out.", minimum=2
+    )
+    """Tokens of prompt and answer; longer samples are left out."""
+    evaluate_every: float = option(
+        0.1,
+        help="Share of the run after which held-out prompts are decoded and the state is saved.",
+        above=0,
+        maximum=1,
+    )
+    """Share of the run after which the held-out set is decoded again and the state is saved."""
+    patience: int | None = option(None, help="Stop after this many held-out decodes without progress.", minimum=1)
+    """Stop after so many held-out decodes in a row without one per cent more tokens per forward."""
+    seed: int = option(0, help="Seed of the order of samples and of their noisy states.", minimum=0, maximum=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.block_sizes:
+            raise OptionError("block_sizes must name a block size, got none: give at least one of 2 or more")
+        if (self.steps is None) == (self.minutes is None):
+            raise OptionError(
+                f"give either steps or minutes, got {self.steps} and {self.minutes}", fields=("steps", "minutes")
+            )
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise OptionError("muon does not go with fp16, whose loss scaling serves one optimiser: use bf16, or adamw")
+
+    @property
+    def claim(self) -> TrainedWith | None:
+        """What the tuned checkpoint says it was trained with: ordinary fine-tuning trains no block."""
+        return None if self.objective == "autoregressive" else self.trained_with
+
+    @property
+    def trained_with(self) -> TrainedWith:
+        return TrainedWith(block_size=self.block_sizes[0], fill=self.fill, loop=self.loop)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
