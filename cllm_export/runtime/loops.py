@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.chooser import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
 from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards
 from cllm_export.runtime.decoding.draft_model import DraftModel
@@ -137,10 +136,7 @@ class LoopMaker:
         return self._chooser
 
     def _lookahead_engine(self) -> LookaheadEngine:
-        if not isinstance(self._engine, LookaheadEngine):
-            raise OptionError(
-                f"{type(self._engine).__name__} runs no lookahead graph: choose another method", fields=("method",)
-            )
+        assert isinstance(self._engine, LookaheadEngine), "its request was resolved for this engine"
         return self._engine
 
     def _device_engine(self, request: ResolvedRequest) -> TrtEngine:

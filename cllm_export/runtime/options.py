@@ -11,11 +11,12 @@ from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.checks import option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.runtime.decoding.constraint import GrammarKind
-from cllm_export.runtime.decoding.drafts.sources import parse_fill
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHOD_OF_LOOP, METHODS, Method
 from cllm_export.runtime.decoding.sampling import MAX_LOGPROBS, Sampling
-from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.decoding.shared_options import max_new_tokens_option
+from cllm_export.runtime.engines.base import Engine, LookaheadEngine
 
 BlockSize = int | Literal["auto"]
 """n, or n chosen forward by forward."""
@@ -36,10 +37,12 @@ class GenerateOptions(Sampling):
         OptionError: an option is out of its range, or excludes another one.
     """
 
-    max_new_tokens: int | None = option(None, minimum=1, help="By default whatever fits.")
+    max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
     """The length limit, exact. By default whatever still fits into the model's max length."""
     method: Method | None = option(
-        None, choices=(*METHODS, LOOKAHEAD), help="By default the loop the model was trained with."
+        None,
+        choices=(*METHODS, LOOKAHEAD),
+        help="The decoding method; by default the loop that the model was trained with.",
     )
     """``jacobi`` is the sliding loop, ``jacobi-block`` the paper's. In ``speculative`` every block is what ``fill``
     guesses, none of it the model's own. ``autoregressive`` decodes token by token. ``lookahead`` is for greedy
@@ -47,30 +50,32 @@ class GenerateOptions(Sampling):
 
     By default it is the loop the model was trained with, else ``jacobi``; and ``jacobi`` where ``block_size`` is
     ``auto``."""
-    block_size: BlockSize | None = option(None, help="n, or auto: chosen forward by forward, the default of jacobi.")
+    block_size: BlockSize | None = option(
+        None, help="Block size n, in tokens. auto, the default of jacobi, chooses n each forward; near ties may differ."
+    )
     """n, 1 to the model's largest, or ``auto``. ``auto`` chooses n forward by forward, 1 included, to make most tokens
     a second. What it learns of the model serves all later requests.
 
     By default it is ``auto`` for ``jacobi``, 1 for ``autoregressive``, and the model's own for ``jacobi-block`` and
     ``speculative``. A block of ``jacobi-block`` keeps its size, so ``auto`` is refused there. An engine that is pinned
     to one shape has one n, and ``auto`` means that n."""
-    window: int | None = option(None, help="W of lookahead: columns of its window.")
+    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
     """W of ``lookahead``. ``window``, ``ngram`` and ``guesses`` give the size of its block: see ``LookaheadShape``."""
-    ngram: int | None = option(None, help="N of lookahead: tokens of an n-gram.")
+    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.")
     """N of ``lookahead``."""
-    guesses: int | None = option(None, help="G of lookahead: n-grams tried in a forward.")
+    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams tried in a forward.")
     """G of ``lookahead``."""
-    deterministic: bool = option(False, help="n is the bundle's own, never chosen.")
+    deterministic: bool = option(False, help="Never choose n: it is the model's own where no number is given.")
     """n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs the same
     forwards again. Where n is chosen, a near tie may round to another token at another time."""
-    fill: str | None = option(None, help="Draft sources, asked in order, joined by +.")
+    fill: str | None = option(None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.")
     """The draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` or ``model``. ``pool`` has the n-grams of
     the texts and rejected drafts of all requests that name it. ``model`` has a draft model's tokens. Several are joined
     by ``+`` and asked in order: ``pool+lookup``.
 
     By default it is what the model was trained with, else ``pad``. For ``speculative`` it is ``model`` where there is
     one, else ``lookup``. For ``lookahead``, whose window it fills once, it is ``prompt``."""
-    stop: Sequence[str] = option((), help="Stop before this text; repeatable.")
+    stop: Sequence[str] = option((), help="Stop before this text; give it once for each text.")
     """Strings to stop at. The text is cut before the first one."""
     ignore_eos: bool = option(False, help="Decode on past an end-of-sequence token, up to the limit.", hidden=True)
     """Decode on past an end-of-sequence token, up to the limit: for measuring."""
@@ -78,23 +83,25 @@ class GenerateOptions(Sampling):
         None,
         minimum=0,
         maximum=MAX_LOGPROBS,
-        help="With --json: log-probabilities, and this many alternatives.",
+        help="With --json: print log-probabilities, of this many alternatives as well.",
     )
     """Log-probabilities of each new token, and of this many of the most probable ones beside it."""
     forwards_per_sync: int | None = option(
-        None, minimum=1, help="tensorrt: decode on the device, asked once in so many forwards."
+        None, minimum=1, help="For tensorrt: decode on the device, which the host asks once in this many forwards."
     )
     """k: the loop stays on the device, and the host asks once in k forwards what they gave. The text of a stream then
     comes in steps of that.
 
     It is for greedy requests of a TensorRT engine, one at a time, with the method ``jacobi`` and the fill ``pad`` or
     ``repeat``. ``block_size`` is one of the plan's, by default the model's own, never ``auto``."""
-    json_schema: str | Mapping[str, Any] | None = option(None, help="A schema that the text must match.")
+    json_schema: str | Mapping[str, Any] | None = option(
+        None, help="A file of the JSON schema that the text must match."
+    )
     """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request follows one grammar
     at most. A text that a limit or a stop string cuts is a beginning of a match."""
-    regex: str | None = option(None, help="What the whole text must match.")
+    regex: str | None = option(None, help="A regular expression that the whole text must match.")
     """The expression that the whole text must match (extra ``grammar``)."""
-    grammar: str | None = option(None, help="A Lark grammar that the text must match.")
+    grammar: str | None = option(None, help="A file of the Lark grammar that the text must match.")
     """A Lark grammar, as llguidance takes it, that the text must match (extra ``grammar``)."""
 
     def __post_init__(self) -> None:
@@ -249,6 +256,9 @@ class ModelLimits:
     """What fills rows that nobody uses."""
     trained_with: TrainedWith | None
     has_draft_model: bool
+    has_lookahead: bool
+    """Whether the engine can run a lookahead graph; the bundle may still have none."""
+    engine_name: str
 
     @classmethod
     def of(cls, facts: ModelFacts, engine: Engine, *, has_draft_model: bool) -> ModelLimits:
@@ -263,6 +273,8 @@ class ModelLimits:
             pad_token_id=pad_token(facts),
             trained_with=facts.trained_with,
             has_draft_model=has_draft_model,
+            has_lookahead=isinstance(engine, LookaheadEngine),
+            engine_name=type(engine).__name__,
         )
 
 
@@ -320,6 +332,10 @@ def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) ->
     shape = options.lookahead_shape if method == LOOKAHEAD else None
     if shape:
         shape.require_fitting(limits.max_block_size)
+        if not limits.has_lookahead:
+            raise OptionError(
+                f"{limits.engine_name} runs no lookahead graph: choose another method", fields=("method",)
+            )
     on_device = options.forwards_per_sync is not None
     if on_device:
         _check_on_device(method, fill)

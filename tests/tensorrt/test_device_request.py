@@ -331,7 +331,7 @@ def test_the_command_line_refuses_it_beside_the_cpu(
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 2
-    assert "forwards_per_sync is for TensorRT" in capsys.readouterr().err
+    assert "--forwards-per-sync is for TensorRT" in capsys.readouterr().err
 
 
 def test_loops_are_made_once_for_each_n_and_k(bundle: Bundle, plan: Plan, tmp_path: Path):
