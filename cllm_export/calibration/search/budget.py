@@ -69,8 +69,8 @@ class FitOptions(SchemeOptions):
             )
         if len(self.schemes) > 1 and self.engine not in (None, "onnxruntime"):
             raise OptionError(
-                f"schemes must be one alone with engine='{self.engine}', got {', '.join(self.schemes)}: several are told "
-                "apart by their speed with ONNX Runtime",
+                f"schemes must be one alone with engine='{self.engine}', got {', '.join(self.schemes)}: several are "
+                "told apart by their speed with ONNX Runtime",
                 fields=("schemes",),
             )
         for name, takers in TAKERS.items():
