@@ -28,7 +28,7 @@ Target = Literal["onnx", "tensorrt"]
 
 @app.command()
 @with_options(BuildOptions, parse={"max_memory": partial(parse_size, name="max_memory")})
-@with_options(LayerOptions, names={"head": "quantize_head", "engine": "quantize_for"})
+@with_options(LayerOptions, names={"head": "quantize_head", "engine": "quantize_for"}, flags={"scheme": "--precision"})
 @with_options(
     TrainedOptions, names={"block_size": "trained_block_size", "fill": "trained_fill", "loop": "trained_loop"}
 )

@@ -30,6 +30,7 @@ def with_options(
     exclude: Collection[str] = (),
     parse: Mapping[str, Parse] | None = None,
     metavars: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> Callable[[Command], Command]:
     """Replace a command's parameter of this class by one parameter for each of the class's ``option`` fields.
 
@@ -43,11 +44,11 @@ def with_options(
     Args:
         cls: a dataclass whose module loads nothing heavy.
         names: parameter names by field name, where two classes have a field of the same name.
-        exclude: fields that the command does not offer; they keep their defaults. Fields of hidden specs do as well;
-            the flag of a hidden spec is the one that stands for its field in errors.
+        exclude: fields that the command does not offer; they keep their defaults. Fields of hidden specs do as well.
         parse: functions from what the user writes to a field's value, by field name. A function's first parameter is
             annotated ``str``, or ``list[str]`` for an option that may be repeated.
         metavars: by field name, what the help shows in place of the type.
+        flags: by name, the flags of other fields that errors may name.
 
     Raises:
         TypeError: the command has no parameter of the class, or two parameters get one name.
@@ -67,7 +68,8 @@ def with_options(
             replaced = [entry.parameter(target) for entry in offered] if parameter.name == target.name else [parameter]
             parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in replaced]
         _require_distinct(parameters, command)
-        _describe(run, parameters, _flags(cls, offered))
+        spelled = {entry.field.name: entry.flag for entry in offered if entry.field.name != entry.name}
+        _describe(run, parameters, spelled | dict(flags or {}))
         return run  # type: ignore[return-value]
 
     return decorate
@@ -174,11 +176,6 @@ def _instance(cls: type[Any], given: dict[str, Any], offered: list[_Offered], ta
     if alone := [name for name, value in given.items() if value is not None]:
         raise OptionError(f"{alone[0]} needs {missing[0]}", fields=(alone[0], missing[0]))
     return None
-
-
-def _flags(cls: type[Any], offered: list[_Offered]) -> dict[str, str]:
-    hidden: dict[str, str] = {name: spec.flag for name, spec in option_specs(cls).items() if spec.hidden and spec.flag}
-    return hidden | {entry.field.name: entry.flag for entry in offered if entry.field.name != entry.name}
 
 
 def _describe(run: Any, parameters: list[inspect.Parameter], flags: Mapping[str, str]) -> None:

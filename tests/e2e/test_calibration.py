@@ -44,10 +44,10 @@ def test_calibrate_writes_scales_and_says_what_it_saw(cli: Cli, bundle: Path, pr
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        (("--mix", 1.5), "--mix must be a share from 0 to 1, got 1.5"),
-        (("--rows", 0), "num_rows must be an integer of at least 1"),
+        (("--mix", 1.5), "--mix must be a number from 0 to 1, got 1.5"),
+        (("--rows", 0), "--rows must be an integer of at least 1"),
         (("--limit", 3), "too few prompts: 3 of 3"),
-        (("--block-size", 9999), "block_size must be at most"),
+        (("--block-size", 9999), "--block-size must be at most"),
     ],
 )
 def test_options_out_of_range_are_refused(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path, options, phrase):
@@ -136,7 +136,10 @@ def test_quantize_with_one_precision_takes_no_times(
         (("--precision", "int4", "--precision", "int4"), "once for each scheme"),
         (("--precision", "int8-dynamic", "--scales", "f"), "--scales is for int8 and int4 and fp8"),
         (("--precision", "int8-dynamic", "--group-size", 32), "--group-size is for int4"),
-        (("--precision", "int8-dynamic", "--precision", "int4", "--quantize-for", "tensorrt"), "give one --precision"),
+        (
+            ("--precision", "int8-dynamic", "--precision", "int4", "--quantize-for", "tensorrt"),
+            "must be one alone with --quantize-for",
+        ),
         (("--precision", "int4", "--max-quality-loss", "2"), "--max-quality-loss must be from 0%"),
     ],
 )

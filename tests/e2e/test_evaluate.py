@@ -168,7 +168,7 @@ def test_options_that_do_not_fit_are_refused(bundle: Path, prompt_file: Path, tm
     assert "'jacobi-block'" in cli(*prompts, "--method", "autoregressive").err
     assert_refused(cli(*prompts, "--allow-code-execution"), "--task humaneval")
     assert_refused(cli(*prompts, "--block-size", 1000), "at most")
-    assert_refused(cli(*prompts, "--block-size", 0), "block_size")
+    assert_refused(cli(*prompts, "--block-size", 0), "--block-size must be")
     assert_refused(cli(*prompts, "--threads", 0), "threads")
     code = write_lines(tmp_path / "own.jsonl", HUMANEVAL)
     assert_refused(cli("evaluate", bundle, "--task", "humaneval", "--data", code), "--allow-code-execution")

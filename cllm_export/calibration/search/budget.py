@@ -69,8 +69,8 @@ class FitOptions(SchemeOptions):
             )
         if len(self.schemes) > 1 and self.engine not in (None, "onnxruntime"):
             raise OptionError(
-                "several schemes are told apart by their speed with ONNX Runtime: give one of schemes with "
-                f"engine='{self.engine}', got {', '.join(self.schemes)}",
+                f"schemes must be one alone with engine='{self.engine}', got {', '.join(self.schemes)}: several are "
+                "told apart by their speed with ONNX Runtime",
                 fields=("schemes",),
             )
         for name, takers in TAKERS.items():

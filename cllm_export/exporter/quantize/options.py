@@ -58,7 +58,6 @@ class QuantizeOptions(LayerOptions):
     scheme: Scheme = option(
         help="How linear layers store their weights and take their activations.",
         choices=SCHEMES,
-        flag="--precision",
         hidden=True,
     )
 

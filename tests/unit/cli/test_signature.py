@@ -39,7 +39,7 @@ class Bake:
     by_hand: bool | None = option(None, help="Knead by hand.", flag="--by-hand/--by-machine")
     memory: int | None = option(None, help="How much memory.", minimum=1)
     pairs: dict[str, str] | None = option(None, help="Which pairs.", flag="--pair")
-    secret: int = option(7, help="What nobody may ask.", flag="--recipe-book", hidden=True)
+    secret: int = option(7, help="What nobody may ask.", hidden=True)
     plain: int = 8
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()
 @with_options(Bake, parse=PARSE, metavars={"pairs": "A=B"})
-@with_options(Icing, names={"heat": "icing_heat"})
+@with_options(Icing, names={"heat": "icing_heat"}, flags={"page": "--recipe"})
 def bake(
     recipe: Annotated[str, typer.Argument(help="The recipe.")],
     options: Bake,
@@ -187,7 +187,7 @@ def test_the_help_shows_what_the_class_says():
 
 
 def test_a_command_tells_which_fields_are_spelled_otherwise():
-    assert flags_of_fields(bake) == {"heat": "--icing-heat", "secret": "--recipe-book"}
+    assert flags_of_fields(bake) == {"heat": "--icing-heat", "page": "--recipe"}
 
 
 def test_two_parameters_of_one_name_are_a_defect():
