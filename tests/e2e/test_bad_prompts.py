@@ -125,7 +125,7 @@ def test_messages_without_a_chat_template_are_refused(cli: Cli, workshop: Worksh
         (("--draft-model", "nowhere", "--method", "speculative", "--fill", "pool"), ("--draft-model", "model among")),
         (("--block-size", 0), ("--block-size", "at least 1")),
         (("--block-size", 65), ("--block-size", "at most 64", "65")),
-        (("--max-new-tokens", 0), ("--max-new-tokens", "equal to 1")),
+        (("--max-new-tokens", 0), ("--max-new-tokens", "at least 1")),
         (("--threads", 0), ("threads", "at least 1")),
         (("--limit", 0), ("--limit", "equal to 1")),
         (("--stop", ""), ("stop", "non-empty")),

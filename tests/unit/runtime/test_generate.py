@@ -601,3 +601,22 @@ def test_an_engine_that_accepts_nothing_ends_in_an_error_and_not_in_a_loop(bundl
     engine = Stuck(HashModel(vocab_size=200), bundle.manifest.geometry)
     with pytest.raises(EngineError, match="makes no token known"):
         Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)).generate([5, 6, 7], method=method)
+
+
+def test_a_stream_that_failed_raises_what_it_failed_with_again(bundle):
+    class Broken(FakeEngine):
+        def forward(self, *arguments, **options):
+            raise EngineError("out of memory")
+
+    engine = Broken(HashModel(vocab_size=200), bundle.manifest.geometry)
+    stream = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)).stream([5], block_size=4)
+    for read in (lambda: next(stream), stream.result):
+        with pytest.raises(EngineError, match="out of memory"):
+            read()
+
+
+def test_a_stream_that_was_closed_was_cancelled(reciter):
+    stream = reciter.stream(PROMPT, method="autoregressive")
+    next(stream)
+    stream.close()
+    assert stream.result().finish_reason == "cancelled"
