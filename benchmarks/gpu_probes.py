@@ -34,7 +34,7 @@ from cllm_export.runtime.engines.machine import available_threads, describe_mach
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import Provider
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
+from cllm_export.runtime.options import GenerateOptions
 from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.library import Gpu, open_gpu
 
@@ -263,12 +263,15 @@ def bare_forward(engine: TrtEngine, size: int, past: int, owned: ExitStack, *, i
     return lambda: cuda.launch(captured[0], stream)
 
 
-def loop_options(size: int, k: int | None, settings: Settings) -> Options:
-    options: Options = {"method": "jacobi", "block_size": size, "fill": "pad", "ignore_eos": True}
-    options["max_new_tokens"] = settings.tokens
-    if k is not None:
-        options["forwards_per_sync"] = k
-    return options
+def loop_options(size: int, k: int | None, settings: Settings) -> GenerateOptions:
+    return GenerateOptions(
+        method="jacobi",
+        block_size=size,
+        fill="pad",
+        ignore_eos=True,
+        max_new_tokens=settings.tokens,
+        forwards_per_sync=k,
+    )
 
 
 def some_prompt(engine: Engine, settings: Settings) -> list[int]:
@@ -283,7 +286,7 @@ def probe_loop(subject: Subject, key: Key, settings: Settings) -> Probe:
     prompt, options = some_prompt(engine, settings), loop_options(key.size, key.forwards_per_sync, settings)
 
     def measure() -> dict[str, float]:
-        took = model.generate(prompt, **options).statistics
+        took = model.generate(prompt, options).statistics
         figures = {"wall": took.decode_seconds / took.forwards, "tokens": float(took.new_tokens)}
         if not engine.has_device_loop:
             return figures | {"bare": took.engine_seconds / took.forwards}
@@ -295,7 +298,7 @@ def probe_loop(subject: Subject, key: Key, settings: Settings) -> Probe:
     return measure
 
 
-def probe_decoding(model: Model, options: Options, settings: Settings, given: list[tuple[int, ...]]) -> Probe:
+def probe_decoding(model: Model, options: GenerateOptions, settings: Settings, given: list[tuple[int, ...]]) -> Probe:
     """Every prompt once; ``given`` takes the tokens of the last round."""
     prompts = [model.encode(prompt) for prompt in settings.prompts]
 
@@ -304,7 +307,7 @@ def probe_decoding(model: Model, options: Options, settings: Settings, given: li
         tokens, forwards, seconds = 0, 0, 0.0
         for prompt in prompts:
             room = min(settings.max_new_tokens, model.facts.max_length - len(prompt))
-            made = model.generate(prompt, **options, max_new_tokens=room)
+            made = model.generate(prompt, options, max_new_tokens=room)
             tokens += made.statistics.new_tokens
             forwards += made.statistics.forwards
             seconds += made.statistics.decode_seconds
@@ -314,9 +317,10 @@ def probe_decoding(model: Model, options: Options, settings: Settings, given: li
     return measure
 
 
-def decoding_options(settings: Settings, k: int) -> dict[str, Options]:
+def decoding_options(settings: Settings, k: int) -> dict[str, GenerateOptions]:
+    jacobi = GenerateOptions(method="jacobi", block_size=settings.block_size)
     return {
-        "autoregressive": {"method": "autoregressive"},
-        "jacobi": {"method": "jacobi", "block_size": settings.block_size},
-        f"jacobi, {k} forwards a sync": {"method": "jacobi", "block_size": settings.block_size, "forwards_per_sync": k},
+        "autoregressive": GenerateOptions(method="autoregressive"),
+        "jacobi": jacobi,
+        f"jacobi, {k} forwards a sync": replace(jacobi, forwards_per_sync=k),
     }

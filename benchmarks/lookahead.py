@@ -26,7 +26,7 @@ from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape
 from cllm_export.runtime.engines.machine import describe_machine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
+from cllm_export.runtime.options import GenerateOptions
 from cllm_export.runtime.request_run import Generation
 
 BASELINE = "autoregressive"
@@ -52,7 +52,7 @@ class Pass:
         )
 
 
-def measure(model: Model, prompts: list[list[int]], loops: dict[str, Options], args: argparse.Namespace) -> Any:
+def measure(model: Model, prompts: list[list[int]], loops: dict[str, GenerateOptions], args: argparse.Namespace) -> Any:
     """Loop -> its figures. A pass warms up, the others are timed."""
     passes: dict[str, list[Pass]] = {name: [] for name in loops}
     for repeat in range(args.repeats + 1):
@@ -63,9 +63,9 @@ def measure(model: Model, prompts: list[list[int]], loops: dict[str, Options], a
     return {name: summarize(done, passes[BASELINE]) for name, done in passes.items()}
 
 
-def decode(model: Model, prompt: list[int], options: Options, max_new_tokens: int) -> Generation:
+def decode(model: Model, prompt: list[int], options: GenerateOptions, max_new_tokens: int) -> Generation:
     limit = min(max_new_tokens, model.facts.max_length - len(prompt))
-    return model.generate(prompt, **(options | Options(max_new_tokens=limit)))
+    return model.generate(prompt, options, max_new_tokens=limit)
 
 
 def summarize(passes: list[Pass], baseline: list[Pass]) -> dict[str, float | int]:
@@ -87,14 +87,14 @@ def parse_shape(text: str) -> LookaheadShape:
     return LookaheadShape(window=window, ngram=ngram, guesses=guesses)
 
 
-def loops_of(shapes: list[LookaheadShape], block_size: int | None) -> dict[str, Options]:
-    loops: dict[str, Options] = {
-        BASELINE: {"method": "autoregressive"},
-        "jacobi": {"method": "jacobi", "block_size": block_size},
+def loops_of(shapes: list[LookaheadShape], block_size: int | None) -> dict[str, GenerateOptions]:
+    loops: dict[str, GenerateOptions] = {
+        BASELINE: GenerateOptions(method="autoregressive"),
+        "jacobi": GenerateOptions(method="jacobi", block_size=block_size),
     }
     for shape in shapes:
         name = f"lookahead {shape.window},{shape.ngram},{shape.guesses} ({shape.num_rows(1)} to {shape.max_rows} rows)"
-        loops[name] = {"method": "lookahead", **vars(shape)}  # type: ignore[typeddict-item]
+        loops[name] = GenerateOptions(method="lookahead", window=shape.window, ngram=shape.ngram, guesses=shape.guesses)
     return loops
 
 

@@ -32,7 +32,7 @@ from cllm_export.errors import (
 )
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
+from cllm_export.runtime.options import GenerateOptions
 from cllm_export.runtime.request_run import Generation, Stream
 from cllm_export.runtime.service import Handle, Service
 
@@ -52,13 +52,13 @@ __all__ = [
     "ChecksumError",
     "CllmExportError",
     "EngineError",
+    "GenerateOptions",
     "Generation",
     "GpuError",
     "Handle",
     "MissingExtraError",
     "Model",
     "OptionError",
-    "Options",
     "OutputError",
     "Parity",
     "PlanError",

@@ -98,7 +98,8 @@ def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: boo
         require_at_least(name, value, int(spec.minimum))  # type: ignore[arg-type]
         return
     kinds = (int,) if is_integer else (int, float)
-    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    is_number = is_number and (isinstance(value, int) or math.isfinite(value))  # type: ignore[arg-type]
     if not is_number or not _is_within(value, spec):  # type: ignore[arg-type]
         raise OptionError(f"{name} must be {_range_text(spec, is_integer=is_integer)}, got {value!r}", fields=(name,))
 

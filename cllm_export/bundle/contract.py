@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from cllm_export.checks import require_at_least
-from cllm_export.errors import EngineError
+from cllm_export.errors import EngineError, OptionError
 
 CONTRACT_VERSION = 2
 """Raised whenever an engine built for the previous contract would run a new graph wrongly."""
@@ -75,6 +75,32 @@ class FixedShapes:
     def __post_init__(self) -> None:
         for name in ("batch_size", "block_size", "kv_extent"):
             require_at_least(name, getattr(self, name), 1)
+
+
+def check_block_size(size: object, *, largest: int | None = None, pinned: int | None = None) -> int:
+    """n, if a model may run blocks of it.
+
+    Args:
+        size: what was asked for.
+        largest: n that the model takes at most.
+        pinned: the only n of an engine with fixed shapes.
+
+    Raises:
+        OptionError: it is no integer, or out of range.
+    """
+    if not isinstance(size, int):
+        raise OptionError(f"block_size must be an integer or 'auto', got {size!r}", fields=("block_size",))
+    require_at_least("block_size", size, 1)
+    if pinned is not None and size != pinned:
+        raise OptionError(
+            f"block_size must be {pinned}, which this engine is pinned to, got {size}", fields=("block_size",)
+        )
+    if largest is not None and size > largest:
+        raise OptionError(
+            f"block_size must be at most {largest} for this model, got {size}: choose a smaller one",
+            fields=("block_size",),
+        )
+    return size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,43 +7,141 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, FillName, open_bundle
 from cllm_export.bundle.storage import write_text
+from cllm_export.checks import check_options, option
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
     BundleArgument,
-    ChosenBlockSizeOption,
-    DraftModelOption,
-    GuessesOption,
     LimitOption,
     MaxNewTokensOption,
-    NGramOption,
     PromptsOption,
-    SourcesOption,
     ThreadsOption,
-    WindowOption,
-    parse_block_size,
     require_use,
 )
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
+from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
-from cllm_export.runtime.load import Provider, load
+from cllm_export.runtime.decoding.shared_options import threads_option
+from cllm_export.runtime.load import PROVIDERS, Provider, load
 from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import BlockSize, GenerateOptions
 from cllm_export.runtime.request_run import Generation
 
 
+def _parse_block_size(text: str) -> BlockSize:
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"block_size must be an integer or auto, got {text!r}", fields=("block_size",))
+    return int(text)
+
+
+def _parse_bias(given: list[str]) -> dict[int, float]:
+    """``TOKEN=BIAS`` texts as what ``GenerateOptions.logit_bias`` takes."""
+    biases = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise OptionError(
+                f"logit_bias takes TOKEN=BIAS, a token id and a number, got {text!r}", fields=("logit_bias",)
+            ) from None
+    return biases
+
+
+def _read_grammar(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read {path}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChoice:
+    """What runs the prompts."""
+
+    draft_model: Path | None = option(
+        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --fill model."
+    )
+    num_slots: int | None = option(
+        None, minimum=1, help="Number of prompts decoded at once; by default the bundle's batch size."
+    )
+    threads: int | None = threads_option()
+    provider: Provider = option(
+        "cpu", choices=PROVIDERS, help="cpu and cuda are ONNX Runtime's; tensorrt runs the bundle's plan."
+    )
+    cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards and replay them.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def load(self, bundle: Path, *, num_prompts: int) -> Model:
+        """The model, with as many slots as so many prompts need."""
+        slots = self.num_slots
+        if slots is None and self.provider != "tensorrt":
+            slots = _slots_for(bundle, num_prompts)
+        return load(
+            bundle,
+            threads=self.threads,
+            num_slots=slots,
+            draft_model=self.draft_model,
+            provider=self.provider,
+            cuda_graphs=self.cuda_graphs,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a generation is shown."""
+
+    as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
+    stats: bool = option(False, help="Print statistics on standard error.")
+    show_blocks: bool = option(False, help="Print every block, coloured by what became of it.")
+
+    def __post_init__(self) -> None:
+        if self.as_json and (self.show_blocks or self.stats):
+            raise OptionError(
+                "as_json excludes show_blocks and stats: its lines have the statistics",
+                fields=("as_json", "show_blocks", "stats"),
+            )
+
+
 @app.command()
+@with_options(
+    GenerateOptions,
+    parse={
+        "block_size": _parse_block_size,
+        "logit_bias": _parse_bias,
+        "json_schema": _read_grammar,
+        "grammar": _read_grammar,
+    },
+    metavars={
+        "block_size": "N|auto",
+        "fill": "SOURCES",
+        "logit_bias": "TOKEN=BIAS",
+        "json_schema": "FILE",
+        "grammar": "FILE",
+    },
+)
+@with_options(EngineChoice)
+@with_options(View)
 def generate(
     bundle: BundleArgument,
+    options: GenerateOptions,
+    engine: EngineChoice,
+    view: View,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -51,84 +149,7 @@ def generate(
         ),
     ] = None,
     prompts: PromptsOption = None,
-    method: Annotated[
-        Method | None,
-        typer.Option("--method", help="The decoding method; by default the loop that the model was trained with."),
-    ] = None,
-    block_size: ChosenBlockSizeOption = None,
-    window: WindowOption = None,
-    ngram: NGramOption = None,
-    guesses: GuessesOption = None,
-    deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic",
-            help="Use the bundle's own block size instead of auto, so that a request gives its tokens again.",
-        ),
-    ] = False,
-    fill: SourcesOption = None,
-    draft_model: DraftModelOption = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", help="Seed of sampling and of the prompt fill; by default a new one for each sampled prompt."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Temperature of sampling; at 0 decoding is greedy.")
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", help="Sample only from this many of the most probable tokens; 0 keeps all tokens."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p", help="Sample from the smallest set of tokens whose cumulative probability is at least this."
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            "--min-p",
-            help="Sample only tokens that have at least this fraction of the most probable token's probability.",
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option("--repetition-penalty", help="Above 1, tokens that are in the text already become less probable."),
-    ] = None,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--logit-bias",
-            help="Add a bias to the logit of a token, as TOKEN=BIAS; -inf bans it. Repeat the option for several.",
-        ),
-    ] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            "--logprobs", help="With --json: add the log-probability of each token, and of this many alternatives."
-        ),
-    ] = None,
-    json_schema: Annotated[
-        Path | None, typer.Option("--json-schema", help="A file with a JSON schema that the text must match.")
-    ] = None,
-    regex: Annotated[
-        str | None, typer.Option("--regex", help="A regular expression that the whole text must match.")
-    ] = None,
-    grammar: Annotated[
-        Path | None, typer.Option("--grammar", help="A file with a Lark grammar that the text must match.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Stop before this text; repeat the option for several.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens", min=1, help="Largest number of new tokens for each prompt; by default as many as fit."
-        ),
-    ] = None,
+    limit: LimitOption = None,
     load_prefix: Annotated[
         Path | None,
         typer.Option("--load-prefix", help="Start from the state of a prompt that --save-prefix wrote to this file."),
@@ -137,94 +158,28 @@ def generate(
         Path | None,
         typer.Option("--save-prefix", help="Write the state of the prompt to this file, for --load-prefix."),
     ] = None,
-    limit: LimitOption = None,
-    num_slots: Annotated[
-        int | None,
-        typer.Option(
-            "--num-slots", help="Number of prompts that are decoded at once; by default the bundle's batch size.", min=1
-        ),
-    ] = None,
-    threads: ThreadsOption = None,
-    provider: Annotated[
-        Provider,
-        typer.Option(
-            "--provider", help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt."
-        ),
-    ] = "cpu",
-    cuda_graphs: Annotated[
-        bool,
-        typer.Option(
-            "--cuda-graphs", help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them."
-        ),
-    ] = False,
-    forwards_per_sync: Annotated[
-        int | None,
-        typer.Option(
-            "--forwards-per-sync",
-            min=1,
-            help="For tensorrt: decode on the device, and let the host look once in this many forwards.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each prompt.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print statistics to standard error.")] = False,
-    blocks: Annotated[
-        bool, typer.Option("--show-blocks", help="Print every block; its colours tell which tokens were accepted.")
-    ] = False,
 ) -> None:
     """Decode prompts: from the command line, a file, or standard input."""
-    if as_json and (blocks or stats):
-        raise OptionError("--json excludes --show-blocks and --stats: its lines have the statistics")
-    if logprobs is not None and not as_json:
-        raise OptionError("--logprobs needs --json: they stand in its lines")
-    require_use(draft_model, method, fill)
+    if options.logprobs is not None and not view.as_json:
+        raise OptionError("logprobs needs as_json: they stand in its lines", fields=("logprobs", "as_json"))
+    require_use(engine.draft_model, options.method, options.fill)
     given = _gather_prompts(prompt, prompts, limit)
     if save_prefix is not None:
         if len(given) != 1:
-            raise OptionError(f"--save-prefix keeps the state of one prompt, got {len(given)} prompts")
+            raise OptionError(f"save_prefix keeps the state of one prompt, got {len(given)} prompts")
         check_target(save_prefix)
-    slots = num_slots or (_slots_for(bundle, len(given)) if provider != "tensorrt" else None)
-    options: dict[str, Any] = {
-        "method": method,
-        "block_size": parse_block_size(block_size),
-        "window": window,
-        "ngram": ngram,
-        "guesses": guesses,
-        "deterministic": deterministic,
-        "fill": fill,
-        "seed": seed,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "logit_bias": _parse_bias(logit_bias or ()),
-        "logprobs": logprobs,
-        "json_schema": _read_grammar(json_schema, "--json-schema"),
-        "regex": regex,
-        "grammar": _read_grammar(grammar, "--grammar"),
-        "stop": tuple(stop or ()),
-        "max_new_tokens": max_new_tokens,
-        "forwards_per_sync": forwards_per_sync,
-    }
-    with load(
-        bundle,
-        threads=threads,
-        num_slots=slots,
-        draft_model=draft_model,
-        provider=provider,
-        cuda_graphs=cuda_graphs,
-    ) as model:
+    with engine.load(bundle, num_prompts=len(given)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
-        if len(given) > 1 and model.engine.num_slots > 1 and forwards_per_sync is None:
-            _print_together(model, given, options, as_json=as_json, stats=stats, blocks=blocks)
+        if len(given) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
+            _print_together(model, given, options, view)
             return
         for entry in given:
             with _naming(entry, len(given)):
-                if as_json:
-                    _print_json_line(entry, model.generate(entry.content, **options))
+                if view.as_json:
+                    _print_json_line(entry, model.generate(entry.content, options))
                 else:
-                    _print_text(model, entry, options, stats=stats, blocks=blocks)
+                    _print_text(model, entry, options, view)
                 if save_prefix is not None:
                     model.save_prefix(save_prefix, entry.content)
 
@@ -271,7 +226,9 @@ def _naming(prompt: Prompt, total: int) -> Iterator[None]:
     try:
         yield
     except PromptError as error:
-        raise PromptError(f"prompt {prompt.id}: {error}" if total > 1 else str(error)) from None
+        if total == 1:
+            raise
+        raise PromptError(f"prompt {prompt.id}: {error}", fields=error.fields) from None
 
 
 def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:
@@ -314,27 +271,6 @@ def _print_json_line(prompt: Prompt, generation: Generation) -> None:
     typer.echo(json.dumps(line, ensure_ascii=False))
 
 
-def _read_grammar(path: Path | None, flag: str) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{flag}: cannot read {path}: {error}") from None
-
-
-def _parse_bias(given: Sequence[str]) -> dict[int, float]:
-    """``TOKEN=BIAS`` options as what ``Options.logit_bias`` takes."""
-    biases = {}
-    for text in given:
-        token, _, bias = text.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise OptionError(f"--logit-bias takes TOKEN=BIAS, a token id and a number, got {text!r}") from None
-    return biases
-
-
 def _slots_for(bundle: Path, num_prompts: int) -> int | None:
     """The bundle's own number of slots, and no more than there are prompts where a forward may have fewer."""
     manifest = open_bundle(bundle).manifest
@@ -343,19 +279,17 @@ def _slots_for(bundle: Path, num_prompts: int) -> int | None:
 
 
 def _decode_together(
-    model: Model, given: Sequence[Prompt], options: dict[str, Any]
+    model: Model, given: Sequence[Prompt], options: GenerateOptions
 ) -> Iterator[tuple[Prompt, Generation]]:
     """Every prompt and what it gives, in order, decoded as many at once as there are slots."""
     from cllm_export.runtime.service import Handle, Service
 
-    block_size, is_pinned = options.pop("block_size"), options.pop("deterministic")
-    if block_size == "auto" and is_pinned:
-        raise OptionError("--block-size auto and --deterministic exclude each other: leave one out")
+    of_each = replace(options, block_size=None, deterministic=False)
     waiting: deque[tuple[Prompt, Handle]] = deque()
-    with Service(model, block_size=block_size) as service:
+    with Service(model, block_size=options.block_size) as service:
         for entry in given:
             with _naming(entry, len(given)):
-                waiting.append((entry, service.submit(entry.content, **options)))
+                waiting.append((entry, service.submit(entry.content, of_each)))
             if len(waiting) > 2 * model.engine.num_slots:
                 first, handle = waiting.popleft()
                 yield first, handle.result()
@@ -363,33 +297,31 @@ def _decode_together(
             yield entry, handle.result()
 
 
-def _print_together(
-    model: Model, given: Sequence[Prompt], options: dict[str, Any], *, as_json: bool, stats: bool, blocks: bool
-) -> None:
+def _print_together(model: Model, given: Sequence[Prompt], options: GenerateOptions, view: View) -> None:
     for entry, generation in _decode_together(model, given, options):
-        if as_json:
+        if view.as_json:
             _print_json_line(entry, generation)
         else:
-            _print_generation(model, generation, stats=stats, blocks=blocks)
+            _print_generation(model, generation, view)
 
 
-def _print_generation(model: Model, generation: Generation, *, stats: bool, blocks: bool) -> None:
-    if blocks:
+def _print_generation(model: Model, generation: Generation, view: View) -> None:
+    if view.show_blocks:
         show_blocks(model, generation)
     else:
         typer.echo(generation.text)
-    if stats:
+    if view.stats:
         show_statistics(generation)
 
 
-def _print_text(model: Model, prompt: Prompt, options: dict[str, Any], *, stats: bool, blocks: bool) -> None:
-    with model.stream(prompt.content, **options) as stream:
-        if blocks:
-            _print_generation(model, stream.result(), stats=stats, blocks=True)
+def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: View) -> None:
+    with model.stream(prompt.content, options) as stream:
+        if view.show_blocks:
+            _print_generation(model, stream.result(), view)
             return
         for delta in stream:
             typer.echo(delta, nl=False)
             sys.stdout.flush()
         typer.echo()
-        if stats:
+        if view.stats:
             show_statistics(stream.result())

@@ -56,15 +56,6 @@ BlockSizeOption = Annotated[
 ]
 
 
-ChosenBlockSizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--block-size",
-        help="Block size n, in tokens. auto, the default of jacobi, chooses n each forward; near ties may differ.",
-    ),
-]
-
-
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", help="Number of CPU threads of the engine; by default all.")
 ]
@@ -113,14 +104,6 @@ GuessesOption = Annotated[
 MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Largest number of new tokens for each prompt.")
 ]
-
-
-def parse_block_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    if not text.isascii() or not text.isdigit():
-        raise OptionError(f"--block-size must be an integer or auto, got {text!r}")
-    return int(text)
 
 
 def require_use(draft_model: Path | None, method: Method | None, fill: str | None) -> None:

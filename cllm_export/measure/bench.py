@@ -25,7 +25,7 @@ from cllm_export.runtime.engines.machine import available_threads, describe_mach
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import BlockSize, Options
+from cllm_export.runtime.options import BlockSize, GenerateOptions
 from cllm_export.runtime.request_run import Generation
 from cllm_export.verification.files import require_source
 from cllm_export.verification.tokens import random_prompts
@@ -213,15 +213,13 @@ def _generate(
     limit = min(options.max_new_tokens, model.facts.max_length - len(prompt))
     if limit < 1:
         raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
-    settings: Options = {"max_new_tokens": limit, "method": method, "ignore_eos": options.ignore_eos}
+    settings = GenerateOptions(max_new_tokens=limit, method=method, ignore_eos=options.ignore_eos)
     if method == LOOKAHEAD:
-        settings |= options.lookahead  # type: ignore[typeddict-item]
-    else:
-        block_size = None if method == "autoregressive" else size or options.block_size
-        settings |= {"block_size": block_size, "deterministic": block_size is None}
-    if method != "autoregressive":
-        settings |= {"fill": options.fill}
-    return model.generate(prompt, **settings)
+        return model.generate(prompt, settings, fill=options.fill, **options.lookahead)
+    if method == "autoregressive":
+        return model.generate(prompt, settings, deterministic=True)
+    block_size = size or options.block_size
+    return model.generate(prompt, settings, fill=options.fill, block_size=block_size, deterministic=block_size is None)
 
 
 def _collect(generations: list[Generation]) -> _Run:

@@ -17,7 +17,7 @@ from cllm_export.prompts import Prompt
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.engines.base import Engine, EngineBase, Forward
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import pad_token
+from cllm_export.runtime.options import GenerateOptions, pad_token, resolve
 
 TRACE_VERSION = 1
 DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
@@ -89,25 +89,23 @@ def record_traces(
     for prompt in prompts:
         for method in methods:
             recorder.forwards = []
-            options = recorded.prepare(
-                prompt.content,
+            options = GenerateOptions(
                 method=method,
                 block_size=block_size,
                 deterministic=block_size is None,
                 fill=fill,
                 max_new_tokens=max_new_tokens,
             )
-            generation = recorded.generate(
-                options.prompt, method=method, block_size=options.block_size, fill=fill, max_new_tokens=max_new_tokens
-            )
+            request = resolve(options, recorded.limits, recorded.encode(prompt.content))
+            generation = recorded.generate(request.prompt, options, block_size=request.block_size)
             traces.append(
                 {
                     "prompt": prompt.id,
                     "method": method,
-                    "prompt_ids": list(options.prompt),
-                    "block_size": options.block_size,
+                    "prompt_ids": list(request.prompt),
+                    "block_size": request.block_size,
                     "fill": fill,
-                    "max_new_tokens": options.max_new_tokens,
+                    "max_new_tokens": request.max_new_tokens,
                     "forwards": recorder.forwards,
                     "token_ids": list(generation.token_ids),
                     "finish_reason": generation.finish_reason,

@@ -1,24 +1,226 @@
-"""What a request may say beside its prompt, and what a model settles it to."""
+"""The options of a request, and what a model resolves them to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypedDict
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
 
+from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.checks import require_at_least
+from cllm_export.checks import option
 from cllm_export.errors import OptionError, PromptError
-from cllm_export.runtime.decoding.constraint import Constraint, GrammarKind
+from cllm_export.runtime.decoding.constraint import GrammarKind
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape
-from cllm_export.runtime.decoding.request import (
-    LOOKAHEAD,
-    Method,
-)
+from cllm_export.runtime.decoding.request import LOOKAHEAD, METHOD_OF_LOOP, METHODS, Method
 from cllm_export.runtime.decoding.sampling import MAX_LOGPROBS, Sampling
+from cllm_export.runtime.decoding.shared_options import max_new_tokens_option
+from cllm_export.runtime.engines.base import Engine
 
 BlockSize = int | Literal["auto"]
 """n, or n chosen forward by forward."""
+
+PREFIX_CACHE_BYTES = 256 << 20
+"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
+
+GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
+
+SHAPE = ("window", "ngram", "guesses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Sampling):
+    """What a request may say beside its prompt. The options of ``Sampling`` are among them.
+
+    Raises:
+        OptionError: an option is out of its range, or excludes another one.
+    """
+
+    max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
+    """The length limit, exact. By default whatever still fits into the model's max length."""
+    method: Method | None = option(
+        None,
+        choices=(*METHODS, LOOKAHEAD),
+        help="The decoding method; by default the loop that the model was trained with.",
+    )
+    """``jacobi`` is the sliding loop, ``jacobi-block`` the paper's. In ``speculative`` every block is what ``fill``
+    guesses, none of it the model's own. ``autoregressive`` decodes token by token. ``lookahead`` is for greedy
+    requests, one at a time, and for a bundle that has a graph for it.
+
+    By default it is the loop the model was trained with, else ``jacobi``; and ``jacobi`` where ``block_size`` is
+    ``auto``."""
+    block_size: BlockSize | None = option(
+        None, help="Block size n, in tokens. auto, the default of jacobi, chooses n each forward; near ties may differ."
+    )
+    """n, 1 to the model's largest, or ``auto``. ``auto`` chooses n forward by forward, 1 included, to make most tokens
+    a second. What it learns of the model serves all later requests.
+
+    By default it is ``auto`` for ``jacobi``, 1 for ``autoregressive``, and the model's own for ``jacobi-block`` and
+    ``speculative``. A block of ``jacobi-block`` keeps its size, so ``auto`` is refused there. An engine that is pinned
+    to one shape has one n, and ``auto`` means that n.
+
+    At every fixed n tokens are those of autoregressive decoding at that n. ``auto`` may round a near tie otherwise on a
+    processor where this was not checked."""
+    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
+    """W of ``lookahead``. ``window``, ``ngram`` and ``guesses`` give the size of its block: see ``LookaheadShape``."""
+    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.")
+    """N of ``lookahead``."""
+    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams tried in a forward.")
+    """G of ``lookahead``."""
+    deterministic: bool = option(False, help="Never choose n: it is the model's own where no number is given.")
+    """n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs the same
+    forwards again. Where n is chosen, a near tie may round to another token at another time."""
+    fill: str | None = option(None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.")
+    """The draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` or ``model``. ``pool`` has the n-grams of
+    the texts and rejected drafts of all requests that name it. ``model`` has a draft model's tokens. Several are joined
+    by ``+`` and asked in order: ``pool+lookup``.
+
+    By default it is what the model was trained with, else ``pad``. For ``speculative`` it is ``model`` where there is
+    one, else ``lookup``. For ``lookahead``, whose window it fills once, it is ``prompt``."""
+    stop: Sequence[str] = option((), help="Stop before this text; give it once for each text.")
+    """Strings to stop at. The text is cut before the first one."""
+    ignore_eos: bool = option(False, help="Decode on past an end-of-sequence token, up to the limit.", hidden=True)
+    """Decode on past an end-of-sequence token, up to the limit: for measuring."""
+    logprobs: int | None = option(
+        None,
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+        help="With --json: print log-probabilities, of this many alternatives as well.",
+    )
+    """Log-probabilities of each new token, and of this many of the most probable ones beside it."""
+    forwards_per_sync: int | None = option(
+        None, minimum=1, help="For tensorrt: decode on the device, which the host asks once in this many forwards."
+    )
+    """k: the loop stays on the device, and the host asks once in k forwards what they gave. The text of a stream then
+    comes in steps of that.
+
+    It is for greedy requests of a TensorRT engine, one at a time, with the method ``jacobi`` and the fill ``pad`` or
+    ``repeat``. ``block_size`` is one of the plan's, by default the model's own, never ``auto``."""
+    json_schema: str | Mapping[str, Any] | None = option(
+        None, help="A file of the JSON schema that the text must match."
+    )
+    """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request follows one grammar
+    at most. A text that a limit or a stop string cuts is a beginning of a match."""
+    regex: str | None = option(None, help="A regular expression that the whole text must match.")
+    """The expression that the whole text must match (extra ``grammar``)."""
+    grammar: str | None = option(None, help="A file of the Lark grammar that the text must match.")
+    """A Lark grammar, as llguidance takes it, that the text must match (extra ``grammar``)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("deterministic", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}", fields=(name,))
+        is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        if not is_list or not all(isinstance(text, str) and text for text in self.stop):
+            raise OptionError(f"stop must be a list of non-empty strings, got {self.stop!r}", fields=("stop",))
+        self._check_grammars()
+        self._check_block_size()
+        self._check_lookahead()
+        if self.forwards_per_sync is not None:
+            self._require_greedy("forwards_per_sync", "leave one of them out")
+        if self.fill is not None:
+            self._check_fill(self.fill)
+
+    @property
+    def lookahead_shape(self) -> LookaheadShape:
+        """W, N and G, each its default where it is not given."""
+        given = {name: value for name in SHAPE if (value := getattr(self, name)) is not None}
+        return LookaheadShape(**given)
+
+    @property
+    def given_grammar(self) -> tuple[GrammarKind, str | Mapping[str, Any]] | None:
+        """The grammar that the text must follow."""
+        return next(((kind, source) for kind in GRAMMARS if (source := getattr(self, kind)) is not None), None)
+
+    def _check_grammars(self) -> None:
+        given = [kind for kind in GRAMMARS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise OptionError(
+                f"{given[0]} and {given[1]} exclude each other: a text follows one grammar", fields=given[:2]
+            )
+        if given and self.ignore_eos:
+            raise OptionError(
+                f"{given[0]} excludes ignore_eos: a complete text ends with an end-of-sequence token",
+                fields=(given[0], "ignore_eos"),
+            )
+
+    def _check_block_size(self) -> None:
+        if self.block_size is None:
+            return
+        if self.method == LOOKAHEAD:
+            raise OptionError(
+                "block_size is not for lookahead: window, ngram and guesses give the size of its block",
+                fields=("block_size", *SHAPE),
+            )
+        if self.block_size != "auto":
+            check_block_size(self.block_size)
+            return
+        if self.deterministic:
+            raise OptionError(
+                "block_size 'auto' and deterministic exclude each other: leave one out",
+                fields=("block_size", "deterministic"),
+            )
+        if self.method == "jacobi-block":
+            raise OptionError(
+                "block_size 'auto' is for jacobi: a block of jacobi-block keeps its size; give a number",
+                fields=("block_size",),
+            )
+        if self.forwards_per_sync is not None:
+            raise OptionError(
+                "forwards_per_sync excludes block_size 'auto': n is one in all of them; give a number",
+                fields=("forwards_per_sync", "block_size"),
+            )
+
+    def _check_lookahead(self) -> None:
+        if self.method == LOOKAHEAD:
+            _ = self.lookahead_shape
+            self._require_greedy(LOOKAHEAD, "choose another method")
+            return
+        if given := next((name for name in SHAPE if getattr(self, name) is not None), None):
+            method = self.method or "another one"
+            raise OptionError(f"{given} is for the method lookahead, and the method is {method}", fields=(given,))
+
+    def _require_greedy(self, what: str, instead: str) -> None:
+        """Refuse what none but a loop that asks for logits can do."""
+        if not self.is_greedy:
+            raise OptionError(f"{what} is for greedy requests and excludes sampling: {instead}", fields=(what,))
+        if self.logprobs is not None:
+            raise OptionError(
+                f"{what} is for greedy requests and excludes logprobs: {instead}", fields=(what, "logprobs")
+            )
+        if self.given_grammar:
+            raise OptionError(f"{what} is for greedy requests and excludes a grammar: {instead}", fields=(what,))
+
+    def _check_fill(self, fill: str) -> None:
+        if "model" in parse_fill(fill) and self.method == LOOKAHEAD:
+            raise OptionError(
+                f"fill {fill!r} is not for lookahead, whose window is filled once: leave model out", fields=("fill",)
+            )
+
+
+READING = GenerateOptions(max_new_tokens=1, method="autoregressive", ignore_eos=True)
+"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
+
+
+def override(options: GenerateOptions | None, overrides: Mapping[str, Any]) -> GenerateOptions:
+    """Options with others in their place, by name. An override of None is the same as none.
+
+    Raises:
+        OptionError: there is no such option, or one is out of its range.
+    """
+    if not isinstance(options, GenerateOptions | None):
+        raise OptionError(
+            f"options must be GenerateOptions, got {type(options).__name__}: give options by name, or "
+            "GenerateOptions(...)",
+            fields=("options",),
+        )
+    names = [field.name for field in fields(GenerateOptions)]
+    if unknown := sorted(overrides.keys() - set(names)):
+        raise OptionError(f"no such option: {unknown[0]}; there are {', '.join(names)}", fields=(unknown[0],))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return replace(options, **given) if options else GenerateOptions(**given)
 
 
 class ModelFacts(Protocol):
@@ -40,82 +242,43 @@ class ModelFacts(Protocol):
     def trained_with(self) -> TrainedWith | None: ...
 
 
-class Options(TypedDict, total=False):
-    """What a request may say beside its prompt; None is the same as nothing said.
+@dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What a model, on the engine that runs it, makes of the options of a request."""
 
-    Keys:
-        max_new_tokens: the length limit, exact; by default whatever still fits into the model's max length.
-        method: ``jacobi`` (sliding), ``jacobi-block`` (the paper's), ``speculative`` (every block is what ``fill``
-            guesses, none of it the model's own), ``autoregressive`` or ``lookahead``; by default the loop the model was
-            trained with, else ``jacobi``, and that one where ``block_size`` says ``auto``. Lookahead is for greedy
-            requests, one at a time, of a bundle that has a graph for it.
-        block_size: n, 1 to the model's largest, or ``auto``: chosen forward by forward to make most tokens a second,
-            1 included; what is learned of the model serves all its later requests. By default ``auto`` for
-            ``jacobi``, the model's own for ``jacobi-block``, whose blocks keep their size, and for
-            ``speculative``, and 1 for ``autoregressive``. An engine pinned to one shape has one n, and ``auto`` is it.
-            At every fixed n tokens are those of autoregressive decoding at that n; ``auto`` may round a near tie
-            otherwise on a processor where this was not checked.
-        deterministic: n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs
-            the same forwards again: where it is chosen, a near tie may round to another token at another time.
-        window, ngram, guesses: W, N and G of ``lookahead``, which give the size of its block; see ``LookaheadShape``.
-        fill: the draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` (n-grams of the texts and rejected
-            drafts of all requests that say so), ``model`` (a draft model's tokens), or several joined by ``+``, asked
-            in order: ``pool+lookup``. By default what the model was trained with, else ``pad``; for ``speculative``
-            ``model`` where there is one, else ``lookup``; for ``lookahead``, whose window it fills once, ``prompt``.
-        seed: of the noise that samples, and of the ``prompt`` fill; by default a fresh one for each sampled request,
-            which ``Generation.seed`` tells.
-        stop: strings to stop at; the text is cut before the first one.
-        ignore_eos: decode on past an end-of-sequence token, up to the limit: for measuring.
-        temperature, top_k, top_p, min_p, repetition_penalty, logit_bias: see ``Sampling``; by default greedy.
-        json_schema, regex, grammar: what the text must match (extra ``grammar``); one of them at most. ``grammar`` is a
-            Lark grammar as llguidance takes it. A text that a limit or a stop string cuts is a beginning of a match.
-        forwards_per_sync: k: the loop stays on the device, and the host asks once in k forwards what they gave; the
-            text of a stream then comes in steps of that. For greedy requests of a TensorRT engine, one at a time, with
-            the method ``jacobi``, a ``block_size`` of the plan's (by default the model's own, never ``auto``) and the
-            fill ``pad`` or ``repeat``; whatever else is asked for beside it is refused.
-        logprobs: log-probabilities of each new token, and this many of the most probable ones beside it, 0 to 20.
-    """
+    block_size: int
+    """The model's own n."""
+    max_block_size: int
+    fixed_block_size: int | None
+    """n of an engine that is pinned to one shape."""
+    max_length: int
+    """Tokens of a prompt and what it gives."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    """What fills rows that nobody uses."""
+    trained_with: TrainedWith | None
+    has_draft_model: bool
 
-    max_new_tokens: int | None
-    method: Method | None
-    block_size: int | Literal["auto"] | None
-    window: int | None
-    ngram: int | None
-    guesses: int | None
-    deterministic: bool
-    fill: str | None
-    seed: int | None
-    stop: Sequence[str]
-    ignore_eos: bool
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    logit_bias: Mapping[int, float] | None
-    logprobs: int | None
-    forwards_per_sync: int | None
-    json_schema: str | Mapping[str, Any] | None
-    regex: str | None
-    grammar: str | None
-
-
-PREFIX_CACHE_BYTES = 256 << 20
-"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
-
-READING: Options = {"max_new_tokens": 1, "method": "autoregressive", "ignore_eos": True}
-"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
-
-GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
-
-SHAPE = ("window", "ngram", "guesses")
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
+    @classmethod
+    def of(cls, facts: ModelFacts, engine: Engine, *, has_draft_model: bool) -> ModelLimits:
+        fixed = engine.fixed_shapes
+        return cls(
+            block_size=facts.block_size,
+            max_block_size=engine.geometry.max_block_size,
+            fixed_block_size=fixed.block_size if fixed else None,
+            max_length=facts.max_length,
+            vocab_size=engine.geometry.vocab_size,
+            eos_token_ids=facts.eos_token_ids,
+            pad_token_id=pad_token(facts),
+            trained_with=facts.trained_with,
+            has_draft_model=has_draft_model,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A request in order: every option settled and in range."""
+class ResolvedRequest:
+    """A request of one model: every option has its value, and all are in range."""
 
     prompt: list[int]
     method: Method
@@ -126,37 +289,128 @@ class Prepared:
     fill: str
     sampling: Sampling
     logprobs: int | None
-    constraint: Constraint | None
+    grammar: tuple[GrammarKind, str | Mapping[str, Any]] | None
     max_new_tokens: int
     stop: tuple[str, ...]
-    ignore_eos: bool
+    eos_token_ids: frozenset[int]
+    """The tokens that end it; none where it ignores them."""
     forwards_per_sync: int | None
     """Where the loop stays on the device."""
 
+    @property
+    def seed(self) -> int:
+        """What it is drawn with."""
+        return self.sampling.seed or 0
 
-def refuse_beside(what: str, sampling: Sampling, logprobs: int | None, constraint: Constraint | None) -> None:
-    """Refuse what none but a loop that asks for logits can do."""
-    given = {"sampling": not sampling.is_greedy, "logprobs": logprobs is not None, "a grammar": constraint is not None}
-    if asked := next((name for name, is_given in given.items() if is_given), None):
-        instead = "choose another method" if what == LOOKAHEAD else "leave one of them out"
-        raise OptionError(f"{what} is for greedy requests and excludes {asked}: {instead}")
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether its tokens are others than the graph's own argmax may be."""
+        return self.grammar is not None or not self.sampling.is_greedy
+
+    @property
+    def draft_kind(self) -> str | None:
+        """What kind of drafts it decodes with: those of a kind are worth much the same. None for no drafts."""
+        if self.method == "autoregressive":
+            return None
+        return f"{self.method}, {self.fill}, {'drawn' if self.needs_sampler else 'greedy'}"
 
 
-def settle_stop(stop: Sequence[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
-    if not is_list or not all(isinstance(text, str) and text for text in stop):
-        raise OptionError(f"stop must be a list of non-empty strings, got {stop!r}")
-    return tuple(stop)
+def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) -> ResolvedRequest:
+    """The request that these options make of a prompt, for a model with these limits.
+
+    A pure function: a seed that is not given is 0.
+
+    Raises:
+        OptionError: an option is out of range for the model.
+        PromptError: the prompt and its new tokens do not fit.
+    """
+    method = options.method or _default_method(options, limits)
+    fill = _resolve_fill(options, method, limits)
+    options.check_tokens(limits.vocab_size)
+    shape = options.lookahead_shape if method == LOOKAHEAD else None
+    if shape:
+        shape.require_fitting(limits.max_block_size)
+    on_device = options.forwards_per_sync is not None
+    if on_device:
+        _check_on_device(method, fill)
+    block_size = (
+        shape.max_rows
+        if shape
+        else resolve_block_size(
+            options.block_size, limits, method=method, deterministic=options.deterministic or on_device
+        )
+    )
+    return ResolvedRequest(
+        prompt=prompt,
+        method=method,
+        block_size=block_size,
+        lookahead=shape,
+        fill=fill,
+        sampling=options,
+        logprobs=options.logprobs,
+        grammar=options.given_grammar,
+        max_new_tokens=_fit(len(prompt), options.max_new_tokens, limits.max_length),
+        stop=tuple(options.stop),
+        eos_token_ids=frozenset(() if options.ignore_eos else limits.eos_token_ids),
+        forwards_per_sync=options.forwards_per_sync,
+    )
 
 
-def settle_logprobs(count: int | None) -> int | None:
-    if count is not None:
-        require_at_least("logprobs", count, 0)
-        if count > MAX_LOGPROBS:
-            raise OptionError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {count}")
-    return count
+def resolve_block_size(
+    block_size: BlockSize | None, limits: ModelLimits, *, method: Method = "jacobi", deterministic: bool = False
+) -> BlockSize:
+    """n of a request's forwards, or that it is to be chosen.
+
+    Raises:
+        OptionError: out of range for the model.
+    """
+    if block_size is not None and block_size != "auto":
+        return check_block_size(block_size, largest=limits.max_block_size, pinned=limits.fixed_block_size)
+    if limits.fixed_block_size is not None:
+        return limits.fixed_block_size
+    if method == "autoregressive":
+        return 1
+    if method == "jacobi" and not deterministic:
+        return "auto"
+    return block_size or limits.block_size
+
+
+def _default_method(options: GenerateOptions, limits: ModelLimits) -> Method:
+    """The loop that the model was trained with; a block of the block loop keeps its size, which is never chosen."""
+    trained = limits.trained_with
+    return METHOD_OF_LOOP[trained.loop if trained and options.block_size != "auto" else "sliding"]
+
+
+def _resolve_fill(options: GenerateOptions, method: Method, limits: ModelLimits) -> str:
+    fill = options.fill
+    if fill is None:
+        if method == LOOKAHEAD:
+            return "prompt"
+        if method == "speculative":
+            return "model" if limits.has_draft_model else "lookup"
+        return limits.trained_with.fill if limits.trained_with else "pad"
+    if "model" in parse_fill(fill) and not limits.has_draft_model:
+        raise OptionError(
+            f"fill {fill!r} needs a draft model: give draft_model where the bundle is loaded",
+            fields=("fill", "draft_model"),
+        )
+    return fill
+
+
+def _check_on_device(method: Method, fill: str) -> None:
+    """Refuse what a loop on the device does not have."""
+    from cllm_export.tensorrt.loop.device_request import FILLS
+
+    if method != "jacobi":
+        raise OptionError(
+            f"forwards_per_sync is for the method jacobi, and the method is {method}: say jacobi",
+            fields=("forwards_per_sync", "method"),
+        )
+    if fill not in FILLS:
+        raise OptionError(
+            f"forwards_per_sync is for the fills {' and '.join(FILLS)}, and the fill is {fill!r}",
+            fields=("forwards_per_sync", "fill"),
+        )
 
 
 def pad_token(facts: ModelFacts) -> int:
@@ -166,19 +420,18 @@ def pad_token(facts: ModelFacts) -> int:
     return facts.eos_token_ids[0] if facts.eos_token_ids else 0
 
 
-def fit(prompt_length: int, max_new_tokens: int | None, max_length: int) -> int:
+def _fit(prompt_length: int, max_new_tokens: int | None, max_length: int) -> int:
     room = max_length - prompt_length
     if room < 1:
         raise PromptError(
             f"the prompt has {prompt_length} tokens and this model holds {max_length} in all, "
-            "at least one of them new: shorten the prompt or build with a larger --max-length"
+            "at least one of them new: shorten the prompt or build with a larger max_length"
         )
     if max_new_tokens is None:
         return room
-    require_at_least("max_new_tokens", max_new_tokens, 1)
     if max_new_tokens > room:
         raise PromptError(
             f"{prompt_length} prompt tokens and {max_new_tokens} new ones need {prompt_length + max_new_tokens}, this "
-            f"model holds {max_length}: ask for at most {room}, or build with a larger --max-length"
+            f"model holds {max_length}: ask for at most {room}, or build with a larger max_length"
         )
     return max_new_tokens

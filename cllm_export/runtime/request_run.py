@@ -1,23 +1,28 @@
-"""One request on its way: its tokens, its text, and what it gave."""
+"""One request on its way: its tokens, its text, its status, and what it gave."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+import secrets
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from cllm_export.errors import EngineError
-from cllm_export.runtime.decoding.request import (
-    FinishReason,
-)
-from cllm_export.runtime.decoding.sampling import Logprob
+from cllm_export.runtime.decoding.constraint import GrammarCompiler
+from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
+from cllm_export.runtime.decoding.drafts.sources import make_fill
+from cllm_export.runtime.decoding.jacobi import Decoder
+from cllm_export.runtime.decoding.lookahead.policy import Lookahead
+from cllm_export.runtime.decoding.request import Decode, FinishReason, RequestStatus, StopCut, make_decoder
+from cllm_export.runtime.decoding.sampling import MAX_SEED, Logprob, Sampler
 from cllm_export.runtime.decoding.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.decoding.task import Task
-from cllm_export.runtime.decoding.text import TextStream
-from cllm_export.runtime.options import Prepared
-
-if TYPE_CHECKING:
-    from cllm_export.runtime.model import Model
+from cllm_export.runtime.decoding.text import TextCodec, TextStream
+from cllm_export.runtime.lease import Lease
+from cllm_export.runtime.loops import LoopMaker
+from cllm_export.runtime.options import GenerateOptions, ModelLimits, ResolvedRequest, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,7 @@ class Generation:
     token_ids: tuple[int, ...]
     """New tokens, the end-of-sequence token included where one was reached."""
     finish_reason: FinishReason
-    """``closed`` is that of a stream that was closed before its end."""
+    """``eos``, ``length``, ``stop`` for a stop string, or ``cancelled`` for a request that was ended before its end."""
     statistics: Statistics
     seed: int
     """What it was drawn with; the same request with it and the same n gives the same tokens."""
@@ -39,17 +44,152 @@ class Generation:
     """Every decode forward: its block, its predictions and what it made known."""
 
 
-class Loop(Protocol):
-    """Runs what it was given, a forward a step."""
+class RequestRun:
+    """One request on its way, whoever runs it.
+
+    One thread runs its task, another one may read its text. ``changed`` guards what they share.
+
+    Args:
+        request: what to run.
+        decoder: the policy that decodes it.
+        codec: the model's.
+        sampler: what draws its tokens; None takes the graph's own.
+        ended: called once when it ends, before its status says so.
+    """
+
+    def __init__(
+        self,
+        request: ResolvedRequest,
+        decoder: Decoder,
+        *,
+        codec: TextCodec,
+        sampler: Sampler | None = None,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        self.request = request
+        self.decoder = decoder
+        self.status = RequestStatus.WAITING
+        self.changed = threading.Condition()
+        self.watchers: list[Callable[[], None]] = []
+        """Called, in the thread that runs it, when there is something new to read."""
+        self._codec = codec
+        self._ended = ended
+        self._new: list[int] = []
+        self._text = TextStream(codec, request.stop)
+        decode = Decode(
+            decoder,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_ids=request.eos_token_ids,
+            stop_cut=self._make_stop_cut() if request.stop else None,
+            sampler=sampler,
+            num_logprobs=request.logprobs,
+        )
+        self.task = Task(
+            request.prompt, decode, drafts=request.draft_kind, begun=self._begin, take=self._take, ended=self._end
+        )
 
     @property
-    def is_idle(self) -> bool: ...
+    def has_news(self) -> bool:
+        """Whether ``read`` has something to tell. Ask with ``changed`` held."""
+        return bool(self._new) or self.status.has_ended
 
-    def step(self) -> object: ...
+    def read(self) -> tuple[str, bool]:
+        """The text that has come since it was last read, and whether that is all of it."""
+        with self.changed:
+            new, self._new = self._new, []
+            has_ended = self.status.has_ended
+        delta = self._text.push(self._without_eos(new))
+        return (delta + self._text.flush(), True) if has_ended else (delta, False)
 
-    def cancel(self, task: Task) -> object:
-        """End what runs, as where nobody reads on."""
-        ...
+    def drive(self, loops: LoopMaker) -> Generator[None]:
+        """Run it on an engine that has nothing else to do, a forward a turn. Where this is closed, it is cancelled.
+
+        Raises:
+            CllmExportError: what it failed with, EngineError where the engine did.
+        """
+        loop = loops.make(self.request, self.task, self.decoder)
+        self.task.begin()
+        try:
+            while not loop.is_idle:
+                loop.step()
+                self.raise_failure()
+                yield
+        except Exception as error:
+            self.task.end(error)
+            raise
+        finally:
+            loop.cancel(self.task)  # nothing where it has ended
+            self.task.end()
+
+    def raise_failure(self) -> None:
+        """Raise what it failed with, if it did."""
+        if self.task.error:
+            raise self.task.error
+
+    def result(self) -> Generation:
+        """What it gave, once it has ended.
+
+        Raises:
+            EngineError: it never ran.
+            CllmExportError: what it failed with.
+        """
+        self.raise_failure()
+        decode = self.task.decode
+        if decode.finish_reason is None:
+            raise EngineError("this request never ran: its model was busy, or it was closed before its first forward")
+        token_ids = tuple(self.task.token_ids)
+        text = TextStream(self._codec, self.request.stop)
+        text.push(self._without_eos(token_ids))
+        text.flush()
+        return Generation(
+            text=text.text,
+            token_ids=token_ids,
+            finish_reason=decode.finish_reason,
+            seed=self.request.seed,
+            logprobs=None if self.request.logprobs is None else tuple(decode.logprobs),
+            forwards=tuple(decode.records),
+            statistics=self.task.statistics(),
+        )
+
+    def _begin(self) -> None:
+        self.status = RequestStatus.RUNNING
+
+    def _take(self, tokens: list[int]) -> None:
+        with self.changed:
+            self._new += tokens
+            self._notify()
+
+    def _end(self, task: Task) -> None:
+        if self._ended:
+            self._ended()
+        with self.changed:
+            if task.error:
+                self.status = RequestStatus.FAILED
+            else:
+                self.status = RequestStatus.CANCELLED if task.is_cancelled else RequestStatus.FINISHED
+            self._notify()
+
+    def _notify(self) -> None:
+        self.changed.notify_all()
+        for watcher in self.watchers:
+            watcher()
+
+    def _make_stop_cut(self) -> StopCut:
+        """Where a stop string ends the request among new tokens; reads them one by one."""
+        text = TextStream(self._codec, self.request.stop)
+
+        def cut(new: list[int]) -> int | None:
+            for index, token in enumerate(new):
+                text.push(self._without_eos([token]))
+                if text.stopped:
+                    return index + 1
+            return None
+
+        return cut
+
+    def _without_eos(self, tokens: Sequence[int]) -> list[int]:
+        """An end-of-sequence token is no text."""
+        return [token for token in tokens if token not in self.request.eos_token_ids]
 
 
 class Stream(Iterator[str]):
@@ -58,9 +198,9 @@ class Stream(Iterator[str]):
     Close it (or use it in a ``with``) to stop early; ``result`` reads what is left and gives the whole.
     """
 
-    def __init__(self, model: Model, request: Prepared) -> None:
-        self._run = RequestRun(model, request)
-        self._deltas = self._iterate(model)
+    def __init__(self, run: RequestRun, loops: LoopMaker, lease: Lease) -> None:
+        self._run = run
+        self._deltas = _deltas(run, loops, lease)
 
     def __next__(self) -> str:
         return next(self._deltas)
@@ -80,84 +220,75 @@ class Stream(Iterator[str]):
 
         Raises:
             EngineError: the request never ran, because the model was busy or the stream was closed first.
+            CllmExportError: what it failed with.
         """
         for _ in self._deltas:
             pass
         return self._run.result()
 
-    def _iterate(self, model: Model) -> Generator[str]:  # closing it unwinds the lock
-        with model.in_use():
-            for delta in self._run.text():
-                if delta:
-                    yield delta
+
+def _deltas(run: RequestRun, loops: LoopMaker, lease: Lease) -> Generator[str]:
+    """Closing it ends the run, and gives the engine back."""
+    with lease.hold(), closing(run.drive(loops)) as forwards:
+        for _ in forwards:
+            if delta := run.read()[0]:
+                yield delta
+    if delta := run.read()[0]:
+        yield delta
 
 
-class RequestRun:
-    """One request on its way: a scheduler with nothing else to do, and the text of what it gives."""
+class RequestMaker:
+    """Makes the runs of one model's requests, and keeps what they share.
 
-    def __init__(self, model: Model, request: Prepared) -> None:
-        self._model = model
-        self._request = request
-        self._eos = model.eos_of(request)
-        self._stream = TextStream(model.codec, request.stop)
-        self._num_read = 0
-        self._delta = ""
-        self._new: list[int] = []
-        self._task: Task | None = None
+    Args:
+        limits: the model's.
+        codec: its tokenizer.
+        pool: n-grams that requests with the ``pool`` fill share.
+    """
 
-    def text(self) -> Iterator[str]:
-        """Text deltas, one for each forward."""
-        for tokens in self.tokens():
-            if not self._request.stop:
-                self._read(tokens)
-            delta, self._delta = self._delta, ""
-            yield delta
-        yield self._stream.flush()
+    def __init__(self, limits: ModelLimits, codec: TextCodec, pool: NgramPool) -> None:
+        self._limits = limits
+        self._codec = codec
+        self._pool = pool
 
-    def tokens(self) -> Iterator[list[int]]:
-        """New tokens, one list for each forward."""
-        stop_cut = self._cut_at_stop if self._request.stop else None
-        task, loop = self._model.make_loop(self._request, stop_cut=stop_cut, take=self._take)
-        self._task = task
-        try:
-            while not loop.is_idle:
-                loop.step()
-                if task.error:
-                    raise task.error
-                if self._new:
-                    new, self._new = self._new, []
-                    yield new
-        finally:
-            loop.cancel(task)  # a stream that is closed early; nothing where it has ended
+    def make(
+        self, prompt: list[int], options: GenerateOptions, *, ended: Callable[[], None] | None = None
+    ) -> RequestRun:
+        """The run of a request, which waits to be run. A sampled request without a seed gets a fresh one.
 
-    def result(self) -> Generation:
-        if self._task is None:
-            raise EngineError("this request never ran: its model was busy, or it was closed before its first forward")
-        decode = self._task.decode
-        token_ids = [token for record in decode.records for token in record.new]
-        self._read(token_ids[self._num_read :])
-        self._stream.flush()
-        return Generation(
-            text=self._stream.text,
-            token_ids=tuple(token_ids),
-            finish_reason=decode.finish,
-            seed=self._request.sampling.seed,
-            logprobs=None if self._request.logprobs is None else tuple(decode.logprobs),
-            forwards=tuple(decode.records),
-            statistics=self._task.statistics(),
+        Raises:
+            OptionError: an option is out of range for the model, or a grammar does not compile.
+            PromptError: the prompt and its new tokens do not fit.
+            MissingExtraError: a grammar is given and its extra is not installed.
+        """
+        if options.seed is None and options.temperature:
+            options = replace(options, seed=secrets.randbelow(MAX_SEED))
+        request = resolve(options, self._limits, prompt)
+        return RequestRun(
+            request, self._make_decoder(request), codec=self._codec, sampler=self._make_sampler(request), ended=ended
         )
 
-    def _take(self, new: list[int]) -> None:
-        self._new = new
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(
+            self._codec, vocab_size=self._limits.vocab_size, eos_token_ids=self._limits.eos_token_ids
+        )
 
-    def _cut_at_stop(self, new: list[int]) -> int | None:
-        for index in range(len(new)):
-            self._read(new[index : index + 1])
-            if self._stream.stopped:
-                return index + 1
-        return None
+    def _make_sampler(self, request: ResolvedRequest) -> Sampler | None:
+        if not request.needs_sampler:
+            return None
+        return Sampler(
+            request.sampling,
+            prompt=request.prompt,
+            vocab_size=self._limits.vocab_size,
+            constraint=self._grammars.compile(*request.grammar) if request.grammar else None,
+        )
 
-    def _read(self, tokens: list[int]) -> None:
-        """Turn tokens into text; an end-of-sequence token is no text."""
-        self._num_read += len(tokens)
-        self._delta += self._stream.push([token for token in tokens if token not in self._eos])
+    def _make_decoder(self, request: ResolvedRequest) -> Decoder:
+        pad, seed = self._limits.pad_token_id, request.seed
+        if request.lookahead:
+            fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=seed, pool=self._pool)
+            return Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
+        return make_decoder(
+            request.method, request.prompt, fill=request.fill, seed=seed, pad_token_id=pad, pool=self._pool
+        )

@@ -13,21 +13,23 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
 from cllm_export.runtime.decoding.batch import MIN_READING_WIDTH
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target, write_snapshot
-from cllm_export.runtime.decoding.request import StopCut, require_shareable
+from cllm_export.runtime.decoding.prefix.prompt_state import require_prompt_state
+from cllm_export.runtime.decoding.request import RequestStatus, require_shareable
 from cllm_export.runtime.decoding.scheduler import Scheduler, StepReport
-from cllm_export.runtime.decoding.task import Task
-from cllm_export.runtime.decoding.text import Messages, TextStream
+from cllm_export.runtime.decoding.text import Messages
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import READING, BlockSize, Options, Prepared, pad_token
-from cllm_export.runtime.request_run import Generation
+from cllm_export.runtime.options import READING, BlockSize, GenerateOptions, override, resolve_block_size
+from cllm_export.runtime.request_run import Generation, RequestRun
 
 log = logging.getLogger(__name__)
 
@@ -43,56 +45,49 @@ class Handle:
     Safe from any thread; but one reader at a time, since each delta is handed out once.
     """
 
-    def __init__(self, service: Service, prepared: Prepared, eos: frozenset[int]) -> None:
-        self._service = service
-        self._prepared = prepared
-        self._eos = eos
-        self._changed = threading.Condition()
-        self._new: deque[int] = deque()
-        self._stream = TextStream(service.codec, prepared.stop)
+    def __init__(self, run: RequestRun, *, cancel: Callable[[], None], check_reader: Callable[[], None]) -> None:
+        """``check_reader`` raises EngineError in a thread that must not wait."""
+        self._run = run
+        self._cancel = cancel
+        self._check_reader = check_reader
         self._is_read = False
-        self._wakers: list[Callable[[], None]] = []
-        self._is_done = False
-        watch = TextStream(service.codec, prepared.stop) if prepared.stop else None
-        decode = service.model.make_decode(prepared, _stop_cut(watch, eos) if watch else None)
-        self._task = Task(
-            prepared.prompt, decode, drafts=service.model.drafts_of(prepared), take=self._take, ended=self._end
-        )
+
+    @property
+    def status(self) -> RequestStatus:
+        return self._run.status
 
     @property
     def done(self) -> bool:
         """Whether it has ended, however it ended."""
-        return self._is_done
+        return self._run.status.has_ended
 
     def cancel(self) -> None:
         """Stop it; its slot is free for the next forward. What it has given so far stays. Nothing if it has ended."""
-        self._service._cancel(self)
+        self._cancel()
 
     def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the end and give the whole; ``finish_reason`` is ``closed`` where it was cancelled.
+        """Wait for the end and give the whole; ``finish_reason`` is ``cancelled`` where it was.
 
         Raises:
             TimeoutError: it has not ended within ``timeout`` seconds; it goes on.
             CllmExportError: what it failed with, EngineError where the engine did; or a watcher asks before its end.
         """
         self._require_reader()
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout):
+        with self._run.changed:
+            if not self._run.changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"the request has not ended within {timeout} seconds; it goes on")
-        self._raise_failure()
-        return self._generation()
+        return self._run.result()
 
     def __iter__(self) -> Iterator[str]:
         self._start_reading()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._new or self._is_done)
-                tokens, ended = self._drain()
-            if delta := self._push(tokens, ended):
+        has_ended = False
+        while not has_ended:
+            with self._run.changed:
+                self._run.changed.wait_for(lambda: self._run.has_news)
+            delta, has_ended = self._run.read()
+            if delta:
                 yield delta
-            if ended:
-                self._raise_failure()
-                return
+        self._run.raise_failure()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         self._start_reading()
@@ -102,82 +97,32 @@ class Handle:
             with suppress(RuntimeError):  # the loop was closed, with a reader still in it
                 loop.call_soon_threadsafe(event.set)
 
-        with self._changed:
-            self._wakers.append(wake)
+        with self._run.changed:
+            self._run.watchers.append(wake)
         try:
-            while True:
-                with self._changed:
-                    ready = bool(self._new) or self._is_done
-                    if not ready:
-                        event.clear()
-                    tokens, ended = self._drain()
-                if not ready:
-                    await event.wait()
-                    continue
-                if delta := self._push(tokens, ended):
+            has_ended = False
+            while not has_ended:
+                event.clear()  # before what it tells of is read: what comes in between sets it again
+                delta, has_ended = self._run.read()
+                if delta:
                     yield delta
-                if ended:
-                    self._raise_failure()
-                    return
+                if not has_ended:
+                    await event.wait()
+            self._run.raise_failure()
         finally:
-            with self._changed:
-                self._wakers.remove(wake)
-
-    def _raise_failure(self) -> None:
-        if self._task.error:
-            raise self._task.error
+            with self._run.changed:
+                self._run.watchers.remove(wake)
 
     def _require_reader(self) -> None:
-        if not self._is_done:
-            self._service._require_caller()
+        if not self.done:
+            self._check_reader()
 
     def _start_reading(self) -> None:
         self._require_reader()
-        with self._changed:
+        with self._run.changed:
             if self._is_read:
                 raise OptionError("this handle has been iterated already: each delta is handed out once; use result()")
             self._is_read = True
-
-    def _drain(self) -> tuple[list[int], bool]:
-        tokens = list(self._new)
-        self._new.clear()
-        return tokens, self._is_done
-
-    def _push(self, tokens: list[int], ended: bool) -> str:
-        delta = self._stream.push([token for token in tokens if token not in self._eos])
-        return delta + self._stream.flush() if ended else delta
-
-    def _take(self, tokens: list[int]) -> None:
-        with self._changed:
-            self._new.extend(tokens)
-            self._notify()
-
-    def _end(self, _: Task) -> None:
-        self._service._has_ended()
-        with self._changed:
-            self._is_done = True
-            self._notify()
-
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        for wake in self._wakers:
-            wake()
-
-    def _generation(self) -> Generation:
-        task = self._task
-        token_ids = tuple(token for record in task.decode.records for token in record.new)
-        stream = TextStream(self._service.codec, self._prepared.stop)
-        stream.push([token for token in token_ids if token not in self._eos])
-        stream.flush()
-        return Generation(
-            text=stream.text,
-            token_ids=token_ids,
-            finish_reason=task.decode.finish,
-            seed=self._prepared.sampling.seed,
-            logprobs=None if self._prepared.logprobs is None else tuple(task.decode.logprobs),
-            forwards=tuple(task.decode.records),
-            statistics=task.statistics(),
-        )
 
 
 class Service:
@@ -212,12 +157,11 @@ class Service:
             raise OptionError(f"watch must be a function of a StepReport, got {watch!r}")
         self.model = model
         self.codec = model.codec
-        self.pad_token_id = pad_token(model.facts)
-        self.block_size = model.settle_block_size(block_size, deterministic=block_size is None)
+        self.block_size = resolve_block_size(block_size, model.limits, deterministic=block_size is None)
         self._queue_size = queue_size
         self._watch = watch
-        self._inbox: deque[Handle] = deque()
-        self._cancelled: deque[Handle] = deque()
+        self._inbox: deque[RequestRun] = deque()
+        self._cancelled: deque[RequestRun] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         lock = threading.Lock()
         self._work, self._room = threading.Condition(lock), threading.Condition(lock)
@@ -225,8 +169,8 @@ class Service:
         self._capacity = model.engine.num_slots + queue_size
         self._is_closed = False
         with ExitStack() as stack:
-            stack.enter_context(model.in_use())
-            self._scheduler = self._make_scheduler()
+            stack.enter_context(model.lease.hold())
+            self._scheduler = _make_scheduler(model, self.block_size)
             self._closing = stack.pop_all()
         self._worker = threading.Thread(target=self._run, name="cllm-export service", daemon=True)
         self._worker.start()
@@ -242,28 +186,36 @@ class Service:
         """Requests that were submitted and have not ended."""
         return self._num_open
 
-    def submit(self, prompt: str | Sequence[int] | Messages, **options: Unpack[Options]) -> Handle:
-        """Queue a request and return at once. ``options`` are ``Options`` less ``block_size``, the service's.
+    def submit(
+        self, prompt: str | Sequence[int] | Messages, options: GenerateOptions | None = None, **overrides: Any
+    ) -> Handle:
+        """Queue a request and return at once.
 
-        Safe from any thread.
+        Options and overrides are those of ``Model.generate``, less ``block_size`` and ``deterministic``, which are the
+        service's. Safe from any thread.
 
         Raises:
             PromptError, OptionError: the request is refused before it is queued.
             QueueFullError: as many requests wait as may.
             EngineError: the service is closed.
         """
-        handle = self._make_handle(prompt, options)
+        run = self._make_run(prompt, self._override(options, overrides))
         with self._work:
             self._require_open()
             if self._num_open >= self._capacity:
                 raise QueueFullError(self._queue_size)
-            self._put(handle)
-        return handle
+            self._put(run)
+        return self._handle_of(run)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int] | Messages], **options: Unpack[Options]
+        self,
+        prompts: Sequence[str | Sequence[int] | Messages],
+        options: GenerateOptions | None = None,
+        **overrides: Any,
     ) -> list[Generation]:
         """Decode prompts together and wait for all; results in their order. Where the queue is full it waits for room.
+
+        Options and overrides are those of ``submit``, for all prompts.
 
         Raises:
             PromptError, OptionError: a request is refused; none has been queued then.
@@ -272,13 +224,14 @@ class Service:
         self._require_caller()
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise PromptError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
-        handles = [self._make_handle(prompt, options) for prompt in prompts]
-        for handle in handles:
+        given = self._override(options, overrides)
+        runs = [self._make_run(prompt, given) for prompt in prompts]
+        for run in runs:
             with self._work:
                 self._room.wait_for(lambda: self._num_open < self._capacity or self._is_closed)
                 self._require_open()
-                self._put(handle)
-        return [handle.result() for handle in handles]
+                self._put(run)
+        return [self._handle_of(run).result() for run in runs]
 
     def warm_up(self) -> None:
         """Run a forward of the service's shape, so that the first request does not pay for what engines do once.
@@ -287,7 +240,7 @@ class Service:
             EngineError: the engine failed.
         """
         self._require_caller()
-        self.submit([self.pad_token_id], method="jacobi", max_new_tokens=1, ignore_eos=True).result()
+        self.submit([self.model.limits.pad_token_id], method="jacobi", max_new_tokens=1, ignore_eos=True).result()
 
     def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
         """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request.
@@ -300,10 +253,10 @@ class Service:
             EngineError: the engine failed, or the service is closed.
         """
         self._require_caller()
-        state = self.model.require_prompt_state()
+        state = require_prompt_state(self.model.prompt_state)
         check_target(path)
         tokens = self.model.encode(prompt)
-        self.submit(tokens, **READING).result()
+        self.submit(tokens, READING).result()
         write_snapshot(path, self._call(lambda: state.snapshot(tokens)))
         return len(tokens)
 
@@ -316,7 +269,7 @@ class Service:
             SnapshotError, OptionError: as there.
             EngineError: the service is closed.
         """
-        state = self.model.require_prompt_state()
+        state = require_prompt_state(self.model.prompt_state)
         snapshot = state.read(path)
         self._call(lambda: state.keep(snapshot))
         return len(snapshot.tokens)
@@ -330,31 +283,25 @@ class Service:
             self._worker.join()
             self._closing.close()
 
-    def _make_scheduler(self) -> Scheduler:
-        """One n reads prompts in chunks of it, but a small one in turn with wider forwards; a chosen one, which may be
-        1, in chunks of some more."""
-        wide = min(MIN_READING_WIDTH, self.model.engine.geometry.max_block_size)
-        is_small = self.block_size != "auto" and self.block_size <= wide // 2
-        return Scheduler(
-            self.model.engine,
-            block_size=self.model.size_policy(self.block_size),
-            pad_token_id=self.pad_token_id,
-            drafter=self.model.draft_model,
-            prefix_cache=self.model.prefix_cache,
-            reading_width=wide if self.block_size == "auto" else None,
-            turn_width=wide if is_small else None,
-        )
+    def _override(self, options: GenerateOptions | None, overrides: Mapping[str, Any]) -> GenerateOptions:
+        """The options of a request, with the service's n."""
+        given = override(options, overrides)
+        for name, is_given in (("block_size", given.block_size is not None), ("deterministic", given.deterministic)):
+            if is_given:
+                raise OptionError(
+                    f"{name} is the service's, one for all its requests: Service(model, block_size=...)", fields=(name,)
+                )
+        require_shareable(given.method, given.forwards_per_sync)
+        return replace(given, block_size=self.block_size)
 
-    def _make_handle(self, prompt: str | Sequence[int] | Messages, options: Options) -> Handle:
-        for name in ("block_size", "deterministic"):
-            if name in options:
-                raise OptionError(f"{name} is the service's, one for all its requests: Service(model, block_size=...)")
-        require_shareable(options.get("method"), options.get("forwards_per_sync"))
-        prepared = self.model.prepare(prompt, **(options | Options(block_size=self.block_size)))
-        return Handle(self, prepared, self.model.eos_of(prepared))
+    def _make_run(self, prompt: str | Sequence[int] | Messages, options: GenerateOptions) -> RequestRun:
+        return self.model.requests.make(self.model.encode(prompt), options, ended=self._has_ended)
 
-    def _put(self, handle: Handle) -> None:
-        self._inbox.append(handle)
+    def _handle_of(self, run: RequestRun) -> Handle:
+        return Handle(run, cancel=partial(self._cancel, run), check_reader=self._require_caller)
+
+    def _put(self, run: RequestRun) -> None:
+        self._inbox.append(run)
         self._num_open += 1
         self._work.notify_all()
 
@@ -377,9 +324,9 @@ class Service:
         if self._is_closed:
             raise EngineError("the service is closed")
 
-    def _cancel(self, handle: Handle) -> None:
+    def _cancel(self, run: RequestRun) -> None:
         with self._work:
-            self._cancelled.append(handle)
+            self._cancelled.append(run)
             self._work.notify_all()
 
     def _has_ended(self) -> None:
@@ -412,10 +359,10 @@ class Service:
             for queue in (self._inbox, self._cancelled, self._calls):
                 queue.clear()
             is_closed = self._is_closed
-        for handle in arrived:
-            self._scheduler.submit(handle._task)
-        for handle in cancelled:
-            self._scheduler.cancel(handle._task)
+        for run in arrived:
+            self._scheduler.submit(run.task)
+        for run in cancelled:
+            self._scheduler.cancel(run.task)
         for function, future in calls:
             _run_call(function, future)
         if is_closed:
@@ -430,14 +377,10 @@ def _run_call(function: Callable[[], T], future: Future[T]) -> None:
         future.set_exception(error)
 
 
-def _stop_cut(watch: TextStream, eos: frozenset[int]) -> StopCut:
-    """Where a stop string ends the request among new tokens; reads them one by one."""
-
-    def cut(new: list[int]) -> int | None:
-        for index, token in enumerate(new):
-            watch.push([] if token in eos else [token])
-            if watch.stopped:
-                return index + 1
-        return None
-
-    return cut
+def _make_scheduler(model: Model, block_size: BlockSize) -> Scheduler:
+    """One n reads prompts in chunks of it, but a small one in turn with wider forwards; a chosen one, which may be
+    1, in chunks of some more."""
+    wide = min(MIN_READING_WIDTH, model.limits.max_block_size)
+    if block_size == "auto":
+        return model.loops.make_scheduler(block_size, reading_width=wide)
+    return model.loops.make_scheduler(block_size, turn_width=wide if block_size <= wide // 2 else None)

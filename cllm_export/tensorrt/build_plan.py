@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, check_block_size, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
@@ -118,8 +118,7 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
         _require_pinned(options, fixed.block_size, fixed.batch_size)
         sizes, extents = (fixed.block_size,), (fixed.kv_extent,)
         batch, chunk = fixed.batch_size, fixed.block_size
-    if sizes[-1] > geometry.max_block_size:
-        raise OptionError(f"block_size must be at most {geometry.max_block_size} for this bundle, got {sizes[-1]}")
+    check_block_size(sizes[-1], largest=geometry.max_block_size)
     if extents and extents[-1] > geometry.cache_length:
         raise OptionError(f"extents must be at most the cache's {geometry.cache_length} rows, got {extents[-1]}")
     return PlanSettings(

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cllm_export.bundle.contract import BYTES, KV_DTYPE, PRECISIONS, Geometry, Precision
+from cllm_export.bundle.contract import BYTES, KV_DTYPE, PRECISIONS, Geometry, Precision, check_block_size
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.checks import check_options, option
-from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.shared_options import block_size_option
 
 LIVE_ROWS = 4
@@ -67,8 +66,7 @@ def memory_figures(bundle: Bundle, options: MemoryOptions) -> list[Figure]:
     precision = options.precision or manifest.precision
     block = options.block_size or manifest.block_size
     length, batch = options.max_length or manifest.max_length, options.batch_size or manifest.batch_size
-    if block > own.max_block_size:
-        raise OptionError(f"block_size must be at most {own.max_block_size} for this bundle, got {block}")
+    check_block_size(block, largest=own.max_block_size)
     weights = _weights(bundle.weight_bytes, manifest.precision, precision)
     cache = _kv_cache(own, precision, rows=length + own.max_block_size - 1, batch=batch)
     widest = max(block, options.prefill_chunk)

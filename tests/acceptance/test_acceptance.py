@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine, Forward
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
 from tests.acceptance.subjects import BLOCK_SIZES, KINDS, Kind, Subject, open_kind
 from tests.conftest import THREADS, Workshop
 from tests.fakes import PAD
@@ -129,7 +129,7 @@ def test_the_loop_on_the_device_gives_the_tokens_of_the_loop_on_the_host(
     """Through one engine, recorded graphs and new ones; with fewer waits of the host."""
     if kind.gpu is None:
         pytest.skip("of TensorRT's engine alone")
-    options: Options = {"method": "jacobi", "block_size": 16, "max_new_tokens": 100, "ignore_eos": True}
+    options: dict[str, Any] = {"method": "jacobi", "block_size": 16, "max_new_tokens": 100, "ignore_eos": True}
     with Model(bundle.manifest, single.engine, TextCodec.of_bundle(bundle)) as model:
         expected = model.generate([*range(3, 40)], **options)
         for _ in range(3):

@@ -238,7 +238,7 @@ def test_the_commit_kernel_is_the_policy_of_the_loop_on_the_host(device: Device,
         for slot in range(buffers.slots)
     ]
     for _ in range(12):
-        running = [decode.finish == "closed" for decode in decodes]
+        running = [not decode.is_finished for decode in decodes]
         read = [len(decode.records) for decode in decodes]
         buffers.write("next_ids", [generator.randrange(30) for _ in range(buffers.slots * buffers.size)])
         buffers.write("num_accepted", [generator.randint(1, buffers.size) if runs else 0 for runs in running])
@@ -247,7 +247,7 @@ def test_the_commit_kernel_is_the_policy_of_the_loop_on_the_host(device: Device,
             sizes = {"ring_size": buffers.ring_size, "block_size": buffers.size}
             follow(decode, buffers.copy.read_turns(slot, read[slot], **sizes), buffers.size)
             assert len(decode.records) == read[slot] + running[slot]
-            goes_on = decode.finish == "closed"
+            goes_on = not decode.is_finished
             assert bool(buffers.copy["left"][slot]) == bool(buffers.copy["num_committed"][slot]) == goes_on
             if goes_on:
                 block = buffers.copy["input_ids"].reshape(buffers.slots, -1)[slot].tolist()

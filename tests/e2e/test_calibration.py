@@ -138,7 +138,7 @@ def test_quantize_with_one_precision_takes_no_times(
         (("--precision", "int8-dynamic", "--group-size", 32), "--group-size is for int4"),
         (
             ("--precision", "int8-dynamic", "--precision", "int4", "--quantize-for", "tensorrt"),
-            "--precision must be one alone with --quantize-for tensorrt",
+            "must be one alone with --quantize-for",
         ),
         (("--precision", "int4", "--max-quality-loss", "2"), "--max-quality-loss must be from 0%"),
     ],

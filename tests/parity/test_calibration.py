@@ -226,7 +226,8 @@ def test_a_stand_in_of_every_layer_computes_what_a_bundle_does(workshop, bundle,
         OrtEngine(each, num_slots=1, threads=THREADS) for each in (bundle, workshop.bundle("small", quantize=options))
     )
     fake, real, whole = (
-        engine.forward([list(range(20))], [1], [0], with_logits=True).logits[0] for engine in (stand_in, built, plain)
+        engine.forward(Batch([list(range(20))], [1], [0]), with_logits=True).logits[0]
+        for engine in (stand_in, built, plain)
     )
     assert np.median(np.abs(fake - real)) < STAND_IN_TOLERANCE * np.median(np.abs(whole - real))
 

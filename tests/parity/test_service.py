@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
 from cllm_export.runtime.service import Handle, Service
 from tests.conftest import DEMO, THREADS, Workshop
 
@@ -52,7 +52,7 @@ def test_loops_may_differ_between_neighbours(model: Model, method: str):
 
 def test_sampled_and_greedy_requests_share_a_batch(model: Model):
     prompts = questions(12)
-    options: list[Options] = [
+    options: list[dict[str, Any]] = [
         {"temperature": 0.9 if index % 3 else 0.0, "seed": index, "logprobs": 1 if index % 2 else None}
         for index in range(len(prompts))
     ]
@@ -115,7 +115,7 @@ def test_twenty_thousand_short_requests_leave_slots_and_memory_clean(model: Mode
                 sizes.append(psutil.Process().memory_info().rss)
                 handle.result()  # the last one in the queue: there is room for what follows
                 for prompt, options, handle in kept[::100]:
-                    if handle.result().finish_reason != "closed":
+                    if handle.result().finish_reason != "cancelled":
                         assert service.submit(prompt, **options).result().token_ids == handle.result().token_ids
                 del kept[:]
         service.generate(prompts[:1], max_new_tokens=1)

@@ -16,7 +16,6 @@ from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
 from cllm_export.verification.tokens import MARGIN_EPSILON as VERIFY_EPSILON
 from tests.checkpoints import EOS, VARIANTS
 from tests.conftest import DEMO, PINNED, THREADS, Workshop
@@ -66,7 +65,13 @@ def test_a_sampled_request_gives_the_same_tokens_by_every_loop(workshop: Worksho
     """Through the same shape equality is required, of tokens and of log-probabilities."""
     model = workshop.model(name)
     for seed, prompt in enumerate(prompts_for(model)):
-        common: Options = {"seed": seed, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
+        common: dict[str, Any] = {
+            "seed": seed,
+            "temperature": 0.9,
+            "top_k": 40,
+            "top_p": 0.95,
+            "repetition_penalty": 1.2,
+        }
         common |= {"max_new_tokens": NUM_NEW_TOKENS, "block_size": 16, "logprobs": 2, "ignore_eos": True}
         expected = model.generate(prompt, method="autoregressive", **common)
         for method in JACOBI:

@@ -83,14 +83,14 @@ def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.
                 *map(ctypes.c_int, (len(eos), n, ring_size, 0 if fill == "pad" else REPEAT, slots)),
             )
         for slot, decode in enumerate(decodes):
-            if decode.finish == "closed":
+            if not decode.is_finished:
                 decode.take(next_ids[slot].tolist(), int(accepted[slot]))
                 entry = ring[slot, (turns[slot] - 1) % ring_size].tolist()
                 assert entry == [int(accepted[slot]), *next_ids[slot].tolist()]
             assert turns[slot] == len(decode.records), "a slot that has ended tells nothing more"
-            assert bool(left[slot]) == (decode.finish == "closed")
-            assert bool(committed[slot]) == (decode.finish == "closed")
-            if decode.finish == "closed":
+            assert bool(left[slot]) == (not decode.is_finished)
+            assert bool(committed[slot]) == (not decode.is_finished)
+            if not decode.is_finished:
                 assert blocks[slot].tolist() == decode.next_block(n).tokens
                 assert write_index[slot] == decode.write_index
 

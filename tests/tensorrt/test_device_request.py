@@ -28,7 +28,6 @@ from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import Options
 from cllm_export.runtime.request_run import Generation
 from cllm_export.runtime.service import Service
 from cllm_export.tensorrt import engine as trt_engine
@@ -109,7 +108,7 @@ def test_a_request_gives_what_it_gives_with_the_loop_on_the_host(
 ):
     """Limits, ends of sequence, stop strings, prompts that begin alike: records, statistics and reuse included."""
     host, device = sides
-    options: Options = {
+    options: dict[str, Any] = {
         "method": "jacobi",
         "block_size": data.draw(st.sampled_from(SIZES), "block_size"),
         "fill": data.draw(st.sampled_from(["pad", "repeat"]), "fill"),
@@ -157,7 +156,7 @@ def test_a_stream_gives_the_text_launch_by_launch_and_may_be_left(device: Side, 
         return held[-1]
 
     monkeypatch.setattr(device_loop.DeviceLoop, "decode", hold)
-    options: Options = {"block_size": 8, "max_new_tokens": 40, "ignore_eos": True}
+    options: dict[str, Any] = {"block_size": 8, "max_new_tokens": 40, "ignore_eos": True}
     expected = device.model.generate([5, 6, 7], **options)
     with device.model.stream([5, 6, 7], **options, forwards_per_sync=2) as stream:
         assert "".join(stream) == expected.text
@@ -165,7 +164,7 @@ def test_a_stream_gives_the_text_launch_by_launch_and_may_be_left(device: Side, 
     with device.model.stream([5, 6, 7], **options, forwards_per_sync=2) as stream:
         next(stream)
     left = stream.result()
-    assert left.finish_reason == "closed"
+    assert left.finish_reason == "cancelled"
     assert left.token_ids == expected.token_ids[: len(left.token_ids)]
     assert 0 < len(left.token_ids) < 40
     assert left.statistics.on_device is not None
@@ -174,7 +173,7 @@ def test_a_stream_gives_the_text_launch_by_launch_and_may_be_left(device: Side, 
 
 
 def test_fewer_waits_of_the_host_are_what_it_brings(device: Side):
-    options: Options = {"block_size": 8, "max_new_tokens": 48, "ignore_eos": True}
+    options: dict[str, Any] = {"block_size": 8, "max_new_tokens": 48, "ignore_eos": True}
     waits = {}
     for count in (1, 4, 16):
         for _ in range(4):  # the last replays what the others recorded
@@ -192,7 +191,7 @@ def test_fewer_waits_of_the_host_are_what_it_brings(device: Side):
     assert waits[16] < waits[4] < waits[1]
 
 
-REFUSED: dict[str, Options] = {
+REFUSED: dict[str, dict[str, Any]] = {
     "forwards_per_sync must be an integer of at least 1, got 0": {"forwards_per_sync": 0},
     "excludes sampling": {"temperature": 0.7},
     "excludes logprobs": {"logprobs": 0},
@@ -213,7 +212,7 @@ def test_what_the_device_cannot_do_is_refused_by_name_before_anything_runs(devic
     if "regex" in REFUSED[message]:
         pytest.importorskip("llguidance")
     before = len(device.simulated.runtime.calls)
-    options: Options = {"method": "jacobi", "block_size": 8, "forwards_per_sync": 4, **REFUSED[message]}
+    options: dict[str, Any] = {"method": "jacobi", "block_size": 8, "forwards_per_sync": 4, **REFUSED[message]}
     with pytest.raises(OptionError, match=message):
         device.model.generate([5, 6], **options)
     assert len(device.simulated.runtime.calls) == before
@@ -253,7 +252,7 @@ def test_the_default_block_size_is_the_models_own(device: Side):
 
 def test_a_device_that_fails_ends_the_request_and_frees_the_model(bundle: Bundle, plan: Plan, tmp_path: Path):
     side = open_side(bundle, plan, tmp_path)
-    options: Options = {"block_size": 8, "max_new_tokens": 30, "ignore_eos": True, "forwards_per_sync": 2}
+    options: dict[str, Any] = {"block_size": 8, "max_new_tokens": 30, "ignore_eos": True, "forwards_per_sync": 2}
     with side.model as model:
         expected = model.generate([5, 6], **options).token_ids
         side.simulated.tensorrt.broken.add("execute")
@@ -340,7 +339,7 @@ def test_the_command_line_refuses_it_beside_the_cpu(
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 2
-    assert "forwards_per_sync is for TensorRT" in capsys.readouterr().err
+    assert "--forwards-per-sync is for TensorRT" in capsys.readouterr().err
 
 
 def test_loops_are_made_once_for_each_n_and_k(bundle: Bundle, plan: Plan, tmp_path: Path):
@@ -360,7 +359,7 @@ def test_loops_are_made_once_for_each_n_and_k(bundle: Bundle, plan: Plan, tmp_pa
 def test_an_old_driver_unrolls_and_the_statistics_say_why(bundle: Bundle, plan: Plan, tmp_path: Path):
     side = open_side(bundle, plan, tmp_path)
     side.simulated.cuda.driver = 12030
-    options: Options = {"block_size": 8, "max_new_tokens": 40, "ignore_eos": True}
+    options: dict[str, Any] = {"block_size": 8, "max_new_tokens": 40, "ignore_eos": True}
     with side.model as model:
         expected = model.generate([5, 6, 7], **options)
         for is_ahead in (False, True):
@@ -381,7 +380,7 @@ def test_a_pinned_plan_decodes_on_the_device(workshop: Workshop, tmp_path: Path)
     gpu = replace(simulated.gpu, compiler=simulated.compiler(tmp_path))
     engine = TrtEngine(bundle, plan=build_plan(bundle, gpu=gpu), gpu=gpu)
     with Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)) as model:
-        options: Options = {"max_new_tokens": 30, "ignore_eos": True}
+        options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
         expected = model.generate([*range(3, 22)], **options)
         for _ in range(2):
             found = model.generate([*range(3, 22)], **options, forwards_per_sync=4)

@@ -6,6 +6,7 @@ Shared by whatever decodes: one request in one slot (``runtime/model.py``) or ma
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from enum import Enum
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ SlotMethod = Literal["jacobi", "jacobi-block", "speculative", "autoregressive"]
 Method = Literal[SlotMethod, "lookahead"]
 LOOKAHEAD: Literal["lookahead"] = "lookahead"
 JacobiMethod = Literal["jacobi", "jacobi-block"]
-FinishReason = Literal["eos", "length", "stop", "closed"]
+FinishReason = Literal["eos", "length", "stop", "cancelled"]
 
 DECODERS: dict[SlotMethod, type[SlidingJacobi] | type[BlockJacobi] | type[Speculative] | type[Autoregressive]] = {
     "jacobi": SlidingJacobi,
@@ -46,11 +47,24 @@ StopCut = Callable[[list[int]], int | None]
 """How many of these new tokens are left where a stop string ends the request among them; None where none does."""
 
 
-class Decode:
-    """The decode of one request: a policy, its limits, and the record of its forwards.
+class RequestStatus(Enum):
+    """Where a request is on its way."""
 
-    ``finish`` is ``closed`` as long as it has not ended, which is what it then stays if nobody goes on.
-    """
+    WAITING = "waiting"
+    RUNNING = "running"
+    """It has a slot: its prompt is read, or it decodes."""
+    FINISHED = "finished"
+    """It ended by its own rules."""
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def has_ended(self) -> bool:
+        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+
+
+class Decode:
+    """The decode of one request: a policy, its limits, and the record of its forwards."""
 
     def __init__(
         self,
@@ -74,7 +88,16 @@ class Decode:
         self.logprobs: list[Logprob] = []
         """Of every new token, where they were asked for."""
         self.records: list[ForwardRecord] = []
-        self.finish: FinishReason = "closed"
+        self.finish_reason: FinishReason | None = None
+        """Why it has ended; None as long as it runs."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def cancel(self) -> None:
+        """End it here, if it has not ended."""
+        self.finish_reason = self.finish_reason or "cancelled"
 
     @property
     def write_index(self) -> int:
@@ -136,8 +159,8 @@ class Decode:
             ]
         self._position += len(new)
         self._left -= len(new)
-        if not self._left and self.finish == "closed":
-            self.finish = "length"
+        if not self._left and not self.is_finished:
+            self.finish_reason = "length"
         if lost := len(known) - len(new):
             num_right -= lost - 1  # the bonus is lost first, and is no row of the block
         at, tokens, predicted = tried or (write_index, self._block.tokens, next_ids)
@@ -149,9 +172,9 @@ class Decode:
         new = known if len(known) <= self._left else known[: self._left]
         if not self._eos.isdisjoint(new):
             first = next(index for index, token in enumerate(new) if token in self._eos)
-            new, self.finish = new[: first + 1], "eos"
+            new, self.finish_reason = new[: first + 1], "eos"
         if self._stop_cut and (end := self._stop_cut(new)) is not None:
-            new, self.finish = new[:end], "stop"
+            new, self.finish_reason = new[:end], "stop"
         return new
 
 

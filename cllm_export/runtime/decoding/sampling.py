@@ -14,14 +14,14 @@ Shapes: n tokens of the block, V the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.checks import require_at_least
+from cllm_export.checks import check_options, option
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.constraint import Constraint
 
@@ -47,49 +47,58 @@ class Sampling:
     Applied in this order: logit bias, repetition penalty, grammar, temperature, top-k, top-p (of what top-k left),
     min-p.
 
-    Args:
-        temperature: 0 is greedy; else 1e-6 to 1e6.
-        top_k: keep the k most probable tokens, and those equal to the last of them; 0 keeps all.
-        top_p: keep the most probable tokens that together reach this probability, in (0, 1].
-        min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1].
-        repetition_penalty: divides positive scores of tokens that stand in prompt or text, multiplies negative ones;
-            1e-6 to 1e6.
-        logit_bias: added to the scores of these token ids, -1e20 to 1e20; ``-inf`` bans one.
-        seed: of the noise.
-
     Raises:
         OptionError: a value is out of range; its name and range are told.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int = 0
+    temperature: float = option(0.0, help="0 decodes greedily; above 0 samples.")
+    """0, or 1e-6 to 1e6."""
+    top_k: int = option(0, minimum=0, help="Sample among this many most probable tokens; 0 for all.")
+    """Keeps the k most probable tokens, and those equal to the last of them."""
+    top_p: float = option(
+        1.0, above=0, maximum=1, help="Sample among the most probable tokens that together reach this probability."
+    )
+    """Keeps the most probable tokens that together reach this probability."""
+    min_p: float = option(
+        0.0, minimum=0, maximum=1, help="Sample among tokens at least this fraction as probable as the best one."
+    )
+    """Keeps tokens at least this fraction as probable as the most probable one."""
+    repetition_penalty: float = option(
+        1.0, minimum=SMALLEST, maximum=LARGEST, help="Above 1 makes tokens that the text has already less probable."
+    )
+    """Divides positive scores of tokens that stand in prompt or text, and multiplies negative ones."""
+    logit_bias: Mapping[int, float] | None = option(
+        None, help="Added to the score of a token, -inf to ban it; give it once for each token."
+    )
+    """Token id to bias, -1e20 to 1e20, or ``-inf``, which bans the token."""
+    seed: int | None = option(
+        None, minimum=0, help="Seed of sampling and of the prompt fill; by default a fresh one for each sampled prompt."
+    )
+    """Of the noise that samples, and of the ``prompt`` fill, 0 to 2^63 - 1. A ``Sampler`` takes None for 0."""
 
     def __post_init__(self) -> None:
-        bounds = f"{SMALLEST:g} to {LARGEST:g}"
-        _require_number(
-            "temperature", self.temperature, f"0 or {bounds}", lambda value: value == 0 or SMALLEST <= value <= LARGEST
-        )
-        require_at_least("top_k", self.top_k, 0)
-        _require_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
-        _require_number("min_p", self.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
-        _require_number(
-            "repetition_penalty", self.repetition_penalty, bounds, lambda value: SMALLEST <= value <= LARGEST
-        )
-        require_at_least("seed", self.seed, 0)
-        if self.seed > MAX_SEED:
-            raise OptionError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed}")
-        if not isinstance(self.logit_bias, Mapping):
-            raise OptionError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
-        for token, bias in self.logit_bias.items():
+        heat = self.temperature
+        if not _is_number(heat) or not (heat == 0 or SMALLEST <= heat <= LARGEST):
+            raise OptionError(
+                f"temperature must be a number, 0 or {SMALLEST:g} to {LARGEST:g}, got {heat!r}",
+                fields=("temperature",),
+            )
+        check_options(self)
+        if self.seed is not None and self.seed > MAX_SEED:
+            raise OptionError(f"seed must be an integer from 0 to 2^63 - 1, got {self.seed}", fields=("seed",))
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise OptionError(
+                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", fields=("logit_bias",)
+            )
+        for token, bias in (self.logit_bias or {}).items():
             if not _is_number(bias) or not (abs(bias) <= LARGEST_BIAS or bias == -math.inf):
                 raise OptionError(
                     f"logit_bias of token {token!r} must be a number from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g}, or "
-                    f"-inf, got {bias!r}"
+                    f"-inf, got {bias!r}",
+                    fields=("logit_bias",),
                 )
 
     @property
@@ -99,9 +108,11 @@ class Sampling:
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise OptionError unless every biased token is one of the model's."""
-        for token in self.logit_bias:
+        for token in self.logit_bias or {}:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise OptionError(f"logit_bias takes token ids from 0 to {vocab_size - 1}, got {token!r}")
+                raise OptionError(
+                    f"logit_bias takes token ids from 0 to {vocab_size - 1}, got {token!r}", fields=("logit_bias",)
+                )
 
 
 class Logprob(NamedTuple):
@@ -134,9 +145,11 @@ class Sampler:
         self._seen = np.zeros(vocab_size, bool)
         self._num_seen = 0
         self._noise: dict[int, Float32Array] = {}
-        self._bias = np.zeros(vocab_size, np.float32) if sampling.logit_bias else None
+        self._seed = sampling.seed or 0
+        self._bias_of = sampling.logit_bias or {}
+        self._bias = np.zeros(vocab_size, np.float32) if self._bias_of else None
         if self._bias is not None:
-            self._bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
+            self._bias[list(self._bias_of)] = list(self._bias_of.values())
 
     def accept(self, tokens: Sequence[int]) -> None:
         """The text goes on with these tokens."""
@@ -154,7 +167,7 @@ class Sampler:
             return []
         self._constrain(write_index)
         forced = self._constraint.forced(self._text[write_index + 1 :], limit)
-        banned = (index for index, token in enumerate(forced) if self._sampling.logit_bias.get(token) == -math.inf)
+        banned = (index for index, token in enumerate(forced) if self._bias_of.get(token) == -math.inf)
         return forced[: next(banned, len(forced))]
 
     def _constrain(self, write_index: int) -> None:
@@ -254,7 +267,7 @@ class Sampler:
         self._noise = {
             position: self._noise[position]
             if position in self._noise
-            else gumbel_noise(self._sampling.seed, position, len(self._seen))
+            else gumbel_noise(self._seed, position, len(self._seen))
             for position in positions
         }
         return np.stack([self._noise[position] for position in positions])
@@ -304,8 +317,3 @@ def _nucleus(scores: Float32Array, top_p: float) -> np.float32:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _require_number(name: str, value: float, said: str, is_right: Callable[[float], bool]) -> None:
-    if not _is_number(value) or not is_right(value):
-        raise OptionError(f"{name} must be a number, {said}, got {value!r}")

@@ -1,27 +1,60 @@
 """Continuous batching: requests wait in a bounded queue, enter free slots at any forward, and leave when they end.
 
-Policy alone: lists, no tensors, no threads. One ``step`` is one forward of the engine for every slot. A slot that is
-still reading its prompt feeds a chunk of it, all of it committed, beside slots that decode; what a slot does not use
-of the block is dead rows, as a rejected draft's are. Slots see nothing of each other, so what a request gives does
-not depend on its neighbours.
+Policy alone: lists, no tensors, no threads. One ``step`` is one forward of the engine for every slot: ``schedule`` says
+what it runs, and ``update`` takes what it gave. A slot that is still reading its prompt feeds a chunk of it, all of it
+committed, beside slots that decode. What a slot does not use of the block is dead rows, as a rejected draft's are.
+Slots see nothing of each other, so what a request gives does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
-from cllm_export.bundle.contract import Batch
+from cllm_export.bundle.contract import Batch, check_block_size
 from cllm_export.checks import require_at_least
 from cllm_export.errors import QueueFullError
+from cllm_export.runtime.decoding.block_size.acceptance import DraftRecord
 from cllm_export.runtime.decoding.block_size.chooser import PinnedSize, SizePolicy
 from cllm_export.runtime.decoding.draft_model import Drafter
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
 from cllm_export.runtime.decoding.slot import Slot, engine_failure, memory_of
 from cllm_export.runtime.decoding.task import Task
-from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.engines.base import Engine, Forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One forward that is to run: which slots take part, and the rows of all B slots."""
+
+    block_size: int
+    """n of the slots that decode; 0 where none does."""
+    reading: tuple[int, ...]
+    """Slots that read their prompts."""
+    decoding: tuple[int, ...]
+    paused: tuple[int, ...]
+    """Slots with a task that this forward passes over."""
+    batch: Batch
+    """The rows of all slots, [B, width]."""
+    with_logits: bool
+    reused_tokens: int
+    """Of the prompts admitted for this step, tokens whose KV was kept from earlier texts."""
+    started: float = field(repr=False)
+    """When it was begun, by the clock; and the seconds spent in engines by then."""
+    run_seconds: float = field(repr=False)
+
+    @property
+    def width(self) -> int:
+        """Rows of each slot; more than ``block_size`` where a prompt's chunk is longer."""
+        return len(self.batch.input_ids[0])
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether no slot decodes, so that the head need not run."""
+        return not self.decoding
 
 
 class StepReport(NamedTuple):
@@ -72,8 +105,7 @@ class Scheduler:
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         if isinstance(block_size, int):
-            require_at_least("block_size", block_size, 1)
-            block_size = PinnedSize(block_size)
+            block_size = PinnedSize(check_block_size(block_size))
         if queue_size is not None:
             require_at_least("queue_size", queue_size, 1)
         self._engine = engine
@@ -84,7 +116,6 @@ class Scheduler:
         self._queue_size = queue_size
         self._drafter = drafter
         self._slots = [Slot(pad_token_id, memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
-        self._size = self._width = 0
         self._waiting: deque[Task] = deque()
 
     @property
@@ -111,6 +142,7 @@ class Scheduler:
         slot = next((slot for slot in self._slots if slot.task is task), None)
         if slot is None and task not in self._waiting:
             return False
+        task.decode.cancel()
         if slot is not None:
             slot.leave()
         else:
@@ -124,41 +156,92 @@ class Scheduler:
             self.cancel(task)
 
     def step(self) -> StepReport | None:
-        """Admit what fits, run one forward, hand out its tokens; None where there was nothing to run.
+        """Run one forward: ``schedule``, the engine, ``update``; None where there was nothing to run.
 
         A task whose taker raises ends with that error, and so do all running tasks where the engine fails; neither
         is raised here, and the slots are free again.
         """
-        started, engine_started = perf_counter(), self._run_seconds
+        try:
+            step = self.schedule()
+            forward = self._run(step) if step else None
+        except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
+            self._fail(self._slots, error)
+            return None
+        return self.update(step, forward) if step else None
+
+    def schedule(self) -> Step | None:
+        """Admit what fits, and say what the next forward runs; None where there is nothing to run.
+
+        What no choice is about is done here as well: rows that were kept are restored, and the draft model answers.
+        Call ``update`` with what the forward gives before the next ``schedule``.
+        """
+        started, run_seconds = perf_counter(), self._run_seconds
         reused_tokens = self._admit()
-        running = [slot for slot in self._slots if slot.task]
+        running = [index for index, slot in enumerate(self._slots) if slot.task]
         if not running:
             return None
-        self._take_turns(running)
-        active = [slot for slot in running if not slot.is_paused]
-        reading = [slot for slot in active if slot.is_reading]
+        self._take_turns([self._slots[index] for index in running])
+        active = [index for index in running if not self._slots[index].is_paused]
+        reading = tuple(index for index in active if self._slots[index].is_reading)
+        decoding = tuple(index for index in active if index not in reading)
+        block_size = self._sizes.choose(self._drafts_of(decoding)) if decoding else 0
+        self._draft(block_size)
+        widest = max(1, *(slot.draft(block_size) for slot in self._slots)) if decoding else 0
+        width = max(widest, self._reading_rows(reading, block_size))
+        return Step(
+            block_size=block_size,
+            reading=reading,
+            decoding=decoding,
+            paused=tuple(index for index in running if self._slots[index].is_paused),
+            batch=Batch(*zip(*(slot.next_rows(width) for slot in self._slots), strict=True)),
+            with_logits=any(self._slots[index].needs_logits for index in active),
+            reused_tokens=reused_tokens,
+            started=started,
+            run_seconds=run_seconds,
+        )
+
+    def update(self, step: Step, forward: Forward | None) -> StepReport | None:
+        """Hand out what a step's forward gave, and end the tasks that have ended; None where that failed.
+
+        ``forward`` is None for a prefill, which gives nothing.
+        """
+        running = [self._slots[index] for index in sorted((*step.reading, *step.decoding, *step.paused))]
         was_reading = [slot.is_reading for slot in running]
         try:
-            new_tokens = self._forward(active, reading)
-        except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
+            new_tokens = self._take(step, forward)
+        except Exception as error:  # as in a step
             self._fail(running, error)
             return None
-        engine_seconds = self._run_seconds - engine_started
-        seconds = perf_counter() - started
-        if self._size:
-            self._tell(running, seconds if self._size == self._width else 0.0)
+        engine_seconds = self._run_seconds - step.run_seconds
+        seconds = perf_counter() - step.started
+        if step.block_size:
+            self._observe(step, running, seconds)
         for slot, was in zip(running, was_reading, strict=True):
             slot.settle(was, seconds, engine_seconds)
         return StepReport(
-            width=self._width,
-            num_reading=len(reading),
-            num_decoding=len(active) - len(reading),
+            width=step.width,
+            num_reading=len(step.reading),
+            num_decoding=len(step.decoding),
             num_waiting=len(self._waiting),
             new_tokens=new_tokens,
-            reused_tokens=reused_tokens,
-            seconds=perf_counter() - started,
+            reused_tokens=step.reused_tokens,
+            seconds=perf_counter() - step.started,
             engine_seconds=engine_seconds,
         )
+
+    def _run(self, step: Step) -> Forward | None:
+        if step.is_prefill:
+            self._engine.prefill(step.batch)
+            return None
+        return self._engine.forward(step.batch, with_logits=step.with_logits)
+
+    def _take(self, step: Step, forward: Forward | None) -> int:
+        """Hand out a forward's outputs; how many tokens they made known."""
+        if forward is not None:
+            return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
+        for index in step.reading:
+            self._slots[index].has_read()
+        return 0
 
     def _take_turns(self, running: Sequence[Slot]) -> None:
         """Where forwards either read or decode, and there is something of both, pause the slots of one kind."""
@@ -168,38 +251,23 @@ class Scheduler:
         for slot in running:
             slot.is_paused = takes_turns and slot.is_reading != self._is_reading_turn
 
-    def _forward(self, active: Sequence[Slot], reading: Sequence[Slot]) -> int:
-        """One forward, without the head where all active slots read their prompts; the new tokens it made."""
-        decoding = [slot.task.drafts for slot in active if slot.task and not slot.is_reading]
-        self._size = self._sizes.choose(decoding) if decoding else 0
-        self._draft()
-        widest = max(1, *(slot.draft(self._size) for slot in self._slots)) if decoding else 0
-        self._width = width = max(widest, self._reading_rows(reading))
-        rows = [slot.next_rows(width) for slot in self._slots]
-        batch = Batch(*zip(*rows, strict=True))
-        if len(reading) == len(active):
-            self._engine.prefill(batch)
-            for slot in reading:
-                slot.has_read()
-            return 0
-        with_logits = any(slot.needs_logits for slot in active)
-        forward = self._engine.forward(batch, with_logits=with_logits)
-        return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
+    def _drafts_of(self, slots: Sequence[int]) -> list[DraftRecord]:
+        return [task.drafts for index in slots if (task := self._slots[index].task)]
 
-    def _reading_rows(self, reading: Sequence[Slot]) -> int:
+    def _reading_rows(self, reading: Sequence[int], block_size: int) -> int:
         """Rows that the slots which read their prompts want of a forward."""
         if not reading:
             return 0
         if self._turn_width is not None:
             return self._turn_width
         if self._reading_width is None:
-            return self._size or self._sizes.choose([slot.task.drafts for slot in reading if slot.task])
-        return min(self._reading_width, max(slot.num_to_read for slot in reading))
+            return block_size or self._sizes.choose(self._drafts_of(reading))
+        return min(self._reading_width, max(self._slots[index].num_to_read for index in reading))
 
-    def _tell(self, running: Sequence[Slot], seconds: float) -> None:
+    def _observe(self, step: Step, running: Sequence[Slot], seconds: float) -> None:
         """Let the policy hear of a forward; one that was wider, for a prompt's sake, tells nothing of T(n)."""
         accepted = [(slot.task.drafts, slot.num_new) for slot in running if slot.task and slot.num_new]
-        self._sizes.observe(self._size, seconds, accepted)
+        self._sizes.observe(step.block_size, seconds if step.block_size == step.width else 0.0, accepted)
 
     @property
     def _num_free(self) -> int:
@@ -209,11 +277,11 @@ class Scheduler:
     def _run_seconds(self) -> float:
         return self._engine.run_seconds + (self._drafter.run_seconds if self._drafter else 0.0)
 
-    def _draft(self) -> None:
+    def _draft(self, block_size: int) -> None:
         """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
         if not self._drafter:
             return
-        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(self._size))}
+        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(block_size))}
         if not wishes:
             return
         try:

@@ -67,6 +67,7 @@ class Slot:
     def admit(self, task: Task) -> None:
         """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
         self.task, self._num_read, self.is_paused = task, 0, False
+        task.begin()
         if self._memory:
             self._num_read = task.reused_tokens = self._memory.restore(task.prompt[:-1])
 
@@ -166,14 +167,13 @@ class Slot:
             return
         task.decode_seconds += seconds
         task.engine_seconds += engine_seconds
-        if task.decode.finish != "closed":
+        if task.decode.is_finished:
             self.leave()
 
     def _keep(self, task: Task) -> None:
         if self._memory is None:
             return
-        text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
-        self._memory.keep(text[: self._num_rows(task)])
+        self._memory.keep([*task.prompt, *task.token_ids][: self._num_rows(task)])
 
     def _num_rows(self, task: Task) -> int:
         """KV rows that it holds of the task's text."""

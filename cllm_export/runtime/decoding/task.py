@@ -20,6 +20,7 @@ class Task:
         decode: what decodes it once all but its last token is read.
         drafts: what kind of drafts it decodes with, for whoever chooses n by what drafts of a kind are worth; None for
             none.
+        begun: called when it gets a slot.
         take: called with new tokens; what it raises ends this task alone.
         ended: called once when it ends, however it ends.
     """
@@ -30,6 +31,7 @@ class Task:
         decode: Decode,
         *,
         drafts: str | None = None,
+        begun: Callable[[], None] | None = None,
         take: Taker | None = None,
         ended: Callable[[Task], None] | None = None,
     ) -> None:
@@ -37,7 +39,7 @@ class Task:
         self.decode = decode
         self.drafts = DraftRecord(drafts, with_logits=decode.needs_logits)
         self.error: Exception | None = None
-        """Why it ended, where it did not end by its own rules."""
+        """What made it fail."""
         self.reused_tokens = 0
         """Of the prompt, those whose KV was kept from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
@@ -45,8 +47,10 @@ class Task:
         decode's share inside the engine."""
         self.on_device: OnDevice | None = None
         """Where its loop stayed on the device, what that took."""
+        self._begun = begun
         self._take = take
         self._ended = ended
+        self._has_ended = False
 
     def statistics(self) -> Statistics:
         """What it took so far."""
@@ -60,11 +64,30 @@ class Task:
             on_device=self.on_device,
         )
 
+    @property
+    def token_ids(self) -> list[int]:
+        """What it gave so far."""
+        return [token for record in self.decode.records for token in record.new]
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.decode.finish_reason == "cancelled"
+
+    def begin(self) -> None:
+        if self._begun:
+            self._begun()
+
     def give(self, tokens: list[int]) -> None:
         if self._take:
             self._take(tokens)
 
     def end(self, error: Exception | None = None) -> None:
+        """It failed with this error, has ended by its rules, or else is cancelled. Nothing if it has ended before."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         self.error = error
+        if error is None:
+            self.decode.cancel()
         if self._ended:
             self._ended(self)

@@ -460,7 +460,7 @@ def follow(decode: Decode, turns: Sequence[Turn], block_size: int) -> list[int]:
     """
     new: list[int] = []
     for turn in turns:
-        if decode.finish != "closed":
+        if decode.is_finished:
             break
         decode.next_block(block_size)
         new += decode.take(turn.next_ids, turn.num_accepted)

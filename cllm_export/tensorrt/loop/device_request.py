@@ -113,7 +113,7 @@ class DeviceRequest:
     @property
     def is_idle(self) -> bool:
         """Nothing to do."""
-        return self._task.decode.finish != "closed"
+        return self._task.decode.is_finished
 
     def step(self) -> None:
         """Read the prompt; from then on, wait for a launch and take what it gave.
@@ -160,5 +160,4 @@ class DeviceRequest:
             form_reason=self._loop.form_reason,
         )
         if self._memory and self._has_read and self._is_sound:
-            text = [*task.prompt, *(token for record in task.decode.records for token in record.new)]
-            self._memory.keep(text[: task.decode.num_rows])
+            self._memory.keep([*task.prompt, *task.token_ids][: task.decode.num_rows])

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.storage import locked_directory, sha256_of, unfinished_files
-from cllm_export.errors import OptionError, OutputError
+from cllm_export.errors import OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.model import Model
@@ -83,9 +84,7 @@ def _settle(source: Source, prompts_path: Path, num_prompts: int, options: Colle
     facts, geometry, pinned = source.model.facts, source.model.engine.geometry, source.model.engine.fixed_shapes
     trained = facts.trained_with
     block_size = options.block_size or (pinned.block_size if pinned else facts.block_size)
-    if block_size > geometry.max_block_size or (pinned and block_size != pinned.block_size):
-        largest = f"{pinned.block_size}, which it is pinned to" if pinned else f"at most {geometry.max_block_size}"
-        raise OptionError(f"block_size must be {largest} for this model, got {block_size}")
+    check_block_size(block_size, largest=geometry.max_block_size, pinned=pinned.block_size if pinned else None)
     return CollectionSettings(
         model_fingerprint=source.model_fingerprint,
         bundle_fingerprint=source.bundle_fingerprint,

@@ -95,14 +95,15 @@ def _seed_of(seed: int, index: int, prompt_id: str) -> int:
 def _judge(entry: _Encoded, decode: Decode, eos_token_ids: Collection[int]) -> Trajectory | _LeftOut:
     records = decode.records
     new_ids = [token for record in records for token in record.new]
-    if reason := why_dropped(new_ids, decode.finish, eos_token_ids=eos_token_ids):
+    assert decode.finish_reason, "it was decoded to its end"
+    if reason := why_dropped(new_ids, decode.finish_reason, eos_token_ids=eos_token_ids):
         return _LeftOut(id=entry.id, reason=reason, detail=f"its answer has {len(new_ids)} tokens")
     return Trajectory(
         id=entry.id,
         index=entry.index,
         prompt_ids=list(entry.request.prompt),
         new_ids=new_ids,
-        finish_reason=decode.finish,
+        finish_reason=decode.finish_reason,
         write_index=[record.write_index for record in records],
         block=[record.block for record in records],
         next_ids=[record.next_ids for record in records],

@@ -17,6 +17,7 @@ from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import GenerateOptions, resolve
 from tests.fakes import (
     EOS,
     PAD,
@@ -344,7 +345,8 @@ def test_a_chosen_size_is_only_for_loops_that_can_change_it(model, fixed_bundle)
     with pytest.raises(OptionError, match="must be an integer or 'auto', got 'best'"):
         model.generate([5, 6], block_size="best")
     for method in ("jacobi", "speculative"):
-        assert model.prepare([5, 6], method=method, block_size="auto").block_size == "auto"
+        options = GenerateOptions(method=method, block_size="auto")
+        assert resolve(options, model.limits, [5, 6]).block_size == "auto"
     alone = model.generate([5, 6], method="autoregressive", block_size="auto", max_new_tokens=3)
     assert {len(record.block) for record in alone.forwards} == {1}
     pinned = make_model(fixed_bundle, HashModel(vocab_size=200)).generate([5, 6], block_size="auto", max_new_tokens=3)
@@ -582,8 +584,8 @@ def test_a_failing_engine_frees_the_model(bundle):
             return super().forward(*arguments, **options)
 
     language_model = HashModel(vocab_size=200)
-    model = make_model(bundle, language_model)
-    model.engine = FailingOnce(language_model, bundle.manifest.geometry)
+    engine = FailingOnce(language_model, bundle.manifest.geometry)
+    model = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
     with pytest.raises(EngineError, match="out of memory"):
         model.generate([5])
     assert list(model.generate([5], max_new_tokens=3).token_ids) == greedy(language_model, [5], 3)
@@ -599,3 +601,22 @@ def test_an_engine_that_accepts_nothing_ends_in_an_error_and_not_in_a_loop(bundl
     engine = Stuck(HashModel(vocab_size=200), bundle.manifest.geometry)
     with pytest.raises(EngineError, match="makes no token known"):
         Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)).generate([5, 6, 7], method=method)
+
+
+def test_a_stream_that_failed_raises_what_it_failed_with_again(bundle):
+    class Broken(FakeEngine):
+        def forward(self, *arguments, **options):
+            raise EngineError("out of memory")
+
+    engine = Broken(HashModel(vocab_size=200), bundle.manifest.geometry)
+    stream = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle)).stream([5], block_size=4)
+    for read in (lambda: next(stream), stream.result):
+        with pytest.raises(EngineError, match="out of memory"):
+            read()
+
+
+def test_a_stream_that_was_closed_was_cancelled(reciter):
+    stream = reciter.stream(PROMPT, method="autoregressive")
+    next(stream)
+    stream.close()
+    assert stream.result().finish_reason == "cancelled"

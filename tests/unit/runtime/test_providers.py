@@ -16,7 +16,6 @@ from cllm_export.errors import EngineError, GpuError, OptionError
 from cllm_export.runtime.engines import onnxruntime as ort_engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import Provider, load, open_engine
-from cllm_export.runtime.options import Options
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import write_bundle
 
@@ -173,7 +172,7 @@ def test_tokens_are_the_cpu_engines_whatever_runs_a_forward_several_times(
     prompt = [*range(3, 40)]
     with load(bundle.path, provider="cuda", cuda_graphs=True, draft_model=bundle.path) as model:
         for method in ("jacobi", "jacobi-block", "speculative"):
-            options: Options = {"method": method, "max_new_tokens": 30, "block_size": 8, "ignore_eos": True}  # type: ignore[typeddict-item]
+            options: dict[str, Any] = {"method": method, "max_new_tokens": 30, "block_size": 8, "ignore_eos": True}
             found = model.generate(prompt, **options)
             plain = {"method": method if method != "speculative" else "jacobi"}
             assert found.token_ids == workshop.model("small").generate(prompt, **options | plain).token_ids  # type: ignore[arg-type]
@@ -223,7 +222,7 @@ def test_a_prompt_that_was_read_is_not_read_again_on_a_device(
     workshop: Workshop, graph_session: type[GraphSession], cuda_graphs: bool
 ):
     bundle, prompt = workshop.bundle("small"), [*range(3, 40)]
-    options: Options = {"max_new_tokens": 20, "block_size": 8, "ignore_eos": True}
+    options: dict[str, Any] = {"max_new_tokens": 20, "block_size": 8, "ignore_eos": True}
     with load(bundle.path, provider="cuda", cuda_graphs=cuda_graphs) as model:
         first, again = model.generate(prompt, **options), model.generate(prompt, **options)
     assert (first.statistics.reused_tokens, again.statistics.reused_tokens) == (0, len(prompt) - 1)

@@ -10,6 +10,8 @@ import pytest
 
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
+from cllm_export.runtime.decoding.request import RequestStatus
+from cllm_export.runtime.options import GenerateOptions
 from cllm_export.runtime.service import Service
 from tests.fakes import HashModel, make_model, with_manifest, write_bundle
 
@@ -243,7 +245,7 @@ def test_closing_ends_what_runs_and_frees_the_model(model):
     gate.set()
     closer.join(10)
     assert not closer.is_alive()
-    assert all(handle.result(1).finish_reason == "closed" for handle in handles)
+    assert all(handle.result(1).finish_reason == "cancelled" for handle in handles)
     with pytest.raises(EngineError, match="the service is closed"):
         service.submit([5])
     service.close()
@@ -310,5 +312,26 @@ def test_a_service_that_cannot_measure_its_engine_leaves_the_model_free(model):
     model.engine.forward = None
     with pytest.raises(TypeError):
         Service(model, block_size="auto")
-    with model.in_use():
+    with model.lease.hold():
         pass
+
+
+def test_a_handle_tells_where_its_request_is(model):
+    gate = hold(model)
+    with Service(model, block_size=4) as service:
+        handles = [service.submit([5], max_new_tokens=40, ignore_eos=True) for _ in range(4)]
+        assert handles[3].status is RequestStatus.WAITING
+        handles[3].cancel()
+        gate.set()
+        assert [handle.result(10).finish_reason for handle in handles] == ["length"] * 3 + ["cancelled"]
+        assert [handle.status for handle in handles] == [RequestStatus.FINISHED] * 3 + [RequestStatus.CANCELLED]
+
+
+def test_options_are_given_whole_or_by_name(service):
+    options = GenerateOptions(max_new_tokens=5, ignore_eos=True)
+    whole, by_name = (
+        service.generate(PROMPTS, options),
+        service.generate(PROMPTS, max_new_tokens=5, ignore_eos=True),
+    )
+    assert [found.token_ids for found in whole] == [found.token_ids for found in by_name]
+    assert len(service.submit([5], options, max_new_tokens=3).result().token_ids) == 3

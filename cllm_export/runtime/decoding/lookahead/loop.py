@@ -35,7 +35,7 @@ class LookaheadLoop:
     @property
     def is_idle(self) -> bool:
         """Nothing to do."""
-        return self._task.decode.finish != "closed"
+        return self._task.decode.is_finished
 
     def step(self) -> None:
         """Read the prompt; from then on, one forward.

@@ -51,7 +51,7 @@ class Lookahead:
 
     def __init__(self, *, prompt: Sequence[int], shape: LookaheadShape, fill: Fill) -> None:
         self.write_index = len(prompt) - 1
-        self._shape = shape
+        self.shape = shape
         self._fill = fill
         self._pool = LookaheadPool()
         self._head = [prompt[-1]]
@@ -64,7 +64,7 @@ class Lookahead:
     @property
     def layout(self) -> Layout:
         """Of the block that ``next_block`` gives."""
-        return layout_of(self._shape, len(self._head))
+        return layout_of(self.shape, len(self._head))
 
     def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
         """Nothing: a draft model is refused before it gets here."""
@@ -75,7 +75,7 @@ class Lookahead:
 
         Nothing is ever ``forced``: requests that follow a grammar are refused before they get here.
         """
-        shape = self._shape
+        shape = self.shape
         shape.require_fitting(size)
         found = self._pool.take(self._head[-1], shape.guesses)
         self._guesses = [list(ngram) for ngram in found]
@@ -89,7 +89,7 @@ class Lookahead:
         """Take the predictions after every row of that block; what the graph counted says nothing of guesses."""
         layout, current = self.layout, self._head[-1]
         texts = [self._try_window(layout, next_ids)]
-        texts += [self._try_guess(layout, index, next_ids) for index in range(self._shape.guesses)]
+        texts += [self._try_guess(layout, index, next_ids) for index in range(self.shape.guesses)]
         best = max(texts, key=_num_right)
         new = best.next_ids[: best.num_right + 1]
         self._collect(layout, next_ids)
@@ -105,18 +105,18 @@ class Lookahead:
         return Commit(new, len(new), tried)
 
     def _try_window(self, layout: Layout, next_ids: list[int]) -> _Text:
-        rows = [layout.window_row(0, column) for column in range(1, self._shape.window)]
+        rows = [layout.window_row(0, column) for column in range(1, self.shape.window)]
         return _Text.of(self._levels[0][1:], rows, layout, next_ids)
 
     def _try_guess(self, layout: Layout, guess: int, next_ids: list[int]) -> _Text:
-        rows = [layout.guess_row(guess, index) for index in range(self._shape.num_levels)]
+        rows = [layout.guess_row(guess, index) for index in range(self.shape.num_levels)]
         return _Text.of(self._guesses[guess], rows, layout, next_ids)
 
     def _collect(self, layout: Layout, next_ids: list[int]) -> None:
         """Each column of the window, from its level 0 to what the model goes on with, is an n-gram for the pool."""
         self._levels[0][0] = self._head[-1]
-        for column in range(self._shape.window):
-            end = next_ids[layout.window_row(self._shape.num_levels - 1, column)]
+        for column in range(self.shape.window):
+            end = next_ids[layout.window_row(self.shape.num_levels - 1, column)]
             self._pool.add([*(level[column] for level in self._levels), end])
 
     def _move_window(self, layout: Layout, next_ids: list[int], columns: int) -> None:
@@ -125,10 +125,10 @@ class Lookahead:
         A level moves down to where its tokens are one position further on, and the model's own make the last one.
         After the first forward the model's own make all of them, for what would move is no more than the fill.
         """
-        width = self._shape.window
+        width = self.shape.window
         predicted = [
             [next_ids[layout.window_row(level, column)] for column in range(width)]
-            for level in range(self._shape.num_levels)
+            for level in range(self.shape.num_levels)
         ]
         levels = predicted if self._is_first else [*self._levels[1:], predicted[-1]]
         kept = [level[columns:] for level in levels]

@@ -63,3 +63,17 @@ class PromptState:
                 f"the prefix cache holds {found} of these {wanted} tokens: load the model with prefix_cache_bytes "
                 f"above {self.cache.max_bytes}"
             )
+
+
+def require_prompt_state(state: PromptState | None) -> PromptState:
+    """What a model keeps of prompts.
+
+    Raises:
+        OptionError: nothing.
+    """
+    if state is None:
+        raise OptionError(
+            "this model keeps no prompts: load its bundle with prefix_cache_bytes above 0",
+            fields=("prefix_cache_bytes",),
+        )
+    return state

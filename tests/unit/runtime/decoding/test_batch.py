@@ -89,7 +89,7 @@ def test_a_slot_that_is_done_takes_the_next_prompt():
     )
     assert len(engine.calls) == 12, "the three short ones run one after the other beside the long one"
     assert [len(decode.records) for decode in decodes] == [12, 4, 4, 4]
-    assert {decode.finish for decode in decodes} == {"length"}
+    assert {decode.finish_reason for decode in decodes} == {"length"}
 
 
 def test_an_idle_slot_has_nothing_committed_at_write_index_0():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm_export.errors import MissingExtraError, OptionError
+from cllm_export.runtime.decoding.constraint import GrammarCompiler
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.service import Service
 from tests.fakes import EOS, HashModel, calls_of, make_model, properties, write_bundle
@@ -28,7 +29,9 @@ REGEXES = ["(a|b)+c", "the (cat|dog) sat [0-9]{2,4}", "[a-z ]{5,30}\\.", FORCING
 
 
 def compile_regex(model, regex):
-    return model.prepare([5], regex=regex).constraint
+    limits = model.limits
+    compiler = GrammarCompiler(model.codec, vocab_size=limits.vocab_size, eos_token_ids=limits.eos_token_ids)
+    return compiler.compile("regex", regex)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +113,8 @@ def test_a_request_whose_grammar_fails_ends_alone(bundle):
     vocabulary = bundle.manifest.geometry.vocab_size
     with Service(make_model(bundle, HashModel(vocab_size=vocabulary), num_slots=2), block_size=4) as service:
         broken = service.submit([5], regex=REGEXES[0], max_new_tokens=20)
-        broken._task.decode._sampler._constraint = None
-        broken._task.decode._sampler.forced = lambda *_: 1 / 0
+        broken._run.task.decode._sampler._constraint = None
+        broken._run.task.decode._sampler.forced = lambda *_: 1 / 0
         sound = service.submit([5], max_new_tokens=6, ignore_eos=True)
         with pytest.raises(ZeroDivisionError):
             broken.result(timeout=10)
@@ -154,8 +157,8 @@ def test_bad_grammars_are_refused_before_anything_runs(model, wrong, said):
         model.generate([5], **wrong)
 
 
-def test_without_the_extra_its_install_line_is_told(model, monkeypatch):
+def test_without_the_extra_its_install_line_is_told(bundle, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    monkeypatch.setattr(model, "_grammars", None)
+    model = make_model(bundle, HashModel(vocab_size=bundle.manifest.geometry.vocab_size))
     with pytest.raises(MissingExtraError, match=r"cllm-export\[grammar\]"):
         model.generate([5], regex="a")

@@ -309,7 +309,7 @@ def test_an_engine_that_has_blocks_alone_is_named(bundle):
     engine = PlainEngine(bundle.manifest.geometry, num_slots=1, prefill_chunk=8)
     model = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
     with pytest.raises(OptionError, match="PlainEngine runs no lookahead graph"):
-        model.prepare([5, 6], method="lookahead")
+        model.generate([5, 6], method="lookahead")
 
 
 def test_an_engine_that_fails_frees_the_model(bundle):
@@ -321,8 +321,8 @@ def test_an_engine_that_fails_frees_the_model(bundle):
             return super().forward_rows(*arguments)
 
     language_model = HashModel(vocab_size=200)
-    model = make_model(bundle, language_model)
-    model.engine = FailingOnce(language_model, bundle.manifest.geometry)
+    engine = FailingOnce(language_model, bundle.manifest.geometry)
+    model = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
     with pytest.raises(EngineError, match="out of memory"):
         model.generate([5], method="lookahead")
     found = model.generate([5], method="lookahead", max_new_tokens=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.runtime.decoding.request import Decode, make_decoder
 from cllm_export.runtime.decoding.statistics import summarize
 from cllm_export.runtime.engines.base import prefill
@@ -27,10 +28,10 @@ def decode_until(end, kept, *, method="jacobi"):
         stop_cut=lambda new: new.index(SCRIPT[kept]) if end == STOP and SCRIPT[kept] in new else None,
     )
     prefill(engine, PROMPT[:-1], PAD)
-    while decode.finish == "closed":
+    while decode.finish_reason is None:
         write_index = decode.write_index
         block = decode.next_block(SIZE)
-        forward = engine.forward([block.tokens], [block.num_committed], [write_index])
+        forward = engine.forward(Batch([block.tokens], [block.num_committed], [write_index]))
         decode.take(forward.next_ids[0], forward.num_accepted[0])
     return decode, engine
 

@@ -13,6 +13,7 @@ from cllm_export.errors import EngineError, OptionError, QueueFullError
 from cllm_export.runtime.decoding.request import METHODS, Decode, make_decoder
 from cllm_export.runtime.decoding.scheduler import Scheduler
 from cllm_export.runtime.decoding.task import Task
+from cllm_export.runtime.engines.base import Forward
 from tests.fakes import EOS, PAD, FakeEngine, HashModel, greedy, make_geometry, properties
 
 VOCABULARY = 9
@@ -242,10 +243,61 @@ def test_nobody_starves_while_others_keep_coming():
     for _ in range(40):
         scheduler.submit(make_task([generator.randrange(8)], count=5))
         scheduler.step()
-    assert first.decode.finish == "length"
+    assert first.decode.finish_reason == "length"
 
 
 @pytest.mark.parametrize("options", [{"block_size": 0}, {"block_size": 4, "queue_size": 0}])
 def test_sizes_below_one_are_refused(options):
     with pytest.raises(OptionError, match="must be an integer of at least 1, got 0"):
         Scheduler(make_engine(1), pad_token_id=PAD, **options)
+
+
+# A step, said before it runs
+
+
+def test_a_schedule_says_who_reads_who_decodes_and_the_rows():
+    engine = make_engine(3)
+    scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD)
+    scheduler.submit(make_task([5]))
+    scheduler.submit(make_task([1, 2, 3, 4, 5, 6, 7]))
+    step = scheduler.schedule()
+    assert (step.decoding, step.reading, step.paused) == ((0,), (1,), ())
+    assert step.input_ids == [[5, PAD, PAD, PAD], [1, 2, 3, 4], [PAD, PAD, PAD, PAD]]
+    assert (step.num_committed, step.write_index) == ([1, 4, 0], [0, 0, 0])
+    assert (step.block_size, step.width, step.is_prefill) == (4, 4, False)
+    assert "started" not in repr(step)
+    assert engine.calls == []
+
+
+def test_a_step_in_which_nobody_decodes_is_a_prefill():
+    scheduler = Scheduler(make_engine(1), block_size=4, pad_token_id=PAD)
+    assert scheduler.schedule() is None
+    scheduler.submit(make_task([1, 2, 3]))
+    step = scheduler.schedule()
+    assert step.is_prefill
+    assert step.block_size == 0
+    assert scheduler.update(step, None).new_tokens == 0
+    assert scheduler.schedule().decoding == (0,)
+
+
+def test_an_update_hands_out_what_the_forward_gave_and_ends_who_has_ended():
+    scheduler = Scheduler(make_engine(1), block_size=3, pad_token_id=PAD)
+    task = make_task([5], count=2)
+    scheduler.submit(task)
+    step = scheduler.schedule()
+    report = scheduler.update(step, Forward([[PAD, 8, 9]], [2]))
+    assert report.new_tokens == 2
+    assert tokens_of(task) == [PAD, 8]
+    assert task.decode.finish_reason == "length"
+    assert scheduler.is_idle
+
+
+def test_slots_of_the_other_kind_are_paused_where_forwards_take_turns():
+    scheduler = Scheduler(make_engine(2), block_size=1, pad_token_id=PAD, turn_width=4)
+    scheduler.submit(make_task([5]))
+    scheduler.submit(make_task([1, 2, 3, 4, 5, 6, 7]))
+    first = scheduler.schedule()
+    assert (first.reading, first.decoding, first.paused) == ((1,), (), (0,))
+    scheduler.update(first, None)
+    second = scheduler.schedule()
+    assert (second.reading, second.decoding, second.paused) == ((), (0,), (1,))

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.draft_model import DraftModel
-from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
 from cllm_export.runtime.decoding.drafts.sources import ALWAYS_KNOW, PadFill, PlainFill
 from cllm_export.runtime.decoding.jacobi import Block, Speculative
 from cllm_export.runtime.decoding.request import METHODS
+from cllm_export.runtime.options import GenerateOptions, resolve
 from cllm_export.runtime.service import Service
 from tests.fakes import (
     FakeEngine,
@@ -106,7 +106,7 @@ def test_a_sampled_request_gives_the_tokens_of_sampled_autoregressive_decoding(
 def test_a_pool_that_two_requests_share_changes_forwards_and_no_token(bundle):
     model = make_model(bundle, HashModel(vocab_size=VOCABULARY))
     for fill in ("pool", "pool+lookup"):
-        model.pool = NgramPool()
+        model.pool.clear()
         first, again = (
             model.generate(PROMPT, method="speculative", fill=fill, block_size=6, max_new_tokens=40) for _ in range(2)
         )
@@ -132,9 +132,10 @@ def test_speculative_decoding_looks_things_up_unless_it_has_a_draft_model(bundle
     plain = make_model(bundle, HashModel(vocab_size=VOCABULARY))
     drafter, engine = make_drafter(HashModel(vocab_size=VOCABULARY), bundle)
     drafted = make_model(bundle, HashModel(vocab_size=VOCABULARY), draft_model=drafter)
-    assert plain.prepare(PROMPT, method="speculative").fill == "lookup"
-    assert drafted.prepare(PROMPT, method="speculative").fill == "model"
-    assert drafted.prepare(PROMPT, method="jacobi").fill == "pad"
+    speculative = GenerateOptions(method="speculative")
+    assert resolve(speculative, plain.limits, PROMPT).fill == "lookup"
+    assert resolve(speculative, drafted.limits, PROMPT).fill == "model"
+    assert resolve(GenerateOptions(method="jacobi"), drafted.limits, PROMPT).fill == "pad"
     assert not engine.calls
 
 
@@ -219,7 +220,7 @@ def test_ragged_slots_with_every_source_give_what_each_request_gives_alone(bundl
         for prompt, count, handle in handles:
             found, expected = list(handle.result().token_ids), greedy(language_model, prompt, count)
             assert found == expected[: len(found)]
-            assert len(found) == count or handle.result().finish_reason == "closed"
+            assert len(found) == count or handle.result().finish_reason == "cancelled"
     assert sum(handle.result().finish_reason == "length" for _, _, handle in handles) > 80
 
 
@@ -237,4 +238,4 @@ def test_a_block_size_that_is_chosen_forward_by_forward_changes_no_token(bundle,
 
 def test_speculative_decoding_has_the_models_own_block_size_unless_told_otherwise(bundle):
     model = make_model(bundle, HashModel(vocab_size=VOCABULARY))
-    assert model.prepare(PROMPT, method="speculative").block_size == model.facts.block_size
+    assert resolve(GenerateOptions(method="speculative"), model.limits, PROMPT).block_size == model.facts.block_size

@@ -168,7 +168,7 @@ def test_the_next_turn_reads_only_what_is_new_however_the_last_one_ended(method,
     said = text_of(task)
     assert said == answer[: len(said)]
     assert said
-    assert task.decode.finish == ("closed" if end == "cancel" else end)
+    assert task.decode.finish_reason == ("cancelled" if end == "cancel" else end)
     following = make_task([*prompt, *said, 4, 4, 4, 4])
     read = run(engine, cache, following)
     assert read in (3, 4), "the new tokens less the last, and the answer's last one"
@@ -194,12 +194,12 @@ def test_a_prompt_serves_others_while_its_own_request_still_decodes():
     scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD, prefix_cache=cache)
     first, second = make_task([5] * 20, count=60, method="autoregressive"), make_task([5] * 20)
     scheduler.submit(first)
-    while first.decode.finish == "closed" and not first.decode.records:
+    while not first.decode.is_finished and not first.decode.records:
         scheduler.step()
     scheduler.submit(second)
     scheduler.step()
     assert second.reused_tokens == 19
-    assert first.decode.finish == "closed"
+    assert first.decode.finish_reason is None
 
 
 class Flaky(FakeEngine):

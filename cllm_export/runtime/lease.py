@@ -1,0 +1,34 @@
+"""Who has a model's engine: one user at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cllm_export.errors import EngineError
+
+
+class Lease:
+    """Lends a model's engine to one user at a time, a request or a service. A second user is refused, not queued."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.is_closed = False
+        """Set by the user that closed the engine: it is never lent again."""
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have the engine as long as the ``with`` lasts.
+
+        Raises:
+            EngineError: another user has it, or it is closed.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise EngineError("another request is running on this model: finish or close its stream first")
+        try:
+            if self.is_closed:
+                raise EngineError("this model is closed; load its bundle again")
+            yield
+        finally:
+            self._lock.release()

@@ -1,0 +1,158 @@
+"""What runs requests on one engine: a scheduler, the lookahead loop, or the loop on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from cllm_export.runtime.decoding.block_size.chooser import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
+from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards
+from cllm_export.runtime.decoding.draft_model import DraftModel
+from cllm_export.runtime.decoding.jacobi import Decoder
+from cllm_export.runtime.decoding.lookahead.loop import LookaheadLoop
+from cllm_export.runtime.decoding.lookahead.policy import Lookahead
+from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
+from cllm_export.runtime.decoding.scheduler import Scheduler
+from cllm_export.runtime.decoding.slot import memory_of
+from cllm_export.runtime.decoding.task import Task
+from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.options import BlockSize, ModelLimits, ResolvedRequest
+
+if TYPE_CHECKING:
+    from cllm_export.tensorrt.engine import TrtEngine
+    from cllm_export.tensorrt.loop.device_request import DeviceLoops
+
+
+class Loop(Protocol):
+    """Runs what it was given, a forward a step."""
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def step(self) -> object: ...
+
+    def cancel(self, task: Task) -> object:
+        """End what runs, as where nobody reads on."""
+        ...
+
+
+class LoopMaker:
+    """Makes what runs requests on one engine, and keeps what outlives a request. Not thread-safe.
+
+    What it keeps is the chooser of n and the loops on the device, each made when it is first asked for.
+
+    Args:
+        engine: runs the forwards.
+        limits: of its model.
+        draft_model: answers the ``model`` fill.
+        prefix_cache: keeps the KV of prompts.
+        forward_seconds: seconds of a forward by block size, where they are known.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: ModelLimits,
+        *,
+        draft_model: DraftModel | None,
+        prefix_cache: PrefixCache | None,
+        forward_seconds: Mapping[int, float] | None,
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._draft_model = draft_model
+        self._prefix_cache = prefix_cache
+        self._forward_seconds = forward_seconds
+        self._chooser: SizeChooser | None = None
+        self._device_loops: DeviceLoops | None = None
+
+    def require(self, request: ResolvedRequest) -> None:
+        """See that the engine can run a request, and make it ready.
+
+        Raises:
+            OptionError: it cannot.
+        """
+        if request.lookahead:
+            self._engine.require_lookahead()
+        elif request.forwards_per_sync is not None:
+            self._device_engine(request)
+
+    def make(self, request: ResolvedRequest, task: Task, decoder: Decoder) -> Loop:
+        """What runs one task, with the engine for itself.
+
+        Raises:
+            OptionError: the engine cannot run it.
+            EngineError: the engine failed.
+        """
+        if isinstance(decoder, Lookahead):
+            return LookaheadLoop(
+                self._engine,
+                task,
+                decoder,
+                block_size=decoder.shape.max_rows,
+                pad_token_id=self._limits.pad_token_id,
+            )
+        if request.forwards_per_sync is not None:
+            return self._make_device_loop(request, task, request.forwards_per_sync)
+        scheduler = self.make_scheduler(request.block_size, reading_width=self._engine.prefill_chunk)
+        scheduler.submit(task)
+        return scheduler
+
+    def make_scheduler(
+        self, block_size: BlockSize, *, reading_width: int | None = None, turn_width: int | None = None
+    ) -> Scheduler:
+        """A scheduler over the engine's slots; see ``Scheduler`` for the widths.
+
+        Raises:
+            EngineError: the engine failed while its forwards were timed.
+        """
+        return Scheduler(
+            self._engine,
+            block_size=self._size_policy(block_size),
+            pad_token_id=self._limits.pad_token_id,
+            reading_width=reading_width,
+            turn_width=turn_width,
+            drafter=self._draft_model,
+            prefix_cache=self._prefix_cache,
+        )
+
+    def close(self) -> None:
+        """Free the loops on the device, before the engine is closed."""
+        if self._device_loops:
+            self._device_loops.close()
+
+    def _size_policy(self, block_size: BlockSize) -> SizePolicy:
+        """Who says n. The chooser is one for all requests; where T(n) is not known, it is measured here, once."""
+        if isinstance(block_size, int):
+            return PinnedSize(block_size)
+        if self._chooser is None:
+            trained, largest = self._limits.trained_with, self._limits.max_block_size
+            first = min(trained.block_size, largest) if trained else 1
+            others = (size for size in BLOCK_SIZES if size <= largest and size not in (1, first))
+            sizes = (1, *([first] if first > 1 else []), *others)
+            pad = self._limits.pad_token_id
+            seconds = self._forward_seconds or time_forwards(self._engine, sizes, pad_token_id=pad)
+            self._chooser = SizeChooser(sizes, first=first, known_times=seconds)
+        return self._chooser
+
+    def _device_engine(self, request: ResolvedRequest) -> TrtEngine:
+        from cllm_export.tensorrt.loop.device_request import require_device_loop
+
+        assert isinstance(request.block_size, int), "n of such a request is a number"
+        return require_device_loop(self._engine, block_size=request.block_size, num_eos=len(request.eos_token_ids))
+
+    def _make_device_loop(self, request: ResolvedRequest, task: Task, forwards_per_sync: int) -> Loop:
+        from cllm_export.tensorrt.loop.device_request import DeviceLoops, DeviceRequest
+
+        assert isinstance(request.block_size, int), "n of such a request is a number"
+        engine = self._device_engine(request)
+        self._device_loops = self._device_loops or DeviceLoops()
+        return DeviceRequest(
+            self._device_loops.find(engine, block_size=request.block_size, forwards_per_sync=forwards_per_sync),
+            task,
+            num_slots=engine.num_slots,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_ids=request.eos_token_ids,
+            fill_token=None if request.fill == "repeat" else self._limits.pad_token_id,
+            memory=memory_of(engine, 0, self._prefix_cache),
+        )
