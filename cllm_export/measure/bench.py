@@ -16,8 +16,9 @@ from typing import Any
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError, OutputError
+from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
-from cllm_export.prompts import Prompt
+from cllm_export.prompts import Prompt, random_prompts
 from cllm_export.runtime.decoding.block_size.latency_file import write_latency
 from cllm_export.runtime.decoding.request import LOOKAHEAD, Method
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
@@ -26,8 +27,6 @@ from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import BlockSize, Options
 from cllm_export.runtime.request_run import Generation
-from cllm_export.verification.files import require_source
-from cllm_export.verification.tokens import random_prompts
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,9 @@ def run_bench(
         raise OptionError(f"--sweep {too_large[0]}: block_size must be at most {largest} for this bundle")
     encoded = [model.encode(prompt.content) for prompt in prompts]
     if not encoded:
-        encoded, options = list(random_prompts(bundle, 16).values()), replace(options, ignore_eos=True)
+        facts = bundle.manifest
+        drawn = random_prompts(16, vocab_size=facts.geometry.vocab_size, max_length=facts.max_length)
+        encoded, options = list(drawn.values()), replace(options, ignore_eos=True)
     settings = _settings(options, can_choose=model.engine.fixed_shapes is None)
     runs = _interleaved(model, encoded, settings, options, progress or (lambda *_: None))
     report: dict[str, Any] = {

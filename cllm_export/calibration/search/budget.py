@@ -24,12 +24,12 @@ from cllm_export.calibration.search.sensitivity import StandIn
 from cllm_export.checks import check_options, option
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.exporter.quantize.options import QuantizeOptions, SchemeOptions
 from cllm_export.extras import needs_extra
 from cllm_export.measure.compare import UNQUANTISED, CompareOptions, compare
 from cllm_export.progress import Progress
 from cllm_export.runtime.load import load
-from cllm_export.verification.files import require_source
 
 TAKERS: dict[str, tuple[Scheme, ...]] = {
     "scales": ("int8", "int4", "fp8"),
