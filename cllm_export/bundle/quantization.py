@@ -16,6 +16,8 @@ from cllm_export.errors import OptionError
 
 Scheme = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+UNQUANTISED = "fp32"
+"""What a report calls the bundle that quantised ones are judged by."""
 PrecisionName = Literal["fp32", "fp16", "bf16", "int8-dynamic", "int8", "int4", "fp8"]
 """What the command line takes as a precision: a dtype, or a scheme over fp32."""
 

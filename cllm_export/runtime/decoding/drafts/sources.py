@@ -213,11 +213,16 @@ def parse_fill(fill: str) -> tuple[SourceName, ...]:
     known = [source for name in names for source in SOURCES if source == name]
     if len(known) < len(names):
         wrong = next(name for name in names if name not in SOURCES)
-        raise OptionError(f"fill must be one of {', '.join(SOURCES)}, or several joined by +, got {wrong!r}")
+        raise OptionError(
+            f"fill must be one of {', '.join(SOURCES)}, or several joined by +, got {wrong!r}", fields=("fill",)
+        )
     if twice := next((name for name in known if known.count(name) > 1), None):
-        raise OptionError(f"fill names {twice} twice: {fill!r}")
+        raise OptionError(f"fill names {twice} twice: {fill!r}", fields=("fill",))
     if hidden := next((name for name in known[:-1] if name in ALWAYS_KNOW), None):
-        raise OptionError(f"fill {fill!r}: {hidden} always knows, so what follows it is never asked; put it at the end")
+        raise OptionError(
+            f"fill {fill!r}: {hidden} always knows, so what follows it is never asked; put it at the end",
+            fields=("fill",),
+        )
     return tuple(known) if known[-1] in ALWAYS_KNOW else (*known, "pad")
 
 
