@@ -24,7 +24,7 @@ Start = Callable[[list[int], dict[str, Any]], Result]
 """Starts a request: its token ids, and the options that are its own."""
 
 
-class Decoded(NamedTuple):
+class DecodedPrompt(NamedTuple):
     """One prompt that was decoded."""
 
     number: int
@@ -43,7 +43,7 @@ def decode_all(
     refused: Refused | None = None,
     progress: Callable[[int], None] | None = None,
     **options: Any,
-) -> Iterator[Decoded]:
+) -> Iterator[DecodedPrompt]:
     """Decode prompts with the same options. What they give comes in their order.
 
     Args:
@@ -83,9 +83,9 @@ def decode_all(
                 progress(index + 1 - len(waiting))
 
 
-def _result(waiting: deque[tuple[int, list[int], Result]]) -> Decoded:
+def _result(waiting: deque[tuple[int, list[int], Result]]) -> DecodedPrompt:
     index, ids, result = waiting.popleft()
-    return Decoded(index, ids, result())
+    return DecodedPrompt(index, ids, result())
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_an_option_out_of_range_is_refused(
 @pytest.mark.parametrize(
     ("command", "arguments", "phrases"),
     [
-        ("bench", ("--block-size", "x"), ("--block-size", "'x'")),
+        ("bench", ("--block-size", "x"), ("--block-size", "integer")),
         ("bench", ("--block-size", 4, "--block-size", 65), ("--block-size", "at most 64")),
         ("bench", ("--block-size", 0), ("--block-size", "at least 1")),
         ("bench", ("--block-size", 4, "--block-size", 4), ("--block-size", "twice")),
