@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.bundle.manifest import open_bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, open_bundle
 from cllm_export.checks import option_specs
 from cllm_export.cli.app import app
 from cllm_export.cli.options import CheckpointOption, LimitOption, PromptsOption, ReportOption
@@ -56,6 +56,8 @@ def bench(
     if as_json:
         check_report_path(as_json)
     check_plots(plots)
+    if plots and opened[0].manifest.graphs[GREEDY_GRAPH].fixed_shapes:
+        raise OptionError(f"plots are of several block sizes, and {opened[0].path} is pinned to one", fields=("plots",))
     given = read_prompts(prompts, limit=limit) if prompts else ()
     with progress_bar() as progress, needs_extra("export"):
         report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, TOKENIZER_NAME, Bundle
 from cllm_export.errors import OptionError, OutputError, PromptError
 from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.measure.options import HAVE_NO_BLOCK, BenchOptions
@@ -160,13 +160,13 @@ def _check(bundles: Sequence[Bundle], checkpoint: Path | None) -> None:
         require_source(bundles[0], checkpoint)
     if len({bundle.manifest.files[TOKENIZER_NAME].sha256 for bundle in bundles}) > 1:
         raise OptionError("the bundles have different tokenizers: compare bundles of one model")
-    pinned = next((bundle for bundle in bundles if bundle.manifest.graphs["greedy"].fixed_shapes), None)
+    pinned = next((bundle for bundle in bundles if bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes), None)
     if pinned and len(bundles) > 1:
         raise OptionError(f"{pinned.path} is pinned to one block size: compare bundles built without fixed_shapes")
 
 
 def _load(bundle: Bundle, options: BenchOptions) -> Model:
-    pinned = bundle.manifest.graphs["greedy"].fixed_shapes
+    pinned = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
     return load(
         bundle.path,
         num_slots=None if pinned else 1,
