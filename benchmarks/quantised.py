@@ -18,14 +18,13 @@ from time import perf_counter
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.prompts import Prompt, read_prompts
-from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
+from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 
 BLOCK_SIZES = (1, 16)
 MAX_NEW_TOKENS = 128
-WARM_UP, TIMED = 3, 4
 
 
 @dataclass
@@ -49,21 +48,6 @@ def precision_of(bundle: Bundle) -> str:
     head = "" if any(reason.count("head") for reason in quantization.kept.values()) else " with head"
     block = f" group {quantization.group_size}" if quantization.group_size else ""
     return f"{quantization.scheme}{block}{head}, {quantization.method}"
-
-
-def time_forwards(engines: Mapping[str, OrtEngine], past: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Milliseconds of a forward by bundle and block size."""
-    times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in BLOCK_SIZES} for name in engines}
-    for _ in range(rounds):
-        for block_size in BLOCK_SIZES:
-            for name, engine in engines.items():
-                for _ in range(WARM_UP):
-                    run_forward(engine, block_size, past)
-                engine.run_seconds = 0.0
-                for _ in range(TIMED):
-                    run_forward(engine, block_size, past)
-                times[name][block_size].append(engine.run_seconds / TIMED)
-    return {name: {n: 1e3 * median(values) for n, values in by_size.items()} for name, by_size in times.items()}
 
 
 def decode(
@@ -92,8 +76,9 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
     bundles = {str(path): open_bundle(path) for path in args.bundles}
     rows = {name: Row(precision_of(bundle), bundle.weight_bytes) for name, bundle in bundles.items()}
     engines = {name: OrtEngine(bundle, num_slots=1, threads=args.threads) for name, bundle in bundles.items()}
-    for name, times in time_forwards(engines, args.past, args.rounds).items():
-        rows[name].milliseconds = times
+    times = time_in_turn(list(engines.values()), BLOCK_SIZES, past=args.past, rounds=args.rounds)
+    for row, seconds in zip(rows.values(), times, strict=True):
+        row.milliseconds = {size: 1e3 * each for size, each in seconds.items()}
     del engines
     if args.prompts:
         prompts = read_prompts(args.prompts, limit=args.limit)

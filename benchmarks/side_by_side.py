@@ -65,8 +65,8 @@ def main() -> None:
 
 def summarize(peer: dict[str, Any], plain: dict[str, Any], jacobi: dict[str, Any]) -> dict[str, float]:
     """One round: each tool's milliseconds per autoregressive forward, our Jacobi rate, and the ratios."""
-    ours = 1e3 / plain["loops"]["autoregressive"]["tokens_per_second"]
-    rate = jacobi["loops"]["jacobi"]["tokens_per_second"]
+    ours = 1e3 / rate_of(plain, "autoregressive")
+    rate = rate_of(jacobi, "jacobi")
     theirs = peer["milliseconds_per_decode_forward"]
     return {
         "genai_ms_per_forward": theirs,
@@ -75,6 +75,17 @@ def summarize(peer: dict[str, Any], plain: dict[str, Any], jacobi: dict[str, Any
         "our_jacobi_tokens_per_second": rate,
         "jacobi_speed_ratio_to_genai": rate * theirs / 1e3,
     }
+
+
+def rate_of(report: dict[str, Any], method: str) -> float:
+    """Tokens per second of a method at the n that was asked for, not one chosen forward by forward."""
+    rates = [
+        entry["tokens_per_second"]
+        for entry in report["settings"]
+        if entry["method"] == method and entry["block_size"] != "auto"
+    ]
+    [rate] = rates
+    return float(rate)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Prompt files: JSON Lines (``prompt`` or ``messages``, optional ``id`` and ``answer``), or plain text, one a line."""
+"""Prompts: JSON Lines (``prompt`` or ``messages``, optional ``id``, ``answer``), plain text, one a line, or random."""
 
 from __future__ import annotations
 
 import codecs
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,23 @@ def parse_prompts(data: bytes, *, source: str, limit: int | None = None) -> list
     if not prompts:
         raise PromptError(f"{source} holds no prompt")
     return prompts
+
+
+def random_prompts(count: int, *, vocab_size: int, max_length: int, seed: int = 0) -> dict[str, list[int]]:
+    """Sequences of random tokens by name, for where no prompts are given.
+
+    Args:
+        vocab_size: token ids are below it.
+        max_length: tokens that the model holds. A prompt has at most 160, and at most half of what the model holds:
+            some are read in several chunks.
+    """
+    generator = random.Random(seed)  # noqa: S311 - test data, not a secret
+    longest = max(1, min(160, max_length // 2))
+    lengths = [generator.randint(1, longest) for _ in range(count)]
+    return {
+        f"random-{index}": [generator.randrange(vocab_size) for _ in range(length)]
+        for index, length in enumerate(lengths)
+    }
 
 
 def check_messages(messages: Sequence[Any], where: str) -> tuple[Message, ...]:

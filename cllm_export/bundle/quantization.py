@@ -15,6 +15,8 @@ from cllm_export.errors import OptionError
 
 SchemeName = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEME_NAMES: tuple[SchemeName, ...] = get_args(SchemeName)
+UNQUANTISED = "fp32"
+"""What a report calls the bundle that quantised ones are judged by."""
 PrecisionName = Literal[Precision, SchemeName]
 """What the command line takes as a precision: a dtype, or a scheme over fp32."""
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from cllm_export.bundle.manifest import FillName, Loop
 from cllm_export.calibration.recording import Recording, recording_of
-from cllm_export.errors import PromptError
 from cllm_export.prompts import Prompt
+from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
-from cllm_export.runtime.decoding.sampling import MAX_SEED
 from cllm_export.runtime.model import Model
 
 
@@ -45,23 +43,15 @@ def record(
         EngineError: the engine failed.
         OptionError: the block size does not suit the model.
     """
-    recordings = []
-    for index, prompt in enumerate(prompts):
-        with suppress(PromptError):
-            recordings.append(_record(model, prompt, options, first + index))
-        if progress:
-            progress(index + 1)
-    return recordings
-
-
-def _record(model: Model, prompt: Prompt, options: RecordOptions, number: int) -> Recording:
-    ids = model.encode(prompt.content)
-    generation = model.generate(
-        ids,
+    decoded = decode_all(
+        model,
+        [prompt.content for prompt in prompts],
+        at_most=options.max_new_tokens,
+        first_seed=options.seed + first,
+        refused=lambda *_: None,
+        progress=progress,
         method=METHOD_OF_LOOP[options.loop],
         block_size=options.block_size,
         fill=options.fill,
-        seed=(options.seed + number) % MAX_SEED,
-        max_new_tokens=min(options.max_new_tokens, max(1, model.facts.max_length - len(ids))),
     )
-    return recording_of(prompt.id, ids, generation.forwards)
+    return [recording_of(prompts[each.number].id, each.prompt_ids, each.generation.forwards) for each in decoded]

@@ -54,10 +54,10 @@ def select_rows(counts: Iterable[RowCounts], *, num_rows: int, mix: float, seed:
     """
     counts = list(counts)
     available = RowCounts(sum(each.states for each in counts), sum(each.clean for each in counts))
-    limits = [num_rows]
-    limits += [int(min(num_rows, available.states / mix))] if mix > 0 else []
-    limits += [int(available.clean / (1 - mix))] if mix < 1 else []
-    total = min(limits)
+    limits: list[float] = [num_rows]
+    limits += [available.states / mix] if mix > 0 else []
+    limits += [available.clean / (1 - mix)] if mix < 1 else []
+    total = int(min(limits))  # a mix near 0 makes a limit infinite
     if total < MIN_ROWS:
         raise CalibrationError(
             f"too few prompts: at mix {mix:g} they give {total} rows ({available.states} of block states, "

@@ -14,7 +14,7 @@ from cllm_export.errors import CllmExportError
 
 ORDER = (
     *("build", "plan", "verify", "generate", "inspect", "bench"),
-    *("calibrate", "convergence", "quantize", "compare"),
+    *("calibrate", "convergence", "quantize"),
     *("evaluate", "collect", "tune", "plan-memory", "doctor", "trace", "demo"),
 )
 """As the help lists them: what most users need first."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +29,7 @@ from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.shared_options import threads_option
@@ -278,29 +278,14 @@ def _slots_for(bundle: Path, num_prompts: int) -> int | None:
     return None if pinned else min(manifest.batch_size, max(1, num_prompts))
 
 
-def _decode_together(
-    model: Model, given: Sequence[Prompt], options: GenerateOptions
-) -> Iterator[tuple[Prompt, Generation]]:
-    """Every prompt and what it gives, in order, decoded as many at once as there are slots."""
-    from cllm_export.runtime.service import Handle, Service
-
-    of_each = replace(options, block_size=None, deterministic=False)
-    waiting: deque[tuple[Prompt, Handle]] = deque()
-    with Service(model, block_size=options.block_size) as service:
-        for entry in given:
-            with _naming(entry, len(given)):
-                waiting.append((entry, service.submit(entry.content, of_each)))
-            if len(waiting) > 2 * model.engine.num_slots:
-                first, handle = waiting.popleft()
-                yield first, handle.result()
-        for entry, handle in waiting:
-            yield entry, handle.result()
-
-
 def _print_together(model: Model, given: Sequence[Prompt], options: GenerateOptions, view: View) -> None:
-    for entry, generation in _decode_together(model, given, options):
+    def refused(index: int, error: PromptError) -> None:
+        raise PromptError(f"prompt {given[index].id}: {error}")
+
+    contents = [entry.content for entry in given]
+    for index, _, generation in decode_all(model, contents, options, in_slots=True, refused=refused):
         if view.as_json:
-            _print_json_line(entry, generation)
+            _print_json_line(given[index], generation)
         else:
             _print_generation(model, generation, view)
 

@@ -9,7 +9,8 @@ from cllm_export.cli.show.bundle import show_parity
 from cllm_export.cli.show.console import OUT, bytes_text, progress_bar
 from cllm_export.cli.show.decoding import show_bench, show_blocks, show_statistics
 from cllm_export.errors import CheckpointError
-from cllm_export.measure.bench import BenchOptions, run_bench
+from cllm_export.measure.bench import run_bench
+from cllm_export.measure.options import BenchOptions
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
@@ -17,7 +18,8 @@ from cllm_export.verification.report import VerifyOptions
 from cllm_export.verification.verify import verify
 
 VERIFIED, SHOWN, TIMED = 100, 3, 40
-SWEEP = (4, 8, 12)
+BLOCK_SIZES = (4, 8, 12)
+"""n that are timed beside the bundle's own."""
 
 
 def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool:
@@ -74,7 +76,7 @@ def _decode(model: Model, prompts: list[Prompt]) -> None:
 def _time(bundle: Bundle, prompts: list[Prompt], threads: int | None) -> None:
     OUT.rule("speed")
     with progress_bar() as progress:
-        report = run_bench(
-            bundle, prompts=prompts, options=BenchOptions(threads=threads, sweep=SWEEP), progress=progress
-        )
+        sizes = sorted({*BLOCK_SIZES, bundle.manifest.block_size})
+        options = BenchOptions(block_sizes=tuple(sizes), threads=threads)
+        report = run_bench([bundle], prompts=prompts, options=options, progress=progress)
     show_bench(report)

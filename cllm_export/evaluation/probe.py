@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cllm_export.bundle.manifest import FILLS, Bundle, open_bundle
@@ -22,11 +23,12 @@ from cllm_export.evaluation.measures import measure
 from cllm_export.evaluation.sources import kind_of
 from cllm_export.evaluation.verdict import Expectation, judge
 from cllm_export.extras import needs_extra
-from cllm_export.measure.bench import measure_latency
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
 from cllm_export.runtime.decoding.shared_options import limit_option, max_new_tokens_option, threads_option
 from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 
@@ -143,9 +145,10 @@ def _measure_times(
     decodable = decode_prompts(
         model, prompts, Settings(method="jacobi", block_size=1, fill="pad", max_new_tokens=1), compare=False
     )
-    lengths = [answer.generation.statistics.prompt_tokens for answer in decodable.answers]
-    latency = measure_latency(bundle, [range(length) for length in lengths], threads)
-    return {int(entry["block_size"]): entry["milliseconds"] for entry in latency}
+    past = int(median(answer.generation.statistics.prompt_tokens for answer in decodable.answers))
+    engine = OrtEngine(bundle, num_slots=1, threads=threads)
+    [seconds] = time_in_turn([engine], (1, *_block_sizes(model)), past=past)
+    return {size: each * 1e3 for size, each in seconds.items()}
 
 
 def _named(form: Settings) -> dict[str, Any]:

@@ -1,231 +1,266 @@
-"""Time a bundle: every loop on real prompts, the forward at every block size, and PyTorch beside them.
+"""Time bundles of one model: methods and block sizes on real prompts, bare forwards, and PyTorch beside them.
 
-Everything is compared in one run, pass after pass in turn, by medians: machines are shared and noisy, so ratios count.
+Quantised weights make a forward over one token cheap and leave less room for free tokens beside it, so precision,
+method and block size are one choice. Everything takes turns, pass after pass, and medians are reported: machines are
+shared and noisy, so ratios count. What quality a precision costs is ``convergence``'s matter.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
-from cllm_export.bundle.manifest import Bundle
-from cllm_export.checks import require_at_least
-from cllm_export.errors import OptionError, OutputError
+from cllm_export.bundle.manifest import GREEDY_GRAPH, TOKENIZER_NAME, Bundle
+from cllm_export.errors import OptionError, OutputError, PromptError
+from cllm_export.exporter.checkpoint.source import require_source
+from cllm_export.measure.options import HAVE_NO_BLOCK, BenchOptions
 from cllm_export.progress import Progress
-from cllm_export.prompts import Prompt
+from cllm_export.prompts import Prompt, random_prompts
+from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.block_size.latency_file import write_latency
-from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
-from cllm_export.runtime.decoding.request import LOOKAHEAD, Method
+from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
+from cllm_export.runtime.decoding.request import LOOKAHEAD, METHOD_OF_LOOP, METHODS, Method
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
-from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import BlockSize, GenerateOptions
+from cllm_export.runtime.options import BlockSize
 from cllm_export.runtime.request_run import Generation
-from cllm_export.verification.files import require_source
-from cllm_export.verification.tokens import random_prompts
 
 log = logging.getLogger(__name__)
 
-_Setting = tuple[Method, BlockSize | None]
 DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
-"""The loops that need no draft source but the one a model was trained with."""
+"""Methods that need no draft source but the one a model was trained with."""
+DEFAULT_SIZES = (4, 8, 12, 16, 24, 32)
+"""n to try of several bundles."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-LATENCY_SECONDS, MIN_ROUNDS = 5.0, 3
-SHORT_FORWARD_SECONDS = 0.02
+NUM_RANDOM_PROMPTS = 16
+Times = Mapping[int, float]
+"""Seconds of a forward, T(n), by n."""
+
+
+class Setting(NamedTuple):
+    """What one pass decodes with."""
+
+    bundle: int
+    """Its number, from 0."""
+    method: Method
+    block_size: BlockSize | None
+    """None for a method that takes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """What ``cllm-export bench`` lets the user choose."""
+class Pass:
+    """All prompts, decoded once in one setting."""
 
-    methods: tuple[Method, ...] = DEFAULT_METHODS
-    block_size: int | None = None
-    lookahead: Mapping[str, int] = field(default_factory=dict)
-    """Of ``window``, ``ngram`` and ``guesses``, what shall not be as by default."""
-    fill: str | None = None
-    """Draft sources of every loop but autoregressive; by default each loop's own."""
-    draft_model: Path | None = None
-    max_new_tokens: int = 128
-    threads: int | None = None
-    repeats: int = 3
-    ignore_eos: bool = False
-    """Decode every prompt to the limit; the only way to time random tokens, which end at once."""
-    sweep: tuple[int, ...] = ()
-    """Further block sizes for the sliding loop."""
-
-    def __post_init__(self) -> None:
-        for size in self.sweep:
-            require_at_least("--sweep", size, 1)
-        if len(set(self.sweep)) < len(self.sweep):
-            raise OptionError(f"--sweep names a block size twice: {','.join(map(str, self.sweep))}")
-        if self.sweep and "jacobi" not in self.methods:
-            raise OptionError(f"--sweep is for the sliding loop; leave it out with --method {self.methods[0]}")
-        if self.block_size and not {"jacobi", "jacobi-block"} & set(self.methods):
-            raise OptionError(f"--block-size is for the Jacobi loops; leave it out with --method {self.methods[0]}")
-        if self.lookahead and LOOKAHEAD not in self.methods:
-            raise OptionError(f"--{next(iter(self.lookahead))} is for lookahead; give --method lookahead")
-        if self.fill and self.methods == ("autoregressive",):
-            raise OptionError("--fill is for loops that draft; leave it out with --method autoregressive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One pass of one loop over every prompt."""
-
-    new_tokens: int
+    tokens: tuple[tuple[int, ...], ...]
     forwards: int
     decode_seconds: float
     prefill_seconds: float
     engine_seconds: float
 
+    @property
+    def new_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
 
 def run_bench(
-    bundle: Bundle,
+    bundles: Sequence[Bundle],
     *,
+    names: Sequence[str] | None = None,
     prompts: Sequence[Prompt] = (),
     checkpoint: Path | None = None,
     options: BenchOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a bundle; the report, JSON-ready (``--json`` writes it as it is).
+    """Time bundles of one model, each with one slot unless it is pinned; the report, JSON-ready.
 
-    ``loops`` holds, for each method, tokens_per_second (decode only), tokens_per_forward, forwards, new_tokens,
-    speedup (against the autoregressive loop of the same run, prefill excluded), speedup_with_prefill, and overhead
-    (decode wall-clock over time inside the engine). ``sweep`` holds the same for further block sizes, ``auto`` for n
-    chosen forward by forward, ``latency`` the milliseconds T(n) of one forward and its ratio to T(1). T(n) is left in
-    the bundle as ``latency.json``, where the bundle can be written to, and the runtime begins with it.
+    ``settings``, the fastest first, has an entry for each bundle, method and n:
+
+    - ``tokens_per_second``: of the decode as it ran, its own time included, prefill left out; ``tokens_per_forward``,
+      ``forwards``, ``new_tokens``; ``overhead``: seconds of the decode over those inside the engine.
+    - ``speedup``: over the bundle's autoregressive decoding in the same passes, ``speedup_with_prefill`` with the
+      prompts read; None where that is not timed.
+    - ``first_milliseconds`` T(1), ``milliseconds`` T(n), ``expected_speedup`` TPF(n) x T(1) / T(n) and
+      ``expected_tokens_per_second`` TPF(n) / T(n): what bare forwards would come to. None where n is chosen forward by
+      forward, the method takes none, or the bundle is pinned to one shape.
+    - ``equal``: prompts whose tokens are those of the first bundle, decoded autoregressively where that is timed. At
+      another n a near tie may round to another token.
+
+    ``bundles`` has what each is and its T(n). A single bundle keeps it as ``latency.json``, where it can be written to,
+    and the runtime begins with it.
+
+    Args:
+        names: what the report calls the bundles; by default their paths.
+        prompts: by default random tokens, decoded to the limit.
+        checkpoint: what a single bundle was built from, to time transformers beside it.
+
+    Raises:
+        OptionError: bundles of different tokenizers, several of which one has fixed shapes, or an n that one of them
+            does not take.
+        PromptError: a prompt does not fit.
+        BundleError: the bundle was not built from the checkpoint.
+        EngineError: an engine failed.
     """
     options = options or BenchOptions()
-    if checkpoint:
-        require_source(bundle, checkpoint)
-    model = load(bundle.path, threads=options.threads, draft_model=options.draft_model, prefix_cache_bytes=0)
-    if too_large := [size for size in options.sweep if size > model.engine.geometry.max_block_size]:
-        largest = model.engine.geometry.max_block_size
-        raise OptionError(f"--sweep {too_large[0]}: block_size must be at most {largest} for this bundle")
-    encoded = [model.encode(prompt.content) for prompt in prompts]
-    if not encoded:
-        encoded, options = list(random_prompts(bundle, 16).values()), replace(options, ignore_eos=True)
-    settings = _settings(options, can_choose=model.engine.fixed_shapes is None)
-    runs = _interleaved(model, encoded, settings, options, progress or (lambda *_: None))
-    report: dict[str, Any] = {
+    names = names or [str(bundle.path) for bundle in bundles]
+    _check(bundles, checkpoint)
+    models = [_load(bundle, options) for bundle in bundles]
+    sizes = _settle_sizes(models, options)
+    encoded = _encode(bundles, models[0], prompts)
+    if not prompts:
+        options = replace(options, ignore_eos=True)
+    settings = _settings(models, options, sizes)
+    passes = _in_turn(models, encoded, settings, options, progress or (lambda *_: None))
+    times = _time_forwards(models, encoded, sizes)
+    if len(bundles) == 1 and times[0]:
+        _leave_latency(bundles[0], times[0], options.threads)
+    entries = [
+        {"name": names[setting.bundle], **_about(bundles[setting.bundle])} | entry
+        for setting, entry in zip(settings, _summaries(settings, passes, models, times), strict=True)
+    ]
+    return {
         "machine": describe_machine(options.threads),
-        "bundle": {"path": bundle.path.name, "fingerprint": bundle.fingerprint},
         "prompts": len(encoded),
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
-        "block_size": options.block_size or bundle.manifest.block_size,
-        "lookahead": dict(options.lookahead),
+        "lookahead": options.lookahead,
         "fill": options.fill,
         "draft_model": options.draft_model.name if options.draft_model else None,
-        "autoregressive_block_size": pinned.block_size if (pinned := model.engine.fixed_shapes) else 1,
+        "bundles": [
+            {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), "latency": _latency(found)}
+            for name, bundle, found in zip(names, bundles, times, strict=True)
+        ],
+        "settings": sorted(entries, key=lambda entry: -entry["tokens_per_second"]),
+        "transformers": _bench_transformers(bundles[0], checkpoint, encoded, options) if checkpoint else None,
     }
-    baseline = runs.get(("autoregressive", None))
-    report["loops"] = {method: _summary(runs[method, None], baseline) for method in options.methods}
-    report["sweep"] = {str(size): _summary(runs["jacobi", size], baseline) for size in options.sweep}
-    report["auto"] = _summary(runs["jacobi", "auto"], baseline) if ("jacobi", "auto") in runs else None
-    if not model.engine.fixed_shapes:
-        report["latency"] = measure_latency(bundle, encoded, options.threads)
-        _leave_latency(bundle, report["latency"], options.threads)
+
+
+def precision_name(bundle: Bundle) -> str:
+    """What a table calls the precision of a bundle."""
+    quantization = bundle.manifest.quantization
+    if quantization is None:
+        return bundle.manifest.precision
+    return f"{quantization.scheme}{f' /{quantization.group_size}' if quantization.group_size else ''}"
+
+
+def _about(bundle: Bundle) -> dict[str, Any]:
+    return {"precision": precision_name(bundle), "weight_bytes": bundle.weight_bytes}
+
+
+def _check(bundles: Sequence[Bundle], checkpoint: Path | None) -> None:
     if checkpoint:
-        report["transformers"] = _bench_transformers(bundle, checkpoint, encoded, options)
-    return report
+        if len(bundles) > 1:
+            raise OptionError(
+                f"checkpoint is for one bundle, got {len(bundles)} bundles: leave it out", fields=("checkpoint",)
+            )
+        require_source(bundles[0], checkpoint)
+    if len({bundle.manifest.files[TOKENIZER_NAME].sha256 for bundle in bundles}) > 1:
+        raise OptionError("the bundles have different tokenizers: compare bundles of one model")
+    pinned = next((bundle for bundle in bundles if bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes), None)
+    if pinned and len(bundles) > 1:
+        raise OptionError(f"{pinned.path} is pinned to one block size: compare bundles built without fixed_shapes")
 
 
-def measure_latency(bundle: Bundle, prompts: Sequence[Sequence[int]], threads: int | None) -> list[dict[str, float]]:
-    """Milliseconds of one bare forward at each block size, past as many rows as the median prompt has."""
-    engine = OrtEngine(bundle, num_slots=1, threads=threads)
-    past = int(median(len(prompt) for prompt in prompts))
-    sizes = [size for size in LATENCY_BLOCK_SIZES if size <= engine.geometry.max_block_size]
-    times: dict[int, list[float]] = {size: [] for size in sizes}
-    started = perf_counter()
-    while len(times[sizes[-1]]) < MIN_ROUNDS or perf_counter() - started < LATENCY_SECONDS:
-        for size in sizes:
-            times[size].append(_time_forward(engine, size, past))
-    first = median(times[sizes[0]])
-    return [
-        {"block_size": size, "milliseconds": median(times[size]) * 1e3, "ratio": median(times[size]) / first}
-        for size in sizes
-    ]
+def _load(bundle: Bundle, options: BenchOptions) -> Model:
+    pinned = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
+    return load(
+        bundle.path,
+        num_slots=None if pinned else 1,
+        threads=options.threads,
+        draft_model=options.draft_model,
+        prefix_cache_bytes=0,
+    )
 
 
-def _time_forward(engine: OrtEngine, block_size: int, past: int) -> float:
-    """Seconds of one forward; short ones are repeated, after some that refill the caches a wider one has emptied."""
-    run_forward(engine, block_size, past)
-    started = engine.run_seconds
-    run_forward(engine, block_size, past)
-    seconds = engine.run_seconds - started
-    if seconds > SHORT_FORWARD_SECONDS:
-        return seconds
-    for _ in range(8):
-        run_forward(engine, block_size, past)
-    started = engine.run_seconds
-    for _ in range(5):
-        run_forward(engine, block_size, past)
-    return (engine.run_seconds - started) / 5
+def _encode(bundles: Sequence[Bundle], model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of every prompt, which every bundle has room for."""
+    smallest = min(bundles, key=lambda bundle: bundle.manifest.max_length)
+    if not prompts:
+        facts = smallest.manifest
+        drawn = random_prompts(NUM_RANDOM_PROMPTS, vocab_size=facts.geometry.vocab_size, max_length=facts.max_length)
+        return list(drawn.values())
+    encoded = [model.encode(prompt.content) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= smallest.manifest.max_length:
+            raise PromptError(
+                f"prompt {prompt.id} has {len(ids)} tokens, too long for this bundle ({smallest.path}); leave it out"
+            )
+    return encoded
 
 
-def _leave_latency(bundle: Bundle, latency: list[dict[str, float]], threads: int | None) -> None:
-    seconds = {int(entry["block_size"]): entry["milliseconds"] / 1e3 for entry in latency}
-    try:
-        write_latency(bundle, seconds, num_slots=1, threads=threads)
-    except OutputError as error:
-        log.warning("the times of forwards are not kept: %s", error)
+def _settle_sizes(models: Sequence[Model], options: BenchOptions) -> tuple[int, ...]:
+    """n to try: those asked for, else a single bundle's own, else the usual ones that every bundle takes."""
+    largest = min(model.engine.geometry.max_block_size for model in models)
+    if too_large := [size for size in options.block_sizes if size > largest]:
+        these = "this bundle" if len(models) == 1 else "these bundles"
+        raise OptionError(
+            f"block_sizes must be at most {largest} for {these}, got {too_large[0]}", fields=("block_sizes",)
+        )
+    if len(models) > 1:
+        return options.block_sizes or tuple(size for size in DEFAULT_SIZES if size <= largest)
+    [model] = models
+    pinned = model.engine.fixed_shapes
+    return options.block_sizes or (pinned.block_size if pinned else model.facts.block_size,)
 
 
-def _settings(options: BenchOptions, *, can_choose: bool) -> list[_Setting]:
-    settings: list[_Setting] = [(method, None) for method in options.methods]
-    settings += [("jacobi", size) for size in options.sweep]
-    return settings + ([("jacobi", "auto")] if can_choose and "jacobi" in options.methods else [])
+def _settings(models: Sequence[Model], options: BenchOptions, sizes: Sequence[int]) -> list[Setting]:
+    """What to time. Of a single bundle also n that is chosen forward by forward."""
+    settings: list[Setting] = []
+    for index, model in enumerate(models):
+        if len(models) > 1:
+            trained = model.facts.trained_with
+            methods = options.timed(METHOD_OF_LOOP[trained.loop if trained else "sliding"])
+        else:
+            methods = options.timed(*(METHODS if options.draft_model else DEFAULT_METHODS))
+        for method in methods:
+            settings += [Setting(index, method, size) for size in ((None,) if method in HAVE_NO_BLOCK else sizes)]
+        if len(models) == 1 and "jacobi" in methods and not model.engine.fixed_shapes:
+            settings.append(Setting(index, "jacobi", "auto"))
+    return settings
 
 
-def _interleaved(
-    model: Model,
-    prompts: list[list[int]],
-    settings: list[_Setting],
+def _in_turn(
+    models: Sequence[Model],
+    prompts: Sequence[list[int]],
+    settings: Sequence[Setting],
     options: BenchOptions,
     progress: Progress,
-) -> dict[_Setting, list[_Run]]:
+) -> dict[Setting, list[Pass]]:
     """Pass by pass through every setting, again and again, after one that warms up.
 
     A pass is all prompts in one setting, as a service would run them: switching from request to request would charge
     the light forwards of one loop for the caches that the heavy ones of another have emptied.
     """
-    runs: dict[_Setting, list[_Run]] = {setting: [] for setting in settings}
-    for repeat in range(options.repeats + 1):
-        for index, (method, size) in enumerate(settings):
-            model.pool.clear()  # it would know the answers from the pass before
-            done = [_generate(model, prompt, method, size, options) for prompt in prompts]
-            if repeat:
-                runs[method, size].append(_collect(done))
-            progress("passes", repeat * len(settings) + index + 1, (options.repeats + 1) * len(settings))
-    return runs
+    passes: dict[Setting, list[Pass]] = {setting: [] for setting in settings}
+    total = (options.repeats + 1) * len(settings)
+    for done in range(total):
+        setting, model = settings[done % len(settings)], models[settings[done % len(settings)].bundle]
+        model.pool.clear()  # it would know the answers from the pass before
+        decoded = decode_all(model, prompts, at_most=options.max_new_tokens, **_request_options(setting, options))
+        finished = _collect([each.generation for each in decoded])
+        if done >= len(settings):
+            passes[setting].append(finished)
+        progress("passes", done + 1, total)
+    return passes
 
 
-def _generate(
-    model: Model, prompt: list[int], method: Method, size: BlockSize | None, options: BenchOptions
-) -> Generation:
-    limit = min(options.max_new_tokens, model.facts.max_length - len(prompt))
-    if limit < 1:
-        raise OptionError(f"a prompt has {len(prompt)} tokens, too long for this bundle; leave it out")
-    settings = GenerateOptions(max_new_tokens=limit, method=method, ignore_eos=options.ignore_eos)
-    if method == LOOKAHEAD:
-        return model.generate(prompt, settings, fill=options.fill, **options.lookahead)
-    if method == "autoregressive":
-        return model.generate(prompt, settings, deterministic=True)
-    block_size = size or options.block_size
-    return model.generate(prompt, settings, fill=options.fill, block_size=block_size, deterministic=block_size is None)
+def _request_options(setting: Setting, options: BenchOptions) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"method": setting.method, "ignore_eos": options.ignore_eos}
+    if setting.method == LOOKAHEAD:
+        chosen |= options.lookahead
+    else:
+        chosen |= {"block_size": setting.block_size, "deterministic": setting.block_size is None}
+    return chosen if setting.method == "autoregressive" else chosen | {"fill": options.fill}
 
 
-def _collect(generations: list[Generation]) -> _Run:
+def _collect(generations: Sequence[Generation]) -> Pass:
     statistics = [generation.statistics for generation in generations]
-    return _Run(
-        new_tokens=sum(entry.new_tokens for entry in statistics),
+    return Pass(
+        tokens=tuple(generation.token_ids for generation in generations),
         forwards=sum(entry.forwards for entry in statistics),
         decode_seconds=sum(entry.decode_seconds for entry in statistics),
         prefill_seconds=sum(entry.prefill_seconds for entry in statistics),
@@ -233,29 +268,87 @@ def _collect(generations: list[Generation]) -> _Run:
     )
 
 
-def _summary(runs: list[_Run], baseline: list[_Run] | None) -> dict[str, float | int | None]:
-    first = runs[0]
-    summary: dict[str, float | int | None] = {
-        "tokens_per_second": median(run.new_tokens / run.decode_seconds for run in runs),
+def _time_forwards(models: Sequence[Model], prompts: Sequence[list[int]], sizes: Sequence[int]) -> list[Times]:
+    """T(n) of each bundle past as many rows as the median prompt has; none of a bundle that is pinned."""
+    if models[0].engine.fixed_shapes:
+        return [{}]
+    wanted = {1, *sizes, *(LATENCY_BLOCK_SIZES if len(models) == 1 else ())}
+    past = int(median(len(prompt) for prompt in prompts))
+    return list(time_in_turn([model.engine for model in models], sorted(wanted), past=past))
+
+
+def _leave_latency(bundle: Bundle, times: Times, threads: int | None) -> None:
+    try:
+        write_latency(bundle, times, num_slots=1, threads=threads)
+    except OutputError as error:
+        log.warning("the times of forwards are not kept: %s", error)
+
+
+def _latency(times: Times) -> list[dict[str, float]]:
+    return [
+        {"block_size": size, "milliseconds": seconds * 1e3, "ratio": seconds / times[1]}
+        for size, seconds in times.items()
+    ]
+
+
+def _summaries(
+    settings: Sequence[Setting], passes: Mapping[Setting, list[Pass]], models: Sequence[Model], times: Sequence[Times]
+) -> list[dict[str, Any]]:
+    """What each setting came to."""
+    first = next((each for each in settings if each[:2] == (0, "autoregressive")), settings[0])
+    expected = passes[first][0].tokens
+    summaries = []
+    for setting in settings:
+        size = setting.block_size
+        if setting.method == "autoregressive":
+            pinned = models[setting.bundle].engine.fixed_shapes
+            size = pinned.block_size if pinned else 1
+        found = _summary(passes[setting], passes.get(Setting(setting.bundle, "autoregressive", None)))
+        summaries.append(
+            {"method": setting.method, "block_size": size}
+            | found
+            | _expectation(found["tokens_per_forward"], size, times[setting.bundle])
+            | {"equal": sum(a == b for a, b in zip(passes[setting][0].tokens, expected, strict=True))}
+        )
+    return summaries
+
+
+def _summary(passes: Sequence[Pass], baseline: Sequence[Pass] | None) -> dict[str, Any]:
+    first = passes[0]
+    summary: dict[str, Any] = {
+        "tokens_per_second": median(each.new_tokens / each.decode_seconds for each in passes),
         "tokens_per_forward": first.new_tokens / first.forwards,
         "forwards": first.forwards,
         "new_tokens": first.new_tokens,
-        "overhead": median(run.decode_seconds / run.engine_seconds for run in runs),
+        "overhead": median(each.decode_seconds / each.engine_seconds for each in passes),
         "speedup": None,
         "speedup_with_prefill": None,
     }
     if baseline:
-        pairs = list(zip(baseline, runs, strict=True))
-        summary["speedup"] = median(base.decode_seconds / run.decode_seconds for base, run in pairs)
+        pairs = list(zip(baseline, passes, strict=True))
+        summary["speedup"] = median(base.decode_seconds / each.decode_seconds for base, each in pairs)
         summary["speedup_with_prefill"] = median(
-            (base.decode_seconds + base.prefill_seconds) / (run.decode_seconds + run.prefill_seconds)
-            for base, run in pairs
+            (base.decode_seconds + base.prefill_seconds) / (each.decode_seconds + each.prefill_seconds)
+            for base, each in pairs
         )
     return summary
 
 
+def _expectation(tokens_per_forward: float, size: BlockSize | None, times: Times) -> dict[str, float | None]:
+    """What bare forwards would come to, one like the other."""
+    if not isinstance(size, int) or size not in times:
+        names = ("first_milliseconds", "milliseconds", "expected_speedup", "expected_tokens_per_second")
+        return dict.fromkeys(names)
+    return {
+        "first_milliseconds": times[1] * 1e3,
+        "milliseconds": times[size] * 1e3,
+        "expected_speedup": tokens_per_forward * times[1] / times[size],
+        "expected_tokens_per_second": tokens_per_forward / times[size],
+    }
+
+
 def _bench_transformers(
-    bundle: Bundle, checkpoint: Path, prompts: list[list[int]], options: BenchOptions
+    bundle: Bundle, checkpoint: Path, prompts: Sequence[list[int]], options: BenchOptions
 ) -> dict[str, float | int]:
     import torch
 
@@ -267,7 +360,7 @@ def _bench_transformers(
     reference.generate(prompts[0], 4, ())
     tokens, seconds = 0, 0.0
     for prompt in prompts:
-        limit = min(options.max_new_tokens, bundle.manifest.max_length - len(prompt))
-        new, taken = reference.generate(prompt, limit, bundle.manifest.eos_token_ids)
+        limit = min(options.max_new_tokens, manifest.max_length - len(prompt))
+        new, taken = reference.generate(prompt, limit, manifest.eos_token_ids)
         tokens, seconds = tokens + new, seconds + taken
     return {"new_tokens": tokens, "tokens_per_second_with_prefill": tokens / seconds}

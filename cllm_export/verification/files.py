@@ -1,4 +1,4 @@
-"""What a bundle's files must hold: a flipped bit is noticed, the checkpoint is the one it came from."""
+"""What a bundle's files must hold: a flipped bit is noticed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle
-from cllm_export.errors import BundleError, ChecksumError, OutputError
+from cllm_export.errors import ChecksumError, OutputError
 from cllm_export.verification.report import Check
 
 CORRUPTION_LIMIT = 1 << 30
@@ -38,23 +38,6 @@ def check_corruption_is_caught(bundle: Bundle) -> Check:
         passed=not missed,
         detail=detail if not missed else f"a flipped byte in {missed[0]} went unnoticed",
     )
-
-
-def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -> None:
-    """Check that a bundle was built from this checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be opened.
-        BundleError: the bundle was built from another one.
-    """
-    from cllm_export.exporter.checkpoint.adapter import open_source
-
-    opened, _ = open_source(checkpoint, base, max_length=bundle.manifest.max_length)
-    if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
-        raise BundleError(
-            f"{bundle.path} was not built from {checkpoint}: their fingerprints differ; "
-            "give the checkpoint it was built from, or rebuild it"
-        )
 
 
 def _corruption_is_named(bundle: Bundle, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from cllm_export.bundle.contract import Batch, Precision
 from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, Bundle
 from cllm_export.errors import EngineError, OptionError
+from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
-from cllm_export.prompts import Prompt
+from cllm_export.prompts import Prompt, random_prompts
+from cllm_export.runtime.decode_all import decode_all, first_difference
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
 from cllm_export.runtime.decoding.sampling import Sampler, Sampling
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.load import load
 from cllm_export.runtime.request_run import Generation
-from cllm_export.verification.files import require_source
 from cllm_export.verification.report import DEFAULT_NUM_PROMPTS, GREEDY, SAMPLED, Check, VerifyOptions, reported
 
 if TYPE_CHECKING:
@@ -47,16 +47,23 @@ class TokenSession:
         options: VerifyOptions,
         progress: Progress,
     ) -> None:
+        manifest = bundle.manifest
         self._bundle = bundle
         self._model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
         self._reference = reference
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens
-        self._prompts = self._encode(prompts) if prompts else random_prompts(bundle, DEFAULT_NUM_PROMPTS)
+        self._prompts = (
+            self._encode(prompts)
+            if prompts
+            else random_prompts(
+                DEFAULT_NUM_PROMPTS, vocab_size=manifest.geometry.vocab_size, max_length=manifest.max_length
+            )
+        )
         self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
         self._ignore_eos = not prompts  # random tokens end at once, and would try nothing
         self._decoded: dict[tuple[Method, int | None, str], list[Generation]] = {}
-        own = bundle.manifest.block_size
+        own = manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
         self._block_sizes = options.block_sizes or (own,)
         if pinned and set(self._block_sizes) != {own}:
@@ -188,24 +195,20 @@ class TokenSession:
         key = (method, block_size, kind)
         if key in self._decoded:
             return self._decoded[key]
-        generations = []
-        for done, prompt in enumerate(self._prompts.values(), start=1):
-            limit = min(self._max_new_tokens, self._bundle.manifest.max_length - len(prompt))
-            generations.append(
-                self._model.generate(
-                    prompt,
-                    max_new_tokens=limit,
-                    method=method,
-                    block_size=block_size,
-                    ignore_eos=self._ignore_eos,
-                    temperature=_sampling(done).temperature if kind == SAMPLED else None,
-                    seed=done,
-                )
-            )
-            shape = "" if block_size is None else f", n = {block_size}"
-            self._progress(f"{kind}{method}{shape}", done, len(self._prompts))
-        self._decoded[key] = generations
-        return generations
+        stage = f"{kind}{method}" + ("" if block_size is None else f", n = {block_size}")
+        decoded = decode_all(
+            self._model,
+            self._prompts.values(),
+            at_most=self._max_new_tokens,
+            first_seed=1,
+            progress=lambda done: self._progress(stage, done, len(self._prompts)),
+            method=method,
+            block_size=block_size,
+            ignore_eos=self._ignore_eos,
+            temperature=_sampling(1).temperature if kind == SAMPLED else None,
+        )
+        self._decoded[key] = [each.generation for each in decoded]
+        return self._decoded[key]
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, list[int]]:
         encoded = {}
@@ -263,26 +266,6 @@ class Ties:
             "max_tie_share": MAX_TIE_SHARE,
         }
         return Check(name=name, passed=not wrong and share <= MAX_TIE_SHARE, detail=detail, data=data)
-
-
-def random_prompts(bundle: Bundle, count: int, *, seed: int = 0) -> dict[str, list[int]]:
-    """Sequences of random tokens by name, of lengths that reach over chunks of the prompt."""
-    generator = random.Random(seed)  # noqa: S311 - test data, not a secret
-    manifest = bundle.manifest
-    longest = max(1, min(160, manifest.max_length // 2))
-    lengths = [generator.randint(1, longest) for _ in range(count)]
-    return {
-        f"random-{index}": [generator.randrange(manifest.geometry.vocab_size) for _ in range(length)]
-        for index, length in enumerate(lengths)
-    }
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first position where two sequences differ, or None where they are equal."""
-    if tuple(a) == tuple(b):
-        return None
-    pairs = zip(a, b, strict=False)
-    return next((index for index, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def open_reference(bundle: Bundle, checkpoint: Path, base: Path | None) -> Reference:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import ChecksumError, EngineError, GraphError, OptionError
+from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
@@ -22,7 +23,7 @@ from cllm_export.verification.engine_checks import (
     check_dead_rows_are_hidden,
     check_rows_are_isolated,
 )
-from cllm_export.verification.files import check_corruption_is_caught, require_source
+from cllm_export.verification.files import check_corruption_is_caught
 from cllm_export.verification.report import (
     DEFAULT_NUM_PROMPTS,
     HELD_BYTES,

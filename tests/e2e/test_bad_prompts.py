@@ -143,9 +143,12 @@ def test_an_option_out_of_range_is_refused(
 @pytest.mark.parametrize(
     ("command", "arguments", "phrases"),
     [
-        ("bench", ("--sweep", "4,x"), ("--sweep", "4,8,12", "'4,x'")),
-        ("bench", ("--sweep", "65"), ("--block-size", "at most 64")),
+        ("bench", ("--block-size", "x"), ("--block-size", "integer")),
+        ("bench", ("--block-size", 4, "--block-size", 65), ("--block-size", "at most 64")),
         ("bench", ("--block-size", 0), ("--block-size", "at least 1")),
+        ("bench", ("--block-size", 4, "--block-size", 4), ("--block-size", "twice")),
+        ("bench", ("--method", "fast"), ("--method", "jacobi", "'fast'")),
+        ("bench", ("--limit", 1), ("--limit", "--prompts")),
         ("bench", ("--repeats", 0), ("--repeats",)),
         ("bench", ("--fill", "zeros"), ("--fill", "zeros")),
         ("bench", ("--fill", "pad", "--method", "autoregressive"), ("--fill", "autoregressive")),

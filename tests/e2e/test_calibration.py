@@ -73,10 +73,10 @@ def test_bundles_of_different_checkpoints_are_not_compared(cli: Cli, workshop: W
     assert_refused(outcome, "are of different checkpoints")
 
 
-def test_compare_names_the_fastest_of_several_bundles(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path):
+def test_bench_names_the_fastest_of_several_bundles(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path):
     report = tmp_path / "report.json"
-    sizes = ("--block-size", 2, "--block-size", 4, "--rounds", 1, "--limit", 2)
-    done = cli("compare", bundle, bundle, "--prompts", prompts, *sizes, "--json", report, "--plots", tmp_path, *FEW)
+    sizes = ("--block-size", 2, "--block-size", 4, "--repeats", 1, "--limit", 2)
+    done = cli("bench", bundle, bundle, "--prompts", prompts, *sizes, "--json", report, "--plots", tmp_path, *FEW)
     assert done.code == 0, done.err
     settings = json.loads(report.read_text())["settings"]
     assert len(settings) == 4 and {entry["block_size"] for entry in settings} == {2, 4}
@@ -84,7 +84,8 @@ def test_compare_names_the_fastest_of_several_bundles(cli: Cli, bundle: Path, pr
     assert speeds == sorted(speeds, reverse=True)
     for entry in settings:
         ratio = entry["first_milliseconds"] / entry["milliseconds"]
-        assert entry["speedup"] == pytest.approx(entry["tokens_per_forward"] * ratio)
+        assert entry["expected_speedup"] == pytest.approx(entry["tokens_per_forward"] * ratio)
+        assert entry["equal"] == 2 and entry["weight_bytes"] > 0
     assert f"with n = {settings[0]['block_size']}" in done.out
     assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
@@ -156,15 +157,15 @@ def test_a_place_for_plots_is_judged_before_the_work_and_made_after_it(
 ):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        outcome = cli("compare", bundle, "--prompts", prompts, "--plots", place)
+        outcome = cli("bench", bundle, "--prompts", prompts, "--plots", place)
         assert_refused(outcome, "cannot write plots to", "is no directory")
-    outcome = cli("compare", bundle, "--prompts", tmp_path / "missing.jsonl", "--plots", tmp_path / "a" / "b")
+    outcome = cli("bench", bundle, "--prompts", tmp_path / "missing.jsonl", "--plots", tmp_path / "a" / "b")
     assert_refused(outcome, "cannot read prompts")
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_plots_without_their_extra_are_refused_before_any_work(bundle: Path, prompts: Path, tmp_path: Path):
-    arguments = ("compare", bundle, "--prompts", prompts, "--plots", tmp_path / "plots")
+    arguments = ("bench", bundle, "--prompts", prompts, "--plots", tmp_path / "plots")
     outcome = run_process(*arguments, prelude=without("matplotlib"))
     assert_refused(outcome, "matplotlib", "pip install 'cllm-export[plot]'")
     assert not (tmp_path / "plots").exists()

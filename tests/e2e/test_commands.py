@@ -246,32 +246,41 @@ def on_a_terminal(*arguments: object) -> str:
     return shown.decode()
 
 
+def methods_of(report: dict[str, Any]) -> set[str]:
+    """What a bench report timed."""
+    return {entry["method"] for entry in report["settings"]}
+
+
 def test_bench_reports_every_loop_as_a_table_and_as_json(
     workshop: Workshop, bundle: Path, prompt_file: Path, tmp_path: Path
 ):
     report_file = tmp_path / "report.json"
-    options = ("--repeats", 1, "--sweep", "4", "--json", report_file, "--checkpoint", workshop.checkpoint("llama"))
+    sizes = ("--block-size", 8, "--block-size", 4)
+    options = ("--repeats", 1, *sizes, "--json", report_file, "--checkpoint", workshop.checkpoint("llama"))
     table = run("bench", bundle, "--prompts", prompt_file, *options, *FEW).out
     report = json.loads(report_file.read_text())
-    assert set(report["loops"]) == set(LOOPS)
-    for name, entry in report["loops"].items():
+    assert methods_of(report) == set(LOOPS)
+    for entry in report["settings"]:
         assert entry.keys() >= LOOP_KEYS
-        assert name in table
-    assert len({entry["new_tokens"] for entry in report["loops"].values()}) == 1
-    assert report["loops"]["autoregressive"]["tokens_per_forward"] == 1
-    assert report["loops"]["autoregressive"]["speedup"] == 1
-    assert report["sweep"].keys() == {"4"}
-    sizes = [entry["block_size"] for entry in report["latency"]]
+        assert entry["method"] in table
+        assert entry["equal"] == report["prompts"]
+    assert len({entry["new_tokens"] for entry in report["settings"]}) == 1
+    [plain] = (entry for entry in report["settings"] if entry["method"] == "autoregressive")
+    assert (plain["block_size"], plain["tokens_per_forward"], plain["speedup"]) == (1, 1, 1)
+    timed = {entry["block_size"] for entry in report["settings"] if entry["method"] == "jacobi"}
+    assert timed == {8, 4, "auto"}
+    [timed_bundle] = report["bundles"]
+    sizes = [entry["block_size"] for entry in timed_bundle["latency"]]
     assert sizes[0] == 1
     assert sizes[-1] == 64
-    assert report["latency"][0]["ratio"] == 1
-    assert report["transformers"]["new_tokens"] == report["loops"]["autoregressive"]["new_tokens"]
+    assert timed_bundle["latency"][0]["ratio"] == 1
+    assert report["transformers"]["new_tokens"] == plain["new_tokens"]
 
 
 def test_bench_of_one_loop_keeps_the_baseline_beside_it(cli: Cli, workshop: Workshop, tmp_path: Path):
     options = ("--method", "jacobi", "--repeats", 1, "--json", tmp_path / "r.json")
     assert cli("bench", workshop.bundle("llama", **PINNED).path, *options, *FEW).code == 0
-    assert json.loads((tmp_path / "r.json").read_text())["loops"].keys() == {"autoregressive", "jacobi"}
+    assert methods_of(json.loads((tmp_path / "r.json").read_text())) == {"autoregressive", "jacobi"}
 
 
 def test_inspect_shows_what_is_in_a_bundle_as_a_table(cli: Cli, workshop: Workshop, bundle: Path):
@@ -335,6 +344,7 @@ def test_bench_times_speculative_decoding_where_a_draft_model_is_given(cli: Cli,
     options = ("--draft-model", pinned, "--repeats", 1, "--json", tmp_path / "r.json")
     assert cli("bench", pinned, *options, *FEW).code == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert set(report["loops"]) == {*LOOPS, "speculative"}
+    assert methods_of(report) == {*LOOPS, "speculative"}
     assert report["draft_model"] == pinned.name
-    assert report["loops"]["speculative"]["tokens_per_forward"] > 2
+    [drafted] = (entry for entry in report["settings"] if entry["method"] == "speculative")
+    assert drafted["tokens_per_forward"] > 2

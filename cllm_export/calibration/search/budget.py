@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
-from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, SchemeName, SchemeOption
+from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, UNQUANTISED, SchemeName, SchemeOption
 from cllm_export.bundle.scales import open_scales
 from cllm_export.bundle.storage import check_output, output_error, staged_output
 from cllm_export.calibration.search.fake_quantization import FakeQuantization
@@ -24,12 +24,13 @@ from cllm_export.calibration.search.sensitivity import StandIn
 from cllm_export.checks import check_options, option
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.tasks.questions import Question
+from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.exporter.quantize.options import QuantizeOptions, SchemeOptions, require_takers
 from cllm_export.extras import needs_extra
-from cllm_export.measure.compare import UNQUANTISED, CompareOptions, compare
+from cllm_export.measure.bench import run_bench
+from cllm_export.measure.options import BenchOptions
 from cllm_export.progress import Progress
 from cllm_export.runtime.load import load
-from cllm_export.verification.files import require_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Choice:
     """That of the bundle, or ``fp32`` where no quantised bundle was faster than the unquantised one."""
     candidates: tuple[Candidate, ...]
     timings: Mapping[str, Any] | None
-    """The report of ``compare``, its bundles named by scheme; None where there was nothing to choose between."""
+    """The report of ``bench``, its bundles named by scheme; None where there was nothing to choose between."""
     budget: Budget
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,16 +208,17 @@ def _time(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Bundles in the budget beside the unquantised one, the fastest first."""
-    names = [UNQUANTISED, *within]
-    sizes = (options.block_size,) if options.block_size and options.block_size > 1 else ()
-    report = compare(
+    return run_bench(
         [baseline, *within.values()],
-        [question.prompt for question in questions],
-        CompareOptions(sizes=sizes, max_new_tokens=options.max_new_tokens, threads=options.threads),
+        names=[UNQUANTISED, *within],
+        prompts=[question.prompt for question in questions],
+        options=BenchOptions(
+            block_sizes=(options.block_size,) if options.block_size and options.block_size > 1 else (),
+            max_new_tokens=options.max_new_tokens,
+            threads=options.threads,
+        ),
         progress=progress,
     )
-    paths = {str(bundle.path): name for name, bundle in zip(names, [baseline, *within.values()], strict=True)}
-    return report | {"settings": [entry | {"name": paths[entry["name"]]} for entry in report["settings"]]}
 
 
 class _Builder:

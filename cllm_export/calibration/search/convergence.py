@@ -1,7 +1,7 @@
 """``cllm-export convergence``: what quantised bundles lose against the unquantised one, convergence first.
 
 Every bundle decodes the same held-out prompts; then each is run over the block states that the unquantised one went
-through. Times are not taken here: that is ``compare``.
+through. Times are not taken here: that is ``bench``.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from cllm_export.evaluation.decoding import Settings, decode_prompts, default_se
 from cllm_export.evaluation.tasks.questions import Question
 from cllm_export.evaluation.tasks.score_prompts import EXACT, EXECUTION, score_prompts
 from cllm_export.progress import Progress
+from cllm_export.runtime.decode_all import first_difference
 from cllm_export.runtime.decoding.shared_options import (
     block_size_option,
     fill_option,
@@ -151,7 +152,7 @@ def compare_texts(before: Measured, after: Measured) -> dict[str, Any]:
     if [each.prompt for each in before.recordings] != [each.prompt for each in after.recordings]:
         raise CalibrationError("the bundles tokenise or take prompts differently: build both from one checkpoint alike")
     pairs = [(first.new, second.new) for first, second in zip(before.recordings, after.recordings, strict=True)]
-    divergences = sorted(_first_difference(*pair) for pair in pairs if pair[0] != pair[1])
+    divergences = sorted(at for pair in pairs if (at := first_difference(*pair)) is not None)
     return {
         "exact_match": {
             "equal": len(pairs) - len(divergences),
@@ -160,9 +161,3 @@ def compare_texts(before: Measured, after: Measured) -> dict[str, Any]:
         },
         "first_divergence": {"earliest": divergences[0], "median": median(divergences)} if divergences else None,
     }
-
-
-def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two texts have in common at their start."""
-    shorter = min(len(first), len(second))
-    return next((index for index in range(shorter) if first[index] != second[index]), shorter)

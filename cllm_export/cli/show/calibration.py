@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from cllm_export.bundle.quantization import UNQUANTISED
 from cllm_export.cli.show.console import OUT
-from cllm_export.cli.show.decoding import show_comparison
-from cllm_export.measure.compare import UNQUANTISED
+from cllm_export.cli.show.decoding import show_bench
 
 MAX_SHOWN = 10
 
@@ -83,7 +83,7 @@ def show_choice(path: str, report: Mapping[str, Any]) -> None:
     for candidate in report["candidates"]:
         _show_candidate(candidate)
     if report["timings"]:
-        show_comparison(report["timings"])
+        show_bench(report["timings"])
     OUT.print(f"wrote {path}: {_in_a_word(report)}", markup=False)
 
 

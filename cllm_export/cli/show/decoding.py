@@ -8,23 +8,29 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY, plain_table
+from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
 
 
 def show_bench(report: Mapping[str, Any]) -> None:
-    """The loops, the sweep and the latencies of a bench report."""
-    machine = report["machine"]
+    """Every bundle, method and n of a bench report, the fastest first, and T(n) of a single bundle."""
+    machine, bundles = report["machine"], report["bundles"]
     OUT.print(
         f"{report['prompts']} prompts, {report['repeats']} repeats, {machine['threads']} thread(s), "
-        f"{machine['processor']}, onnxruntime {machine['onnxruntime']}"
+        f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
+        markup=False,
     )
-    OUT.print(_loops_table(report))
-    if latency := report.get("latency"):
-        OUT.print(_latency_table(latency))
-    if other := report.get("transformers"):
+    OUT.print(_settings_table(report))
+    best = report["settings"][0]
+    OUT.print(
+        f"fastest here: {best['name']} ({best['precision']}), {best['method']} with n = {best['block_size']}",
+        markup=False,
+    )
+    if len(bundles) == 1 and bundles[0]["latency"]:
+        OUT.print(_latency_table(bundles[0]["latency"]))
+    if other := report["transformers"]:
         OUT.print(f"transformers generate: {other['tokens_per_second_with_prefill']:,.0f} tokens/s, prefill included")
 
 
@@ -88,33 +94,52 @@ def _token_text(model: Model, token: int) -> str:
     return text.replace("\n", "\\n") or "·"
 
 
-def _loops_table(report: Mapping[str, Any]) -> Table:
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("precision", "precision", ""),
+    ("MB", "weight_bytes", ".1f"),
+    ("n", "block_size", ""),
+    ("tokens/s", "tokens_per_second", ",.0f"),
+    ("tokens/forward", "tokens_per_forward", ".2f"),
+    ("speedup", "speedup", ".2f"),
+    ("with prefill", "speedup_with_prefill", ".2f"),
+    ("overhead", "overhead", ".3f"),
+    ("T(1) ms", "first_milliseconds", ".2f"),
+    ("T(n) ms", "milliseconds", ".2f"),
+    ("TPF x T(1)/T(n)", "expected_speedup", ".2f"),
+    ("TPF/T(n) /s", "expected_tokens_per_second", ",.0f"),
+    ("texts equal", "equal", ""),
+)
+"""Headings, what they show of a setting, and how."""
+_OF_BUNDLES = ("precision", "weight_bytes")
+"""Left out where there is one bundle."""
+
+
+def _settings_table(report: Mapping[str, Any]) -> Table:
+    """A row for each setting; a column that no setting has anything for is left out."""
+    settings, is_alone = report["settings"], len(report["bundles"]) == 1
+    columns = [
+        column
+        for column in _COLUMNS
+        if any(entry[column[1]] is not None for entry in settings) and not (is_alone and column[1] in _OF_BUNDLES)
+    ]
     table = Table(box=None)
-    for name in ("loop", "n", "tokens/s", "tokens/forward", "speedup", "with prefill", "overhead"):
-        table.add_column(name, justify="left" if name == "loop" else "right")
-    for name, entry in report["loops"].items():
-        table.add_row(
-            *_loop_cells(
-                name, str(report["autoregressive_block_size" if name == "autoregressive" else "block_size"]), entry
-            )
-        )
-    for size, entry in report["sweep"].items():
-        table.add_row(*_loop_cells("jacobi", size, entry))
-    if report["auto"]:
-        table.add_row(*_loop_cells("jacobi", "auto", report["auto"]))
+    for heading in (*(() if is_alone else ("bundle",)), "method"):
+        table.add_column(heading)
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right")
+    for entry in settings:
+        cells = [_cell(entry[key], key, form, report["prompts"]) for _, key, form in columns]
+        table.add_row(*(() if is_alone else (Text(entry["name"]),)), entry["method"], *cells)
     return table
 
 
-def _loop_cells(name: str, block_size: str, entry: Mapping[str, Any]) -> Sequence[str]:
-    ratios = [f"{entry[key]:.2f}x" if entry[key] else "-" for key in ("speedup", "speedup_with_prefill")]
-    return (
-        name,
-        block_size,
-        f"{entry['tokens_per_second']:,.0f}",
-        f"{entry['tokens_per_forward']:.2f}",
-        *ratios,
-        f"{entry['overhead']:.3f}",
-    )
+def _cell(value: Any, key: str, form: str, num_prompts: int) -> str:
+    if value is None:
+        return "-"
+    if key == "equal":
+        return f"{value}/{num_prompts}"
+    text = f"{value / 1e6 if key == 'weight_bytes' else value:{form}}"
+    return f"{text}x" if "speedup" in key else text
 
 
 def _latency_table(latency: Sequence[Mapping[str, float]]) -> Table:
@@ -124,31 +149,3 @@ def _latency_table(latency: Sequence[Mapping[str, float]]) -> Table:
     for entry in latency:
         table.add_row(str(int(entry["block_size"])), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}")
     return table
-
-
-def show_comparison(report: Mapping[str, Any]) -> None:
-    """Every bundle at every n, the fastest first."""
-    machine = report["machine"]
-    OUT.print(
-        f"{report['prompts']} prompts, {report['rounds']} rounds, {machine['threads']} thread(s), "
-        f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
-        markup=False,
-    )
-    columns = ("precision", "n", "MB", "TPF(n)", "T(1) ms", "T(n) ms", "TPF x T(1)/T(n)", "TPF/T(n) /s", "tokens/s")
-    table = plain_table("bundle", *columns)
-    for entry in report["settings"]:
-        table.add_row(
-            entry["name"],
-            entry["precision"],
-            str(entry["block_size"]),
-            f"{entry['weight_bytes'] / 1e6:.1f}",
-            f"{entry['tokens_per_forward']:.2f}",
-            f"{entry['first_milliseconds']:.2f}",
-            f"{entry['milliseconds']:.2f}",
-            f"{entry['speedup']:.2f}",
-            f"{entry['expected_tokens_per_second']:,.0f}",
-            f"{entry['tokens_per_second']:,.0f}",
-        )
-    OUT.print(table)
-    best = report["settings"][0]
-    OUT.print(f"fastest here: {best['name']} ({best['precision']}) with n = {best['block_size']}", markup=False)

@@ -1,4 +1,4 @@
-"""Plots of what the commands of calibration report. Needs the extra ``plot``."""
+"""Plots of what the commands of calibration and `bench` report. Needs the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -61,16 +61,22 @@ def plot_choice(report: Mapping[str, Any], directory: Path) -> None:
 
 
 def plot_trade_off(settings: Sequence[Mapping[str, Any]], directory: Path) -> Path:
-    """Tokens per forward against the time of a forward, a line for each bundle and a point for each n.
+    """Tokens per forward against the time of a forward, a line for each bundle and method and a point for each n.
 
     Args:
-        settings: those of a report of ``compare``. Marks are as large as the bundle's weights.
+        settings: those of a report of ``bench``; those without a T(n) are left out. Marks are as large as the bundle's
+            weights.
     """
-    largest = max(entry["weight_bytes"] for entry in settings)
+    settings = [entry for entry in settings if entry["milliseconds"] is not None]
+    lines = list(dict.fromkeys((entry["name"], entry["method"]) for entry in settings))
+    has_methods = len({method for _, method in lines}) > 1
+    largest = max((entry["weight_bytes"] for entry in settings), default=0)
     with _figure(directory / TRADE_OFF, height=5.0) as axes:
-        for name in dict.fromkeys(entry["name"] for entry in settings):
-            own = sorted((e for e in settings if e["name"] == name), key=lambda entry: int(entry["block_size"]))
+        for key in lines:
+            own = [entry for entry in settings if (entry["name"], entry["method"]) == key]
+            own.sort(key=lambda entry: int(entry["block_size"]))
             label = f"{own[0]['precision']}, {own[0]['weight_bytes'] / 1e6:.1f} MB"
+            label += f", {key[1]}" if has_methods else ""
             times, tokens = [[entry[key] for entry in own] for key in ("milliseconds", "tokens_per_forward")]
             line = axes.plot(times, tokens, label=label)[0]
             axes.scatter(times, tokens, s=120 * own[0]["weight_bytes"] / largest, color=line.get_color())
@@ -78,7 +84,8 @@ def plot_trade_off(settings: Sequence[Mapping[str, Any]], directory: Path) -> Pa
                 axes.annotate(f"n={entry['block_size']}", (x, y), fontsize=7)
         axes.set_xlabel("milliseconds a forward, T(n)")
         axes.set_ylabel("tokens per forward, TPF(n)")
-        axes.legend()
+        if lines:
+            axes.legend()
     return directory / TRADE_OFF
 
 

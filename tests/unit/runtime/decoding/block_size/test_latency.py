@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cllm_export.errors import OutputError
 from cllm_export.runtime.decoding.block_size.latency import ForwardTimes
 from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME, read_latency, write_latency
-from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards
+from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards, time_in_turn
 from tests.fakes import PAD, FakeEngine, HashModel, make_geometry, write_bundle
 
 
@@ -74,6 +77,34 @@ def test_the_first_look_writes_rows_that_no_text_holds_and_stops_at_its_budget()
     assert all(start >= 64 - 1 for call in engine.calls for start in call.write_index)
     assert {count for call in engine.calls for count in call.num_committed} == {0}
     assert list(time_forwards(engine, (1, 8, 4), pad_token_id=PAD, budget=0)) == [1]
+
+
+class TimedEngine(FakeEngine):
+    """Its forwards take what they are told to, in the order of ``seconds``."""
+
+    def __init__(self, seconds: Callable[[int, int], float], *, max_block_size: int = 16) -> None:
+        geometry = replace(make_geometry(vocab_size=9, max_length=64), max_block_size=max_block_size)
+        super().__init__(HashModel(vocab_size=9), geometry)
+        self._seconds = seconds
+
+    def forward(self, input_ids: Any, num_committed: Any, write_index: Any, *, with_logits: bool = False) -> Any:
+        self.run_seconds += self._seconds(len(input_ids[0]), len(self.calls))
+        return super().forward(input_ids, num_committed, write_index, with_logits=with_logits)
+
+
+def test_forwards_that_take_turns_give_medians_of_each_engine_and_size():
+    """Long ones are timed once in a round, past so many rows; one slow round changes no median."""
+    plain = TimedEngine(lambda size, call: float(size) * (100 if call < 4 else 1))
+    faster, narrow = TimedEngine(lambda size, _: size / 2), TimedEngine(lambda size, _: float(size), max_block_size=4)
+    times = time_in_turn([plain, faster, narrow], (1, 8), past=20, rounds=3, min_seconds=0)
+    assert times == [{1: 1.0, 8: 8.0}, {1: 0.5, 8: 4.0}, {1: 1.0}]
+    assert {index for call in plain.calls for index in call.write_index} == {20}
+    assert len(plain.calls) == 2 * 2 * 3
+
+
+def test_a_short_forward_is_timed_after_others_that_refill_the_caches():
+    engine = TimedEngine(lambda _, call: 0.016 if call < 10 else 0.001)
+    assert time_in_turn([engine], (2,), past=0, rounds=1, min_seconds=0) == [{2: pytest.approx(0.001)}]
 
 
 def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):

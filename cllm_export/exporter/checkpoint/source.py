@@ -1,0 +1,25 @@
+"""Whether a bundle was built from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.errors import BundleError
+
+
+def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -> None:
+    """Check that a bundle was built from this checkpoint, or from this adapter and its ``base``.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+        BundleError: the bundle was built from another one.
+    """
+    from cllm_export.exporter.checkpoint.adapter import open_source
+
+    opened, _ = open_source(checkpoint, base, max_length=bundle.manifest.max_length)
+    if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:
+        raise BundleError(
+            f"{bundle.path} was not built from {checkpoint}: their fingerprints differ; "
+            "give the checkpoint it was built from, or rebuild it"
+        )

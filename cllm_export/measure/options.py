@@ -1,0 +1,87 @@
+"""What may be chosen of a bench. Importing this loads no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cllm_export.checks import check_options, option
+from cllm_export.errors import OptionError
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
+from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
+from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
+
+HAVE_NO_BLOCK: tuple[Method, ...] = ("autoregressive", LOOKAHEAD)
+"""Methods that take no block size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """How bundles are timed.
+
+    Raises:
+        OptionError: an option is out of its range, or nothing that is timed would use it.
+    """
+
+    methods: tuple[Method, ...] = option(
+        (),
+        help="Time this method and autoregressive alone; repeat the option for several methods.",
+        choices=(*METHODS, LOOKAHEAD),
+        flag="--method",
+    )
+    """By default ``jacobi``, ``jacobi-block`` and ``autoregressive``, and ``speculative`` where there is a draft model.
+    Of several bundles by default the loop that each was trained with: T(1) stands for autoregressive decoding."""
+    block_sizes: tuple[int, ...] = option(
+        (), help="Block size n, in tokens; repeat the option for several.", minimum=1, flag="--block-size"
+    )
+    """Each method that takes an n is timed with each. By default the bundle's own, of several bundles 4, 8, 12, 16, 24
+    and 32, as far as all of them take it."""
+    fill: str | None = option(None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.")
+    """By default each method's own. Autoregressive decoding has none."""
+    draft_model: Path | None = option(
+        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --fill model."
+    )
+    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
+    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.")
+    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams tried in a forward.")
+    max_new_tokens: int = max_new_tokens_option()
+    repeats: int = option(3, help="Number of passes over the prompts; the report gives medians.", minimum=1)
+    """One more pass before them warms up."""
+    threads: int | None = threads_option()
+    ignore_eos: bool = option(False, help="Decode every prompt to the limit.", hidden=True)
+    """The only way to time random tokens, which end at once."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name, given in (("block_sizes", self.block_sizes), ("methods", self.methods)):
+            if len(set(given)) < len(given):
+                raise OptionError(f"{name} has a value twice: {', '.join(map(str, given))}", fields=(name,))
+        asked = parse_fill(self.fill) if self.fill else ()
+        if self.draft_model and "model" not in asked and (self.fill or "speculative" not in self.timed("speculative")):
+            raise OptionError(
+                "draft_model needs methods speculative, or fill with model among its sources",
+                fields=("draft_model", "methods", "fill"),
+            )
+        if self.lookahead and LOOKAHEAD not in self.methods:
+            self._refuse(next(iter(self.lookahead)), "is for lookahead; give methods lookahead")
+        if not self.methods:
+            return
+        if self.block_sizes and set(self.methods) <= set(HAVE_NO_BLOCK):
+            self._refuse("block_sizes", f"is for the Jacobi loops; leave it out with methods {self.methods[0]}")
+        if self.fill and set(self.methods) == {"autoregressive"}:
+            self._refuse("fill", "is for loops that draft; leave it out with methods autoregressive")
+
+    @property
+    def lookahead(self) -> dict[str, int]:
+        """W, N and G, those that shall not be as by default."""
+        given = {"window": self.window, "ngram": self.ngram, "guesses": self.guesses}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def timed(self, *default: Method) -> tuple[Method, ...]:
+        """The methods to time: those asked for and the baseline, else the default."""
+        if not self.methods:
+            return default
+        return self.methods if "autoregressive" in self.methods else (*self.methods, "autoregressive")
+
+    def _refuse(self, field: str, why: str) -> None:
+        raise OptionError(f"{field} {why}", fields=(field, "methods"))
