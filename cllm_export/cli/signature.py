@@ -20,7 +20,7 @@ Parse = Callable[..., Any]
 
 FLAGS = "flags_of_fields"
 """Attribute of a command: the flags of fields that are spelled otherwise than their field."""
-NUMBERS = {int: "INTEGER", float: "FLOAT"}
+NUMBERS = {int: "int", float: "float"}
 
 
 def with_options(
@@ -218,9 +218,9 @@ def _flag(name: str, kind: Any, default: Any) -> str:
 
 
 def _metavar(spec: OptionSpec, kind: Any) -> str | None:
-    """The type with its range, such as ``INTEGER 0<=x<=5``; None where Typer says it all."""
+    """The type with its range, such as ``<int 0<=x<=5>``; None where Typer says it all."""
     if spec.choices and kind == list[str]:
-        return "|".join(spec.choices)
+        return f"<{'|'.join(spec.choices)}>"
     number = NUMBERS.get(get_args(kind)[0] if get_origin(kind) is list else kind)
     low = f"{spec.minimum}<=" if spec.minimum is not None else f"{spec.above}<" if spec.above is not None else ""
     high = f"<={spec.maximum}" if spec.maximum is not None else ""
@@ -228,5 +228,5 @@ def _metavar(spec: OptionSpec, kind: Any) -> str | None:
         return None
     if not high:
         bound, sign = (spec.minimum, ">=") if spec.minimum is not None else (spec.above, ">")
-        return f"{number} x{sign}{bound}"
-    return f"{number} {low}x{high}"
+        return f"<{number} x{sign}{bound}>"
+    return f"<{number} {low}x{high}>"
