@@ -48,15 +48,7 @@ class CllmExportError(Exception):
 
 
 class OptionError(CllmExportError, ValueError):
-    """An option or argument is outside its range.
-
-    Attributes:
-        fields: the options that the message names, as Python spells them; the command line shows their flags instead.
-    """
-
-    def __init__(self, message: str, *, fields: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.fields = tuple(fields)
+    """An option or argument is outside its range."""
 
 
 class CheckpointError(CllmExportError):

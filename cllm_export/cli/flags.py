@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cllm_export.errors import CllmExportError, OptionError
+from cllm_export.errors import BundleError, CllmExportError, OptionError, ScalesError, SnapshotError
 
+ABOUT_FILES = (BundleError, ScalesError, SnapshotError)
+"""Errors that name the keys of a file, which may be spelled like options and are none."""
 VALUE = r"=(?P<value>True|False|'[^']*'|-?[\w.]*\w)"
 
 
@@ -43,13 +45,14 @@ def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
     """The message, with flags in place of the names of options.
 
     ``name=value`` becomes ``--name value``, and ``name=False`` what turns a switch off. A name alone is replaced where
-    it has an underscore, which no other word has, or is one of the error's ``fields``.
+    it is one of the error's ``fields``, or has an underscore, which no other word has but the key of a file.
 
     Args:
         flags: by the name of the field.
     """
     text = _replaced(str(error), list(flags), VALUE, lambda found: _with_value(flags[found["name"]], found["value"]))
-    named = [name for name in flags if "_" in name or name in error.fields]
+    are_options = not isinstance(error, ABOUT_FILES)
+    named = [name for name in flags if name in error.fields or (are_options and "_" in name)]
     return replace_words(text, {name: flags[name].on for name in named})
 
 

@@ -105,7 +105,7 @@ def test_prefill_writes_the_bits_that_a_forward_over_the_same_chunk_writes(works
         engine = new_engine(workshop, name)
         [prompt] = random_prompts(engine.geometry.vocab_size, [100])
         for start, end in ((0, 50), (50, 100)):
-            getattr(engine, call)([prompt[start:end]], [end - start], [start])
+            getattr(engine, call)(Batch([prompt[start:end]], [end - start], [start]))
         caches.append({past: array.tobytes() for past, array in read_cache(engine).items()})
     assert caches[0] == caches[1]
 
