@@ -80,9 +80,11 @@ class EngineChoice:
     )
     threads: int | None = threads_option()
     provider: Provider = option(
-        "cpu", choices=PROVIDERS, help="cpu and cuda are ONNX Runtime's; tensorrt runs the bundle's plan."
+        "cpu",
+        choices=PROVIDERS,
+        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt.",
     )
-    cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards and replay them.")
+    cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -108,7 +110,7 @@ class View:
 
     as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
     stats: bool = option(False, help="Print statistics on standard error.")
-    show_blocks: bool = option(False, help="Print every block, coloured by what became of it.")
+    show_blocks: bool = option(False, help="Print every block; its colours tell which tokens were accepted.")
 
     def __post_init__(self) -> None:
         if self.as_json and (self.show_blocks or self.stats):

@@ -51,7 +51,7 @@ class GenerateOptions(Sampling):
     By default it is the loop the model was trained with, else ``jacobi``; and ``jacobi`` where ``block_size`` is
     ``auto``."""
     block_size: BlockSize | None = option(
-        None, help="Block size n, in tokens. auto, the default of jacobi, chooses n each forward; near ties may differ."
+        None, help="Block size n, in tokens, or auto, which chooses n forward by forward and is the default of jacobi."
     )
     """n, 1 to the model's largest, or ``auto``. ``auto`` chooses n forward by forward, 1 included, to make most tokens
     a second. What it learns of the model serves all later requests.
@@ -64,11 +64,13 @@ class GenerateOptions(Sampling):
     processor where this was not checked."""
     window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
     """W of ``lookahead``. ``window``, ``ngram`` and ``guesses`` give the size of its block: see ``LookaheadShape``."""
-    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.")
+    ngram: int | None = option(None, help="For lookahead: N, the number of tokens of an n-gram.")
     """N of ``lookahead``."""
-    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams tried in a forward.")
+    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams that a forward tries.")
     """G of ``lookahead``."""
-    deterministic: bool = option(False, help="Never choose n: it is the model's own where no number is given.")
+    deterministic: bool = option(
+        False, help="Use the bundle's own block size instead of auto, so that a request gives its tokens again."
+    )
     """n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs the same
     forwards again. Where n is chosen, a near tie may round to another token at another time."""
     fill: str | None = option(None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.")
@@ -78,7 +80,7 @@ class GenerateOptions(Sampling):
 
     By default it is what the model was trained with, else ``pad``. For ``speculative`` it is ``model`` where there is
     one, else ``lookup``. For ``lookahead``, whose window it fills once, it is ``prompt``."""
-    stop: Sequence[str] = option((), help="Stop before this text; give it once for each text.")
+    stop: Sequence[str] = option((), help="Stop before this text; repeat the option for several.")
     """Strings to stop at. The text is cut before the first one."""
     ignore_eos: bool = option(False, help="Decode on past an end-of-sequence token, up to the limit.", hidden=True)
     """Decode on past an end-of-sequence token, up to the limit: for measuring."""
@@ -86,11 +88,11 @@ class GenerateOptions(Sampling):
         None,
         minimum=0,
         maximum=MAX_LOGPROBS,
-        help="With --json: print log-probabilities, of this many alternatives as well.",
+        help="With --json: add the log-probability of each token, and of this many alternatives.",
     )
     """Log-probabilities of each new token, and of this many of the most probable ones beside it."""
     forwards_per_sync: int | None = option(
-        None, minimum=1, help="For tensorrt: decode on the device, which the host asks once in this many forwards."
+        None, minimum=1, help="For tensorrt: decode on the device, and let the host look once in this many forwards."
     )
     """k: the loop stays on the device, and the host asks once in k forwards what they gave. The text of a stream then
     comes in steps of that.
@@ -98,13 +100,13 @@ class GenerateOptions(Sampling):
     It is for greedy requests of a TensorRT engine, one at a time, with the method ``jacobi`` and the fill ``pad`` or
     ``repeat``. ``block_size`` is one of the plan's, by default the model's own, never ``auto``."""
     json_schema: str | Mapping[str, Any] | None = option(
-        None, help="A file of the JSON schema that the text must match."
+        None, help="A file with a JSON schema that the text must match."
     )
     """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request follows one grammar
     at most. A text that a limit or a stop string cuts is a beginning of a match."""
     regex: str | None = option(None, help="A regular expression that the whole text must match.")
     """The expression that the whole text must match (extra ``grammar``)."""
-    grammar: str | None = option(None, help="A file of the Lark grammar that the text must match.")
+    grammar: str | None = option(None, help="A file with a Lark grammar that the text must match.")
     """A Lark grammar, as llguidance takes it, that the text must match (extra ``grammar``)."""
 
     def __post_init__(self) -> None:

@@ -51,28 +51,39 @@ class Sampling:
         OptionError: a value is out of range; its name and range are told.
     """
 
-    temperature: float = option(0.0, help="0 decodes greedily; above 0 samples.")
+    temperature: float = option(0.0, help="Temperature of sampling; at 0 decoding is greedy.")
     """0, or 1e-6 to 1e6."""
-    top_k: int = option(0, minimum=0, help="Sample among this many most probable tokens; 0 for all.")
+    top_k: int = option(
+        0, minimum=0, help="Sample only from this many of the most probable tokens; 0 keeps all tokens."
+    )
     """Keeps the k most probable tokens, and those equal to the last of them."""
     top_p: float = option(
-        1.0, above=0, maximum=1, help="Sample among the most probable tokens that together reach this probability."
+        1.0,
+        above=0,
+        maximum=1,
+        help="Sample from the smallest set of tokens whose cumulative probability is at least this.",
     )
     """Keeps the most probable tokens that together reach this probability."""
     min_p: float = option(
-        0.0, minimum=0, maximum=1, help="Sample among tokens at least this fraction as probable as the best one."
+        0.0,
+        minimum=0,
+        maximum=1,
+        help="Sample only tokens that have at least this fraction of the most probable token's probability.",
     )
     """Keeps tokens at least this fraction as probable as the most probable one."""
     repetition_penalty: float = option(
-        1.0, minimum=SMALLEST, maximum=LARGEST, help="Above 1 makes tokens that the text has already less probable."
+        1.0,
+        minimum=SMALLEST,
+        maximum=LARGEST,
+        help="Above 1, tokens that are in the text already become less probable.",
     )
     """Divides positive scores of tokens that stand in prompt or text, and multiplies negative ones."""
     logit_bias: Mapping[int, float] | None = option(
-        None, help="Added to the score of a token, -inf to ban it; give it once for each token."
+        None, help="Add a bias to the logit of a token, as TOKEN=BIAS; -inf bans it. Repeat the option for several."
     )
     """Token id to bias, -1e20 to 1e20, or ``-inf``, which bans the token."""
     seed: int | None = option(
-        None, minimum=0, help="Seed of sampling and of the prompt fill; by default a fresh one for each sampled prompt."
+        None, minimum=0, help="Seed of sampling and of the prompt fill; by default a new one for each sampled prompt."
     )
     """Of the noise that samples, and of the ``prompt`` fill, 0 to 2^63 - 1. A ``Sampler`` takes None for 0."""
 

@@ -59,7 +59,7 @@ GRAPH_ID = "gpu_graph_id"
 
 NO_GRAPH = "-1"
 
-ADVICE = "; it was asked for CUDA graphs: leave cuda_graphs (--cuda-graphs) out"
+ADVICE = "; it was asked for CUDA graphs: leave cuda_graphs out"
 """What to try where ONNX Runtime fails that was asked for graphs."""
 
 COUNTS = ("num_committed", "write_index")
@@ -292,7 +292,8 @@ class OrtEngine(EngineBase):
         if LOOKAHEAD_GRAPH not in self._bundle.manifest.graphs:
             raise OptionError(
                 f"{self._bundle.path} has no lookahead graph: build it with: cllm-export build CHECKPOINT --output "
-                f"{self._bundle.path} --lookahead --force (without --fixed-shapes; it says why where there can be none)"
+                f"{self._bundle.path} --lookahead --force (without --fixed-shapes; it says why where there can be none)",
+                fields=("method",),
             )
         self._sessions[LOOKAHEAD_GRAPH] = self._load(LOOKAHEAD_GRAPH)
 

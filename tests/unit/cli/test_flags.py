@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cllm_export.cli.flags import Flag, with_flags
-from cllm_export.errors import BundleError, OptionError
+from cllm_export.errors import BundleError, OptionError, PromptError
 
 FLAGS = {
     "block_size": Flag(on="--block-size"),
@@ -39,8 +39,14 @@ def test_fields_of_the_error_become_flags(message: str, shown: str):
 
 def test_other_errors_have_names_with_underscores_replaced():
     """A word without one may be plain English."""
-    assert with_flags(BundleError("choose a block_size; no seed"), FLAGS) == "choose a --block-size; no seed"
-    assert with_flags(BundleError("give another seed", fields=("seed",)), FLAGS) == "give another --seed"
+    assert with_flags(PromptError("choose a block_size; no seed"), FLAGS) == "choose a --block-size; no seed"
+    assert with_flags(PromptError("give another seed", fields=("seed",)), FLAGS) == "give another --seed"
+
+
+def test_the_keys_of_a_damaged_file_stay():
+    """They may be spelled like an option."""
+    assert with_flags(BundleError("block_size is no number"), FLAGS) == "block_size is no number"
+    assert with_flags(BundleError("give block_size", fields=("block_size",)), FLAGS) == "give --block-size"
 
 
 def test_a_field_that_is_no_option_of_the_command_stays():

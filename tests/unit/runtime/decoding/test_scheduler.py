@@ -262,8 +262,8 @@ def test_a_schedule_says_who_reads_who_decodes_and_the_rows():
     scheduler.submit(make_task([1, 2, 3, 4, 5, 6, 7]))
     step = scheduler.schedule()
     assert (step.decoding, step.reading, step.paused) == ((0,), (1,), ())
-    assert step.input_ids == [[5, PAD, PAD, PAD], [1, 2, 3, 4], [PAD, PAD, PAD, PAD]]
-    assert (step.num_committed, step.write_index) == ([1, 4, 0], [0, 0, 0])
+    assert [*step.batch.input_ids] == [[5, PAD, PAD, PAD], [1, 2, 3, 4], [PAD, PAD, PAD, PAD]]
+    assert ([*step.batch.num_committed], [*step.batch.write_index]) == ([1, 4, 0], [0, 0, 0])
     assert (step.block_size, step.width, step.is_prefill) == (4, 4, False)
     assert "started" not in repr(step)
     assert engine.calls == []

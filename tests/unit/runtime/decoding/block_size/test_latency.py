@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cllm_export.bundle.contract import Batch
 from cllm_export.errors import OutputError
 from cllm_export.runtime.decoding.block_size.latency import ForwardTimes
 from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME, read_latency, write_latency
@@ -87,9 +88,9 @@ class TimedEngine(FakeEngine):
         super().__init__(HashModel(vocab_size=9), geometry)
         self._seconds = seconds
 
-    def forward(self, input_ids: Any, num_committed: Any, write_index: Any, *, with_logits: bool = False) -> Any:
-        self.run_seconds += self._seconds(len(input_ids[0]), len(self.calls))
-        return super().forward(input_ids, num_committed, write_index, with_logits=with_logits)
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Any:
+        self.run_seconds += self._seconds(len(batch.input_ids[0]), len(self.calls))
+        return super().forward(batch, with_logits=with_logits)
 
 
 def test_forwards_that_take_turns_give_medians_of_each_engine_and_size():
