@@ -392,7 +392,7 @@ def test_the_last_good_checkpoint_of_an_interrupted_run_loads(interrupted: Path)
 @pytest.mark.parametrize(
     ("options", "phrases"),
     [
-        (("--learning-rate", 0.5), ["learning_rate 0.001, not 0.5"]),
+        (("--learning-rate", 0.5), ["--learning-rate 0.001, not 0.5"]),
         (("--seed", 3, "--steps", 7), ["seed 0, not 3", "steps 6, not 7"]),
         (("--lora-rank", 2), ["lora None"]),
         (("--num-held-out", 7), ["another set of samples and another held-out set"]),
