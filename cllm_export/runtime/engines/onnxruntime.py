@@ -292,8 +292,7 @@ class OrtEngine(EngineBase):
         if LOOKAHEAD_GRAPH not in self._bundle.manifest.graphs:
             raise OptionError(
                 f"{self._bundle.path} has no lookahead graph: build it with: cllm-export build CHECKPOINT --output "
-                f"{self._bundle.path} --lookahead --force (without --fixed-shapes; it says why where there can be none)",
-                fields=("method",),
+                f"{self._bundle.path} --lookahead --force (without --fixed-shapes; it says why where there can be none)"
             )
         self._sessions[LOOKAHEAD_GRAPH] = self._load(LOOKAHEAD_GRAPH)
 
