@@ -59,7 +59,7 @@ class Row:
     self_generated: bool = False
     """Train on fixed points that the parent gave instead of the answers."""
     method: str = "jacobi"
-    fill: str = "pad"
+    proposer: str = "pad"
 
 
 ROWS: dict[str, Row] = {
@@ -67,8 +67,8 @@ ROWS: dict[str, Row] = {
     "control": Row(label="autoregressive only", flags=("--objective", "autoregressive")),
     "global": Row(label="global", flags=("--objective", "global")),
     "local": Row(label="local", flags=("--objective", "local")),
-    "prompt-fill": Row(label="prompt fill", flags=("--fill", "prompt"), fill="prompt"),
-    "lookup-fill": Row(label="prompt lookup fill", flags=("--fill", "lookup"), fill="lookup"),
+    "prompt-proposer": Row(label="prompt proposer", flags=("--proposer", "prompt"), proposer="prompt"),
+    "lookup-proposer": Row(label="prompt lookup proposer", flags=("--proposer", "lookup"), proposer="lookup"),
     "weight-1": Row(label="autoregressive weight 1", flags=("--autoregressive-weight", "1")),
     "weight-20": Row(label="autoregressive weight 20", flags=("--autoregressive-weight", "20")),
     "self-generated": Row(label="self-generated fixed points", self_generated=True),
@@ -115,11 +115,11 @@ def affordable_steps(name: str, args: argparse.Namespace) -> int:
 
 
 def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Score a checkpoint by the loop and the fill it was trained for."""
+    """Score a checkpoint by the loop and the proposer it was trained for."""
     report = checkpoint.with_name(f"{checkpoint.name}.evaluation.json")
     if not report.exists():
         flags = ["--task", "prompts", "--data", str(args.held_out), "--limit", str(args.limit), "--threads", "1"]
-        flags += ["--block-size", "16", "--method", row.method, "--fill", row.fill, "--output", str(report)]
+        flags += ["--block-size", "16", "--method", row.method, "--proposer", row.proposer, "--output", str(report)]
         subprocess.run([*command("evaluate"), str(checkpoint), *flags], check=True, stdout=subprocess.DEVNULL)
     entry: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))["models"]["model"]
     return entry
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def evaluate_parent(args: argparse.Namespace) -> dict[str, Any]:
-    """The parent, by the first row's loop and fill; its report lies beside the rows' reports."""
+    """The parent, by the first row's loop and proposer; its report lies beside the rows' reports."""
     copy = args.output / "parent"
     if not copy.exists():
         copy.symlink_to(args.parent.resolve())

@@ -22,18 +22,18 @@ from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
 
-PLAIN_FILLS = ("pad", "repeat", "prompt", "lookup", "pool", "pool+lookup", "lookup+pool")
-MODEL_FILLS = ("model", "lookup+model", "pool+lookup+model")
+STATELESS_PROPOSERS = ("pad", "repeat", "prompt", "lookup", "pool", "pool+lookup", "lookup+pool")
+MODEL_PROPOSERS = ("model", "lookup+model", "pool+lookup+model")
 METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "speculative")
 NEVER_RIGHT = ("pad", "repeat", "prompt")
-"""Fills that make speculative decoding autoregressive."""
+"""Proposers that make speculative decoding autoregressive."""
 
 
 class Setting(NamedTuple):
     """One row of the table."""
 
     method: Method
-    fill: str | None
+    proposer: str | None
 
 
 class Pass(NamedTuple):
@@ -45,9 +45,9 @@ class Pass(NamedTuple):
 
 
 def settings_of(model: Model) -> list[Setting]:
-    fills = PLAIN_FILLS + (MODEL_FILLS if model.draft_model else ())
-    rows = [Setting(method, fill) for method in METHODS for fill in fills]
-    useful = [row for row in rows if row.method != "speculative" or row.fill not in NEVER_RIGHT]
+    proposers = STATELESS_PROPOSERS + (MODEL_PROPOSERS if model.draft_model else ())
+    rows = [Setting(method, proposer) for method in METHODS for proposer in proposers]
+    useful = [row for row in rows if row.method != "speculative" or row.proposer not in NEVER_RIGHT]
     return [Setting("autoregressive", None), *useful]
 
 
@@ -58,7 +58,7 @@ def run_pass(model: Model, prompts: list[list[int]], setting: Setting, block_siz
         model.generate(
             prompt,
             method=setting.method,
-            fill=setting.fill,
+            proposer=setting.proposer,
             block_size=size,
             max_new_tokens=min(limit, model.facts.max_length - len(prompt)),
         )
@@ -88,7 +88,7 @@ def measure(model: Model, prompts: list[list[int]], args: argparse.Namespace) ->
 def describe(setting: Setting, passes: list[Pass], baseline: list[Pass]) -> dict[str, Any]:
     return {
         "method": setting.method,
-        "fill": setting.fill,
+        "proposer": setting.proposer,
         "tokens_per_forward": passes[0].new_tokens / passes[0].forwards,
         "tokens_per_second": median(entry.new_tokens / entry.seconds for entry in passes),
         "speedup": median(base.seconds / own.seconds for base, own in zip(baseline, passes, strict=True)),
@@ -97,10 +97,10 @@ def describe(setting: Setting, passes: list[Pass], baseline: list[Pass]) -> dict
 
 def show(name: str, draft: str | None, rows: list[dict[str, Any]]) -> None:
     print(f"\n{name}" + (f", draft model {draft}" if draft else ""))
-    print(f"{'method':16}{'fill':20}{'tokens/forward':>15}{'tokens/s':>12}{'speedup':>10}")
+    print(f"{'method':16}{'proposer':20}{'tokens/forward':>15}{'tokens/s':>12}{'speedup':>10}")
     for row in rows:
         figures = f"{row['tokens_per_forward']:>15.2f}{row['tokens_per_second']:>12,.0f}{row['speedup']:>9.2f}x"
-        print(f"{row['method']:16}{row['fill'] or '-':20}{figures}")
+        print(f"{row['method']:16}{row['proposer'] or '-':20}{figures}")
 
 
 def main() -> None:

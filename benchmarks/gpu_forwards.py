@@ -11,7 +11,7 @@ rows of KV in every slot:
 
 What a loop adds is the wall-clock of a decode per forward less that: with TensorRT less T(n) with CUDA graphs, whatever
 the loop runs, and with ONNX Runtime less what the same forwards took inside it. A loop on the device looks k blocks
-ahead, and may so read a larger extent than T(n) did. ``--provider cpu`` takes the processor for the device: it shows
+ahead, and may so read a larger KV length than T(n) did. ``--provider cpu`` takes the processor for the device: it shows
 that all of this runs.
 """
 
@@ -234,7 +234,7 @@ def count_device_loop(engine: Engine, key: Key, settings: Settings) -> tuple[Cro
     if not engine.has_device_loop:
         raise OptionError("forwards_per_sync is for TensorRT")
     prompts = [some_prompt(engine, settings), *([] for _ in range(engine.num_slots - 1))]
-    limit = {"max_new_tokens": settings.tokens, "eos_token_ids": (), "fill_token": 0}
+    limit = {"max_new_tokens": settings.tokens, "eos_token_ids": (), "proposed_token": 0}
     with DeviceLoop(
         engine,
         block_size=key.size,

@@ -250,10 +250,10 @@ def probe_forward(subject: Subject, form: Form, size: int, settings: Settings) -
 
 def bare_forward(engine: TrtEngine, size: int, past: int, owned: ExitStack, *, is_graph: bool) -> Callable[[], object]:
     """Enqueues a forward without its copies, over what the last one left on the device."""
-    cuda, stream, extent = engine.cuda, engine.stream, engine.extent_for(past + size)
+    cuda, stream, kv_length = engine.cuda, engine.stream, engine.kv_length_for(past + size)
 
     def enqueue() -> None:
-        engine.enqueue_decode(size, extent)
+        engine.enqueue_decode(size, kv_length)
 
     if not is_graph:
         return enqueue
@@ -267,7 +267,7 @@ def loop_options(size: int, k: int | None, settings: Settings) -> GenerateOption
     return GenerateOptions(
         method="jacobi",
         block_size=size,
-        fill="pad",
+        proposer="pad",
         ignore_eos=True,
         max_new_tokens=settings.tokens,
         forwards_per_sync=k,

@@ -24,7 +24,7 @@ PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 MAX_POSITIONS = 256
 WINDOW = 24
-"""Of the layers that slide: far shorter than prompts and extents, and no multiple of a step of either."""
+"""Of the layers that slide: far shorter than prompts and KV lengths, and no multiple of a step of either."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
@@ -101,7 +101,7 @@ SLOW_VARIANTS = frozenset(
 published config in each run, and what else is special about these, another variant has too."""
 
 VARIANTS: dict[str, Variant] = {
-    "llama": Variant(chat_template=CHAT_TEMPLATE, cllm={"n": 8, "fill": "repeat", "loop": "sliding"}),
+    "llama": Variant(chat_template=CHAT_TEMPLATE, cllm={"n": 8, "proposer": "repeat", "loop": "sliding"}),
     "llama-llama3-bf16-sharded": Variant(tied=False, rope=LLAMA3_ROPE, dtype="bfloat16", sharded=True, head_dim=24),
     "llama-linear-bias-mqa": Variant(rope=LINEAR_ROPE, num_kv_heads=1, config={"attention_bias": True}),
     "llama-yarn-fp16-mha": Variant(
@@ -114,7 +114,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "mistral": Variant(family="mistral", tied=False, config={"sliding_window": None}),
     "mistral-window": Variant(family="mistral", head_dim=8, num_kv_heads=1, config={"sliding_window": MAX_POSITIONS}),
-    "qwen2": Variant(family="qwen2", eos=(EOS, *range(60, 80)), cllm={"n": 4, "fill": "prompt", "loop": "block"}),
+    "qwen2": Variant(family="qwen2", eos=(EOS, *range(60, 80)), cllm={"n": 4, "proposer": "prompt", "loop": "block"}),
     "qwen2-window": Variant(
         family="qwen2",
         tied=False,

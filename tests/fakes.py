@@ -32,13 +32,13 @@ from cllm_export.bundle.manifest import (
 )
 from cllm_export.errors import EngineError
 from cllm_export.runtime.decoding.draft_model import DraftModel
-from cllm_export.runtime.decoding.drafts.sources import Fill
+from cllm_export.runtime.decoding.drafts.sources import Proposer
 from cllm_export.runtime.decoding.jacobi import Autoregressive, BlockJacobi, SlidingJacobi
 from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.statistics import ForwardRecord
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine, EngineBase, Forward, KvRows, prefill
-from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent
+from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_length_bucket
 from cllm_export.runtime.model import Model
 
 PAD, EOS = 0, 1
@@ -264,11 +264,11 @@ class FakeEngine(EngineBase):
             raise EngineError(f"num_committed must be 0 to {size}, got {call.num_committed}")
         if not all(0 <= token < self.geometry.vocab_size for block in call.input_ids for token in block):
             raise EngineError(f"tokens must be below {self.geometry.vocab_size}, got {call.input_ids}")
-        extent = self.fixed_shapes.kv_extent if self.fixed_shapes else self._extent(max(call.write_index) + size)
-        check_forward(block_size=size, write_index=call.write_index, kv_extent=extent, geometry=self.geometry)
+        kv_length = self.fixed_shapes.kv_length if self.fixed_shapes else self._kv_length(max(call.write_index) + size)
+        check_forward(block_size=size, write_index=call.write_index, kv_length=kv_length, geometry=self.geometry)
 
-    def _extent(self, needed: int) -> int:
-        return kv_extent(needed, self.geometry.cache_length)
+    def _kv_length(self, needed: int) -> int:
+        return kv_length_bucket(needed, self.geometry.cache_length)
 
 
 def _count_right(block: Sequence[int], next_ids: Sequence[int], num_committed: int) -> int:
@@ -300,12 +300,12 @@ def decode(
     prompt: Sequence[int],
     *,
     block_size: int,
-    fill: Fill,
+    proposer: Proposer,
     count: int,
 ) -> list[ForwardRecord]:
     """Prefill a prompt and run forwards until ``count`` tokens are known: a policy alone, with no rule that cuts."""
     prefill(engine, prompt[:-1], PAD)
-    decoder = decoder_type(last_token=prompt[-1], write_index=len(prompt) - 1, fill=fill)
+    decoder = decoder_type(last_token=prompt[-1], write_index=len(prompt) - 1, proposer=proposer)
     records: list[ForwardRecord] = []
     while sum(len(record.new) for record in records) < count:
         write_index = decoder.write_index

@@ -43,7 +43,7 @@ def save_scales(path: Path, bundle: Bundle, rows: dict[str, np.ndarray], *, gram
         prompts_sha256="ab" * 32,
         num_prompts=1,
         loop="sliding",
-        fill="repeat",
+        proposer="repeat",
         block_size=8,
         seed=0,
         mix=0.0,

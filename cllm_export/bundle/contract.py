@@ -5,7 +5,7 @@ Shape legend, used in docstrings everywhere:
     B  slots: rows of the batch, each with its own request and write index
     n  tokens of the block (or of a chunk of the prompt)
     h  rows the head is computed for: n when decoding, 1 in prefill
-    S  visible KV extent: how many cache rows attention reads
+    S  visible KV length: how many cache rows attention reads
     C  cache length: how many rows the KV cache has
     K  key/value heads      D  head dimension      L  layers      V  vocabulary
 
@@ -14,7 +14,7 @@ One forward over a block:
     input_ids      [B, n]  the block: committed tokens whose KV is not stored yet, then the draft; or a prompt chunk
     num_committed  [B]     leading tokens of the block known to be right; 0 marks an idle slot
     write_index    [B]     valid KV rows of each slot; where the KV of this block is written, an idle slot's too
-    kv_positions   [S]     0..S-1; its length sets the extent, its values build the mask
+    kv_positions   [S]     0..S-1; its length sets the KV length, its values build the mask
     head_rows      [h]     rows the head is computed for: 0..n-1 when decoding, 0 alone in prefill
     past_key.l, past_value.l        [B, K, C, D]
 
@@ -70,10 +70,10 @@ class FixedShapes:
 
     batch_size: int
     block_size: int
-    kv_extent: int
+    kv_length: int
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "block_size", "kv_extent"):
+        for name in ("batch_size", "block_size", "kv_length"):
             require_at_least(name, getattr(self, name), 1)
 
 
@@ -209,11 +209,11 @@ class Batch(NamedTuple):
     """[B]"""
 
 
-def check_forward(*, block_size: int, write_index: Sequence[int], kv_extent: int, geometry: Geometry) -> None:
-    """Check, on the host and before a forward, that the rows of every slot's block [B, n] lie inside the extent and the
-    cache. A plan may fill a block up, so that its size is told apart from the batch.
+def check_forward(*, block_size: int, write_index: Sequence[int], kv_length: int, geometry: Geometry) -> None:
+    """Check, on the host and before a forward, that the rows of every slot's block [B, n] lie inside the KV length and
+    the cache. A plan may fill a block up, so that its size is told apart from the batch.
 
-    ONNX Runtime raises on a write outside the cache, TensorRT ignores it silently, and an extent that is one short
+    ONNX Runtime raises on a write outside the cache, TensorRT ignores it silently, and a KV length that is one short
     hides a row from itself without an error: so nobody else can be trusted with this.
 
     Raises:
@@ -228,8 +228,8 @@ def check_forward(*, block_size: int, write_index: Sequence[int], kv_extent: int
             f"a block of {block_size} at write index {last} needs {needed} cache rows, "
             f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger max_length"
         )
-    if kv_extent < needed:
-        raise EngineError(f"KV extent {kv_extent} is below write index {last} + block {block_size}")
+    if kv_length < needed:
+        raise EngineError(f"KV length {kv_length} is below write index {last} + block {block_size}")
 
 
 def check_rows(*, slot: int, start: int, stop: int, num_slots: int, geometry: Geometry) -> None:
@@ -245,7 +245,7 @@ def check_rows(*, slot: int, start: int, stop: int, num_slots: int, geometry: Ge
 
 
 def _axes(fixed: FixedShapes | None) -> tuple[int | str, int | str, int | str]:
-    return (fixed.batch_size, fixed.block_size, fixed.kv_extent) if fixed else ("B", "n", "S")
+    return (fixed.batch_size, fixed.block_size, fixed.kv_length) if fixed else ("B", "n", "S")
 
 
 def _head_axis(fixed: FixedShapes | None) -> int | str:

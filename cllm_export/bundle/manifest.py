@@ -46,11 +46,11 @@ GREEDY_GRAPH, LOOKAHEAD_GRAPH = "greedy", "lookahead"
 
 Loop = Literal["sliding", "block"]
 
-FillName = Literal["pad", "repeat", "prompt", "lookup"]
+ProposerName = Literal["pad", "repeat", "prompt", "lookup"]
 
 LOOPS: tuple[Loop, ...] = get_args(Loop)
 
-FILLS: tuple[FillName, ...] = get_args(FillName)
+PROPOSERS: tuple[ProposerName, ...] = get_args(ProposerName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,16 @@ class GraphEntry:
 class TrainedWith:
     """How a model was consistency-tuned, which is how it decodes fastest.
 
-    Another fill or loop gives the same tokens at every fixed n. Another n may round a near tie to another token.
+    Another proposer or loop gives the same tokens at every fixed n. Another n may round a near tie to another token.
     """
 
     block_size: int
-    fill: FillName
+    proposer: ProposerName
     loop: Loop
 
     def __post_init__(self) -> None:
         require_at_least("trained_with.block_size", self.block_size, 1)
-        require_one_of("trained_with.fill", self.fill, FILLS)
+        require_one_of("trained_with.proposer", self.proposer, PROPOSERS)
         require_one_of("trained_with.loop", self.loop, LOOPS)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.manifest import Loop, ProposerName
 from cllm_export.bundle.safetensors_header import make_header, read_header
 from cllm_export.bundle.storage import output_error, whole_file
 from cllm_export.checks import from_fields, require_at_least
@@ -56,7 +56,7 @@ class Provenance:
     prompts_sha256: str
     num_prompts: int
     loop: Loop
-    fill: FillName
+    proposer: ProposerName
     block_size: int
     seed: int
     mix: float

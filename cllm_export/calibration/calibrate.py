@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cllm_export import __version__
-from cllm_export.bundle.manifest import Bundle, FillName
+from cllm_export.bundle.manifest import Bundle, ProposerName
 from cllm_export.bundle.scales import FloatArray, InputStatistics, Provenance, Scales, open_scales, write_scales
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.calibration.accumulate import GramAccumulator, num_above
@@ -33,9 +33,9 @@ from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.decoding.shared_options import (
     block_size_option,
-    fill_option,
     limit_option,
     max_new_tokens_option,
+    proposer_option,
     threads_option,
 )
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
@@ -69,9 +69,9 @@ class CalibrateOptions:
     """Gram matrices too."""
     block_size: int | None = block_size_option()
     """By default the bundle's own."""
-    fill: FillName | None = fill_option()
+    proposer: ProposerName | None = proposer_option()
     """By default what the model was trained with."""
-    seed: int = option(0, help="Seed of the random choice of rows, and of random fills.", minimum=0)
+    seed: int = option(0, help="Seed of the random choice of rows, and of random drafts.", minimum=0)
     max_new_tokens: int = max_new_tokens_option()
     limit: int | None = limit_option()
     threads: int | None = threads_option()
@@ -151,7 +151,7 @@ def _settle(bundle: Bundle, prompts_sha256: str, num_prompts: int, options: Cali
         prompts_sha256=prompts_sha256,
         num_prompts=num_prompts,
         loop=trained.loop if trained else "sliding",
-        fill=options.fill or (trained.fill if trained else "pad"),
+        proposer=options.proposer or (trained.proposer if trained else "pad"),
         block_size=options.block_size or (pinned.block_size if pinned else manifest.block_size),
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
@@ -282,7 +282,7 @@ class _Run:
         settings = self._settings
         return RecordOptions(
             loop=settings.loop,
-            fill=settings.fill,
+            proposer=settings.proposer,
             block_size=settings.block_size,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
@@ -296,7 +296,7 @@ class _Run:
             prompts_sha256=settings.prompts_sha256,
             num_prompts=num_recorded,
             loop=settings.loop,
-            fill=settings.fill,
+            proposer=settings.proposer,
             block_size=settings.block_size,
             seed=settings.seed,
             mix=settings.mix,

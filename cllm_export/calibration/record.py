@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.manifest import Loop, ProposerName
 from cllm_export.calibration.recording import Recording, recording_of
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.decode_all import decode_all
@@ -18,11 +18,11 @@ class RecordOptions:
     """How prompts are decoded."""
 
     loop: Loop
-    fill: FillName
+    proposer: ProposerName
     block_size: int
     max_new_tokens: int
     seed: int = 0
-    """Of fills; each prompt's own comes of it and of its number."""
+    """Of proposers; each prompt's own comes of it and of its number."""
 
 
 def record(
@@ -52,6 +52,6 @@ def record(
         progress=progress,
         method=METHOD_OF_LOOP[options.loop],
         block_size=options.block_size,
-        fill=options.fill,
+        proposer=options.proposer,
     )
     return [recording_of(prompts[each.number].id, each.prompt_ids, each.generation.forwards) for each in decoded]

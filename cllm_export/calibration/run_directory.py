@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.manifest import Loop, ProposerName
 from cllm_export.bundle.storage import locked_directory, output_error, unfinished_files, whole_file, write_json
 from cllm_export.errors import CalibrationError, DamagedRunError, OptionError, OutputError
 
@@ -32,7 +32,7 @@ class RunSettings:
     prompts_sha256: str
     num_prompts: int
     loop: Loop
-    fill: FillName
+    proposer: ProposerName
     block_size: int
     max_new_tokens: int
     seed: int

@@ -30,7 +30,7 @@ def _parse_methods(names: list[str]) -> tuple[str, ...]:
 @with_options(
     BenchOptions,
     parse={"methods": _parse_methods},
-    metavars={"methods": "|".join(option_specs(BenchOptions)["methods"].choices), "fill": "SOURCES"},
+    metavars={"methods": "|".join(option_specs(BenchOptions)["methods"].choices), "proposer": "SOURCES"},
 )
 def bench(
     bundles: Annotated[

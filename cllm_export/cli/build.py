@@ -29,7 +29,7 @@ Target = Literal["onnx", "tensorrt"]
 @with_options(BuildOptions, parse={"max_memory": partial(parse_size, name="max_memory")})
 @with_options(LayerOptions, names={"head": "quantize_head", "engine": "quantize_for"}, flags={"scheme": "--precision"})
 @with_options(
-    TrainedOptions, names={"block_size": "trained_block_size", "fill": "trained_fill", "loop": "trained_loop"}
+    TrainedOptions, names={"block_size": "trained_block_size", "proposer": "trained_proposer", "loop": "trained_loop"}
 )
 def build(
     checkpoint: Annotated[

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.bundle.manifest import GREEDY_GRAPH, FillName, open_bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, option
 from cllm_export.cli.app import app
@@ -73,7 +73,7 @@ class EngineChoice:
     """What runs the prompts."""
 
     draft_model: Path | None = option(
-        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --fill model."
+        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
     )
     num_slots: int | None = option(
         None, minimum=1, help="Number of prompts decoded at once; by default the bundle's batch size."
@@ -131,7 +131,7 @@ class View:
     },
     metavars={
         "block_size": "N|auto",
-        "fill": "SOURCES",
+        "proposer": "SOURCES",
         "logit_bias": "TOKEN=BIAS",
         "json_schema": "FILE",
         "grammar": "FILE",
@@ -164,7 +164,7 @@ def generate(
     """Decode prompts: from the command line, a file, or standard input."""
     if options.logprobs is not None and not view.as_json:
         raise OptionError("logprobs needs as_json: they stand in its lines", fields=("logprobs", "as_json"))
-    require_use(engine.draft_model, options.method, options.fill)
+    require_use(engine.draft_model, options.method, options.proposer)
     given = _gather_prompts(prompt, prompts, limit)
     if save_prefix is not None:
         if len(given) != 1:
@@ -197,8 +197,8 @@ def trace(
         Method | None, typer.Option("--method", help="Record this method alone; by default all methods.")
     ] = None,
     block_size: BlockSizeOption = None,
-    fill: Annotated[
-        FillName, typer.Option("--fill", help="How guesses are first filled and refilled: pad or repeat.")
+    proposer: Annotated[
+        ProposerName, typer.Option("--proposer", help="How guesses are first filled and refilled: pad or repeat.")
     ] = "pad",
     max_new_tokens: MaxNewTokensOption = 32,
     limit: LimitOption = None,
@@ -215,7 +215,7 @@ def trace(
             given,
             methods=(method,) if method else DEFAULT_METHODS,
             block_size=block_size,
-            fill=fill,
+            proposer=proposer,
             max_new_tokens=max_new_tokens,
         )
     write_text(output, json.dumps(traces) + "\n")

@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 
 from cllm_export.errors import OptionError
-from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
 from cllm_export.runtime.decoding.request import Method
 
 
-def _check_fill(fill: str | None) -> str | None:
+def _check_proposer(proposer: str | None) -> str | None:
     try:
-        if fill is not None:
-            parse_fill(fill)
+        if proposer is not None:
+            parse_proposers(proposer)
     except OptionError as error:
         raise typer.BadParameter(str(error)) from None
-    return fill
+    return proposer
 
 
 BundleArgument = Annotated[
@@ -64,10 +64,10 @@ ThreadsOption = Annotated[
 SourcesOption = Annotated[
     str | None,
     typer.Option(
-        "--fill",
+        "--proposer",
         metavar="SOURCES",
         help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.",
-        callback=_check_fill,
+        callback=_check_proposer,
     ),
 ]
 
@@ -76,7 +76,7 @@ DraftModelOption = Annotated[
     Path | None,
     typer.Option(
         "--draft-model",
-        help="Another bundle with the same tokenizer, which drafts for --method speculative or --fill model.",
+        help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model.",
     ),
 ]
 
@@ -106,8 +106,8 @@ MaxNewTokensOption = Annotated[
 ]
 
 
-def require_use(draft_model: Path | None, method: Method | None, fill: str | None) -> None:
+def require_use(draft_model: Path | None, method: Method | None, proposer: str | None) -> None:
     """Refuse a draft model that nothing would ask."""
-    is_asked = "model" in parse_fill(fill) if fill else method == "speculative"
+    is_asked = "model" in parse_proposers(proposer) if proposer else method == "speculative"
     if draft_model and not is_asked:
-        raise OptionError("--draft-model needs --method speculative, or --fill with model among its sources")
+        raise OptionError("--draft-model needs --method speculative, or --proposer with model among its sources")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cllm_export.bundle.manifest import FILLS, FillName
+from cllm_export.bundle.manifest import PROPOSERS, ProposerName
 from cllm_export.checks import require_at_least, require_one_of
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.progress import Progress
@@ -24,13 +24,13 @@ class Settings:
 
     method: JacobiMethod
     block_size: int
-    fill: FillName
+    proposer: ProposerName
     max_new_tokens: int
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_one_of("method", self.method, JACOBI_METHODS)
-        require_one_of("fill", self.fill, FILLS)
+        require_one_of("proposer", self.proposer, PROPOSERS)
         require_at_least("block_size", self.block_size, 1)
         require_at_least("max_new_tokens", self.max_new_tokens, 1)
 
@@ -56,13 +56,13 @@ class Decoded:
 
 
 def default_settings(model: Model, *, max_new_tokens: int) -> Settings:
-    """The loop, n and fill that a model was trained with, else sliding, its own n and pad."""
+    """The loop, n and proposer that a model was trained with, else sliding, its own n and pad."""
     trained = model.facts.trained_with
     fixed = model.engine.fixed_shapes
     return Settings(
         method=METHOD_OF_LOOP[trained.loop if trained else "sliding"],
         block_size=fixed.block_size if fixed else model.facts.block_size,
-        fill=trained.fill if trained else "pad",
+        proposer=trained.proposer if trained else "pad",
         max_new_tokens=max_new_tokens,
     )
 
@@ -138,7 +138,7 @@ def _encode(model: Model, prompt: Prompt) -> list[int]:
 def _decode(model: Model, index: int, ids: list[int], settings: Settings, compare: bool) -> Answer:
     limit = min(settings.max_new_tokens, model.facts.max_length - len(ids))
     common = {"max_new_tokens": limit, "block_size": settings.block_size, "stop": settings.stop}
-    generation = model.generate(ids, method=settings.method, fill=settings.fill, **common)  # type: ignore[arg-type]
+    generation = model.generate(ids, method=settings.method, proposer=settings.proposer, **common)  # type: ignore[arg-type]
     exact = None
     if compare:
         baseline = model.generate(ids, method="autoregressive", **common)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle.manifest import FillName
+from cllm_export.bundle.manifest import ProposerName
 from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.evaluation.decoding import Decoded, Settings, decode_prompts, default_settings
@@ -22,10 +22,10 @@ from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.request import JacobiMethod
 from cllm_export.runtime.decoding.shared_options import (
     block_size_option,
-    fill_option,
     limit_option,
     max_new_tokens_option,
     method_option,
+    proposer_option,
     threads_option,
 )
 from cllm_export.runtime.model import Model
@@ -39,7 +39,7 @@ class EvaluateOptions:
 
     method: JacobiMethod | None = method_option()
     block_size: int | None = block_size_option(whose="the model's own")
-    fill: FillName | None = fill_option()
+    proposer: ProposerName | None = proposer_option()
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="the task's")
     limit: int | None = limit_option()
     threads: int | None = threads_option()
@@ -110,7 +110,7 @@ def evaluate(
         "settings": {
             "method": settings.method,
             "block_size": settings.block_size,
-            "fill": settings.fill,
+            "proposer": settings.proposer,
             "max_new_tokens": settings.max_new_tokens,
         },
         "models": models,
@@ -119,7 +119,7 @@ def evaluate(
 
 def settle(defaults: Settings, options: EvaluateOptions) -> Settings:
     """A model's defaults with what the user chose in their place."""
-    chosen = {name: getattr(options, name) for name in ("method", "block_size", "fill", "max_new_tokens")}
+    chosen = {name: getattr(options, name) for name in ("method", "block_size", "proposer", "max_new_tokens")}
     return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cllm_export.bundle.manifest import FILLS, Bundle, open_bundle
+from cllm_export.bundle.manifest import PROPOSERS, Bundle, open_bundle
 from cllm_export.checks import check_options
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.decoding import JACOBI_METHODS, Settings, decode_prompts, default_settings
@@ -34,7 +34,7 @@ from cllm_export.runtime.model import Model
 
 BLOCK_SIZES = (1, 4, 8, 16, 32)
 FORM_PROMPTS = 8
-"""Prompts on which loops and fills are compared, before the best of them is measured at every n."""
+"""Prompts on which loops and proposers are compared, before the best of them is measured at every n."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ def probe(
 ) -> dict[str, Any]:
     """Probe a bundle, or a checkpoint through a bundle made of it for the time; the report, JSON-ready.
 
-    ``forms`` holds tokens per forward of each loop and fill at the model's own n, ``sizes`` an ``Expectation`` for each
-    n with the best of them, ``verdict`` the advice.
+    ``forms`` holds tokens per forward of each loop and proposer at the model's own n, ``sizes`` an ``Expectation`` for
+    each n with the best of them, ``verdict`` the advice.
 
     Raises:
         CllmExportError: the model cannot be opened or built, or not one prompt can be decoded.
@@ -109,10 +109,14 @@ def _as_bundle(source: Path, progress: Progress | None) -> Iterator[Bundle]:
 def _measure_forms(
     model: Model, prompts: Sequence[Prompt], defaults: Settings, progress: Progress | None
 ) -> list[tuple[Settings, float]]:
-    """Every loop with every fill, on few prompts; equal ones stay in the order of what the model was trained with."""
-    forms = [replace(defaults, method=method, fill=fill) for method, fill in itertools.product(JACOBI_METHODS, FILLS)]
-    forms.sort(key=lambda form: (form.method != defaults.method, form.fill != defaults.fill))
-    return [(form, _rate(model, prompts, form, progress, f"{form.method}, {form.fill}")[0]) for form in forms]
+    """Every loop with every proposer, on few prompts; equal ones stay in the order of what the model was trained
+    with."""
+    forms = [
+        replace(defaults, method=method, proposer=proposer)
+        for method, proposer in itertools.product(JACOBI_METHODS, PROPOSERS)
+    ]
+    forms.sort(key=lambda form: (form.method != defaults.method, form.proposer != defaults.proposer))
+    return [(form, _rate(model, prompts, form, progress, f"{form.method}, {form.proposer}")[0]) for form in forms]
 
 
 def _measure_sizes(
@@ -143,7 +147,7 @@ def _measure_times(
     if progress:
         progress("latency", 0, 1)
     decodable = decode_prompts(
-        model, prompts, Settings(method="jacobi", block_size=1, fill="pad", max_new_tokens=1), compare=False
+        model, prompts, Settings(method="jacobi", block_size=1, proposer="pad", max_new_tokens=1), compare=False
     )
     past = int(median(answer.generation.statistics.prompt_tokens for answer in decodable.answers))
     engine = OrtEngine(bundle, num_slots=1, threads=threads)
@@ -152,7 +156,7 @@ def _measure_times(
 
 
 def _named(form: Settings) -> dict[str, Any]:
-    return {"method": form.method, "fill": form.fill}
+    return {"method": form.method, "proposer": form.proposer}
 
 
 def _expectation(size: Expectation) -> dict[str, float | int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
-from cllm_export.bundle.manifest import FILLS, LOOPS, FillName, Loop, TrainedWith
+from cllm_export.bundle.manifest import LOOPS, PROPOSERS, Loop, ProposerName, TrainedWith
 from cllm_export.bundle.quantization import ENGINE_TITLES
 from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError
@@ -55,7 +55,7 @@ class BuildOptions:
         None, help="Export only this many layers, from the first, for debugging.", minimum=1
     )
     fixed_shapes: bool = option(
-        False, help="Fix the batch size, block size and KV extent in the graph, for compilers that need fixed shapes."
+        False, help="Fix the batch size, block size and KV length in the graph, for compilers that need fixed shapes."
     )
     lookahead: bool = option(False, help="Add the graph that lookahead decoding needs.")
     """Add the lookahead graph. A model that can have none gets its greedy graph alone, and the report says why."""
@@ -90,11 +90,11 @@ class TrainedOptions:
         minimum=1,
         flag="--trained-block-size",
     )
-    fill: FillName = option(
+    proposer: ProposerName = option(
         "pad",
-        help="Fill that the model was tuned with, if its config does not say.",
-        choices=FILLS,
-        flag="--trained-fill",
+        help="Proposer that the model was tuned with, if its config does not say.",
+        choices=PROPOSERS,
+        flag="--trained-proposer",
     )
     loop: Loop = option(
         "sliding",
@@ -108,4 +108,4 @@ class TrainedOptions:
 
     @property
     def trained_with(self) -> TrainedWith:
-        return TrainedWith(block_size=self.block_size, fill=self.fill, loop=self.loop)
+        return TrainedWith(block_size=self.block_size, proposer=self.proposer, loop=self.loop)

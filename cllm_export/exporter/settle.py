@@ -72,7 +72,7 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     max_block_size = block_size if options.fixed_shapes else max(block_size, MIN_MAX_BLOCK_SIZE)
     geometry = geometry_of(checkpoint.config, max_length=max_length, max_block_size=max_block_size)
     fixed = (
-        FixedShapes(batch_size=options.batch_size, block_size=block_size, kv_extent=geometry.cache_length)
+        FixedShapes(batch_size=options.batch_size, block_size=block_size, kv_length=geometry.cache_length)
         if options.fixed_shapes
         else None
     )

@@ -128,7 +128,7 @@ def run_bench(
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
         "lookahead": options.lookahead,
-        "fill": options.fill,
+        "proposer": options.proposer,
         "draft_model": options.draft_model.name if options.draft_model else None,
         "bundles": [
             {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), "latency": _latency(found)}
@@ -254,7 +254,7 @@ def _request_options(setting: Setting, options: BenchOptions) -> dict[str, Any]:
         chosen |= options.lookahead
     else:
         chosen |= {"block_size": setting.block_size, "deterministic": setting.block_size is None}
-    return chosen if setting.method == "autoregressive" else chosen | {"fill": options.fill}
+    return chosen if setting.method == "autoregressive" else chosen | {"proposer": options.proposer}
 
 
 def _collect(generations: Sequence[Generation]) -> Pass:

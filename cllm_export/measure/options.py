@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError
-from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
 
@@ -36,10 +36,12 @@ class BenchOptions:
     )
     """Each method that takes an n is timed with each. By default the bundle's own, of several bundles 4, 8, 12, 16, 24
     and 32, as far as all of them take it."""
-    fill: str | None = option(None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.")
+    proposer: str | None = option(
+        None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}."
+    )
     """By default each method's own. Autoregressive decoding has none."""
     draft_model: Path | None = option(
-        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --fill model."
+        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
     )
     window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
     ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.")
@@ -56,11 +58,15 @@ class BenchOptions:
         for name, given in (("block_sizes", self.block_sizes), ("methods", self.methods)):
             if len(set(given)) < len(given):
                 raise OptionError(f"{name} has a value twice: {', '.join(map(str, given))}", fields=(name,))
-        asked = parse_fill(self.fill) if self.fill else ()
-        if self.draft_model and "model" not in asked and (self.fill or "speculative" not in self.timed("speculative")):
+        asked = parse_proposers(self.proposer) if self.proposer else ()
+        if (
+            self.draft_model
+            and "model" not in asked
+            and (self.proposer or "speculative" not in self.timed("speculative"))
+        ):
             raise OptionError(
-                "draft_model needs methods speculative, or fill with model among its sources",
-                fields=("draft_model", "methods", "fill"),
+                "draft_model needs methods speculative, or proposer with model among its sources",
+                fields=("draft_model", "methods", "proposer"),
             )
         if self.lookahead and LOOKAHEAD not in self.methods:
             self._refuse(next(iter(self.lookahead)), "is for lookahead; give methods lookahead")
@@ -68,8 +74,8 @@ class BenchOptions:
             return
         if self.block_sizes and set(self.methods) <= set(HAVE_NO_BLOCK):
             self._refuse("block_sizes", f"is for the Jacobi loops; leave it out with methods {self.methods[0]}")
-        if self.fill and set(self.methods) == {"autoregressive"}:
-            self._refuse("fill", "is for loops that draft; leave it out with methods autoregressive")
+        if self.proposer and set(self.methods) == {"autoregressive"}:
+            self._refuse("proposer", "is for loops that draft; leave it out with methods autoregressive")
 
     @property
     def lookahead(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cllm_export.bundle.contract import CONTRACT_VERSION, Batch
-from cllm_export.bundle.manifest import Bundle, FillName
+from cllm_export.bundle.manifest import Bundle, ProposerName
 from cllm_export.errors import OptionError
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.decoding.request import Method
@@ -21,8 +21,8 @@ from cllm_export.runtime.options import GenerateOptions, pad_token, resolve
 
 TRACE_VERSION = 1
 DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
-FILLS: tuple[FillName, ...] = ("pad", "repeat")
-"""Fills that a trace may use: the others need rules beyond the loop's own."""
+PROPOSERS: tuple[ProposerName, ...] = ("pad", "repeat")
+"""Proposers that a trace may use: the others need rules beyond the loop's own."""
 
 
 class RecordingEngine(EngineBase):
@@ -72,17 +72,17 @@ def record_traces(
     *,
     methods: Sequence[Method] = DEFAULT_METHODS,
     block_size: int | None = None,
-    fill: FillName = "pad",
+    proposer: ProposerName = "pad",
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Decode every prompt with every method and keep every forward; JSON-ready. ``model`` is of this bundle.
 
     Raises:
-        OptionError: the fill has rules beyond the loop's, or an option is out of range.
+        OptionError: the proposer has rules beyond the loop's, or an option is out of range.
         PromptError: a prompt is malformed or too long.
     """
-    if fill not in FILLS:
-        raise OptionError(f"fill must be one of {', '.join(FILLS)} in a trace, got {fill!r}")
+    if proposer not in PROPOSERS:
+        raise OptionError(f"proposer must be one of {', '.join(PROPOSERS)} in a trace, got {proposer!r}")
     recorder = RecordingEngine(model.engine)
     recorded = Model(model.facts, recorder, model.codec)
     traces = []
@@ -93,7 +93,7 @@ def record_traces(
                 method=method,
                 block_size=block_size,
                 deterministic=block_size is None,
-                fill=fill,
+                proposer=proposer,
                 max_new_tokens=max_new_tokens,
             )
             request = resolve(options, recorded.limits, recorded.encode(prompt.content))
@@ -104,7 +104,7 @@ def record_traces(
                     "method": method,
                     "prompt_ids": list(request.prompt),
                     "block_size": request.block_size,
-                    "fill": fill,
+                    "proposer": proposer,
                     "max_new_tokens": request.max_new_tokens,
                     "forwards": recorder.forwards,
                     "token_ids": list(generation.token_ids),

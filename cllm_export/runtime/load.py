@@ -35,11 +35,12 @@ def load(
         num_slots: B, the requests that a ``Service`` decodes at once; by default the bundle's batch size, which one
             with fixed shapes is pinned to.
         threads: processor threads inside ONNX Runtime; by default as many as the process may use.
-        draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model`` fill.
+        draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model``
+            proposer.
         prefix_cache_bytes: KV to keep of texts that were read and given, in the host's memory, so that a prompt that
             begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB.
         provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
-        cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and extent, and replays it.
+        cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and KV length, and replays it.
 
     Raises:
         OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.

@@ -44,7 +44,7 @@ class LoopMaker:
     Args:
         engine: runs the forwards.
         limits: of its model.
-        draft_model: answers the ``model`` fill.
+        draft_model: answers the ``model`` proposer.
         prefix_cache: keeps the KV of prompts.
         forward_seconds: seconds of a forward by block size, where they are known.
     """
@@ -94,12 +94,12 @@ class LoopMaker:
             )
         if request.forwards_per_sync is not None:
             return self._make_device_loop(request, task, request.forwards_per_sync)
-        scheduler = self.make_scheduler(request.block_size, reading_width=self._engine.prefill_chunk)
+        scheduler = self.make_scheduler(request.block_size, prefill_width=self._engine.prefill_chunk)
         scheduler.submit(task)
         return scheduler
 
     def make_scheduler(
-        self, block_size: BlockSize, *, reading_width: int | None = None, turn_width: int | None = None
+        self, block_size: BlockSize, *, prefill_width: int | None = None, alternate_width: int | None = None
     ) -> Scheduler:
         """A scheduler over the engine's slots; see ``Scheduler`` for the widths.
 
@@ -110,8 +110,8 @@ class LoopMaker:
             self._engine,
             block_size=self._size_policy(block_size),
             pad_token_id=self._limits.pad_token_id,
-            reading_width=reading_width,
-            turn_width=turn_width,
+            prefill_width=prefill_width,
+            alternate_width=alternate_width,
             drafter=self._draft_model,
             prefix_cache=self._prefix_cache,
         )
@@ -153,6 +153,6 @@ class LoopMaker:
             num_slots=engine.num_slots,
             max_new_tokens=request.max_new_tokens,
             eos_token_ids=request.eos_token_ids,
-            fill_token=None if request.fill == "repeat" else self._limits.pad_token_id,
+            proposed_token=None if request.proposer == "repeat" else self._limits.pad_token_id,
             memory=memory_of(engine, 0, self._prefix_cache),
         )

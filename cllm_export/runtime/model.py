@@ -20,7 +20,7 @@ from cllm_export.runtime.decoding.text import Messages, TextCodec
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.lease import Lease
 from cllm_export.runtime.loops import LoopMaker
-from cllm_export.runtime.options import READING, GenerateOptions, ModelFacts, ModelLimits, override
+from cllm_export.runtime.options import PREFILL_ONLY, GenerateOptions, ModelFacts, ModelLimits, override
 from cllm_export.runtime.request_run import Generation, RequestMaker, RequestRun, Stream
 
 
@@ -35,8 +35,8 @@ class Model:
         facts: its defaults and limits.
         engine: what runs the forwards.
         codec: tokenizer and chat template.
-        draft_model: what answers the ``model`` fill, with as many lanes as the engine has slots.
-        pool: n-grams that requests with the ``pool`` fill share.
+        draft_model: what answers the ``model`` proposer, with as many lanes as the engine has slots.
+        pool: n-grams that requests with the ``pool`` proposer share.
         prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
         limits: what it makes of the options of a request.
         requests: makes the runs of its requests.
@@ -104,9 +104,9 @@ class Model:
     ) -> Generation:
         """Decode one prompt.
 
-        At every fixed n each method and fill gives the tokens that autoregressive decoding gives at that n: the model's
-        greedy ones, or with a ``temperature`` those that the seed draws. Another n may round a near tie otherwise, and
-        so may ``auto``, the default of ``jacobi``, on a processor where this was not checked.
+        At every fixed n each method and proposer gives the tokens that autoregressive decoding gives at that n: the
+        model's greedy ones, or with a ``temperature`` those that the seed draws. Another n may round a near tie
+        otherwise, and so may ``auto``, the default of ``jacobi``, on a processor where this was not checked.
 
         Args:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.
@@ -158,7 +158,7 @@ class Model:
         state = require_prompt_state(self.prompt_state)
         check_target(path)
         tokens = self.encode(prompt)
-        self.generate(tokens, READING)
+        self.generate(tokens, PREFILL_ONLY)
         with self.lease.hold():
             snapshot = state.snapshot(tokens)
         write_snapshot(path, snapshot)

@@ -11,7 +11,7 @@ from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.checks import option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.runtime.decoding.constraint import GrammarKind
-from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_fill
+from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHOD_OF_LOOP, METHODS, Method
 from cllm_export.runtime.decoding.sampling import MAX_LOGPROBS, Sampling
@@ -44,7 +44,7 @@ class GenerateOptions(Sampling):
         choices=(*METHODS, LOOKAHEAD),
         help="The decoding method; by default the loop that the model was trained with.",
     )
-    """``jacobi`` is the sliding loop, ``jacobi-block`` the paper's. In ``speculative`` every block is what ``fill``
+    """``jacobi`` is the sliding loop, ``jacobi-block`` the paper's. In ``speculative`` every block is what ``proposer``
     guesses, none of it the model's own. ``autoregressive`` decodes token by token. ``lookahead`` is for greedy
     requests, one at a time, and for a bundle that has a graph for it.
 
@@ -73,7 +73,9 @@ class GenerateOptions(Sampling):
     )
     """n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs the same
     forwards again. Where n is chosen, a near tie may round to another token at another time."""
-    fill: str | None = option(None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.")
+    proposer: str | None = option(
+        None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}."
+    )
     """The draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` or ``model``. ``pool`` has the n-grams of
     the texts and rejected drafts of all requests that name it. ``model`` has a draft model's tokens. Several are joined
     by ``+`` and asked in order: ``pool+lookup``.
@@ -97,8 +99,8 @@ class GenerateOptions(Sampling):
     """k: the loop stays on the device, and the host asks once in k forwards what they gave. The text of a stream then
     comes in steps of that.
 
-    It is for greedy requests of a TensorRT engine, one at a time, with the method ``jacobi`` and the fill ``pad`` or
-    ``repeat``. ``block_size`` is one of the plan's, by default the model's own, never ``auto``."""
+    It is for greedy requests of a TensorRT engine, one at a time, with the method ``jacobi`` and the proposer ``pad``
+    or ``repeat``. ``block_size`` is one of the plan's, by default the model's own, never ``auto``."""
     json_schema: str | Mapping[str, Any] | None = option(
         None, help="A file with a JSON schema that the text must match."
     )
@@ -122,8 +124,8 @@ class GenerateOptions(Sampling):
         self._check_lookahead()
         if self.forwards_per_sync is not None:
             self._require_greedy("forwards_per_sync", "leave one of them out")
-        if self.fill is not None:
-            self._check_fill(self.fill)
+        if self.proposer is not None:
+            self._check_proposer(self.proposer)
 
     @property
     def lookahead_shape(self) -> LookaheadShape:
@@ -195,14 +197,15 @@ class GenerateOptions(Sampling):
         if self.given_grammar:
             raise OptionError(f"{what} is for greedy requests and excludes a grammar: {instead}", fields=(what,))
 
-    def _check_fill(self, fill: str) -> None:
-        if "model" in parse_fill(fill) and self.method == LOOKAHEAD:
+    def _check_proposer(self, proposer: str) -> None:
+        if "model" in parse_proposers(proposer) and self.method == LOOKAHEAD:
             raise OptionError(
-                f"fill {fill!r} is not for lookahead, whose window is filled once: leave model out", fields=("fill",)
+                f"proposer {proposer!r} is not for lookahead, whose window is filled once: leave model out",
+                fields=("proposer",),
             )
 
 
-READING = GenerateOptions(max_new_tokens=1, method="autoregressive", ignore_eos=True)
+PREFILL_ONLY = GenerateOptions(max_new_tokens=1, method="autoregressive", ignore_eos=True)
 """Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
 
 
@@ -288,7 +291,7 @@ class ResolvedRequest:
     """n of every forward, or where ``lookahead`` is set, rows of the largest."""
     lookahead: LookaheadShape | None
     """W, N and G where that is the method."""
-    fill: str
+    proposer: str
     sampling: Sampling
     logprobs: int | None
     grammar: tuple[GrammarKind, str | Mapping[str, Any]] | None
@@ -314,7 +317,7 @@ class ResolvedRequest:
         """What kind of drafts it decodes with: those of a kind are worth much the same. None for no drafts."""
         if self.method == "autoregressive":
             return None
-        return f"{self.method}, {self.fill}, {'drawn' if self.needs_sampler else 'greedy'}"
+        return f"{self.method}, {self.proposer}, {'drawn' if self.needs_sampler else 'greedy'}"
 
 
 def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) -> ResolvedRequest:
@@ -327,14 +330,14 @@ def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) ->
         PromptError: the prompt and its new tokens do not fit.
     """
     method = options.method or _default_method(options, limits)
-    fill = _resolve_fill(options, method, limits)
+    proposer = _resolve_proposer(options, method, limits)
     options.check_tokens(limits.vocab_size)
     shape = options.lookahead_shape if method == LOOKAHEAD else None
     if shape:
         shape.require_fitting(limits.max_block_size)
     on_device = options.forwards_per_sync is not None
     if on_device:
-        _check_on_device(method, fill)
+        _check_on_device(method, proposer)
     block_size = (
         shape.max_rows
         if shape
@@ -347,7 +350,7 @@ def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) ->
         method=method,
         block_size=block_size,
         lookahead=shape,
-        fill=fill,
+        proposer=proposer,
         sampling=options,
         logprobs=options.logprobs,
         grammar=options.given_grammar,
@@ -383,35 +386,35 @@ def _default_method(options: GenerateOptions, limits: ModelLimits) -> Method:
     return METHOD_OF_LOOP[trained.loop if trained and options.block_size != "auto" else "sliding"]
 
 
-def _resolve_fill(options: GenerateOptions, method: Method, limits: ModelLimits) -> str:
-    fill = options.fill
-    if fill is None:
+def _resolve_proposer(options: GenerateOptions, method: Method, limits: ModelLimits) -> str:
+    proposer = options.proposer
+    if proposer is None:
         if method == LOOKAHEAD:
             return "prompt"
         if method == "speculative":
             return "model" if limits.has_draft_model else "lookup"
-        return limits.trained_with.fill if limits.trained_with else "pad"
-    if "model" in parse_fill(fill) and not limits.has_draft_model:
+        return limits.trained_with.proposer if limits.trained_with else "pad"
+    if "model" in parse_proposers(proposer) and not limits.has_draft_model:
         raise OptionError(
-            f"fill {fill!r} needs a draft model: give draft_model where the bundle is loaded",
-            fields=("fill", "draft_model"),
+            f"proposer {proposer!r} needs a draft model: give draft_model where the bundle is loaded",
+            fields=("proposer", "draft_model"),
         )
-    return fill
+    return proposer
 
 
-def _check_on_device(method: Method, fill: str) -> None:
+def _check_on_device(method: Method, proposer: str) -> None:
     """Refuse what a loop on the device does not have."""
-    from cllm_export.tensorrt.loop.device_request import FILLS
+    from cllm_export.tensorrt.loop.device_request import PROPOSERS
 
     if method != "jacobi":
         raise OptionError(
             f"forwards_per_sync is for the method jacobi, and the method is {method}: say jacobi",
             fields=("forwards_per_sync", "method"),
         )
-    if fill not in FILLS:
+    if proposer not in PROPOSERS:
         raise OptionError(
-            f"forwards_per_sync is for the fills {' and '.join(FILLS)}, and the fill is {fill!r}",
-            fields=("forwards_per_sync", "fill"),
+            f"forwards_per_sync is for the proposers {' and '.join(PROPOSERS)}, and the proposer is {proposer!r}",
+            fields=("forwards_per_sync", "proposer"),
         )
 
 

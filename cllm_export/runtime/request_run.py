@@ -12,7 +12,7 @@ from functools import cached_property
 from cllm_export.errors import EngineError
 from cllm_export.runtime.decoding.constraint import GrammarCompiler
 from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
-from cllm_export.runtime.decoding.drafts.sources import make_fill
+from cllm_export.runtime.decoding.drafts.sources import make_proposer
 from cllm_export.runtime.decoding.jacobi import Decoder
 from cllm_export.runtime.decoding.lookahead.policy import Lookahead
 from cllm_export.runtime.decoding.request import Decode, FinishReason, RequestStatus, StopCut, make_decoder
@@ -243,7 +243,7 @@ class RequestMaker:
     Args:
         limits: the model's.
         codec: its tokenizer.
-        pool: n-grams that requests with the ``pool`` fill share.
+        pool: n-grams that requests with the ``pool`` proposer share.
     """
 
     def __init__(self, limits: ModelLimits, codec: TextCodec, pool: NgramPool) -> None:
@@ -287,8 +287,10 @@ class RequestMaker:
     def _make_decoder(self, request: ResolvedRequest) -> Decoder:
         pad, seed = self._limits.pad_token_id, request.seed
         if request.lookahead:
-            fill = make_fill(request.fill, prompt=request.prompt, pad_token_id=pad, seed=seed, pool=self._pool)
-            return Lookahead(prompt=request.prompt, shape=request.lookahead, fill=fill)
+            proposer = make_proposer(
+                request.proposer, prompt=request.prompt, pad_token_id=pad, seed=seed, pool=self._pool
+            )
+            return Lookahead(prompt=request.prompt, shape=request.lookahead, proposer=proposer)
         return make_decoder(
-            request.method, request.prompt, fill=request.fill, seed=seed, pad_token_id=pad, pool=self._pool
+            request.method, request.prompt, proposer=request.proposer, seed=seed, pad_token_id=pad, pool=self._pool
         )

@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
-from cllm_export.runtime.decoding.batch import MIN_READING_WIDTH
+from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.decoding.prefix.prompt_state import require_prompt_state
 from cllm_export.runtime.decoding.request import RequestStatus, require_shareable
 from cllm_export.runtime.decoding.scheduler import Scheduler, StepReport
 from cllm_export.runtime.decoding.text import Messages
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import READING, BlockSize, GenerateOptions, override, resolve_block_size
+from cllm_export.runtime.options import PREFILL_ONLY, BlockSize, GenerateOptions, override, resolve_block_size
 from cllm_export.runtime.request_run import Generation, RequestRun
 
 log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class Service:
         state = require_prompt_state(self.model.prompt_state)
         check_target(path)
         tokens = self.model.encode(prompt)
-        self.submit(tokens, READING).result()
+        self.submit(tokens, PREFILL_ONLY).result()
         write_snapshot(path, self._call(lambda: state.snapshot(tokens)))
         return len(tokens)
 
@@ -380,7 +380,7 @@ def _run_call(function: Callable[[], T], future: Future[T]) -> None:
 def _make_scheduler(model: Model, block_size: BlockSize) -> Scheduler:
     """One n reads prompts in chunks of it, but a small one in turn with wider forwards; a chosen one, which may be
     1, in chunks of some more."""
-    wide = min(MIN_READING_WIDTH, model.limits.max_block_size)
+    wide = min(MIN_PREFILL_WIDTH, model.limits.max_block_size)
     if block_size == "auto":
-        return model.loops.make_scheduler(block_size, reading_width=wide)
-    return model.loops.make_scheduler(block_size, turn_width=wide if block_size <= wide // 2 else None)
+        return model.loops.make_scheduler(block_size, prefill_width=wide)
+    return model.loops.make_scheduler(block_size, alternate_width=wide if block_size <= wide // 2 else None)

@@ -21,7 +21,7 @@ from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
 from cllm_export.checks import check_options, option
 from cllm_export.errors import CllmExportError, GpuError, OptionError, PlanError
-from cllm_export.runtime.decoding.batch import MIN_READING_WIDTH
+from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
 from cllm_export.tensorrt.graph import GraphSource, errors_of
 from cllm_export.tensorrt.library import Gpu, Log, open_gpu, version_numbers
@@ -43,7 +43,7 @@ from cllm_export.tensorrt.plan_files import (
 DEFAULT_CHUNK = 128
 """Tokens a prefill forward takes: wide enough to be bound by arithmetic on most GPUs, narrow enough to need little
 scratch."""
-SMALLEST_EXTENT = 256
+SMALLEST_KV_LENGTH = 256
 MEGABYTE = 1_000_000
 BFLOAT16_SINCE = 8
 """Major compute capability of Ampere, the first with bf16 matrix units."""
@@ -77,13 +77,13 @@ class PlanOptions:
     prefill_chunk: int | None = option(
         None, help="Number of prompt tokens that one forward reads; by default 128.", minimum=1
     )
-    extents: tuple[int, ...] = option(
+    kv_lengths: tuple[int, ...] = option(
         (),
         help="KV rows that attention reads; repeat the option for several. By default 256, 512 and so on.",
         minimum=1,
-        flag="--extent",
+        flag="--kv-length",
     )
-    """KV extents; by default 256 and each double of it, up to the whole cache."""
+    """KV lengths; by default 256 and each double of it, up to the whole cache."""
     workspace: int | None = option(
         None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
     )
@@ -112,20 +112,20 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
     """
     fixed, geometry = manifest.graphs[GREEDY_GRAPH].fixed_shapes, manifest.geometry
     sizes = tuple(sorted(set(options.block_sizes))) or _default_sizes(manifest)
-    extents = tuple(sorted(set(options.extents) | {geometry.cache_length})) if options.extents else ()
+    kv_lengths = tuple(sorted(set(options.kv_lengths) | {geometry.cache_length})) if options.kv_lengths else ()
     batch, chunk = options.batch_size or manifest.batch_size, options.prefill_chunk
     if fixed:
         _require_pinned(options, fixed.block_size, fixed.batch_size)
-        sizes, extents = (fixed.block_size,), (fixed.kv_extent,)
+        sizes, kv_lengths = (fixed.block_size,), (fixed.kv_length,)
         batch, chunk = fixed.batch_size, fixed.block_size
     check_block_size(sizes[-1], largest=geometry.max_block_size)
-    if extents and extents[-1] > geometry.cache_length:
-        raise OptionError(f"extents must be at most the cache's {geometry.cache_length} rows, got {extents[-1]}")
+    if kv_lengths and kv_lengths[-1] > geometry.cache_length:
+        raise OptionError(f"KV lengths must be at most the cache's {geometry.cache_length} rows, got {kv_lengths[-1]}")
     return PlanSettings(
         batch_size=batch,
         block_sizes=sizes,
         prefill_chunk=min(chunk or DEFAULT_CHUNK, geometry.cache_length),
-        extents=extents or default_extents(geometry.cache_length),
+        kv_lengths=kv_lengths or default_kv_lengths(geometry.cache_length),
         workspace=options.workspace,
         optimization_level=options.optimization_level,
         logits=options.logits,
@@ -138,28 +138,28 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
 
 def _default_sizes(manifest: Manifest) -> tuple[int, ...]:
     """1 for autoregressive decoding, the bundle's own, and what a batch reads prompts with."""
-    reading = min(max(manifest.block_size, MIN_READING_WIDTH), manifest.geometry.max_block_size)
-    return tuple(sorted({1, manifest.block_size, reading}))
+    prefill = min(max(manifest.block_size, MIN_PREFILL_WIDTH), manifest.geometry.max_block_size)
+    return tuple(sorted({1, manifest.block_size, prefill}))
 
 
 def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> None:
-    asked = (*options.block_sizes, options.batch_size, options.prefill_chunk, *options.extents)
+    asked = (*options.block_sizes, options.batch_size, options.prefill_chunk, *options.kv_lengths)
     if any(value is not None for value in asked) and (
-        set(options.block_sizes) - {block_size} or options.batch_size not in (None, batch_size) or options.extents
+        set(options.block_sizes) - {block_size} or options.batch_size not in (None, batch_size) or options.kv_lengths
     ):
         raise OptionError(
             f"this bundle is pinned to {batch_size} slots and blocks of {block_size}; leave batch_size, "
-            "block_sizes and extents out, or build the bundle without fixed_shapes"
+            "block_sizes and KV lengths out, or build the bundle without fixed_shapes"
         )
 
 
-def default_extents(cache_length: int) -> tuple[int, ...]:
+def default_kv_lengths(cache_length: int) -> tuple[int, ...]:
     """Each doubled, so that a forward reads less than twice what it needs, and captured graphs stay few."""
-    extents, extent = [], SMALLEST_EXTENT
-    while extent < cache_length:
-        extents.append(extent)
-        extent *= 2
-    return (*extents, cache_length)
+    kv_lengths, kv_length = [], SMALLEST_KV_LENGTH
+    while kv_length < cache_length:
+        kv_lengths.append(kv_length)
+        kv_length *= 2
+    return (*kv_lengths, cache_length)
 
 
 def build_plan(
@@ -342,10 +342,10 @@ def profiles_of(manifest: Manifest, settings: PlanSettings) -> list[dict[str, Ra
 
 
 def _ranges(specs: list[TensorSpec], settings: PlanSettings, *, n: Shape, h: int) -> dict[str, Range]:
-    extents = (settings.extents[0], settings.extents[len(settings.extents) // 2], settings.extents[-1])
+    kv_lengths = (settings.kv_lengths[0], settings.kv_lengths[len(settings.kv_lengths) // 2], settings.kv_lengths[-1])
 
     def shape(spec: TensorSpec, index: int) -> Shape:
-        lengths = {"B": settings.batch_size, "n": n[index], "S": extents[index], "h": h}
+        lengths = {"B": settings.batch_size, "n": n[index], "S": kv_lengths[index], "h": h}
         return tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
 
     return {spec.name: Range(shape(spec, 0), shape(spec, 1), shape(spec, 2)) for spec in specs}

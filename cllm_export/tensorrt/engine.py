@@ -47,7 +47,7 @@ class _Shape(NamedTuple):
     profile: int
     block_size: int
     head_size: int
-    extent: int
+    kv_length: int
 
 
 def platform_of(gpu: Gpu) -> Platform:
@@ -133,8 +133,8 @@ class TrtEngine(EngineBase):
         size, slots = self._check_batch(batch), self.num_slots
         padded = self._padded_size(size)
         profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(padded)
-        extent = self._extent(padded, batch.write_index)
-        shape = _Shape(profile=profile, block_size=padded, head_size=padded, extent=extent)
+        kv_length = self._kv_length(padded, batch.write_index)
+        shape = _Shape(profile=profile, block_size=padded, head_size=padded, kv_length=kv_length)
         self._run(shape, batch, with_logits=with_logits)
         next_ids = self._host["next_ids"].array[: slots * padded].reshape(slots, padded)[:, :size]
         num_accepted = np.minimum(self._host["num_accepted"].array, size)
@@ -161,9 +161,9 @@ class TrtEngine(EngineBase):
         size = self._check_batch(batch)
         if size > self.prefill_chunk or (self.fixed_shapes and size != self.prefill_chunk):
             raise EngineError(f"this plan takes chunks of {self.prefill_chunk} tokens, got {size}")
-        extent = self._extent(size, batch.write_index)
+        kv_length = self._kv_length(size, batch.write_index)
         head_size = size if self.fixed_shapes else 1
-        shape = _Shape(profile=PREFILL, block_size=size, head_size=head_size, extent=extent)
+        shape = _Shape(profile=PREFILL, block_size=size, head_size=head_size, kv_length=kv_length)
         self._run(shape, batch)
 
     @property
@@ -185,23 +185,25 @@ class TrtEngine(EngineBase):
         """Where on the device every input and output lies, by name."""
         return dict(self._addresses)
 
-    def extent_for(self, needed: int) -> int:
+    def kv_length_for(self, needed: int) -> int:
         """The bucket S that holds so many rows.
 
         Raises:
             EngineError: the cache has fewer.
         """
-        found = next((each for each in self._settings.extents if each >= needed), None)
+        found = next((each for each in self._settings.kv_lengths if each >= needed), None)
         if found is None:
-            raise EngineError(f"{needed} cache rows are needed, this plan reads {self._settings.extents[-1]} at most")
+            raise EngineError(
+                f"{needed} cache rows are needed, this plan reads {self._settings.kv_lengths[-1]} at most"
+            )
         return found
 
-    def enqueue_decode(self, block_size: int, extent: int) -> None:
+    def enqueue_decode(self, block_size: int, kv_length: int) -> None:
         """Enqueue a decode forward over what the buffers on the device hold, with no copy and no wait: for a loop that
-        stays there. The caller sees to it that every slot's rows lie inside the extent."""
+        stays there. The caller sees to it that every slot's rows lie inside the KV length."""
         self._require_open()
         profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(block_size)
-        self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, extent=extent))
+        self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, kv_length=kv_length))
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         self._check_rows(slot, start, stop)
@@ -345,15 +347,15 @@ class TrtEngine(EngineBase):
 
     # Running.
 
-    def _extent(self, block_size: int, write_index: Sequence[int]) -> int:
+    def _kv_length(self, block_size: int, write_index: Sequence[int]) -> int:
         """The bucket S of a forward, its bounds checked: TensorRT ignores a write outside the cache in silence."""
         needed = max(write_index) + block_size
-        extent = next((each for each in self._settings.extents if each >= needed), self._settings.extents[-1])
-        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
-        return extent
+        kv_length = next((each for each in self._settings.kv_lengths if each >= needed), self._settings.kv_lengths[-1])
+        check_forward(block_size=block_size, write_index=write_index, kv_length=kv_length, geometry=self.geometry)
+        return kv_length
 
     def _run(self, shape: _Shape, batch: Batch, *, with_logits: bool = False) -> None:
-        self._fill(shape, batch)
+        self._proposer(shape, batch)
         started = perf_counter()
         graph = self._graphs.get(shape)
         if graph is None:
@@ -368,7 +370,7 @@ class TrtEngine(EngineBase):
         self.num_syncs += 1
         self.run_seconds += perf_counter() - started
 
-    def _fill(self, shape: _Shape, batch: Batch) -> None:
+    def _proposer(self, shape: _Shape, batch: Batch) -> None:
         slots, size, vocabulary = self.num_slots, shape.block_size, self.geometry.vocab_size
         blocks = np.zeros((slots, size), np.int64)
         blocks[:, : len(batch.input_ids[0])] = batch.input_ids
@@ -432,7 +434,7 @@ class TrtEngine(EngineBase):
         return context
 
     def _set_shapes(self, context: Any, shape: _Shape) -> None:
-        lengths = {"B": self.num_slots, "n": shape.block_size, "S": shape.extent, "h": shape.head_size}
+        lengths = {"B": self.num_slots, "n": shape.block_size, "S": shape.kv_length, "h": shape.head_size}
         for spec in self._inputs:
             dims = tuple(lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape)
             if not context.set_input_shape(spec.name, dims):

@@ -44,8 +44,8 @@ class PlanSettings:
     """One optimization profile for each n, ascending."""
     prefill_chunk: int
     """Tokens that a prefill forward takes at most."""
-    extents: tuple[int, ...]
-    """KV extents S that forwards run with, ascending; the last is the whole cache."""
+    kv_lengths: tuple[int, ...]
+    """KV lengths S that forwards run with, ascending; the last is the whole cache."""
     workspace: int | None
     """Bytes of scratch memory that the builder may let a kernel have; None for all that the device has."""
     optimization_level: int
@@ -63,7 +63,7 @@ class PlanSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "prefill_chunk"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("block_sizes", "extents"):
+        for name in ("block_sizes", "kv_lengths"):
             values = getattr(self, name)
             if not values or any(type(value) is not int or value < 1 for value in values):
                 raise OptionError(f"{name} must be positive integers, at least one, got {list(values)}")
@@ -80,7 +80,7 @@ class PlanSettings:
         words = ["cllm-export", "plan", str(bundle), "--batch-size", str(self.batch_size)]
         words += [word for size in self.block_sizes for word in ("--block-size", str(size))]
         words += ["--prefill-chunk", str(self.prefill_chunk)]
-        words += [word for extent in self.extents for word in ("--extent", str(extent))]
+        words += [word for kv_length in self.kv_lengths for word in ("--kv-length", str(kv_length))]
         if self.workspace is not None:
             words += ["--workspace", str(self.workspace)]
         words += ["--optimization-level", str(self.optimization_level), "--hardware", self.hardware]
@@ -134,7 +134,7 @@ class PlanManifest:
                 if raw[name] != own:
                     raise PlanError(f"{source} has {name} {raw[name]!r}, this cllm-export reads {own}: build it again")
             settings = {**raw["settings"], "block_sizes": tuple(raw["settings"]["block_sizes"])}
-            settings["extents"] = tuple(raw["settings"]["extents"])
+            settings["kv_lengths"] = tuple(raw["settings"]["kv_lengths"])
             raw["settings"] = from_fields(PlanSettings, settings)
             raw["platform"] = from_fields(Platform, raw["platform"])
             return from_fields(cls, raw)

@@ -12,7 +12,7 @@ from cllm_export.checks import require_at_least
 from cllm_export.progress import Progress
 from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import prepare
-from cllm_export.training.processes import first_then_others, join_processes, noticing_a_loss
+from cllm_export.training.processes import explain_lost_rank, join_processes, rank0_first
 from cllm_export.training.tune import tune
 from cllm_export.training.work import WorkDirectory
 
@@ -43,8 +43,8 @@ def run_tune(
     state = join_processes()
     if not state.is_main_process:
         progress = _silent
-    work = first_then_others(lambda: WorkDirectory(output, force=force, resume=resume))
-    data = first_then_others(  # the first answers prompts that have no answer; the others find them answered
+    work = rank0_first(lambda: WorkDirectory(output, force=force, resume=resume))
+    data = rank0_first(  # the first answers prompts that have no answer; the others find them answered
         lambda: prepare(
             checkpoint,
             prompts,
@@ -57,7 +57,7 @@ def run_tune(
             progress=progress,
         )
     )
-    with noticing_a_loss():
+    with explain_lost_rank():
         report = tune(
             checkpoint, output, data.samples, data.held_out, options, resume=resume, force=force, progress=progress
         )

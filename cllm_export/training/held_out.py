@@ -50,7 +50,7 @@ def measure(model: Model, samples: Sequence[Sample]) -> HeldOutScore:
         [_request(sample, min(longest, facts.max_length - sample.num_prompt)) for sample in samples],
         method=METHOD_OF_LOOP[trained.loop],
         block_size=trained.block_size,
-        fill=trained.fill,
+        proposer=trained.proposer,
         eos_token_ids=facts.eos_token_ids,
         pad_token_id=pad_token(facts),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cllm_export.bundle.manifest import FILLS, LOOPS, FillName, Loop, TrainedWith
+from cllm_export.bundle.manifest import LOOPS, PROPOSERS, Loop, ProposerName, TrainedWith
 from cllm_export.checks import check_options, option
 from cllm_export.errors import OptionError
 from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
@@ -37,7 +37,9 @@ class TuneOptions:
     )
     """n of the training states. The first is what the checkpoint says it was trained with."""
     loop: Loop = option("sliding", help="The loop that the tuned model will decode with.", choices=LOOPS)
-    fill: FillName = option("pad", help="The fill that the tuned model will decode with.", choices=FILLS)
+    proposer: ProposerName = option(
+        "pad", help="The proposer that the tuned model will decode with.", choices=PROPOSERS
+    )
     steps: int | None = option(None, help="Number of optimiser steps; give either this or --minutes.", minimum=1)
     """Optimiser steps; resumed runs repeat exactly."""
     minutes: float | None = option(
@@ -119,7 +121,7 @@ class TuneOptions:
 
     @property
     def trained_with(self) -> TrainedWith:
-        return TrainedWith(block_size=self.block_sizes[0], fill=self.fill, loop=self.loop)
+        return TrainedWith(block_size=self.block_sizes[0], proposer=self.proposer, loop=self.loop)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cllm_export.bundle.manifest import FillName, Loop
-from cllm_export.runtime.decoding.drafts.sources import Fill, make_fill
+from cllm_export.bundle.manifest import Loop, ProposerName
+from cllm_export.runtime.decoding.drafts.sources import Proposer, make_proposer
 from cllm_export.training.data.samples import Sample
 from cllm_export.training.data.windows import Window, advance, fresh_window, recorded_window
 
@@ -28,7 +28,7 @@ class PoolOptions:
     block_sizes: tuple[int, ...]
     """n of each new sample is drawn from these."""
     loop: Loop
-    fill: FillName
+    proposer: ProposerName
     size: int = 512
     """Samples in work. Batches are of similar length, so a larger pool wastes less on padding."""
     visits: int = 4
@@ -52,7 +52,7 @@ class Pool:
 
     Args:
         samples: all of them; those of other processes are left alone (``rank`` of ``num_ranks``).
-        pad_token_id: what the ``pad`` fill is made of.
+        pad_token_id: what the ``pad`` proposer is made of.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Pool:
 
     def _starting(self, entry: Entry, sample: Sample) -> list[Window]:
         """One window where decoding starts, the others anywhere in the answer."""
-        windows = [fresh_window(sample, sample.first_start, entry.block_size, self._fill(sample))]
+        windows = [fresh_window(sample, sample.first_start, entry.block_size, self._proposer(sample))]
         windows += [self._anywhere(entry, sample) for _ in range(self._count(entry.block_size) - 1)]
         return [window for window in windows if window]
 
@@ -149,7 +149,7 @@ class Pool:
 
     def _anywhere(self, entry: Entry, sample: Sample) -> Window | None:
         start = self._random.randrange(sample.first_start, max(sample.first_start + 1, sample.num_rows - 1))
-        return fresh_window(sample, start, entry.block_size, self._fill(sample))
+        return fresh_window(sample, start, entry.block_size, self._proposer(sample))
 
     def _recorded(self, sample: Sample) -> list[Window]:
         """Random states of the sample's own trajectory, each with the one before it where they are compared."""
@@ -172,15 +172,15 @@ class Pool:
             return
         moved: list[Window] = []
         for window, tokens in zip(entry.windows, predicted, strict=True):
-            after = advance(window, tokens, sample, self._options.loop, self._fill(sample))
+            after = advance(window, tokens, sample, self._options.loop, self._proposer(sample))
             after = after or self._anywhere(entry, sample)
             if after:
                 moved.append(after if self._options.keep_previous else replace(after, previous=None))
         entry.windows = moved
 
-    def _fill(self, sample: Sample) -> Fill:
-        seed = self._random.getrandbits(32) if self._options.fill == "prompt" else 0
-        return make_fill(self._options.fill, prompt=sample.prompt, pad_token_id=self._pad, seed=seed)
+    def _proposer(self, sample: Sample) -> Proposer:
+        seed = self._random.getrandbits(32) if self._options.proposer == "prompt" else 0
+        return make_proposer(self._options.proposer, prompt=sample.prompt, pad_token_id=self._pad, seed=seed)
 
 
 def _window_from(raw: dict[str, Any]) -> Window:

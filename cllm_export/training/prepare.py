@@ -139,7 +139,7 @@ class _Reader:
         options = CollectOptions(
             method=METHOD_OF_LOOP[self._options.loop],
             block_size=self._options.block_sizes[0],
-            fill=self._options.fill,
+            proposer=self._options.proposer,
             seed=self._options.seed,
             limit=limit,
         )

@@ -29,7 +29,7 @@ def join_processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
-def largest(value: float) -> float:
+def max_over_ranks(value: float) -> float:
     """The largest of all processes' values."""
     state = PartialState()
     if state.num_processes == 1:
@@ -38,7 +38,7 @@ def largest(value: float) -> float:
     return float(gathered.max())
 
 
-def of_first(value: T) -> T:
+def broadcast_from_rank0(value: T) -> T:
     """The first process's value, in every process."""
     if PartialState().num_processes == 1:
         return value
@@ -48,7 +48,7 @@ def of_first(value: T) -> T:
 
 
 @contextmanager
-def noticing_a_loss() -> Iterator[None]:
+def explain_lost_rank() -> Iterator[None]:
     """Say so where another process is gone, which each back end of torch.distributed reports in its own way."""
     try:
         yield
@@ -62,7 +62,7 @@ def noticing_a_loss() -> Iterator[None]:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """What one process raises in the block, all raise at its end, which none passes before the others.
 
     The first process raises the error, whoever's it is; the others end, so that it is told once. A block must not
@@ -76,12 +76,12 @@ def failing_together() -> Iterator[None]:
     _raise_together(error)
 
 
-def first_then_others(make: Callable[[], T]) -> T:
+def rank0_first(make: Callable[[], T]) -> T:
     """What ``make`` gives, called in the first process before the others, which find what it left on disk."""
     is_main = PartialState().is_main_process
     made: list[T] = []
     for turn in (True, False):
-        with failing_together():
+        with raise_on_all_ranks():
             if is_main is turn:
                 made.append(make())
     return made[0]

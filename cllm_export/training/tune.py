@@ -38,7 +38,13 @@ from cllm_export.training.model.torch_engine import load_weights, model_around
 from cllm_export.training.optimizers import make_optimizers, set_learning_rate
 from cllm_export.training.options import TuneOptions
 from cllm_export.training.pool import Pool, PoolOptions
-from cllm_export.training.processes import failing_together, first_then_others, join_processes, largest, of_first
+from cllm_export.training.processes import (
+    broadcast_from_rank0,
+    join_processes,
+    max_over_ranks,
+    raise_on_all_ranks,
+    rank0_first,
+)
 from cllm_export.training.settle import settle_tuning
 from cllm_export.training.work import WorkDirectory
 
@@ -87,7 +93,7 @@ def tune(
     """
     num_processes = join_processes().num_processes
     checkpoint = open_checkpoint(checkpoint_path, max_length=options.max_length)
-    work = first_then_others(lambda: WorkDirectory(Path(output), force=force, resume=resume))
+    work = rank0_first(lambda: WorkDirectory(Path(output), force=force, resume=resume))
     if len(samples) < num_processes or not held_out:
         raise TuningError(
             f"tuning needs a held-out set and samples for each of {num_processes} processes, got {len(held_out)} and "
@@ -157,9 +163,9 @@ class _Run:
         self._stopped = ""
 
     def run(self) -> TuneReport:
-        with failing_together():
+        with raise_on_all_ranks():
             counters = self._work.open(self._settings) if self._is_main else {}
-        if counters := of_first(counters):
+        if counters := broadcast_from_rank0(counters):
             self._restore(counters)
         while not self._stopped:
             if self._share >= self._next_evaluation:
@@ -187,7 +193,7 @@ class _Run:
         if self._options.steps is not None:
             return self._step / self._options.steps
         assert self._options.minutes is not None
-        return min(1.0, largest(self._seconds) / (60 * self._options.minutes))
+        return min(1.0, max_over_ranks(self._seconds) / (60 * self._options.minutes))
 
     def _train_step(self) -> None:
         started, processor_started = perf_counter(), process_time()
@@ -229,9 +235,9 @@ class _Run:
 
     def _require_finite(self, loss: Tensor, packed: Packed, logits: Tensor, samples: Sequence[Sample]) -> None:
         is_finite = math.isfinite(loss.item())
-        if not largest(float(not is_finite)):
+        if not max_over_ranks(float(not is_finite)):
             return
-        with failing_together():
+        with raise_on_all_ranks():
             if not is_finite:
                 self._fail(f"the loss is {loss.item()}", _name_bad(packed, logits, samples))
 
@@ -240,7 +246,7 @@ class _Run:
         parameters = self._module.parameters()
         total = self._accelerator.clip_grad_norm_(parameters, self._options.max_gradient_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        with failing_together():  # the norm is that of all processes' gradients together
+        with raise_on_all_ranks():  # the norm is that of all processes' gradients together
             if not math.isfinite(norm) and self._options.mixed_precision != "fp16":
                 where = f"in a batch with sample {self._last_sample!r}, though the loss is finite"
                 self._fail(f"the gradient's norm is {norm}", where)
@@ -252,7 +258,7 @@ class _Run:
         with torch.no_grad():
             logits: Tensor = self._module(packed)
         is_sound = bool(torch.isfinite(logits).all())
-        with failing_together():
+        with raise_on_all_ranks():
             if not is_sound:
                 self._fail("the model's output is not finite", f"{_name_bad(packed, logits, samples)} (held out)")
 
@@ -281,18 +287,18 @@ class _Run:
     def _evaluate(self) -> None:
         """Decode the held-out set, log it, save, and see whether the run ends here."""
         self._require_sound()
-        score = of_first(measure(self._decodes, self._held_out))
+        score = broadcast_from_rank0(measure(self._decodes, self._held_out))
         means = _means(self._losses) if self._losses else {}
         self._losses = []
         self._curve.append({"step": self._step, "minutes": round(self._seconds / 60, 3), **means, **score.to_dict()})
         self._log_evaluation(score)
-        self._stopped = of_first(self._why_stop())
+        self._stopped = broadcast_from_rank0(self._why_stop())
         self._next_evaluation = min(1.0, self._share + self._options.evaluate_every)
         if self._stopped != "collapse":
             self._save()
 
     def _log_evaluation(self, score: HeldOutScore) -> None:
-        with failing_together():
+        with raise_on_all_ranks():
             if self._is_main:
                 self._work.log_scalars("held-out", score.to_dict(), self._step)
                 self._work.write_curve(self._curve)
@@ -328,7 +334,7 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         state = self._accelerator.get_state_dict(self._module)
-        with failing_together():
+        with raise_on_all_ranks():
             if self._is_main:
                 weights = {name.removeprefix("decoder."): tensor for name, tensor in state.items()}
                 if self._options.lora:
@@ -336,7 +342,7 @@ class _Run:
                 self._work.save_checkpoint(self._checkpoint, weights, self._options.claim)
 
     def _restore(self, counters: dict[str, Any]) -> None:
-        with failing_together():
+        with raise_on_all_ranks():
             self._pool.restore(self._work.load_state(self._accelerator))
         self._step, self._seconds = counters["step"], counters["seconds"]
         self._processor_seconds = counters["processor_seconds"]
@@ -354,7 +360,7 @@ class _Run:
             stopped=self._stopped,
             curve=self._curve,
         )
-        with failing_together():
+        with raise_on_all_ranks():
             if self._is_main:
                 self._work.publish(asdict(report) | {"options": self._options.to_dict()})
         return report
@@ -383,7 +389,7 @@ def _pool_options(options: TuneOptions) -> PoolOptions:
         num_windows=num_windows,
         block_sizes=options.block_sizes,
         loop=options.loop,
-        fill=options.fill,
+        proposer=options.proposer,
         visits=4 if num_windows else 1,
         keep_previous=options.objective == "local",
     )

@@ -31,7 +31,7 @@ from cllm_export.errors import OptionError, OutputError, TuningError
 from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
 from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.training.event_log import EventLog
-from cllm_export.training.processes import failing_together
+from cllm_export.training.processes import raise_on_all_ranks
 
 REPORT_NAME = "tuning.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -108,15 +108,15 @@ class WorkDirectory:
         """Save everything of this moment; called by every process."""
         staging = self.path / f"{STATE}.new"
         is_main = accelerator.is_main_process
-        with failing_together(), self._writing():
+        with raise_on_all_ranks(), self._writing():
             if is_main:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir()
-        with failing_together(), self._writing(staging):
+        with raise_on_all_ranks(), self._writing(staging):
             # PyTorch's own format: weights that are tied are one tensor in it, of which safetensors would warn
             accelerator.save_state(str(staging), safe_serialization=False)
             (staging / _pool_name(accelerator)).write_text(json.dumps(pool), encoding="utf-8")
-        with failing_together(), self._writing(staging):
+        with raise_on_all_ranks(), self._writing(staging):
             if is_main:
                 (staging / COUNTERS).write_text(json.dumps(counters), encoding="utf-8")
                 self._replace(STATE)
@@ -277,7 +277,7 @@ def _pool_name(accelerator: Accelerator) -> str:
 def _cllm_section(trained_with: TrainedWith | None) -> dict[str, dict[str, object]]:
     if trained_with is None:
         return {}
-    return {"cllm": {"n": trained_with.block_size, "fill": trained_with.fill, "loop": trained_with.loop}}
+    return {"cllm": {"n": trained_with.block_size, "proposer": trained_with.proposer, "loop": trained_with.loop}}
 
 
 def _like(source: Checkpoint, name: str, weights: Mapping[str, Tensor]) -> Tensor:

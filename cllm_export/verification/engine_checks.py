@@ -17,7 +17,7 @@ import numpy as np
 from cllm_export.bundle.contract import Batch, Precision
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.runtime.engines.base import prefill
-from cllm_export.runtime.engines.kv_cache import kv_extent
+from cllm_export.runtime.engines.kv_cache import kv_length_bucket
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.verification.report import Check
 
@@ -103,7 +103,7 @@ class _Probe:
         self._random = random.Random(1)  # noqa: S311 - test data, not a secret
         self._prompt = self._tokens(self._prompt_length(bundle.manifest.max_length))
         self.write_index = len(self._prompt)
-        self.num_dead_rows = self._extent(self.write_index) - self.write_index - self.block_size
+        self.num_dead_rows = self._kv_length(self.write_index) - self.write_index - self.block_size
         """Rows above the block that attention reads and the mask must hide."""
 
     def read_cache(self) -> dict[str, Any]:
@@ -117,11 +117,11 @@ class _Probe:
         """A length around 24 behind which some dead rows are in sight, if there is one."""
         longest = max(1, min(24, max_length - 1))
         lengths = range(longest, 0, -1)
-        return next((size for size in lengths if self._extent(size) >= size + self.block_size + 4), longest)
+        return next((size for size in lengths if self._kv_length(size) >= size + self.block_size + 4), longest)
 
-    def _extent(self, write_index: int) -> int:
+    def _kv_length(self, write_index: int) -> int:
         fixed, cache_length = self.engine.fixed_shapes, self.engine.geometry.cache_length
-        return fixed.kv_extent if fixed else kv_extent(write_index + self.block_size, cache_length)
+        return fixed.kv_length if fixed else kv_length_bucket(write_index + self.block_size, cache_length)
 
     def run(
         self, block: list[int], *, disturb: bool = False, poison: float | None = None

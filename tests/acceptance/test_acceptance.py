@@ -109,13 +109,13 @@ def test_jacobi_decoding_gives_autoregressive_tokens_exactly(subject: Subject, s
 
 
 def decode(engine: Engine, prompts: list[list[int]], method: Method, size: int, *, count: int = 16) -> list[list[int]]:
-    """New tokens of each prompt. Blocks smaller than the reading width are padded to it only while a prompt is read."""
+    """New tokens of each prompt. Blocks smaller than the prefill width are padded to it only in prefill."""
     decodes = decode_requests(
         engine,
         [BatchRequest(prompt=prompt, max_new_tokens=count) for prompt in prompts],
         method=method,
         block_size=size,
-        fill="repeat",
+        proposer="repeat",
         eos_token_ids=(),
         pad_token_id=PAD,
     )

@@ -216,22 +216,22 @@ class CommitBuffers:
         device.cuda.copy(self.addresses[name], host.address, host.array.nbytes, "to device", device.stream)
         device.cuda.synchronize(device.stream)
 
-    def commit(self, fill: int) -> None:
-        numbers = (len(self.ends), self.size, self.ring_size, fill, self.slots)
+    def commit(self, proposer: int) -> None:
+        numbers = (len(self.ends), self.size, self.ring_size, proposer, self.slots)
         pointers = [self.addresses[name] for name in commit_kernel.POINTERS]
         self._kernel.launch(self._device.stream, (*pointers, *numbers), threads=32)
         self.copy.enqueue(self.addresses, self._device.stream)
         self.copy.wait()
 
 
-@pytest.mark.parametrize("fill", ["pad", "repeat"])
+@pytest.mark.parametrize("proposer", ["pad", "repeat"])
 @pytest.mark.parametrize("limit", [1, 9, 40])
-def test_the_commit_kernel_is_the_policy_of_the_loop_on_the_host(device: Device, fill: str, limit: int):
+def test_the_commit_kernel_is_the_policy_of_the_loop_on_the_host(device: Device, proposer: str, limit: int):
     """Block, write index, ring and end of three slots, forward by forward, over predictions that were made up."""
     buffers, generator = CommitBuffers(device, limit=limit), random.Random(limit)
     decodes = [
         Decode(
-            make_decoder("jacobi", [9] * (1 + slot), fill=fill, seed=0, pad_token_id=0),
+            make_decoder("jacobi", [9] * (1 + slot), proposer=proposer, seed=0, pad_token_id=0),
             max_new_tokens=limit,
             eos_token_ids=buffers.ends,
         )
@@ -242,7 +242,7 @@ def test_the_commit_kernel_is_the_policy_of_the_loop_on_the_host(device: Device,
         read = [len(decode.records) for decode in decodes]
         buffers.write("next_ids", [generator.randrange(30) for _ in range(buffers.slots * buffers.size)])
         buffers.write("num_accepted", [generator.randint(1, buffers.size) if runs else 0 for runs in running])
-        buffers.commit(0 if fill == "pad" else commit_kernel.REPEAT)
+        buffers.commit(0 if proposer == "pad" else commit_kernel.REPEAT)
         for slot, decode in enumerate(decodes):
             sizes = {"ring_size": buffers.ring_size, "block_size": buffers.size}
             follow(decode, buffers.copy.read_turns(slot, read[slot], **sizes), buffers.size)

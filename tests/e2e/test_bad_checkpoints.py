@@ -214,7 +214,9 @@ BEFORE_ANY_WORK: dict[str, Case] = {
     ),
     "cllm section of unknown keys": Case(config(cllm={"block": 16}), ("cllm section", "config.json", '"n": 16')),
     "cllm section with block size 0": Case(config(cllm={"n": 0}), ("cllm section", "at least 1")),
-    "cllm section with an unknown fill": Case(config(cllm={"n": 4, "fill": "zeros"}), ("cllm section", "'zeros'")),
+    "cllm section with an unknown proposer": Case(
+        config(cllm={"n": 4, "proposer": "zeros"}), ("cllm section", "'zeros'")
+    ),
     "end of sequence outside the vocabulary": Case(generation_config(eos_token_id=5000), ("5000", "vocabulary")),
     "end of sequence as text": Case(generation_config(eos_token_id=["</s>"]), ("eos_token_id",)),
     "generation config cut short": Case(text("generation_config.json", "{"), ("generation_config.json", "not valid")),
@@ -227,7 +229,7 @@ BEFORE_ANY_WORK: dict[str, Case] = {
     "max length beyond the model's": Case(lambda _: None, ("--max-length 257", "256 positions"), ("--max-length", 257)),
     "batch size 0": Case(lambda _: None, ("--batch-size", "at least 1"), ("--batch-size", 0)),
     "trained block size 0": Case(lambda _: None, ("--trained-block-size", "at least 1"), ("--trained-block-size", 0)),
-    "trained fill alone": Case(lambda _: None, ("--trained-block-size",), ("--trained-fill", "pad")),
+    "trained proposer alone": Case(lambda _: None, ("--trained-block-size",), ("--trained-proposer", "pad")),
     "unknown precision": Case(lambda _: None, ("--precision", "int3"), ("--precision", "int3")),
     "unknown option": Case(lambda _: None, ("No such option", "--frobnicate"), ("--frobnicate",)),
 }

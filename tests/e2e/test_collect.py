@@ -25,7 +25,7 @@ from tests.e2e.conftest import Cli, assert_refused, environment, run_process, sn
 from tests.e2e.test_missing_extras import without
 
 NAME = "qwen2"
-"""The variant whose answers end: it has many end-of-sequence ids. Its own loop is the block loop, its fill the
+"""The variant whose answers end: it has many end-of-sequence ids. Its own loop is the block loop, its proposer the
 prompt's."""
 NUM_PROMPTS = 60
 FEW = ("--max-new-tokens", 24, "--threads", THREADS)
@@ -64,7 +64,12 @@ def test_a_bundle_gives_a_collection_in_the_form_it_was_trained_with(cli: Cli, b
         assert phrase in outcome.out
     found = read_trajectories(tmp_path / "out")
     settings, model = found.manifest.settings, load(bundle, threads=THREADS)
-    assert (settings.loop, settings.fill, settings.block_size, settings.engine) == ("block", "prompt", 4, "onnxruntime")
+    assert (settings.loop, settings.proposer, settings.block_size, settings.engine) == (
+        "block",
+        "prompt",
+        4,
+        "onnxruntime",
+    )
     assert 5 < len(found) < NUM_PROMPTS
     for row in found.rows():
         generation = model.generate(list(row.prompt_ids), max_new_tokens=24)
@@ -89,13 +94,24 @@ def test_a_checkpoint_gives_the_trajectories_of_its_bundle(
 
 
 def test_the_summary_as_json_is_that_of_the_manifest(cli: Cli, bundle: Path, prompts: Path, tmp_path: Path):
-    options = ("--prompts", prompts, "--output", tmp_path / "out", "--limit", 8, "--method", "jacobi", "--fill", "pad")
+    options = (
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out",
+        "--limit",
+        8,
+        "--method",
+        "jacobi",
+        "--proposer",
+        "pad",
+    )
     outcome = cli("collect", bundle, *options, "--block-size", 6, "--json", *FEW)
     summary = json.loads(outcome.out)
     assert summary == json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["summary"]
     assert summary["prompts"] == 8
     settings = read_trajectories(tmp_path / "out").manifest.settings
-    assert (settings.loop, settings.fill, settings.block_size) == ("sliding", "pad", 6)
+    assert (settings.loop, settings.proposer, settings.block_size) == ("sliding", "pad", 6)
 
 
 def test_a_bundle_with_fixed_shapes_collects_in_its_own(cli: Cli, workshop: Workshop, prompts: Path, tmp_path: Path):
@@ -246,7 +262,7 @@ def test_a_checkpoint_that_cannot_be_exported_cannot_be_collected_from(cli: Cli,
     ("arguments", "phrases"),
     [
         (("--method", "autoregressive"), ("--method", "jacobi-block")),
-        (("--fill", "zeros"), ("--fill", "zeros")),
+        (("--proposer", "zeros"), ("--proposer", "zeros")),
         (("--block-size", 0), ("--block-size", "at least 1")),
         (("--block-size", 65), ("--block-size", "at most 64")),
         (("--batch-size", 0), ("--batch-size", "at least 1")),

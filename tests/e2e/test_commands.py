@@ -43,7 +43,7 @@ FEW = ("--max-new-tokens", 6, "--threads", 1)
 
 @pytest.fixture(scope="module")
 def bundle(workshop: Workshop) -> Path:
-    """A bundle with a chat template, trained with n = 8, fill repeat and the sliding loop."""
+    """A bundle with a chat template, trained with n = 8, proposer repeat and the sliding loop."""
     return workshop.bundle("llama").path
 
 
@@ -82,7 +82,7 @@ def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
     described = json.loads(run("inspect", path, "--json").out)
     assert described["fingerprint"] == bundle.fingerprint
     assert "not verified" in described["parity"]
-    assert described["trained_with"] == {"block_size": 8, "fill": "repeat", "loop": "sliding"}
+    assert described["trained_with"] == {"block_size": 8, "proposer": "repeat", "loop": "sliding"}
     memory = described["memory"]
     assert memory["kv_per_token"] == 2 * 2 * 2 * 16 * 4, "2 layers of keys and values, 2 heads of 16, 4 bytes"
     assert memory["kv_cache"] == memory["kv_per_token"] * bundle.manifest.geometry.cache_length
@@ -332,7 +332,11 @@ def test_the_demo_prompts_come_with_their_answers_through_json(cli: Cli, worksho
 def test_a_draft_model_and_other_sources_change_forwards_and_not_the_text(cli: Cli, bundle: Path):
     """The bundle drafts for itself, so that every draft is right."""
     [plain] = lines_of(cli("generate", bundle, "the cat", "--json", "--method", "autoregressive", *FEW))
-    for options in (("--draft-model", bundle), ("--draft-model", bundle, "--fill", "lookup+model"), ("--fill", "pool")):
+    for options in (
+        ("--draft-model", bundle),
+        ("--draft-model", bundle, "--proposer", "lookup+model"),
+        ("--proposer", "pool"),
+    ):
         [line] = lines_of(cli("generate", bundle, "the cat", "--json", "--method", "speculative", *options, *FEW))
         assert line["token_ids"] == plain["token_ids"]
         if options == ("--draft-model", bundle):

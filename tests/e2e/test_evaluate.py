@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle.manifest import FILLS
+from cllm_export.bundle.manifest import PROPOSERS
 from cllm_export.bundle.storage import write_json
 from cllm_export.errors import OutputError
 from tests.conftest import PINNED, Workshop
@@ -29,7 +29,7 @@ TRAIN_INSTALL = "pip install 'cllm-export[train]'"
 
 @pytest.fixture(scope="module")
 def bundle(workshop: Workshop) -> Path:
-    """A bundle with a chat template, trained with n = 8, fill repeat and the sliding loop."""
+    """A bundle with a chat template, trained with n = 8, proposer repeat and the sliding loop."""
     return workshop.bundle("llama").path
 
 
@@ -46,7 +46,7 @@ def test_a_prompt_file_gives_scores_measures_and_what_was_skipped(bundle: Path, 
     assert outcome.err == ""
     report = json.loads(output.read_text(encoding="utf-8"))
     entry = report["models"]["model"]
-    assert report["settings"] == {"method": "jacobi", "block_size": 8, "fill": "repeat", "max_new_tokens": 6}
+    assert report["settings"] == {"method": "jacobi", "block_size": 8, "proposer": "repeat", "max_new_tokens": 6}
     assert (entry["prompts"], entry["decoded"], entry["skipped"]) == (4, 2, {"empty": 1, "too_long": 1})
     assert entry["decoding"]["exact"] == {"equal": 2, "of": 2}
     assert entry["decoding"]["new_tokens"] >= entry["decoding"]["forwards"]
@@ -85,9 +85,9 @@ def test_every_public_task_runs(workshop: Workshop, bundle: Path, tmp_path: Path
 
 
 def test_options_reach_the_loop(bundle: Path, prompt_file: Path, cli: Cli):
-    given = ("--method", "jacobi-block", "--block-size", 4, "--fill", "prompt")
+    given = ("--method", "jacobi-block", "--block-size", 4, "--proposer", "prompt")
     outcome = cli("evaluate", bundle, "--task", "prompts", "--data", prompt_file, *given, *FEW)
-    assert "method jacobi-block, block_size 4, fill prompt, max_new_tokens 6" in outcome.out
+    assert "method jacobi-block, block_size 4, proposer prompt, max_new_tokens 6" in outcome.out
 
 
 def test_the_probe_tells_what_to_expect_of_a_checkpoint(
@@ -99,7 +99,7 @@ def test_the_probe_tells_what_to_expect_of_a_checkpoint(
     assert "a product of two measurements" in outcome.out
     report = json.loads(output.read_text(encoding="utf-8"))
     assert [size["block_size"] for size in report["sizes"]] == [1, 4, 8, 16, 32]
-    assert len(report["forms"]) == 2 * len(FILLS)
+    assert len(report["forms"]) == 2 * len(PROPOSERS)
     for size in report["sizes"]:
         expected = size["tokens_per_forward"] / size["relative_time"]
         assert size["expected_speedup"] == pytest.approx(expected, rel=0.01)

@@ -204,7 +204,7 @@ def other_offsets(entry: dict[str, Any], data: st.DataObject) -> None:
 
 @on_entry
 def empty_but_wide(entry: dict[str, Any], data: st.DataObject) -> None:
-    """A tensor of no bytes whose other extents overflow."""
+    """A tensor of no bytes whose other KV lengths overflow."""
     begin = entry["data_offsets"][0]
     shapes = st.sampled_from(([0, 2**60], [0, 2**63], [0, 2**64 - 1], [0, 2**62, 2**62], [2**40, 0, 2**40]))
     entry["shape"], entry["data_offsets"] = data.draw(shapes), [begin, begin]
@@ -392,9 +392,9 @@ def strictly_read(path: Path, file: Path) -> dict[str, tuple[str, list[int], byt
         begin, following = entry["data_offsets"]
         assert begin == end, "overlap, or hole"
         size = DTYPE_BYTES[entry["dtype"]]
-        for extent in entry["shape"]:
-            assert type(extent) is int and extent >= 0
-            size *= extent
+        for kv_length in entry["shape"]:
+            assert type(kv_length) is int and kv_length >= 0
+            size *= kv_length
         assert following - begin == size
         end = following
     assert end == len(data)

@@ -105,7 +105,7 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)  # engines may still map its files
 
 
-def fill(place: Path, *, leaving: int) -> None:
+def proposer(place: Path, *, leaving: int) -> None:
     """Take all of a file system but so many bytes."""
     statistics = os.statvfs(place)
     (place / "ballast").write_bytes(bytes(max(0, statistics.f_bavail * statistics.f_frsize - leaving)))
@@ -115,7 +115,7 @@ def fill(place: Path, *, leaving: int) -> None:
 def test_a_full_disk_is_named_and_leaves_nothing(
     cli: Cli, workshop: Workshop, small: Path, mounted: Path, share: float
 ):
-    fill(mounted, leaving=int(share * workshop.bundle("small").file(WEIGHTS_NAME).stat().st_size))
+    proposer(mounted, leaving=int(share * workshop.bundle("small").file(WEIGHTS_NAME).stat().st_size))
     outcome = cli("build", small, "--output", mounted / "bundle", "--weights", "copy")
     assert_refused(outcome, "disk is full", str(mounted / "bundle"))
     assert [path.name for path in mounted.iterdir()] == ["ballast"]
@@ -123,7 +123,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 
 def test_a_full_disk_keeps_the_old_bundle(cli: Cli, workshop: Workshop, small: Path, mounted: Path):
     old = workshop.copy(workshop.bundle("small"), mounted / "bundle")
-    fill(mounted, leaving=100_000)
+    proposer(mounted, leaving=100_000)
     before = snapshot(mounted)
     assert_refused(
         cli("build", small, "--output", old.path, "--force", "--weights", "copy"), "disk is full", "needs", "are free"
@@ -137,7 +137,7 @@ def test_verify_says_that_it_cannot_write(cli: Cli, workshop: Workshop, mounted:
     """Its verdict, and the copies it corrupts, need a place: where there is none, that is no defect of the program."""
     bundle = workshop.copy(workshop.bundle("small"), mounted / "bundle")
     if state == "full":
-        fill(mounted, leaving=0)
+        proposer(mounted, leaving=0)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
     before = snapshot(mounted)

@@ -32,7 +32,7 @@ from cllm_export.training.tune import tune
 from tests.checkpoints import EOS, MAX_POSITIONS, PAD, Variant, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, snapshot
-from tests.e2e.test_output import fill, mounted  # noqa: F401 - a fixture
+from tests.e2e.test_output import mounted, proposer  # noqa: F401 - a fixture
 from tests.e2e.tuning_worker import Orders, run, run_together
 
 ROOT = Path(__file__).parent.parent.parent
@@ -105,13 +105,13 @@ def test_the_output_is_a_checkpoint_like_its_parent_that_builds_and_verifies(
 ):
     """Its parent's weights are bf16, in shards, with a head of their own."""
     parent, output = workshop.checkpoint("llama-llama3-bf16-sharded"), tmp_path / "out"
-    outcome = cli(*arguments(parent, prompts, output, *FEW, "--steps", 3, "--fill", "repeat", "--loop", "block"))
+    outcome = cli(*arguments(parent, prompts, output, *FEW, "--steps", 3, "--proposer", "repeat", "--loop", "block"))
     assert outcome.code == 0, outcome
     assert outcome.err == "", "quiet in a pipe"
     for phrase in ("34 samples (dropped: none), 3 steps", "tokens/forward", f"wrote {output}"):
         assert phrase in outcome.out
     tuned, source = open_checkpoint(output), open_checkpoint(parent)
-    assert tuned.trained_with == TrainedWith(block_size=8, fill="repeat", loop="block")
+    assert tuned.trained_with == TrainedWith(block_size=8, proposer="repeat", loop="block")
     assert {name: (t.dtype, t.shape) for name, t in tuned.tensors.items()} == {
         name: (t.dtype, t.shape) for name, t in source.tensors.items()
     }
@@ -142,7 +142,7 @@ VARIATIONS = {
     "muon": ("--optimizer", "muon"),
     "accumulation": ("--gradient-accumulation", 2),
     "local": ("--objective", "local"),
-    "global, block loop": ("--objective", "global", "--loop", "block", "--fill", "prompt"),
+    "global, block loop": ("--objective", "global", "--loop", "block", "--proposer", "prompt"),
     "autoregressive": ("--objective", "autoregressive", "--label-smoothing", 0.1),
     "mixed block sizes": ("--block-size", 4, "--block-size", 16, "--num-windows", 2),
     "blocks longer than any sample": ("--block-size", 100),
@@ -183,7 +183,7 @@ def test_two_forwards_a_step_are_one_of_twice_the_samples(cli: Cli, llama: Path,
 
 
 def test_a_run_that_trained_no_block_claims_none(cli: Cli, llama: Path, prompts: Path, tmp_path: Path):
-    options = (*FEW, "--steps", 1, "--objective", "autoregressive", "--fill", "prompt")
+    options = (*FEW, "--steps", 1, "--objective", "autoregressive", "--proposer", "prompt")
     assert cli(*arguments(llama, prompts, tmp_path / "out", *options)).code == 0
     assert open_checkpoint(tmp_path / "out").trained_with == open_checkpoint(llama).trained_with
 
@@ -229,7 +229,7 @@ def test_tensorboard_reads_the_log(whole: Path):
     assert [point.step for point in log.Scalars("held-out/tokens_per_forward")] == [0, 3, 6]
 
 
-def test_a_model_without_a_pad_token_is_trained_on_the_fill_it_will_decode_with(
+def test_a_model_without_a_pad_token_is_trained_on_the_proposer_it_will_decode_with(
     workshop: Workshop, prompts: Path, tmp_path: Path
 ):
     """Which is then the end-of-sequence token, as in the runtime."""
@@ -656,7 +656,7 @@ def test_a_full_disk_keeps_the_earlier_state_whole(
 @pytest.mark.parametrize("leaving", [0, 30_000, 500_000])
 def test_a_disk_that_fills_up_is_named(cli: Cli, llama: Path, prompts: Path, mounted: Path, leaving: int):  # noqa: F811
     """No room for anything, for the first state, and for what replaces it."""
-    fill(mounted, leaving=leaving)
+    proposer(mounted, leaving=leaving)
     outcome = cli(*arguments(llama, prompts, mounted / "out", *FEW, "--steps", 3))
     assert_refused(outcome, "cannot write to", str(mounted / "out.tuning"))
     assert not (mounted / "out").exists()

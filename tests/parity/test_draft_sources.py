@@ -16,7 +16,7 @@ from tests.conftest import DEMO, THREADS, Workshop
 
 NUM_SLOTS, NUM_PROMPTS = 3, 20
 OPTIONS = {"max_new_tokens": 64}
-FILLS = ["lookup", "pool+lookup", "model", "lookup+model"]
+PROPOSERS = ["lookup", "pool+lookup", "model", "lookup+model"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_the_parent_drafts_for_the_demo_model_and_changes_no_token(bundles: dict
     forwards = tokens = 0
     for prompt in questions(model):
         plain = model.generate(prompt, method="autoregressive", block_size=8, **OPTIONS)
-        found = model.generate(prompt, method="speculative", fill="model", block_size=8, **OPTIONS)
+        found = model.generate(prompt, method="speculative", proposer="model", block_size=8, **OPTIONS)
         assert found.token_ids == plain.token_ids
         forwards, tokens = forwards + found.statistics.forwards, tokens + found.statistics.new_tokens
     assert tokens > 2 * forwards, "the parent knows most of what its child says"
@@ -54,7 +54,7 @@ def test_slots_with_any_method_and_source_give_what_each_gives_alone(bundles: di
             service.submit(
                 prompt,
                 method=METHODS[index % 3],
-                fill=FILLS[index % 4],
+                proposer=PROPOSERS[index % 4],
                 temperature=0.7 if index % 5 == 4 else 0.0,
                 seed=index,
                 **OPTIONS,

@@ -168,7 +168,7 @@ def test_two_builds_of_one_checkpoint_give_the_same_bytes_and_fingerprint(worksh
 def test_the_manifest_says_how_the_model_was_trained_and_what_ends_it(workshop: Workshop):
     manifest = workshop.bundle("qwen2").manifest
     assert manifest.trained_with is not None
-    assert vars(manifest.trained_with) == {"block_size": 4, "fill": "prompt", "loop": "block"}
+    assert vars(manifest.trained_with) == {"block_size": 4, "proposer": "prompt", "loop": "block"}
     assert manifest.block_size == 4
     assert manifest.max_length == MAX_POSITIONS
     assert manifest.eos_token_ids == (2, *range(60, 80))

@@ -78,11 +78,11 @@ def assert_same_rows(engine: OrtEngine, expected: dict[str, np.ndarray], what: s
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, name: str, block_size: int):
+def test_the_kv_length_that_attention_reads_changes_no_bit(workshop: Workshop, name: str, block_size: int):
     """Equality is required, for losslessness rests on it: of the operator, and of attention spelled out (gemma2).
 
     The same position is computed at one write index by one loop and at another by the other, so now with a longer
-    extent, now with a shorter. An idle slot further on makes the extent of all slots longer.
+    KV length, now with a shorter. An idle slot further on makes the KV length of all slots longer.
     """
     engine = new_engine(workshop, name, num_slots=2)
     prompt, block = random_prompts(engine.geometry.vocab_size, [42, block_size])
@@ -93,7 +93,7 @@ def test_the_extent_that_attention_reads_changes_no_bit(workshop: Workshop, name
         next_ids, _, _ = engine.forward(Batch([block, block], [1, 0], [41, further]))
         rows = [array[0, :, 41 : 41 + block_size].tobytes() for array in read_cache(engine).values()]
         found = [str(next_ids[0]).encode(), *rows]
-        assert found == (before or found), f"an extent of about {further + block_size} rows changed the forward"
+        assert found == (before or found), f"a KV length of about {further + block_size} rows changed the forward"
         before = found
 
 

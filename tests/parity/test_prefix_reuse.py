@@ -125,7 +125,7 @@ def read_text(engine: OrtEngine, tokens: list[int], sizes: list[int], *, slot: i
 
 @pytest.mark.parametrize("start", [1, 7, 15, 16, 100, 131])
 def test_a_rows_bits_do_not_depend_on_its_place_in_the_block(workshop: Workshop, start: int):
-    """Nor on the extent that the forward reads, which differs as well where blocks start elsewhere."""
+    """Nor on the KV length that the forward reads, which differs as well where blocks start elsewhere."""
     bundle = workshop.bundle("demo")
     [tokens] = random_prompts(bundle.manifest.geometry.vocab_size, [LENGTH])
     expected = read_text(OrtEngine(bundle, num_slots=1, threads=THREADS), tokens, [16])

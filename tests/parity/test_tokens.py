@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cllm_export.bundle.contract import Batch
-from cllm_export.bundle.manifest import FillName
+from cllm_export.bundle.manifest import ProposerName
 from cllm_export.prompts import read_prompts
-from cllm_export.runtime.decoding.drafts.sources import RepeatFill
+from cllm_export.runtime.decoding.drafts.sources import RepeatProposer
 from cllm_export.runtime.decoding.jacobi import Autoregressive, SlidingJacobi
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.engines.base import Engine
@@ -131,17 +131,19 @@ def test_an_end_of_sequence_id_of_the_generation_config_ends_decoding_inside_a_b
         assert found == [False] * (len(found) - 1) + [True], f"an end of sequence inside {generation.token_ids}"
 
 
-@pytest.mark.parametrize("fill", ["pad", "repeat", "prompt"])
+@pytest.mark.parametrize("proposer", ["pad", "repeat", "prompt"])
 @pytest.mark.parametrize("method", JACOBI)
-def test_no_fill_changes_a_token(workshop: Workshop, method: Method, fill: FillName):
-    """Any fill is safe: equality is required."""
+def test_no_proposer_changes_a_token(workshop: Workshop, method: Method, proposer: ProposerName):
+    """Any proposer is safe: equality is required."""
     model = workshop.model("llama")
     for prompt in prompts_for(model):
         expected = model.generate(prompt, max_new_tokens=NUM_NEW_TOKENS, method="autoregressive", block_size=16)
         actual = model.generate(
-            prompt, max_new_tokens=NUM_NEW_TOKENS, method=method, block_size=16, fill=fill, seed=len(prompt)
+            prompt, max_new_tokens=NUM_NEW_TOKENS, method=method, block_size=16, proposer=proposer, seed=len(prompt)
         )
-        assert_same_tokens(actual.token_ids, expected.token_ids, f"{method}, fill {fill}, prompt of {len(prompt)}")
+        assert_same_tokens(
+            actual.token_ids, expected.token_ids, f"{method}, proposer {proposer}, prompt of {len(prompt)}"
+        )
 
 
 @pytest.mark.parametrize(("name", "options"), [("mistral-window", {}), ("qwen3", FIXED["qwen3"])])
@@ -179,7 +181,7 @@ def test_the_trained_demo_checkpoint_decodes_losslessly_and_several_tokens_a_for
 
 @pytest.mark.parametrize(("name", "options"), FIXED.items())
 def test_fixed_shapes_give_the_tokens_of_symbolic_shapes(workshop: Workshop, name: str, options: dict[str, int]):
-    """Chunks and extents differ, and so may rounding: equal but where the margin is under MARGIN_EPSILON."""
+    """Chunks and KV lengths differ, and so may rounding: equal but where the margin is under MARGIN_EPSILON."""
     symbolic, reference = workshop.model(name), workshop.reference(name)
     pinned = workshop.model(name, **options)
     for prompt in prompts_for(symbolic):
@@ -218,7 +220,7 @@ def _decode_at_once(engine: Engine, prompts: list[list[int]], *, active: tuple[i
     """Sliding Jacobi in slot 0 and autoregressive decoding in slot 1, so that the two move at different paces."""
     write_index = fill_slots(engine, prompts, chunk=8)
     policies = [
-        policy(last_token=prompt[-1], write_index=index, fill=RepeatFill(prompt))
+        policy(last_token=prompt[-1], write_index=index, proposer=RepeatProposer(prompt))
         for policy, prompt, index in zip((SlidingJacobi, Autoregressive), prompts, write_index, strict=True)
     ]
     tokens: list[list[int]] = [[], []]

@@ -114,7 +114,7 @@ def test_a_batch_of_slots_decodes_every_prompt_as_alone(workshop: Workshop, name
     for kind, engine in engines.items():
         requests = [BatchRequest(prompt=prompt, max_new_tokens=20) for prompt in prompts]
         decodes = decode_requests(
-            engine, requests, method=method, block_size=8, fill="pad", eos_token_ids=eos, pad_token_id=0
+            engine, requests, method=method, block_size=8, proposer="pad", eos_token_ids=eos, pad_token_id=0
         )
         for prompt, found, expected in zip(prompts, decodes, alone, strict=True):
             tokens = [token for record in found.records for token in record.new]
@@ -198,7 +198,7 @@ def test_a_model_in_training_keeps_its_modes_and_can_go_on_training(workshop: Wo
 
 
 def test_a_model_around_is_told_what_it_is_trained_with(workshop: Workshop):
-    trained = TrainedWith(block_size=6, fill="repeat", loop="block")
+    trained = TrainedWith(block_size=6, proposer="repeat", loop="block")
     _, model = live(workshop, "mistral", trained_with=trained, max_length=100)
     assert (model.facts.block_size, model.facts.max_length, model.facts.trained_with) == (6, 100, trained)
     [record, *_] = model.generate([5, 6, 7], max_new_tokens=10).forwards

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError, OptionError, WhileGraphError
-from cllm_export.runtime.decoding.drafts.sources import make_fill
+from cllm_export.runtime.decoding.drafts.sources import make_proposer
 from cllm_export.runtime.decoding.jacobi import SlidingJacobi
 from cllm_export.runtime.decoding.request import Decode
 from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
@@ -55,11 +55,13 @@ def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.
     """Any predictions and counts, several slots at once: block, write index and end are the policy's own, and the ring
     holds what the policy was given."""
     slots, n, limit = (data.draw(st.integers(1, most)) for most in (3, 6, 20))
-    fill = data.draw(st.sampled_from(["pad", "repeat"]))
+    proposer = data.draw(st.sampled_from(["pad", "repeat"]))
     eos, ring_size = [1, 2], 3
     decodes = [
         Decode(
-            SlidingJacobi(last_token=9, write_index=slot, fill=make_fill(fill, prompt=[9], pad_token_id=0, seed=0)),
+            SlidingJacobi(
+                last_token=9, write_index=slot, proposer=make_proposer(proposer, prompt=[9], pad_token_id=0, seed=0)
+            ),
             max_new_tokens=limit,
             eos_token_ids=frozenset(eos),
         )
@@ -80,7 +82,7 @@ def test_the_kernel_is_the_policy_of_the_loop_on_the_host(kernel: Any, data: st.
             kernel(
                 thread,
                 *(ctypes.c_void_p(array.ctypes.data) for array in arrays),
-                *map(ctypes.c_int, (len(eos), n, ring_size, 0 if fill == "pad" else REPEAT, slots)),
+                *map(ctypes.c_int, (len(eos), n, ring_size, 0 if proposer == "pad" else REPEAT, slots)),
             )
         for slot, decode in enumerate(decodes):
             if not decode.is_finished:
@@ -128,12 +130,14 @@ def test_tokens_are_those_of_the_loop_on_the_host_with_fewer_waits(
             compiler=simulated.compiler(tmp_path, cuda),
         ) as loop:
             for _ in range(2):  # enqueued and captured, then replayed
-                result = loop.run(prompts, max_new_tokens=50, eos_token_ids=(), fill_token=None)
+                result = loop.run(prompts, max_new_tokens=50, eos_token_ids=(), proposed_token=None)
                 assert result.token_ids == expected
                 assert (result.form, result.form_reason) == (form, None)
                 assert result.num_forwards >= result.num_syncs
-                assert result.num_syncs <= -(-50 // k) + len(plan.manifest.settings.extents), "and one to record each"
-            ended = loop.run(prompts, max_new_tokens=50, eos_token_ids={expected[0][4]}, fill_token=0)
+                assert result.num_syncs <= -(-50 // k) + len(plan.manifest.settings.kv_lengths), (
+                    "and one to record each"
+                )
+            ended = loop.run(prompts, max_new_tokens=50, eos_token_ids={expected[0][4]}, proposed_token=0)
             assert ended.token_ids[0] == expected[0][: expected[0].index(expected[0][4]) + 1]
         assert decode_on_host(engine, prompts, "jacobi", BLOCK_SIZE, count=50) == expected, (
             "the loop left the engine changed"
@@ -152,12 +156,12 @@ def test_a_run_up_to_the_end_of_the_cache_stays_inside_it(bundle: Bundle, tmp_pa
         expected = decode_on_host(engine, [[5, 6]], "jacobi", BLOCK_SIZE, count=room - 2)
         with make_loop(engine, simulated, tmp_path, form=form) as loop:
             for _ in range(2):
-                result = loop.run([[5, 6]], max_new_tokens=room - 2, eos_token_ids=(), fill_token=None)
+                result = loop.run([[5, 6]], max_new_tokens=room - 2, eos_token_ids=(), proposed_token=None)
                 assert result.token_ids == expected
             with pytest.raises(EngineError, match=f"come to {room + 1}, this engine holds {room}"):
-                loop.run([[5, 6]], max_new_tokens=room - 1, eos_token_ids=(), fill_token=0)
+                loop.run([[5, 6]], max_new_tokens=room - 1, eos_token_ids=(), proposed_token=0)
             with pytest.raises(EngineError, match="each of 1 slots"):
-                loop.run([[5], [6]], max_new_tokens=1, eos_token_ids=(), fill_token=0)
+                loop.run([[5], [6]], max_new_tokens=1, eos_token_ids=(), proposed_token=0)
         with pytest.raises(EngineError, match="has blocks of 8, got 4"):
             DeviceLoop(engine, block_size=4, compute_capability="9.0", compiler=simulated.compiler(tmp_path))
 
@@ -176,7 +180,7 @@ def test_a_while_node_ends_with_the_request_where_the_unrolled_form_idles(bundle
             with make_loop(engine, simulated, tmp_path, form=form, forwards_per_sync=30) as loop:
                 for _ in range(2):
                     before = simulated.tensorrt.executions
-                    result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=0)
+                    result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), proposed_token=0)
                     assert simulated.tensorrt.executions - before == result.num_forwards + 1, "and one of the prompt"
                 results[form] = result
     assert results["unrolled"].token_ids == results["conditional"].token_ids
@@ -224,7 +228,7 @@ def test_auto_unrolls_and_says_why_and_conditional_refuses(bundle: Bundle, tmp_p
         REASONS[reason](simulated)
         with make_loop(engine, simulated, tmp_path, forwards_per_sync=2) as loop:
             for _ in range(2):
-                result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=None)
+                result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), proposed_token=None)
                 assert result.token_ids == expected
                 assert result.form == loop.form == "unrolled"
                 assert reason in str(result.form_reason)
@@ -232,7 +236,7 @@ def test_auto_unrolls_and_says_why_and_conditional_refuses(bundle: Bundle, tmp_p
             pytest.raises(WhileGraphError, match=reason),
             make_loop(engine, simulated, tmp_path, form="conditional") as loop,
         ):
-            loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=None)
+            loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), proposed_token=None)
     assert simulated.cuda.is_empty()
     assert not simulated.driver.behaviour.modules
 
@@ -256,7 +260,7 @@ def test_a_compiler_without_while_nodes_unrolls_and_says_so(bundle: Bundle, tmp_
 def test_auto_takes_the_conditional_form_where_it_can(bundle: Bundle, tmp_path: Path):
     simulated = SimulatedGpu()
     with open_engine(bundle, simulated) as engine, make_loop(engine, simulated, tmp_path) as loop:
-        result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), fill_token=None)
+        result = loop.run([[5, 6, 7]], max_new_tokens=20, eos_token_ids=(), proposed_token=None)
     assert (result.form, result.form_reason) == ("conditional", None)
 
 

@@ -53,7 +53,7 @@ def bundle(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 @pytest.fixture(scope="module")
 def plan(bundle: Bundle) -> Plan:
-    options = PlanOptions(batch_size=2, block_sizes=SIZES, prefill_chunk=16, extents=(32, 64))
+    options = PlanOptions(batch_size=2, block_sizes=SIZES, prefill_chunk=16, kv_lengths=(32, 64))
     return build_plan(bundle, options, gpu=SimulatedGpu().gpu)
 
 
@@ -111,7 +111,7 @@ def test_a_request_gives_what_it_gives_with_the_loop_on_the_host(
     options: dict[str, Any] = {
         "method": "jacobi",
         "block_size": data.draw(st.sampled_from(SIZES), "block_size"),
-        "fill": data.draw(st.sampled_from(["pad", "repeat"]), "fill"),
+        "proposer": data.draw(st.sampled_from(["pad", "repeat"]), "proposer"),
         "max_new_tokens": data.draw(st.integers(1, 96 - len(prompt)), "max_new_tokens"),
         "ignore_eos": data.draw(st.booleans(), "ignore_eos"),
     }
@@ -198,8 +198,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "for the method jacobi, and the method is autoregressive": {"method": "autoregressive"},
     "for the method jacobi, and the method is jacobi-block": {"method": "jacobi-block"},
     "for the method jacobi, and the method is speculative": {"method": "speculative"},
-    "for the fills pad and repeat, and the fill is 'lookup'": {"fill": "lookup"},
-    r"and the fill is 'pool\+repeat'": {"fill": "pool+repeat"},
+    "for the proposers pad and repeat, and the proposer is 'lookup'": {"proposer": "lookup"},
+    r"and the proposer is 'pool\+repeat'": {"proposer": "pool+repeat"},
     "excludes block_size 'auto'": {"block_size": "auto"},
     "takes a block size of the plan's, 8 or 16, got 12": {"block_size": 12},
     "excludes sampling: leave one": {"repetition_penalty": 1.1},

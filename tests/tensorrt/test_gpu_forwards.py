@@ -87,7 +87,7 @@ def simulated(
 
     device = SimulatedGpu()
     gpu = replace(device.gpu, compiler=device.compiler(tmp_path_factory.mktemp("kernels")))
-    build_plan(bundle, PlanOptions(batch_size=2, block_sizes=(1, 8), prefill_chunk=16, extents=(64,)), gpu=gpu)
+    build_plan(bundle, PlanOptions(batch_size=2, block_sizes=(1, 8), prefill_chunk=16, kv_lengths=(64,)), gpu=gpu)
     with ExitStack() as owned:
         yield script.measure(open_tensorrt(bundle, gpu, owned), settings)
     assert device.cuda.is_empty(), "something was left on the device"

@@ -39,7 +39,7 @@ COUNTS = (1, 2, 8)
 """Forwards a launch."""
 PROMPTS = [[5, 6, 7], [9], [*range(2, 31)]]
 SHORTER = [[*range(2, 19)]] * SLOTS
-"""Their first launch of two forwards fills the smallest extent, if every draft is right."""
+"""Their first launch of two forwards fills the smallest KV length, if every draft is right."""
 RAGGED = st.lists(st.lists(st.integers(2, 90), min_size=1, max_size=40), min_size=SLOTS, max_size=SLOTS)
 
 
@@ -51,13 +51,13 @@ class Expected(NamedTuple):
     """Of the request that takes most."""
 
 
-def decode_on_host(engine: Any, prompts: Sequence[list[int]], fill: str, limit: int, eos: set[int]) -> Expected:
+def decode_on_host(engine: Any, prompts: Sequence[list[int]], proposer: str, limit: int, eos: set[int]) -> Expected:
     decodes = decode_requests(
         engine,
         [BatchRequest(prompt=prompt, max_new_tokens=limit) for prompt in prompts],
         method="jacobi",
         block_size=BLOCK_SIZE,
-        fill=fill,
+        proposer=proposer,
         eos_token_ids=eos,
         pad_token_id=0,
     )
@@ -101,7 +101,7 @@ def bundle(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Bund
 
 @pytest.fixture(scope="module")
 def plan(bundle: Bundle) -> Plan:
-    options = PlanOptions(batch_size=SLOTS, block_sizes=(BLOCK_SIZE, 16), prefill_chunk=16, extents=(32, 64))
+    options = PlanOptions(batch_size=SLOTS, block_sizes=(BLOCK_SIZE, 16), prefill_chunk=16, kv_lengths=(32, 64))
     return build_plan(bundle, options, gpu=SimulatedGpu().gpu)
 
 
@@ -122,14 +122,16 @@ def test_tokens_are_those_of_the_loop_on_the_host_at_any_lag(
     engine, count = stand.engine, data.draw(st.sampled_from(COUNTS), "k")
     room = engine.geometry.cache_length - BLOCK_SIZE + 1 - max(map(len, prompts))
     limit = data.draw(st.integers(1, LIMIT) | st.just(room), "max_new_tokens")
-    fill = data.draw(st.sampled_from(["pad", "repeat"]), "fill")
+    proposer = data.draw(st.sampled_from(["pad", "repeat"]), "proposer")
     stand.simulated.cuda.is_ahead = False
-    expected = decode_on_host(engine, prompts, fill, limit, set())
+    expected = decode_on_host(engine, prompts, proposer, limit, set())
     eos = set(data.draw(st.lists(st.sampled_from([*chain(*expected.token_ids)]), max_size=2), "eos"))
-    expected = decode_on_host(engine, prompts, fill, limit, eos)
+    expected = decode_on_host(engine, prompts, proposer, limit, eos)
     stand.simulated.cuda.is_ahead = is_ahead
     loop = stand.loop(form, count)
-    result = loop.run(prompts, max_new_tokens=limit, eos_token_ids=eos, fill_token=None if fill == "repeat" else 0)
+    result = loop.run(
+        prompts, max_new_tokens=limit, eos_token_ids=eos, proposed_token=None if proposer == "repeat" else 0
+    )
     assert result.token_ids == expected.token_ids
     idle = result.num_forwards - expected.num_forwards
     most = 1 if form == "conditional" else 2 * count - 1  # the rest of the last launch, and the one behind it
@@ -140,7 +142,7 @@ def test_tokens_are_those_of_the_loop_on_the_host_at_any_lag(
 def record_all(loop: DeviceLoop, prompts: list[list[int]], limit: int) -> None:
     """Have every graph that such a run replays recorded."""
     for _ in range(4):
-        loop.run(prompts, max_new_tokens=limit, eos_token_ids=(), fill_token=0)
+        loop.run(prompts, max_new_tokens=limit, eos_token_ids=(), proposed_token=0)
 
 
 @pytest.mark.parametrize("form", get_args(Form))
@@ -150,7 +152,7 @@ def test_the_device_has_its_next_launch_before_the_host_waits(stand: Stand, form
     loop = stand.loop(form, 2)
     record_all(loop, PROMPTS, 40)
     before = len(stand.simulated.cuda.left_behind)
-    result = loop.run(PROMPTS, max_new_tokens=40, eos_token_ids=(), fill_token=0)
+    result = loop.run(PROMPTS, max_new_tokens=40, eos_token_ids=(), proposed_token=0)
     left_behind = stand.simulated.cuda.left_behind[before:]
     assert len(left_behind) == result.num_syncs > 4
     assert all(left_behind[:-1])
@@ -162,7 +164,7 @@ def test_nothing_is_launched_ahead_that_can_find_nothing_to_do(stand: Stand, for
     """A forward gives a token at least, so that as many forwards as tokens are left end every request."""
     loop = stand.loop(form, 8)
     record_all(loop, PROMPTS, 8)
-    result = loop.run(PROMPTS, max_new_tokens=8, eos_token_ids=(), fill_token=0)
+    result = loop.run(PROMPTS, max_new_tokens=8, eos_token_ids=(), proposed_token=0)
     assert result.num_syncs == 1
     assert result.num_forwards <= 8
 
@@ -171,7 +173,7 @@ def test_attention_reads_no_more_than_what_is_left_may_need(bundle: Bundle, plan
     """Two tokens are at most two forwards, however many a launch might have."""
     stand = Stand(bundle, plan, tmp_path)
     for _ in range(2):
-        stand.loop("conditional", 64).run([[5, 6, 7]] * SLOTS, max_new_tokens=2, eos_token_ids=(), fill_token=0)
+        stand.loop("conditional", 64).run([[5, 6, 7]] * SLOTS, max_new_tokens=2, eos_token_ids=(), proposed_token=0)
     given = stand.simulated.trt.called("IExecutionContext.set_input_shape")
     assert {call["shape"] for call in given if call["name"] == "kv_positions"} == {(32,)}
     stand.close()
@@ -183,7 +185,7 @@ def test_a_run_that_is_left_early_leaves_loop_and_engine_as_they_were(stand: Sta
     expected = decode_on_host(stand.engine, PROMPTS, "pad", 30, set())
     loop = stand.loop(form, 2)
     record_all(loop, PROMPTS, 30)
-    asked: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": (), "fill_token": 0}
+    asked: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": (), "proposed_token": 0}
     loop.read(PROMPTS)
     with contextlib.closing(loop.decode(PROMPTS, **asked)) as launches:
         first = next(launches)
@@ -197,7 +199,7 @@ def test_a_slot_without_a_prompt_idles(stand: Stand):
     expected = decode_on_host(stand.engine, PROMPTS[2:], "pad", 30, set())
     loop, prompts = stand.loop("conditional", 8), [[], [], PROMPTS[2]]
     loop.read(prompts)
-    given = list(loop.decode(prompts, max_new_tokens=30, eos_token_ids=(), fill_token=0))
+    given = list(loop.decode(prompts, max_new_tokens=30, eos_token_ids=(), proposed_token=0))
     assert not any(turns for of_launch in given for turns in of_launch[:2])
     turns = [turn for of_launch in given for turn in of_launch[2]]
     tokens = [token for turn in turns for token in turn.next_ids[: turn.num_accepted]]
@@ -214,9 +216,9 @@ def accept_all(simulated: SimulatedGpu) -> None:
         slots, size = blocks.shape
         names = ("num_committed", "write_index", "num_accepted")
         committed, start, accepted = (view(addresses[name], (slots,), "tensor(int64)") for name in names)
-        (extent,) = shapes["kv_positions"]
-        if start.max() + size > extent:
-            raise Nonconforming(f"rows {start.max()} to {start.max() + size} of {extent}")
+        (kv_length,) = shapes["kv_positions"]
+        if start.max() + size > kv_length:
+            raise Nonconforming(f"rows {start.max()} to {start.max() + size} of {kv_length}")
         if shapes["head_rows"][0] == size:
             view(addresses["next_ids"], (slots, size), "tensor(int64)")[...] = blocks
             accepted[:] = committed * size
@@ -236,7 +238,7 @@ def test_no_row_is_outside_where_every_draft_is_right(
     stand.simulated.cuda.is_ahead = is_ahead
     room = stand.engine.geometry.cache_length - BLOCK_SIZE + 1 - len(PROMPTS[2])
     for prompts, limit in ((PROMPTS, room), (PROMPTS, room), (PROMPTS, room - 5), (SHORTER, room), (SHORTER, 40)):
-        result = stand.loop(form, count).run(prompts, max_new_tokens=limit, eos_token_ids=(), fill_token=0)
+        result = stand.loop(form, count).run(prompts, max_new_tokens=limit, eos_token_ids=(), proposed_token=0)
         assert [len(tokens) for tokens in result.token_ids] == [limit] * SLOTS
         needed = -(-limit // BLOCK_SIZE)
         assert needed <= result.num_forwards <= needed + (1 if form == "conditional" else 2 * count - 1)
@@ -300,15 +302,15 @@ def use(bundle: Bundle, plan: Plan, directory: Path, loop_class: Any, cuda_class
                 simulated.cuda.is_ahead = is_ahead
                 room = engine.geometry.cache_length - BLOCK_SIZE + 1 - len(PROMPTS[2])
                 for limit in (room, 21, 20):
-                    result = loop.run(PROMPTS, max_new_tokens=limit, eos_token_ids=(), fill_token=0)
+                    result = loop.run(PROMPTS, max_new_tokens=limit, eos_token_ids=(), proposed_token=0)
                     given.append((result.token_ids, result.num_forwards, result.num_syncs))
-                launches = loop.decode(PROMPTS, max_new_tokens=20, eos_token_ids=(), fill_token=0)
+                launches = loop.decode(PROMPTS, max_new_tokens=20, eos_token_ids=(), proposed_token=0)
                 next(launches)
                 launches.close()
                 assert not any(simulated.cuda.queues.values()), "the device was left at work"
                 accept_all(simulated)
                 for prompts in (PROMPTS, SHORTER):
-                    result = loop.run(prompts, max_new_tokens=room, eos_token_ids=(), fill_token=0)
+                    result = loop.run(prompts, max_new_tokens=room, eos_token_ids=(), proposed_token=0)
                     given.append((result.token_ids, result.num_forwards, result.num_syncs))
             assert simulated.cuda.is_empty(), "something was left on the device"
     return given

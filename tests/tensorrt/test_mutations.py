@@ -267,7 +267,7 @@ def run(bundle: Bundle) -> list[Any]:
     asked = options(
         block_sizes=(1, 8),
         prefill_chunk=16,
-        extents=(32, 64),
+        kv_lengths=(32, 64),
         workspace=1 << 20,
         strip_weights=True,
         weight_streaming=True,

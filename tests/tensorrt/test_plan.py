@@ -18,7 +18,7 @@ import pytest
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import GpuError, OptionError, PlanError
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan, default_extents, profiles_of, settle
+from cllm_export.tensorrt.build_plan import PlanOptions, build_plan, default_kv_lengths, profiles_of, settle
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
 from cllm_export.tensorrt.plan_files import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
 from tests.conftest import PINNED, Workshop
@@ -193,7 +193,7 @@ def test_a_bf16_bundle_is_refused_on_a_gpu_without_bf16(bundle: Bundle):
     [
         ({"block_sizes": (10_000,)}, "block_size must be at most"),
         ({"block_sizes": (0,)}, "block_sizes must be positive"),
-        ({"extents": (10_000,)}, "extent must be at most the cache's"),
+        ({"kv_lengths": (10_000,)}, "KV length must be at most the cache's"),
         ({"optimization_level": 6}, "optimization_level must be 0 to 5"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"hardware": "any"}, "hardware must be one of same, compute-capability, ampere+"),
@@ -204,10 +204,10 @@ def test_an_option_out_of_range_is_refused_by_name(bundle: Bundle, options: dict
         settle(PlanOptions(**options), bundle.manifest)
 
 
-def test_extents_double_up_to_the_whole_cache():
-    assert default_extents(2111) == (256, 512, 1024, 2048, 2111)
-    assert default_extents(256) == (256,)
-    assert default_extents(100) == (100,)
+def test_kv_lengths_double_up_to_the_whole_cache():
+    assert default_kv_lengths(2111) == (256, 512, 1024, 2048, 2111)
+    assert default_kv_lengths(256) == (256,)
+    assert default_kv_lengths(100) == (100,)
 
 
 HERE = Platform(gpu="Simulated GPU", compute_capability="9.0", tensorrt="11.4.0.106", driver="13.0")
@@ -268,7 +268,7 @@ def test_the_key_follows_from_everything_a_plan_depends_on(bundle: Bundle):
             {"batch_size": 2},
             {"block_sizes": (2,)},
             {"prefill_chunk": 8},
-            {"extents": (64,)},
+            {"kv_lengths": (64,)},
             {"workspace": 1},
             {"optimization_level": 4},
             {"logits": False},

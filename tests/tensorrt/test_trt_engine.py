@@ -44,7 +44,7 @@ def bundle(workshop: Workshop, tmp_path: Path) -> Bundle:
 
 
 def open_engine(bundle: Bundle, simulated: SimulatedGpu, *, cuda_graphs: bool = True, **options: Any) -> TrtEngine:
-    settled = {"block_sizes": (1, BLOCK_SIZE), "prefill_chunk": 16, "extents": (32, 64), **options}
+    settled = {"block_sizes": (1, BLOCK_SIZE), "prefill_chunk": 16, "kv_lengths": (32, 64), **options}
     plan = build_plan(bundle, PlanOptions(**settled), gpu=simulated.gpu)
     return TrtEngine(bundle, plan=plan, gpu=simulated.gpu, cuda_graphs=cuda_graphs)
 
@@ -91,14 +91,14 @@ def test_a_plan_with_a_flag_runs_as_one_without(simulated: SimulatedGpu, bundle:
         assert tokens_of(engine, bundle, prompt, block_size=BLOCK_SIZE) == expected
 
 
-def test_there_is_one_captured_graph_for_each_profile_and_extent(bundle: Bundle):
+def test_there_is_one_captured_graph_for_each_profile_and_kv_length(bundle: Bundle):
     simulated = SimulatedGpu()
     with open_engine(bundle, simulated) as engine:
         before = len(simulated.runtime.calls)
         for size, start in ((1, 0), (1, 1), (8, 2), (8, 30), (1, 40), (8, 60), (1, 2), (8, 3)):
             engine.forward(Batch([[1] * size], [1], [start]))
         called = [name for name, _ in simulated.runtime.calls[before:]]
-        # n = 1 with extents 32 and 64; n = 8 with 32, 64 and the whole cache
+        # n = 1 with KV lengths 32 and 64; n = 8 with 32, 64 and the whole cache
         assert called.count("cudaStreamBeginCapture") == 5
         assert called.count("cudaGraphLaunch") == 8 - 5
         assert engine.num_syncs == 8

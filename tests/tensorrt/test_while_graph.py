@@ -153,16 +153,16 @@ def condition(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @properties
 @given(data=st.data())
 def test_the_loop_goes_on_while_a_request_runs_fits_and_may_take_another_forward(condition: Any, data: st.DataObject):
-    slots, n, extent, most = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 6), (6, 12), (1, 4)))
+    slots, n, kv_length, most = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 6), (6, 12), (1, 4)))
     write_index = np.array(data.draw(st.lists(st.integers(0, 12), min_size=slots, max_size=slots)), np.int64)
     left = np.array(data.draw(st.lists(st.integers(0, 2), min_size=slots, max_size=slots)), np.int32)
     forwards = np.array([data.draw(st.integers(0, 4))], np.int32)
     taken, handle = int(forwards[0]), data.draw(st.integers(1, 2**64 - 1))
     addresses = (array.ctypes.data for array in (write_index, left, forwards))
     running = [slot for slot in range(slots) if left[slot]]
-    fits = all(write_index[slot] + n <= extent for slot in running)
+    fits = all(write_index[slot] + n <= kv_length for slot in running)
     expected = bool(running) and fits and taken + 1 < most
-    assert condition(*addresses, n, extent, most, slots, handle) == (handle, expected)
+    assert condition(*addresses, n, kv_length, most, slots, handle) == (handle, expected)
     assert forwards[0] == taken + 1
 
 

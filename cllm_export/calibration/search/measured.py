@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from cllm_export.bundle.manifest import FillName
+from cllm_export.bundle.manifest import ProposerName
 from cllm_export.calibration.recording import Recording, recording_of
 from cllm_export.checks import check_options
 from cllm_export.errors import CalibrationError
@@ -19,8 +19,8 @@ from cllm_export.progress import Progress
 from cllm_export.runtime.decode_all import first_difference
 from cllm_export.runtime.decoding.shared_options import (
     block_size_option,
-    fill_option,
     max_new_tokens_option,
+    proposer_option,
     threads_option,
 )
 from cllm_export.runtime.model import Model
@@ -31,7 +31,7 @@ class HeldOutOptions:
     """How held-out prompts are decoded; by default as the model was trained."""
 
     block_size: int | None = block_size_option()
-    fill: FillName | None = fill_option()
+    proposer: ProposerName | None = proposer_option()
     max_new_tokens: int = max_new_tokens_option()
     threads: int | None = threads_option()
 
@@ -44,7 +44,7 @@ class HeldOutOptions:
         return Settings(
             method=default.method,
             block_size=self.block_size or default.block_size,
-            fill=self.fill or default.fill,
+            proposer=self.proposer or default.proposer,
             max_new_tokens=self.max_new_tokens,
         )
 

@@ -71,11 +71,11 @@ def show_probe(report: Mapping[str, Any]) -> None:
         f"onnxruntime {machine['onnxruntime']}, skipped: {_pairs(report['skipped']) or 'none'}",
         markup=False,
     )
-    forms = plain_table("loop", "fill", f"tokens/forward, n = {report['form_block_size']}")
+    forms = plain_table("loop", "proposer", f"tokens/forward, n = {report['form_block_size']}")
     for form in report["forms"]:
-        forms.add_row(form["method"], form["fill"], f"{form['tokens_per_forward']:.2f}")
+        forms.add_row(form["method"], form["proposer"], f"{form['tokens_per_forward']:.2f}")
     OUT.print(forms)
-    OUT.print(f"with {best['method']} and fill {best['fill']}:", markup=False)
+    OUT.print(f"with {best['method']} and proposer {best['proposer']}:", markup=False)
     OUT.print(_probe_table(report["sizes"]))
     OUT.print(Text.assemble((verdict["readiness"], "bold"), ": ", verdict["advice"]))
     OUT.print(verdict["meaning"], style="dim", markup=False)

@@ -13,7 +13,7 @@ from cllm_export.evaluation.sql.schema import Schema, Table
 
 Cell = str | int | float | bytes | None
 AFFINITY = {"text": "TEXT", "date": "TEXT", "number": "NUMERIC"}
-READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+PREFILL_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile"}
 STEPS_A_CALL, MAX_CALLS = 10_000, 300
 """A query may take so many steps of SQLite's virtual machine: a limit that cuts at the same place every time."""
@@ -81,6 +81,6 @@ def _create(table: Table) -> str:
 
 
 def _judge(action: int, _first: str | None, second: str | None, *_: str | None) -> int:
-    if action not in READING or (action == sqlite3.SQLITE_FUNCTION and second in FORBIDDEN_FUNCTIONS):
+    if action not in PREFILL_ONLY or (action == sqlite3.SQLITE_FUNCTION and second in FORBIDDEN_FUNCTIONS):
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK

@@ -19,8 +19,8 @@ from cllm_export.bundle.manifest import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
     TOKENIZER_NAME,
-    FillName,
     Loop,
+    ProposerName,
     TrainedWith,
 )
 from cllm_export.bundle.storage import sha256_of
@@ -349,11 +349,13 @@ def _same_bytes(first: TensorInfo, second: TensorInfo, *, piece_bytes: int = 1 <
 
 def _trained_with(section: Any, path: Path) -> TrainedWith:
     where = f"the cllm section of {path / 'config.json'}"
-    if not isinstance(section, dict) or set(section) - {"n", "fill", "loop"}:
-        raise CheckpointError(f'{where} must look like {{"n": 16, "fill": "pad", "loop": "sliding"}}, got {section!r}')
-    fill: FillName = section.get("fill", "pad")
+    if not isinstance(section, dict) or set(section) - {"n", "proposer", "loop"}:
+        raise CheckpointError(
+            f'{where} must look like {{"n": 16, "proposer": "pad", "loop": "sliding"}}, got {section!r}'
+        )
+    proposer: ProposerName = section.get("proposer", "pad")
     loop: Loop = section.get("loop", "sliding")
     try:
-        return TrainedWith(block_size=section.get("n", 0), fill=fill, loop=loop)
+        return TrainedWith(block_size=section.get("n", 0), proposer=proposer, loop=loop)
     except OptionError as error:
         raise CheckpointError(f"{where}: {error}") from None

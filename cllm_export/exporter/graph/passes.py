@@ -335,7 +335,7 @@ def pin_shapes(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes) -> N
     """Make B, n and S numbers: every Shape folds away, and so does a Slice that keeps the whole cache."""
     state_contract(graph, geometry, fixed)
     fold_constants(graph)
-    if fixed.kv_extent == geometry.cache_length:
+    if fixed.kv_length == geometry.cache_length:
         for node in [node for node in graph.graph if _is_whole_cache_slice(node)]:
             source = node.inputs[0]
             assert source is not None

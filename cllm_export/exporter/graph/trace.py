@@ -228,10 +228,10 @@ class ScatterCache:
 
     is_compileable = False
 
-    def __init__(self, past: Sequence[Tensor], write_index: Tensor, extent: int) -> None:
+    def __init__(self, past: Sequence[Tensor], write_index: Tensor, kv_length: int) -> None:
         self._past = past
         self._write_index = write_index
-        self._extent = extent
+        self._kv_length = kv_length
         self.present: list[Tensor] = []
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -252,7 +252,7 @@ class ScatterCache:
         inputs = (past, block, self._write_index)
         present = _op("TensorScatter", *inputs, shape=past.shape, version=24, axis=-2, mode="linear")
         self.present.append(present)
-        return present[:, :, : self._extent]
+        return present[:, :, : self._kv_length]
 
 
 def _num_accepted(

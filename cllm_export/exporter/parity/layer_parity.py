@@ -75,7 +75,7 @@ class LayeredGraph:
             raise GraphError(f"{bundle.path} has no value {missing[0]} between its layers: rebuild the bundle")
         fixed = self._manifest.graphs["greedy"].fixed_shapes
         self._num_slots = fixed.batch_size if fixed else 1
-        self._extent = fixed.kv_extent if fixed else None
+        self._kv_length = fixed.kv_length if fixed else None
         half = fixed.block_size if fixed else min(NUM_TOKENS // 2, self._manifest.max_length // 2)
         self.block_sizes = (half, half)
 
@@ -140,7 +140,7 @@ class LayeredGraph:
             "input_ids": self._slots(ids),
             "num_committed": np.full(self._num_slots, size, np.int64),
             "write_index": np.full(self._num_slots, start, np.int64),
-            "kv_positions": np.arange(self._extent or start + size, dtype=np.int64),
+            "kv_positions": np.arange(self._kv_length or start + size, dtype=np.int64),
             "head_rows": np.arange(size, dtype=np.int64),
         }
 

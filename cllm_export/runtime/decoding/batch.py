@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from cllm_export.bundle.manifest import FillName
+from cllm_export.bundle.manifest import ProposerName
 from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.request import Decode, Method, make_decoder
@@ -13,8 +13,8 @@ from cllm_export.runtime.decoding.scheduler import Scheduler
 from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.engines.base import Engine
 
-MIN_READING_WIDTH = 16
-"""Tokens that a forward takes at least while some slot reads its prompt, where the engine lets n vary: at n = 1 a
+MIN_PREFILL_WIDTH = 16
+"""Tokens that a forward takes at least while some slot is in prefill, where the engine lets n vary: at n = 1 a
 prompt would otherwise be read a token a forward."""
 
 
@@ -25,7 +25,7 @@ class BatchRequest:
     prompt: Sequence[int]
     max_new_tokens: int
     seed: int = 0
-    """Of the ``prompt`` fill."""
+    """Seed of the ``prompt`` proposer."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -39,7 +39,7 @@ def decode_requests(
     *,
     method: Method,
     block_size: int,
-    fill: FillName,
+    proposer: ProposerName,
     eos_token_ids: Collection[int],
     pad_token_id: int,
     finished: Callable[[int], None] | None = None,
@@ -65,11 +65,11 @@ def decode_requests(
         if finished:
             finished(num_done)
 
-    reading_width = min(MIN_READING_WIDTH, engine.geometry.max_block_size)
-    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, reading_width=reading_width)
+    prefill_width = min(MIN_PREFILL_WIDTH, engine.geometry.max_block_size)
+    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=pad_token_id, prefill_width=prefill_width)
     tasks = []
     for request in requests:
-        decoder = make_decoder(method, request.prompt, fill=fill, seed=request.seed, pad_token_id=pad_token_id)
+        decoder = make_decoder(method, request.prompt, proposer=proposer, seed=request.seed, pad_token_id=pad_token_id)
         decode = Decode(decoder, max_new_tokens=request.max_new_tokens, eos_token_ids=eos_token_ids)
         tasks.append(Task(request.prompt, decode, ended=ended))
         scheduler.submit(tasks[-1])

@@ -13,35 +13,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cllm_export.bundle.contract import Batch
-from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle, FillName, TrainedWith
+from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle, ProposerName, TrainedWith
 from cllm_export.errors import BundleError, EngineError, OptionError
-from cllm_export.runtime.decoding.drafts.sources import Wish, make_fill
+from cllm_export.runtime.decoding.drafts.sources import DraftRequest, make_proposer
 from cllm_export.runtime.decoding.jacobi import SlidingJacobi
 from cllm_export.runtime.engines.base import Engine
 
-UNTRAINED = TrainedWith(block_size=1, fill="pad", loop="sliding")
+UNTRAINED = TrainedWith(block_size=1, proposer="pad", loop="sliding")
 IGNORED_TOKENIZER_KEYS = ("truncation", "padding")
 """Settings that trainers leave in a ``tokenizer.json``; a codec turns them off."""
 
 
 class Drafter(Protocol):
-    """Answers what requests wish for, all of one forward of the model at once."""
+    """Answers the draft requests of all slots together, before a forward."""
 
     @property
     def run_seconds(self) -> float:
         """Seconds spent inside its engine so far."""
         ...
 
-    def draft(self, wishes: Mapping[int, Wish]) -> None:
-        """Answer the wish of each slot, in ``Wish.found``; with fewer tokens where the model holds no more."""
+    def draft(self, requests: Mapping[int, DraftRequest]) -> None:
+        """Answer the draft request of each slot, in ``DraftRequest.found``: with fewer tokens if the model holds no
+        more."""
         ...
 
 
 class DraftModel:
     """Drafts through the slots of one engine, in lockstep: each forward takes every lane further that still has to go.
 
-    A lane keeps the tokens it went over, whose KV lies in its slot. What a wish has in common with them stays, whoever
-    wished for it; the rest is dead rows, and moving the write index is all that it takes.
+    A lane keeps the tokens it went over, whose KV lies in its slot. What a draft request has in common with them stays,
+    whoever asked for it; the rest is dead rows, and moving the write index is all that it takes.
 
     Args:
         engine: as many slots as that of the model that verifies.
@@ -63,7 +64,7 @@ class DraftModel:
             Lane(
                 block_size=size,
                 max_width=max(size, min(engine.prefill_chunk, largest)),
-                fill=settled.fill,
+                proposer=settled.proposer,
                 pad_token_id=pad_token_id,
                 max_length=max_length,
             )
@@ -83,19 +84,19 @@ class DraftModel:
         """Let go of what the engine holds."""
         self._engine.close()
 
-    def draft(self, wishes: Mapping[int, Wish]) -> None:
-        """Answer the wish of each slot, in ``Wish.found``; see ``Drafter``.
+    def draft(self, requests: Mapping[int, DraftRequest]) -> None:
+        """Answer the draft request of each slot, in ``DraftRequest.found``; see ``Drafter``.
 
         Raises:
             EngineError: the engine failed.
         """
-        lanes = {index: self._lanes[index] for index in wishes}
+        lanes = {index: self._lanes[index] for index in requests}
         for index, lane in lanes.items():
-            lane.start(wishes[index].tokens, wishes[index].count)
+            lane.start(requests[index].tokens, requests[index].count)
         while short := [index for index, lane in lanes.items() if lane.is_short]:
             self._forward(short)
         for index, lane in lanes.items():
-            wishes[index].found = lane.found
+            requests[index].found = lane.found
 
     def _forward(self, short: Sequence[int]) -> None:
         """One forward, in which these lanes read or draft and the others lie idle over their dead rows."""
@@ -105,10 +106,10 @@ class DraftModel:
         input_ids = [[*tokens, *[self._pad] * (width - len(tokens))] for tokens, _ in rows]
         num_committed = [committed for _, committed in rows]
         batch = Batch(input_ids, num_committed, [lane.write_index for lane in self._lanes])
-        if all(self._lanes[index].is_reading for index in short):
+        if all(self._lanes[index].is_prefilling for index in short):
             self._engine.prefill(batch)
             for index in short:
-                self._lanes[index].has_read()
+                self._lanes[index].has_prefilled()
             return
         forward = self._engine.forward(batch)
         for index in short:
@@ -123,23 +124,25 @@ class Rows(NamedTuple):
 
 
 class Lane:
-    """One text in one slot: the tokens wished for, then those that the model itself goes on with."""
+    """One text in one slot: the tokens of a draft request, then those that the model itself goes on with."""
 
-    def __init__(self, *, block_size: int, max_width: int, fill: FillName, pad_token_id: int, max_length: int) -> None:
+    def __init__(
+        self, *, block_size: int, max_width: int, proposer: ProposerName, pad_token_id: int, max_length: int
+    ) -> None:
         self._block_size = block_size
         self._max_width = max_width
-        self._fill = fill
+        self._proposer = proposer
         self._pad = pad_token_id
         self._max_length = max_length
         self._tokens: list[int] = []
         self._num_written = 0
         """Leading tokens whose KV is right."""
         self._first = self._goal = 0
-        """Tokens of the wish, and how many there must be with its answer."""
+        """Tokens of the draft request, and how many there must be with its answer."""
         self._decoder: SlidingJacobi | None = None
         self._rows = Rows([], 0)
         self._num_unread = 0
-        self.is_reading = False
+        self.is_prefilling = False
         """Whether the rows of the last ``next_rows`` are a chunk of the text, and give no token."""
 
     @property
@@ -158,37 +161,37 @@ class Lane:
         return self._tokens[self._first : self._goal]
 
     def start(self, tokens: list[int], count: int) -> None:
-        """Take a wish. Where the model has said what these tokens end with, it only goes on."""
+        """Take a draft request. Where the model has said what these tokens end with, it only goes on."""
         self._first, self._goal = len(tokens), min(len(tokens) + count, self._max_length)
         shared = num_shared(self._tokens, tokens)
         if shared == len(tokens):
             return
         self._num_written = min(self._num_written, shared)
         self._tokens = list(tokens)
-        fill = make_fill(self._fill, prompt=tokens, pad_token_id=self._pad, seed=0)
-        self._decoder = SlidingJacobi(last_token=tokens[-1], write_index=len(tokens) - 1, fill=fill)
+        proposer = make_proposer(self._proposer, prompt=tokens, pad_token_id=self._pad, seed=0)
+        self._decoder = SlidingJacobi(last_token=tokens[-1], write_index=len(tokens) - 1, proposer=proposer)
 
     def next_rows(self) -> Rows:
         """What the next forward runs at ``write_index``: what is unread, then the loop's block if there is room."""
         assert self._decoder, "a lane that is short has been started"
         unread = self._tokens[self._num_written : -1]
-        self.is_reading = len(unread) >= self._max_width
+        self.is_prefilling = len(unread) >= self._max_width
         self._num_unread = min(len(unread), self._max_width)
-        if self.is_reading:
+        if self.is_prefilling:
             self._rows = Rows(unread[: self._max_width], self._max_width)
         else:
             block = self._decoder.next_block(min(self._block_size, self._max_width - len(unread)))
             self._rows = Rows([*unread, *block.tokens], len(unread) + block.num_committed)
         return self._rows
 
-    def has_read(self) -> None:
+    def has_prefilled(self) -> None:
         """The rows are written."""
         self._num_written += self._num_unread
 
     def take(self, next_ids: Sequence[int], num_accepted: int) -> None:
         """Take the outputs of the forward for this lane."""
-        self.has_read()
-        if self.is_reading or not self._decoder:
+        self.has_prefilled()
+        if self.is_prefilling or not self._decoder:
             return
         size = len(self._rows.tokens)
         new = self._decoder.commit(

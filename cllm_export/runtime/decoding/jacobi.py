@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cllm_export.runtime.decoding.drafts.sources import Fill, Wish
+from cllm_export.runtime.decoding.drafts.sources import DraftRequest, Proposer
 
 
 class Block(NamedTuple):
@@ -47,7 +47,7 @@ class Decoder(Protocol):
     write_index: int
     """Valid KV rows of the request's slot; where the next block's KV is written."""
 
-    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+    def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
         """What a draft model must answer before ``next_block`` with the same arguments; None for nothing."""
         ...
 
@@ -64,37 +64,37 @@ class Decoder(Protocol):
 
 
 class Window:
-    """A block that begins with the last committed token, and goes on with a draft that the fill makes long enough.
+    """A block that begins with the last committed token, and goes on with a draft that the proposer makes long enough.
 
     What a policy keeps of a forward's predictions is its own matter. The block size may change at any forward.
     """
 
-    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
+    def __init__(self, *, last_token: int, write_index: int, proposer: Proposer) -> None:
         self.write_index = write_index
-        self._fill = fill
+        self._proposer = proposer
         self._block = [last_token]
 
-    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+    def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
         self._block[1 : 1 + len(forced)] = forced
         missing = size - len(self._block)
-        return self._fill.wish(missing, self._block[1:]) if missing > 0 else None
+        return self._proposer.request_draft(missing, self._block[1:]) if missing > 0 else None
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         self._block[1 : 1 + len(forced)] = forced
         if missing := size - len(self._block):
             if missing > 0:
-                self._block += self._fill.guess(missing, self._block[1:])
+                self._block += self._proposer.propose(missing, self._block[1:])
             else:
                 del self._block[size:]
         return Block(self._block, min(1 + len(forced), size))
 
     def _move(self, next_ids: list[int], num_accepted: int, kept: slice) -> Commit:
-        """Commit what was accepted, tell the fill, and keep these predictions for the next block."""
+        """Commit what was accepted, tell the proposer, and keep these predictions for the next block."""
         self.write_index += num_accepted
         new, rejected = next_ids[:num_accepted], self._block[num_accepted:]
         self._block = next_ids[kept]
-        self._fill.accept(new)
-        self._fill.reject(rejected, next_ids[num_accepted:])
+        self._proposer.accept(new)
+        self._proposer.reject(rejected, next_ids[num_accepted:])
         return Commit(new, num_accepted)
 
 
@@ -116,19 +116,19 @@ class BlockJacobi:
     handed out as soon as they are known. A block keeps the size it began with.
     """
 
-    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
+    def __init__(self, *, last_token: int, write_index: int, proposer: Proposer) -> None:
         self.write_index = write_index
-        self._fill = fill
+        self._proposer = proposer
         self._num_known = 0
         self._last = last_token
         self._block: list[int] = []
 
-    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
-        return None if self._block else self._fill.wish(size - 1, ())
+    def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
+        return None if self._block else self._proposer.request_draft(size - 1, ())
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         if not self._block:
-            self._block = [self._last, *self._fill.guess(size - 1, ())]
+            self._block = [self._last, *self._proposer.propose(size - 1, ())]
         first = 1 + self._num_known
         kept = forced[: len(self._block) - first]
         self._block[first : first + len(kept)] = kept
@@ -136,8 +136,8 @@ class BlockJacobi:
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         new = next_ids[self._num_known : num_accepted]
-        self._fill.accept(new)
-        self._fill.reject(self._block[num_accepted:], next_ids[num_accepted:])
+        self._proposer.accept(new)
+        self._proposer.reject(self._block[num_accepted:], next_ids[num_accepted:])
         self._num_known = num_accepted
         if num_accepted == len(self._block):
             self.write_index += num_accepted
@@ -156,29 +156,29 @@ class Autoregressive:
     decoded like any others, which makes it what forced ones are compared with.
     """
 
-    def __init__(self, *, last_token: int, write_index: int, fill: Fill) -> None:
+    def __init__(self, *, last_token: int, write_index: int, proposer: Proposer) -> None:
         self.write_index = write_index
         self._last = last_token
-        self._fill = fill
+        self._proposer = proposer
         self._is_filled = False
 
-    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+    def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
         return None  # whatever fills the block is thrown away
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         self._is_filled = size > 1
-        return Block([self._last, *self._fill.guess(size - 1, ())] if self._is_filled else [self._last], 1)
+        return Block([self._last, *self._proposer.propose(size - 1, ())] if self._is_filled else [self._last], 1)
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         self.write_index += 1
         self._last = next_ids[0]
         if self._is_filled:
-            self._fill.accept((self._last,))
+            self._proposer.accept((self._last,))
         return Commit([self._last], 1)
 
 
 class Speculative(Window):
-    """Every draft is what the fill guesses for the text so far."""
+    """Every draft is what the proposer guesses for the text so far."""
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         return self._move(next_ids, num_accepted, slice(num_accepted - 1, num_accepted))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cllm_export.bundle.manifest import Loop
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
-from cllm_export.runtime.decoding.drafts.sources import Wish, make_fill
+from cllm_export.runtime.decoding.drafts.sources import DraftRequest, make_proposer
 from cllm_export.runtime.decoding.jacobi import Autoregressive, Block, BlockJacobi, Decoder, SlidingJacobi, Speculative
 from cllm_export.runtime.decoding.sampling import Logprob, Sampler, logprobs_of
 from cllm_export.runtime.decoding.statistics import ForwardRecord
@@ -117,9 +117,9 @@ class Decode:
         """Whether ``take`` needs the logits of the forward."""
         return self._sampler is not None or self._num_logprobs is not None
 
-    def wish(self, size: int) -> Wish | None:
+    def request_draft(self, size: int) -> DraftRequest | None:
         """What a draft model must answer before ``next_block`` of this size is called; None for nothing."""
-        return self._decoder.wish(size, self._forced(size))
+        return self._decoder.request_draft(size, self._forced(size))
 
     def next_block(self, size: int) -> Block:
         """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
@@ -197,21 +197,21 @@ def make_decoder(
     method: Method,
     prompt: Sequence[int],
     *,
-    fill: str,
+    proposer: str,
     seed: int,
     pad_token_id: int,
     pool: NgramPool | None = None,
 ) -> Decoder:
-    """The policy that decodes a prompt whose KV, less that of its last token, is written; see ``make_fill``.
+    """The policy that decodes a prompt whose KV, less that of its last token, is written; see ``make_proposer``.
 
     Raises:
-        OptionError: no such fill, or it needs a pool and there is none; or a method that has no policy of a slot of its
-            own.
+        OptionError: no such proposer, or it needs a pool and there is none; or a method that has no policy of a slot of
+            its own.
     """
     if method == LOOKAHEAD:
         raise OptionError(_ONE_AT_A_TIME)
     return DECODERS[method](
         last_token=prompt[-1],
         write_index=len(prompt) - 1,
-        fill=make_fill(fill, prompt=prompt, pad_token_id=pad_token_id, seed=seed, pool=pool),
+        proposer=make_proposer(proposer, prompt=prompt, pad_token_id=pad_token_id, seed=seed, pool=pool),
     )

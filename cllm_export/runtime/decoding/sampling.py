@@ -83,9 +83,11 @@ class Sampling:
     )
     """Token id to bias, -1e20 to 1e20, or ``-inf``, which bans the token."""
     seed: int | None = option(
-        None, minimum=0, help="Seed of sampling and of the prompt fill; by default a new one for each sampled prompt."
+        None,
+        minimum=0,
+        help="Seed of sampling and of the prompt proposer; by default a new one for each sampled prompt.",
     )
-    """Of the noise that samples, and of the ``prompt`` fill, 0 to 2^63 - 1. A ``Sampler`` takes None for 0."""
+    """Of the noise that samples, and of the ``prompt`` proposer, 0 to 2^63 - 1. A ``Sampler`` takes None for 0."""
 
     def __post_init__(self) -> None:
         heat = self.temperature

@@ -1,7 +1,7 @@
 """Continuous batching: requests wait in a bounded queue, enter free slots at any forward, and leave when they end.
 
 Policy alone: lists, no tensors, no threads. One ``step`` is one forward of the engine for every slot: ``schedule`` says
-what it runs, and ``update`` takes what it gave. A slot that is still reading its prompt feeds a chunk of it, all of it
+what it runs, and ``update`` takes what it gave. A slot that is still in prefill feeds a chunk of it, all of it
 committed, beside slots that decode. What a slot does not use of the block is dead rows, as a rejected draft's are.
 Slots see nothing of each other, so what a request gives does not depend on its neighbours.
 """
@@ -32,7 +32,7 @@ class Step:
 
     block_size: int
     """n of the slots that decode; 0 where none does."""
-    reading: tuple[int, ...]
+    prefilling: tuple[int, ...]
     """Slots that read their prompts."""
     decoding: tuple[int, ...]
     paused: tuple[int, ...]
@@ -62,7 +62,7 @@ class StepReport(NamedTuple):
 
     width: int
     """n of the forward."""
-    num_reading: int
+    num_prefilling: int
     num_decoding: int
     num_waiting: int
     new_tokens: int
@@ -87,7 +87,7 @@ class Scheduler:
         turn_width: instead, tokens of a prompt that a forward takes in which no slot decodes, in turn with forwards in
             which none reads: for a ``block_size`` too small to read prompts with, and round alike they still do.
         queue_size: tasks that may wait; None for any number.
-        drafter: answers what tasks wish for, once before each forward; with a lane for each slot.
+        drafter: answers the draft requests of tasks, once before each forward; with a lane for each slot.
         prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
             they part.
     """
@@ -98,8 +98,8 @@ class Scheduler:
         *,
         block_size: int | SizePolicy,
         pad_token_id: int,
-        reading_width: int | None = None,
-        turn_width: int | None = None,
+        prefill_width: int | None = None,
+        alternate_width: int | None = None,
         queue_size: int | None = None,
         drafter: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
@@ -110,9 +110,9 @@ class Scheduler:
             require_at_least("queue_size", queue_size, 1)
         self._engine = engine
         self._sizes = block_size
-        self._reading_width = None if engine.fixed_shapes else reading_width
-        self._turn_width = None if engine.fixed_shapes else turn_width
-        self._is_reading_turn = False
+        self._prefill_width = None if engine.fixed_shapes else prefill_width
+        self._alternate_width = None if engine.fixed_shapes else alternate_width
+        self._is_prefill_turn = False
         self._queue_size = queue_size
         self._drafter = drafter
         self._slots = [Slot(pad_token_id, memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
@@ -182,15 +182,15 @@ class Scheduler:
             return None
         self._take_turns([self._slots[index] for index in running])
         active = [index for index in running if not self._slots[index].is_paused]
-        reading = tuple(index for index in active if self._slots[index].is_reading)
-        decoding = tuple(index for index in active if index not in reading)
+        prefilling = tuple(index for index in active if self._slots[index].is_prefilling)
+        decoding = tuple(index for index in active if index not in prefilling)
         block_size = self._sizes.choose(self._drafts_of(decoding)) if decoding else 0
         self._draft(block_size)
         widest = max(1, *(slot.draft(block_size) for slot in self._slots)) if decoding else 0
-        width = max(widest, self._reading_rows(reading, block_size))
+        width = max(widest, self._prefill_rows(prefilling, block_size))
         return Step(
             block_size=block_size,
-            reading=reading,
+            prefilling=prefilling,
             decoding=decoding,
             paused=tuple(index for index in running if self._slots[index].is_paused),
             batch=Batch(*zip(*(slot.next_rows(width) for slot in self._slots), strict=True)),
@@ -205,8 +205,8 @@ class Scheduler:
 
         ``forward`` is None for a prefill, which gives nothing.
         """
-        running = [self._slots[index] for index in sorted((*step.reading, *step.decoding, *step.paused))]
-        was_reading = [slot.is_reading for slot in running]
+        running = [self._slots[index] for index in sorted((*step.prefilling, *step.decoding, *step.paused))]
+        was_prefilling = [slot.is_prefilling for slot in running]
         try:
             new_tokens = self._take(step, forward)
         except Exception as error:  # as in a step
@@ -216,11 +216,11 @@ class Scheduler:
         seconds = perf_counter() - step.started
         if step.block_size:
             self._observe(step, running, seconds)
-        for slot, was in zip(running, was_reading, strict=True):
+        for slot, was in zip(running, was_prefilling, strict=True):
             slot.settle(was, seconds, engine_seconds)
         return StepReport(
             width=step.width,
-            num_reading=len(step.reading),
+            num_prefilling=len(step.prefilling),
             num_decoding=len(step.decoding),
             num_waiting=len(self._waiting),
             new_tokens=new_tokens,
@@ -239,30 +239,30 @@ class Scheduler:
         """Hand out a forward's outputs; how many tokens they made known."""
         if forward is not None:
             return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
-        for index in step.reading:
-            self._slots[index].has_read()
+        for index in step.prefilling:
+            self._slots[index].has_prefilled()
         return 0
 
     def _take_turns(self, running: Sequence[Slot]) -> None:
         """Where forwards either read or decode, and there is something of both, pause the slots of one kind."""
-        kinds = {slot.is_reading for slot in running}
-        takes_turns = self._turn_width is not None and len(kinds) == 2
-        self._is_reading_turn = not self._is_reading_turn if takes_turns else kinds == {True}
+        kinds = {slot.is_prefilling for slot in running}
+        takes_turns = self._alternate_width is not None and len(kinds) == 2
+        self._is_prefill_turn = not self._is_prefill_turn if takes_turns else kinds == {True}
         for slot in running:
-            slot.is_paused = takes_turns and slot.is_reading != self._is_reading_turn
+            slot.is_paused = takes_turns and slot.is_prefilling != self._is_prefill_turn
 
     def _drafts_of(self, slots: Sequence[int]) -> list[DraftRecord]:
         return [task.drafts for index in slots if (task := self._slots[index].task)]
 
-    def _reading_rows(self, reading: Sequence[int], block_size: int) -> int:
+    def _prefill_rows(self, prefilling: Sequence[int], block_size: int) -> int:
         """Rows that the slots which read their prompts want of a forward."""
-        if not reading:
+        if not prefilling:
             return 0
-        if self._turn_width is not None:
-            return self._turn_width
-        if self._reading_width is None:
-            return block_size or self._sizes.choose(self._drafts_of(reading))
-        return min(self._reading_width, max(self._slots[index].num_to_read for index in reading))
+        if self._alternate_width is not None:
+            return self._alternate_width
+        if self._prefill_width is None:
+            return block_size or self._sizes.choose(self._drafts_of(prefilling))
+        return min(self._prefill_width, max(self._slots[index].num_to_prefill for index in prefilling))
 
     def _observe(self, step: Step, running: Sequence[Slot], seconds: float) -> None:
         """Let the policy hear of a forward; one that was wider, for a prompt's sake, tells nothing of T(n)."""
@@ -281,13 +281,17 @@ class Scheduler:
         """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
         if not self._drafter:
             return
-        wishes = {index: wish for index, slot in enumerate(self._slots) if (wish := slot.wish(block_size))}
-        if not wishes:
+        requests = {
+            index: request_draft
+            for index, slot in enumerate(self._slots)
+            if (request_draft := slot.request_draft(block_size))
+        }
+        if not requests:
             return
         try:
-            self._drafter.draft(wishes)
+            self._drafter.draft(requests)
         except Exception as error:  # likewise
-            self._fail([self._slots[index] for index in wishes], error)
+            self._fail([self._slots[index] for index in requests], error)
 
     def _admit(self) -> int:
         """Fill free slots; how many tokens of the prompts need not be read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cllm_export.bundle.manifest import FILLS
+from cllm_export.bundle.manifest import PROPOSERS
 from cllm_export.checks import option
 from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
 
@@ -14,10 +14,10 @@ def block_size_option(*, minimum: int = 1, whose: str = "the bundle's own") -> A
     return option(None, help=f"Block size n, in tokens; by default {whose}.", minimum=minimum)
 
 
-def fill_option() -> Any:
-    """One of ``FILLS``, by default the model's."""
+def proposer_option() -> Any:
+    """One of ``PROPOSERS``, by default the model's."""
     return option(
-        None, help="How guesses are first filled and refilled; by default as the model was trained.", choices=FILLS
+        None, help="How guesses are first filled and refilled; by default as the model was trained.", choices=PROPOSERS
     )
 
 

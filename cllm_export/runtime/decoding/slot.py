@@ -1,11 +1,11 @@
-"""One slot of an engine: idle, reading its prompt, or decoding."""
+"""One slot of an engine: idle, in prefill, or decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cllm_export.errors import CllmExportError, EngineError
-from cllm_export.runtime.decoding.drafts.sources import Wish
+from cllm_export.runtime.decoding.drafts.sources import DraftRequest
 from cllm_export.runtime.decoding.jacobi import Block
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
 from cllm_export.runtime.decoding.task import Task
@@ -33,14 +33,14 @@ class SlotMemory:
 
 
 class Slot:
-    """One row of the batch: idle, reading its prompt, or decoding. What it held before is dead rows."""
+    """One row of the batch: idle, in prefill, or decoding. What it held before is dead rows."""
 
     def __init__(self, pad_token_id: int, memory: SlotMemory | None) -> None:
         self._pad = pad_token_id
         self._memory = memory
         self.task: Task | None = None
         self._block = Block([], 0)
-        self._num_read = self._num_reading = 0
+        self._num_read = self._num_prefilling = 0
         self.num_new = 0
         """Tokens that the last forward made known."""
         self.is_paused = False
@@ -51,18 +51,18 @@ class Slot:
         return self.task is None
 
     @property
-    def num_to_read(self) -> int:
+    def num_to_prefill(self) -> int:
         """Tokens of the prompt whose KV is not written yet, the last one never counted: it is the first block's."""
         return 0 if self.task is None else len(self.task.prompt) - 1 - self._num_read
 
     @property
-    def is_reading(self) -> bool:
-        return self.num_to_read > 0
+    def is_prefilling(self) -> bool:
+        return self.num_to_prefill > 0
 
     @property
     def needs_logits(self) -> bool:
         """Whether the next forward must fetch logits for it."""
-        return self.task is not None and not self.is_reading and self.task.decode.needs_logits
+        return self.task is not None and not self.is_prefilling and self.task.decode.needs_logits
 
     def admit(self, task: Task) -> None:
         """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
@@ -74,13 +74,13 @@ class Slot:
     def clear(self) -> None:
         self.task = None
 
-    def wish(self, block_size: int) -> Wish | None:
+    def request_draft(self, block_size: int) -> DraftRequest | None:
         """What a draft model must answer before the next forward. A task that fails to say it ends alone."""
         task = self.task
-        if task is None or self.is_reading or self.is_paused:
+        if task is None or self.is_prefilling or self.is_paused:
             return None
         try:
-            return task.decode.wish(block_size)
+            return task.decode.request_draft(block_size)
         except Exception as error:  # as of its block
             self.leave(error)
             return None
@@ -90,7 +90,7 @@ class Slot:
 
         A task that fails to say its block (a grammar's failure, say) ends alone.
         """
-        if self.task is None or self.is_reading or self.is_paused:
+        if self.task is None or self.is_prefilling or self.is_paused:
             return 0
         try:
             self._block = self.task.decode.next_block(block_size)
@@ -114,7 +114,7 @@ class Slot:
     def next_rows(self, width: int) -> tuple[list[int], int, int]:
         """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
 
-        A slot that decodes fills as many of them as its block has, one that reads its prompt as many as it can; one
+        A slot that decodes fills as many of them as its block has, one in prefill as many as it can; one
         that is paused is idle above the rows it holds.
         """
         task = self.task
@@ -122,17 +122,17 @@ class Slot:
             return [self._pad] * width, 0, 0
         if self.is_paused:
             return [self._pad] * width, 0, self._num_rows(task)
-        if to_read := self.num_to_read:
-            self._num_reading = min(width, to_read)
-            chunk = list(task.prompt[self._num_read : self._num_read + self._num_reading])
-            return self._padded(chunk, width), self._num_reading, self._num_read
+        if to_read := self.num_to_prefill:
+            self._num_prefilling = min(width, to_read)
+            chunk = list(task.prompt[self._num_read : self._num_read + self._num_prefilling])
+            return self._padded(chunk, width), self._num_prefilling, self._num_read
         tokens, num_committed = self._block
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
-    def has_read(self) -> None:
+    def has_prefilled(self) -> None:
         """The chunk of the prompt has its KV."""
-        self._num_read += self._num_reading
-        if self.task and not self.is_reading:
+        self._num_read += self._num_prefilling
+        if self.task and not self.is_prefilling:
             self._keep(self.task)  # for those that come while this one still decodes
 
     def take(self, forward: Forward, index: int) -> int:
@@ -140,8 +140,8 @@ class Slot:
         self.num_new, task = 0, self.task
         if task is None or self.is_paused:
             return 0
-        if self.is_reading:
-            self.has_read()
+        if self.is_prefilling:
+            self.has_prefilled()
             return 0
         size, logits = len(self._block.tokens), forward.logits
         try:
@@ -157,12 +157,12 @@ class Slot:
         self.num_new = len(new)
         return self.num_new
 
-    def settle(self, was_reading: bool, seconds: float, engine_seconds: float) -> None:
+    def settle(self, was_prefilling: bool, seconds: float, engine_seconds: float) -> None:
         """Account for the step's time, and end the task where it has ended."""
         task = self.task
         if task is None:
             return
-        if was_reading:
+        if was_prefilling:
             task.prefill_seconds += seconds
             return
         task.decode_seconds += seconds
@@ -177,7 +177,7 @@ class Slot:
 
     def _num_rows(self, task: Task) -> int:
         """KV rows that it holds of the task's text."""
-        return self._num_read if self.is_reading else task.decode.num_rows
+        return self._num_read if self.is_prefilling else task.decode.num_rows
 
     def _padded(self, tokens: list[int], width: int) -> list[int]:
         return tokens if len(tokens) == width else [*tokens, *[self._pad] * (width - len(tokens))]

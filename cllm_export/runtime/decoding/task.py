@@ -13,7 +13,7 @@ Taker = Callable[[list[int]], None]
 
 
 class Task:
-    """One request on its way through the scheduler: waiting, reading its prompt, decoding, ended.
+    """One request on its way through the scheduler: waiting, in prefill, decoding, ended.
 
     Args:
         prompt: token ids, at least one.

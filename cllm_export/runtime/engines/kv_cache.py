@@ -11,25 +11,25 @@ from cllm_export.bundle.contract import KV_DTYPE, DType, Geometry, Precision, ca
 from cllm_export.errors import EngineError
 from cllm_export.runtime.engines.base import KvRows
 
-MIN_EXTENT_STEP = 16
-SMALLEST_GRAPH_EXTENT = 256
+MIN_KV_LENGTH_STEP = 16
+SMALLEST_GRAPH_KV_LENGTH = 256
 
 T = TypeVar("T")
 
 
-def kv_extent(needed: int, cache_length: int) -> int:
+def kv_length_bucket(needed: int, cache_length: int) -> int:
     """The bucket S that holds ``needed`` rows, and at most an eighth more from 128 rows on.
 
     Attention and the slices before it cost what S says, needed or not, so S should be little above it: on the demo
     model, 64 rows too many cost a one-token forward 8 %. Each bucket costs a binding, made once.
     """
-    step = max(MIN_EXTENT_STEP, 1 << max(0, needed.bit_length() - 4))
+    step = max(MIN_KV_LENGTH_STEP, 1 << max(0, needed.bit_length() - 4))
     return min(-(-needed // step) * step, cache_length)
 
 
-def graph_extent(needed: int, cache_length: int) -> int:
+def graph_kv_length(needed: int, cache_length: int) -> int:
     """The bucket S that holds ``needed`` rows where each bucket costs a recorded graph: they double from 256."""
-    return min(max(SMALLEST_GRAPH_EXTENT, 1 << (needed - 1).bit_length()), cache_length)
+    return min(max(SMALLEST_GRAPH_KV_LENGTH, 1 << (needed - 1).bit_length()), cache_length)
 
 
 def allocate(

@@ -26,7 +26,7 @@ from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionError
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import require_gpu
-from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_extent, kv_extent
+from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
 from cllm_export.runtime.engines.machine import available_threads
 from cllm_export.runtime.engines.mapped_weights import MappedWeights
 
@@ -178,7 +178,7 @@ class _Key(NamedTuple):
     graph: str
     block_size: int
     head_size: int
-    extent: int
+    kv_length: int
     with_logits: bool
 
 
@@ -202,8 +202,8 @@ class OrtEngine(EngineBase):
         device: ``cpu``, or ``cuda``, which needs onnxruntime-gpu and a GPU.
         num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
         threads: intra-op threads; by default as many as the process may use.
-        cuda_graphs: have ONNX Runtime record the forward of each n, extent and set of outputs, in each thread that runs
-            one, and replay it. It refuses a graph of which a node runs on the host.
+        cuda_graphs: have ONNX Runtime record the forward of each n, KV length and set of outputs, in each thread that
+            runs one, and replay it. It refuses a graph of which a node runs on the host.
         copies: keep values on the device and copy to and from them, as every device but ``cpu`` needs it. There it is
             for tests of that path.
         log_severity: ONNX Runtime's own level, 2 to see its warnings.
@@ -368,7 +368,7 @@ class OrtEngine(EngineBase):
 
     def _binding(self, graph: str, size: int, head_size: int, batch: Batch, *, with_logits: bool = False) -> _Binding:
         """What runs a forward whose rows lie inside the cache: its own, or one made for it."""
-        key = (graph, size, head_size, self._extent(size, batch.write_index), with_logits)
+        key = (graph, size, head_size, self._kv_length(size, batch.write_index), with_logits)
         binding = self._bindings.get(key)
         if binding is None:
             if self.fixed_shapes and size != self.fixed_shapes.block_size:
@@ -376,15 +376,15 @@ class OrtEngine(EngineBase):
             binding = self._bindings[key] = self._bind(_Key(*key))
         return binding
 
-    def _extent(self, size: int, write_index: Sequence[int]) -> int:
+    def _kv_length(self, size: int, write_index: Sequence[int]) -> int:
         """S of a forward. Its bounds are checked here: on CUDA nobody else does."""
         if self.fixed_shapes:
-            extent = self.fixed_shapes.kv_extent
+            kv_length = self.fixed_shapes.kv_length
         else:
-            bucket = graph_extent if self._graph_ids else kv_extent
-            extent = bucket(max(write_index) + size, self.geometry.cache_length)
-        check_forward(block_size=size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
-        return extent
+            bucket = graph_kv_length if self._graph_ids else kv_length_bucket
+            kv_length = bucket(max(write_index) + size, self.geometry.cache_length)
+        check_forward(block_size=size, write_index=write_index, kv_length=kv_length, geometry=self.geometry)
+        return kv_length
 
     def _bind(self, key: _Key) -> _Binding:
         session = self._sessions[key.graph]
@@ -400,7 +400,7 @@ class OrtEngine(EngineBase):
             if buffer is not None:
                 io.bind_ortvalue_input(name, buffer.value)
         positions = self._common["positions"].value
-        for name, count in {"kv_positions": key.extent, "head_rows": key.head_size}.items():
+        for name, count in {"kv_positions": key.kv_length, "head_rows": key.head_size}.items():
             io.bind_input(name, positions.device_name(), 0, np.int64, (count,), positions.data_ptr())
         for name, buffer in outputs.items():
             if buffer is not None:
@@ -411,7 +411,7 @@ class OrtEngine(EngineBase):
         return _Binding(session, io, buffers, self._run_options(is_recorded=key.head_size == key.block_size))
 
     def _buffers_of(self, key: _Key) -> _Buffers:
-        """Those of a binding, which all extents share."""
+        """Those of a binding, which all KV lengths share."""
         shared = (key.graph, key.block_size, key.head_size, key.with_logits)
         if shared not in self._buffers:
             slots, size, head_size = self.num_slots, key.block_size, key.head_size

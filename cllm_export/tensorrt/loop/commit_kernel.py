@@ -12,7 +12,7 @@ import ctypes
 
 NAME = b"commit_blocks"
 REPEAT = -1
-"""As the fill: the token before the fill, repeated. Else the token itself."""
+"""As the proposer: the token before the proposer, repeated. Else the token itself."""
 
 POINTERS = (
     "next_ids",
@@ -26,7 +26,7 @@ POINTERS = (
     "eos",
 )
 """The buffers that it takes, in its order; the first five are the engine's own."""
-NUMBERS = ("num_eos", "n", "ring_size", "fill", "num_slots")
+NUMBERS = ("num_eos", "n", "ring_size", "proposer", "num_slots")
 KINDS = (ctypes.c_void_p,) * len(POINTERS) + (ctypes.c_int,) * len(NUMBERS)
 
 SOURCE = b"""

@@ -10,7 +10,7 @@ import ctypes
 
 NAME = b"repeat_or_end"
 POINTERS = ("write_index", "left", "forwards")
-NUMBERS = ("n", "extent", "most", "num_slots")
+NUMBERS = ("n", "kv_length", "most", "num_slots")
 KINDS = (ctypes.c_void_p,) * len(POINTERS) + (ctypes.c_int,) * len(NUMBERS) + (ctypes.c_ulonglong,)
 """The last is the handle."""
 
@@ -24,14 +24,14 @@ SOURCE = (
     + b"""
 extern "C" __global__ void repeat_or_end(
     const long long *write_index, const int *left, int *forwards,
-    int n, int extent, int most, int num_slots, unsigned long long handle)
+    int n, int KV length, int most, int num_slots, unsigned long long handle)
 {
     int running = 0, fits = 1;
     for (int slot = 0; slot < num_slots; slot++) {
         if (left[slot] == 0)
             continue;
         running = 1;
-        fits &= write_index[slot] + n <= extent;    /* a row outside would be ignored in silence */
+        fits &= write_index[slot] + n <= KV length;    /* a row outside would be ignored in silence */
     }
     forwards[0]++;
     cudaGraphSetConditional(handle, running && fits && forwards[0] < most);

@@ -93,9 +93,9 @@ class _Recording(NamedTuple):
     form: Form
     length: int
     """Forwards: all of them, or the most that a WHILE node runs."""
-    extent: int
+    kv_length: int
     num_eos: int
-    fill: int
+    proposer: int
 
 
 class _Flight(NamedTuple):
@@ -114,7 +114,7 @@ class _Rules(NamedTuple):
     """What ends and fills the requests of a run."""
 
     num_eos: int
-    fill: int
+    proposer: int
 
 
 class DeviceLoop:
@@ -195,9 +195,9 @@ class DeviceLoop:
         *,
         max_new_tokens: int,
         eos_token_ids: Collection[int],
-        fill_token: int | None,
+        proposed_token: int | None,
     ) -> LoopResult:
-        """Decode a prompt in each slot; ``fill_token`` None repeats the token before the fill.
+        """Decode a prompt in each slot; ``fill_token`` None repeats the token before the proposer.
 
         Raises:
             EngineError: not one prompt a slot, one that does not fit, or the engine failed.
@@ -206,10 +206,10 @@ class DeviceLoop:
             raise EngineError("a run needs a prompt of a token or more for each slot, and one is empty")
         self._check(prompts, max_new_tokens, eos_token_ids)
         forwards, syncs = self.num_forwards, self.num_syncs
-        fill = "repeat" if fill_token is None else "pad"
+        proposer = "repeat" if proposed_token is None else "pad"
         decodes = [
             Decode(
-                make_decoder("jacobi", prompt, fill=fill, seed=0, pad_token_id=fill_token or 0),
+                make_decoder("jacobi", prompt, proposer=proposer, seed=0, pad_token_id=proposed_token or 0),
                 max_new_tokens=max_new_tokens,
                 eos_token_ids=eos_token_ids,
             )
@@ -217,7 +217,7 @@ class DeviceLoop:
         ]
         self.read(prompts)
         for turns in self.decode(
-            prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, fill_token=fill_token
+            prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, proposed_token=proposed_token
         ):
             for decode, of_slot in zip(decodes, turns, strict=True):
                 follow(decode, of_slot, self._size)
@@ -250,7 +250,7 @@ class DeviceLoop:
         *,
         max_new_tokens: int,
         eos_token_ids: Collection[int],
-        fill_token: int | None,
+        proposed_token: int | None,
     ) -> Generator[list[list[Turn]]]:
         """Decode prompts that ``read`` has read, an empty one leaving its slot idle; what each launch gave each slot.
 
@@ -260,8 +260,8 @@ class DeviceLoop:
             EngineError: not one prompt a slot, one that does not fit, or the engine failed.
         """
         self._check(prompts, max_new_tokens, eos_token_ids)
-        self._start(prompts, max_new_tokens, sorted(eos_token_ids), fill_token)
-        rules = _Rules(len(eos_token_ids), REPEAT if fill_token is None else fill_token)
+        self._start(prompts, max_new_tokens, sorted(eos_token_ids), proposed_token)
+        rules = _Rules(len(eos_token_ids), REPEAT if proposed_token is None else proposed_token)
         flights: deque[_Flight] = deque()
         try:
             while True:
@@ -336,12 +336,12 @@ class DeviceLoop:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         eos_token_ids: list[int],
-        fill_token: int | None,
+        proposed_token: int | None,
     ) -> None:
         """Have the first blocks, and what else the device keeps of the requests, copied there."""
         given, size, is_running = self._given, self._size, [bool(prompt) for prompt in prompts]
         lasts = [prompt[-1] if prompt else 0 for prompt in prompts]
-        blocks = [[last] + [last if fill_token is None else fill_token] * (size - 1) for last in lasts]
+        blocks = [[last] + [last if proposed_token is None else proposed_token] * (size - 1) for last in lasts]
         given["input_ids"].array[:] = np.array(blocks, np.int64).ravel()
         given["num_committed"].array[:] = is_running
         given["write_index"].array[:] = [max(0, len(prompt) - 1) for prompt in prompts]
@@ -372,8 +372,8 @@ class DeviceLoop:
             length, count = self._most, min(count, left)
         else:
             length = count
-        extent = self._engine.extent_for(start + count * self._size)
-        recording = _Recording(self._form, length, extent, *rules)
+        kv_length = self._engine.kv_length_for(start + count * self._size)
+        recording = _Recording(self._form, length, kv_length, *rules)
         if recording in self._graphs:
             return self._replay(recording, count)
         return None if flights else self._enqueue_new(recording)
@@ -434,15 +434,15 @@ class DeviceLoop:
     def _enqueue_body(self, recording: _Recording, handle: int) -> None:
         self._enqueue_forward(recording)
         pointers = (self._addresses[name] for name in condition_kernel.POINTERS)
-        numbers = (self._size, recording.extent, recording.length, self._engine.num_slots)
+        numbers = (self._size, recording.kv_length, recording.length, self._engine.num_slots)
         self._condition_kernel.launch(self._engine.stream, (*pointers, *numbers, handle))
 
     def _enqueue_forward(self, recording: _Recording) -> None:
         """A forward and its commit."""
         slots = self._engine.num_slots
-        self._engine.enqueue_decode(self._size, recording.extent)
+        self._engine.enqueue_decode(self._size, recording.kv_length)
         pointers = (self._addresses[name] for name in commit_kernel.POINTERS)
-        numbers = (recording.num_eos, self._size, self._most, recording.fill, slots)
+        numbers = (recording.num_eos, self._size, self._most, recording.proposer, slots)
         values = (*pointers, *numbers)
         self._commit_kernel.launch(self._engine.stream, values, blocks=-(-slots // THREADS), threads=THREADS)
 

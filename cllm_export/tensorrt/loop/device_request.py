@@ -21,7 +21,7 @@ from cllm_export.tensorrt.loop.launch_copy import Turn
 if TYPE_CHECKING:
     from cllm_export.tensorrt.engine import TrtEngine
 
-FILLS = ("pad", "repeat")
+PROPOSERS = ("pad", "repeat")
 """Draft sources that the kernel has."""
 
 
@@ -82,9 +82,9 @@ class DeviceRequest:
     Args:
         loop: of the engine that has the slot.
         num_slots: of that engine.
-        task: its decode is a sliding Jacobi one, greedy, with the fill ``pad`` or ``repeat``.
+        task: its decode is a sliding Jacobi one, greedy, with the proposer ``pad`` or ``repeat``.
         max_new_tokens, eos_token_ids: as its decode has them.
-        fill_token: None repeats the token before the fill.
+        fill_token: None repeats the token before the proposer.
         memory: what the slot takes from a prefix cache, and gives to it.
     """
 
@@ -96,7 +96,7 @@ class DeviceRequest:
         num_slots: int,
         max_new_tokens: int,
         eos_token_ids: frozenset[int],
-        fill_token: int | None,
+        proposed_token: int | None,
         memory: SlotMemory | None,
     ) -> None:
         self._loop = loop
@@ -104,7 +104,7 @@ class DeviceRequest:
         self._prompts = [task.prompt, *[[] for _ in range(num_slots - 1)]]
         self._memory = memory
         self._launches: Generator[list[list[Turn]]] = loop.decode(
-            self._prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, fill_token=fill_token
+            self._prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, proposed_token=proposed_token
         )
         self._before = (loop.num_forwards, loop.num_syncs)
         self._has_read = False

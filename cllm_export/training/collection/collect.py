@@ -3,7 +3,7 @@
 The prompt file is cut into ranges of ``shard_size`` prompts, and each becomes one shard, decoded from scratch: what a
 shard holds follows from the settings and its own prompts, so that a collection that was cut short, at any moment,
 goes on with the next shard and ends with the bytes it would have had. (Across batch sizes, or another engine, rounding
-may flip a near tie of the model's; nothing else differs: the fill of a prompt is seeded by its number and id.)
+may flip a near tie of the model's; nothing else differs: the proposer of a prompt is seeded by its number and id.)
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _settle(source: Source, prompts_path: Path, num_prompts: int, options: Colle
         engine=source.engine,
         device=source.device,
         loop=LOOP_OF_METHOD[options.method] if options.method else (trained.loop if trained else "sliding"),
-        fill=options.fill or (trained.fill if trained else "pad"),
+        proposer=options.proposer or (trained.proposer if trained else "pad"),
         block_size=block_size,
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cllm_export.bundle.manifest import FillName, Loop
+from cllm_export.bundle.manifest import Loop, ProposerName
 from cllm_export.bundle.storage import sha256_of, write_bytes, write_text
 from cllm_export.checks import from_fields, require_at_least, require_plain_name
 from cllm_export.errors import BundleError, TrajectoryError
@@ -70,7 +70,7 @@ class CollectionSettings:
     engine: EngineName
     device: str
     loop: Loop
-    fill: FillName
+    proposer: ProposerName
     block_size: int
     seed: int
     max_new_tokens: int | None

@@ -61,7 +61,7 @@ def decode_range(
         [entry.request for entry in usable],
         method=METHOD_OF_LOOP[settings.loop],
         block_size=settings.block_size,
-        fill=settings.fill,
+        proposer=settings.proposer,
         eos_token_ids=model.facts.eos_token_ids,
         pad_token_id=pad_token(model.facts),
         finished=lambda done: report(len(prompts) - len(usable) + done),

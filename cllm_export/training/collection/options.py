@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cllm_export.bundle.manifest import FillName
+from cllm_export.bundle.manifest import ProposerName
 from cllm_export.checks import check_options, option
 from cllm_export.runtime.decoding.request import JacobiMethod
 from cllm_export.runtime.decoding.shared_options import (
     block_size_option,
-    fill_option,
     limit_option,
     max_new_tokens_option,
     method_option,
+    proposer_option,
 )
 
 
@@ -26,8 +26,8 @@ class CollectOptions:
 
     method: JacobiMethod | None = method_option()
     block_size: int | None = block_size_option(whose="the model's own")
-    fill: FillName | None = fill_option()
-    seed: int = option(0, help="Seed of the prompt fill, from which each prompt gets its own.")
+    proposer: ProposerName | None = proposer_option()
+    seed: int = option(0, help="Seed of the prompt proposer, from which each prompt gets its own.")
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
     """By default whatever fits."""
     shard_size: int = option(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cllm_export.bundle.manifest import Loop
-from cllm_export.runtime.decoding.drafts.sources import Fill
+from cllm_export.runtime.decoding.drafts.sources import Proposer
 from cllm_export.training.data.samples import Sample
 
 
@@ -37,13 +37,13 @@ class Window:
         return len(self.guesses)
 
 
-def fresh_window(sample: Sample, start: int, block_size: int, fill: Fill) -> Window | None:
-    """A window of a new fill for the sample's prompt; None where the sample has no row to guess there."""
+def fresh_window(sample: Sample, start: int, block_size: int, proposer: Proposer) -> Window | None:
+    """A window of a new draft for the sample's prompt; None where the sample has no row to guess there."""
     count = min(block_size - 1, sample.num_rows - 1 - start)
     if count < 1:
         return None
-    fill.accept(sample.tokens[sample.num_prompt : start + 1])
-    guesses = fill.guess(block_size - 1, ())[:count]
+    proposer.accept(sample.tokens[sample.num_prompt : start + 1])
+    guesses = proposer.propose(block_size - 1, ())[:count]
     return Window(block_size=block_size, start=start, guesses=tuple(guesses))
 
 
@@ -54,33 +54,35 @@ def recorded_window(sample: Sample, start: int, block: Sequence[int]) -> Window 
     return window if count > 0 and window.num_right(sample) < count else None
 
 
-def advance(window: Window, predictions: Sequence[int], sample: Sample, loop: Loop, fill: Fill) -> Window | None:
+def advance(
+    window: Window, predictions: Sequence[int], sample: Sample, loop: Loop, proposer: Proposer
+) -> Window | None:
     """The window after a forward; None once it has reached the end of the sample.
 
     Args:
         predictions: the model's token after each guess, as many as there are guesses.
-        fill: a new one for the sample's prompt.
+        proposer: a new one for the sample's prompt.
     """
     move = _advance_block if loop == "block" else _advance_sliding
-    return move(window, predictions, sample, fill)
+    return move(window, predictions, sample, proposer)
 
 
-def _advance_sliding(window: Window, predictions: Sequence[int], sample: Sample, fill: Fill) -> Window | None:
+def _advance_sliding(window: Window, predictions: Sequence[int], sample: Sample, proposer: Proposer) -> Window | None:
     right = window.num_right(sample)
     start = window.start + right + 1
     count = min(window.block_size - 1, sample.num_rows - 1 - start)
     if count < 1:
         return None
     kept = list(predictions[right:])
-    fill.accept(sample.tokens[sample.num_prompt : start + 1])
-    guesses = [*kept, *fill.guess(window.block_size - 1 - len(kept), kept)][:count]
+    proposer.accept(sample.tokens[sample.num_prompt : start + 1])
+    guesses = [*kept, *proposer.propose(window.block_size - 1 - len(kept), kept)][:count]
     return Window(block_size=window.block_size, start=start, guesses=tuple(guesses), previous=_orphan(window))
 
 
-def _advance_block(window: Window, predictions: Sequence[int], sample: Sample, fill: Fill) -> Window | None:
+def _advance_block(window: Window, predictions: Sequence[int], sample: Sample, proposer: Proposer) -> Window | None:
     right = window.num_right(sample)
     if right == len(window.guesses):
-        return fresh_window(sample, window.start + window.block_size, window.block_size, fill)
+        return fresh_window(sample, window.start + window.block_size, window.block_size, proposer)
     known = sample.tokens[window.start + 1 : window.start + right + 2]
     guesses = (*known, *predictions[right:])[: len(window.guesses)]
     return Window(block_size=window.block_size, start=window.start, guesses=tuple(guesses), previous=_orphan(window))

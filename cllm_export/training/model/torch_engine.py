@@ -32,7 +32,7 @@ from cllm_export.exporter.options import BuildOptions
 from cllm_export.exporter.settle import Settings, settle
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
-from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_extent
+from cllm_export.runtime.engines.kv_cache import check_row_shape, kv_length_bucket
 from cllm_export.runtime.model import Model
 from cllm_export.training.model.attention import CPU_ATTENTION
 
@@ -81,19 +81,19 @@ class TorchEngine(EngineBase):
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         block_size = self._check_batch(batch)
-        packed, extent = _pack(batch), self._extent(block_size, batch.write_index)
+        packed, kv_length = _pack(batch), self._kv_length(block_size, batch.write_index)
         with self._running():
             packed = packed.to(self._device)
-            logits = self._logits(packed, extent, num_rows=0)
+            logits = self._logits(packed, kv_length, num_rows=0)
             rows: list[list[int]] = _greedy(packed, logits).tolist()
             fetched = logits.float().cpu().numpy() if with_logits else None
         return Forward([row[:block_size] for row in rows], [row[block_size] for row in rows], fetched)
 
     def prefill(self, batch: Batch) -> None:
         size = self._check_batch(batch)
-        packed, extent = _pack(batch), self._extent(size, batch.write_index)
+        packed, kv_length = _pack(batch), self._kv_length(size, batch.write_index)
         with self._running():
-            self._logits(packed.to(self._device), extent, num_rows=1)
+            self._logits(packed.to(self._device), kv_length, num_rows=1)
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         self._check_rows(slot, start, stop)
@@ -111,14 +111,14 @@ class TorchEngine(EngineBase):
         given = torch.from_numpy(np.ascontiguousarray(rows.view(np.int16) if is_bits else rows))
         self._cache.write(slot, start, stop, given.view(torch.bfloat16) if is_bits else given)
 
-    def _logits(self, packed: Tensor, extent: int, *, num_rows: int) -> Tensor:
+    def _logits(self, packed: Tensor, kv_length: int, *, num_rows: int) -> Tensor:
         """Logits of the last rows of packed blocks [B, n + 2], of all for 0. Writes the KV."""
         input_ids, write_index = packed[:, :-2], packed[:, -1]
         positions = write_index[:, None] + self._positions[: input_ids.shape[1]]
-        self._cache.aim(positions, extent)
+        self._cache.aim(positions, kv_length)
         logits: Tensor = self._model(
             input_ids=input_ids,
-            attention_mask=self._positions[:extent] <= positions[:, None, :, None],
+            attention_mask=self._positions[:kv_length] <= positions[:, None, :, None],
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
@@ -146,10 +146,10 @@ class TorchEngine(EngineBase):
             raise EngineError(f"PyTorch failed in a forward: {error}") from error
         self.run_seconds += perf_counter() - started
 
-    def _extent(self, block_size: int, write_index: Sequence[int]) -> int:
-        extent = kv_extent(max(write_index) + block_size, self.geometry.cache_length)
-        check_forward(block_size=block_size, write_index=write_index, kv_extent=extent, geometry=self.geometry)
-        return extent
+    def _kv_length(self, block_size: int, write_index: Sequence[int]) -> int:
+        kv_length = kv_length_bucket(max(write_index) + block_size, self.geometry.cache_length)
+        check_forward(block_size=block_size, write_index=write_index, kv_length=kv_length, geometry=self.geometry)
+        return kv_length
 
 
 def _pack(batch: Batch) -> Tensor:
@@ -169,11 +169,11 @@ class SlotCache:
         """Key and value of layer 0, of layer 1, ... Zeroed: a NaN in a dead row would leak, 0 * NaN being NaN."""
         self._slots = torch.arange(num_slots, device=device)[:, None]
         self._positions = self._slots
-        self._extent = 0
+        self._kv_length = 0
 
-    def aim(self, positions: Tensor, extent: int) -> None:
+    def aim(self, positions: Tensor, kv_length: int) -> None:
         """Where the next forward writes [B, n], and how many rows S it sees."""
-        self._positions, self._extent = positions, extent
+        self._positions, self._kv_length = positions, kv_length
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the block of one layer; its keys and values [B, K, S, D]."""
@@ -197,7 +197,7 @@ class SlotCache:
             self._buffers[index] = self._buffers[index].to(block.dtype)
         buffer = self._buffers[index]
         buffer.transpose(1, 2)[self._slots, self._positions] = block.transpose(1, 2)
-        return buffer[:, :, : self._extent]
+        return buffer[:, :, : self._kv_length]
 
 
 def load_checkpoint(
@@ -241,7 +241,7 @@ def model_around(
         model: what the checkpoint became; with LoRA, the base model (``get_base_model()``), whose layers carry it.
         checkpoint: where it came from.
         max_length: prompt plus new tokens; by default the model's, capped at 2048.
-        trained_with: what it is being trained with, whose n, fill and loop are then its defaults.
+        trained_with: what it is being trained with, whose n, proposer and loop are then its defaults.
         num_slots: of its engine; ``Model.generate`` uses one, ``decode_requests`` all.
 
     Raises:

@@ -72,8 +72,8 @@ def edit_manifest(bundle, edit):
     "changes",
     [
         {},
-        {"trained_with": TrainedWith(block_size=16, fill="prompt", loop="block"), "pad_token_id": None},
-        {"fixed_shapes": FixedShapes(batch_size=2, block_size=4, kv_extent=79)},
+        {"trained_with": TrainedWith(block_size=16, proposer="prompt", loop="block"), "pad_token_id": None},
+        {"fixed_shapes": FixedShapes(batch_size=2, block_size=4, kv_length=79)},
         {"eos_token_ids": (), "special_tokens": {"bos_token": "<▁début▁>"}, "precision": "fp16"},
     ],
     ids=["plain", "trained", "fixed", "other characters"],
@@ -102,7 +102,7 @@ def test_the_fingerprint_follows_the_manifest(tmp_path):
 
 @pytest.mark.parametrize("place", ["", "geometry", "trained_with"])
 def test_an_unknown_key_is_refused_by_name(tmp_path, place):
-    trained_with = TrainedWith(block_size=4, fill="pad", loop="sliding")
+    trained_with = TrainedWith(block_size=4, proposer="pad", loop="sliding")
     bundle = write_bundle(tmp_path / "bundle", trained_with=trained_with)
     edit_manifest(bundle, lambda raw: (raw[place] if place else raw).update(flavour=1))
     with pytest.raises(BundleError, match=r"unknown key 'flavour'.*rebuild"):
@@ -173,9 +173,9 @@ def test_a_graph_must_be_one_of_the_listed_files(bundle):
         open_bundle(bundle.path)
 
 
-@pytest.mark.parametrize("changes", [{"block_size": 0}, {"fill": "random"}, {"loop": "zigzag"}])
+@pytest.mark.parametrize("changes", [{"block_size": 0}, {"proposer": "random"}, {"loop": "zigzag"}])
 def test_a_training_setting_out_of_range_is_refused_by_name(changes):
-    trained_with = TrainedWith(block_size=4, fill="pad", loop="sliding")
+    trained_with = TrainedWith(block_size=4, proposer="pad", loop="sliding")
     with pytest.raises(OptionError, match=f"trained_with.{next(iter(changes))}"):
         replace(trained_with, **changes)
 

@@ -19,7 +19,7 @@ from cllm_export.runtime.engines.base import Engine
 from tests.fakes import FakeEngine, HashModel, ScriptModel, make_geometry
 
 GEOMETRY = make_geometry(max_length=20, max_block_size=4)
-FIXED = FixedShapes(batch_size=2, block_size=4, kv_extent=23)
+FIXED = FixedShapes(batch_size=2, block_size=4, kv_length=23)
 SCRIPT = [10, 12, 14, 16]
 PROMPT = [5, 6]
 
@@ -84,28 +84,28 @@ def test_only_an_int_of_at_least_the_minimum_passes(value):
 
 
 def test_a_forward_that_ends_at_the_last_row_fits():
-    check_forward(block_size=4, write_index=[0, 19], kv_extent=23, geometry=GEOMETRY)
+    check_forward(block_size=4, write_index=[0, 19], kv_length=23, geometry=GEOMETRY)
 
 
 def test_a_forward_beyond_the_cache_is_refused_with_its_numbers():
     with pytest.raises(EngineError, match=r"block of 4 at write index 20 needs 24 .* has 23"):
-        check_forward(block_size=4, write_index=[0, 20], kv_extent=24, geometry=GEOMETRY)
+        check_forward(block_size=4, write_index=[0, 20], kv_length=24, geometry=GEOMETRY)
 
 
-def test_an_extent_that_hides_a_row_from_itself_is_refused():
-    with pytest.raises(EngineError, match="extent 11 is below write index 8"):
-        check_forward(block_size=4, write_index=[0, 8], kv_extent=11, geometry=GEOMETRY)
+def test_a_kv_length_that_hides_a_row_from_itself_is_refused():
+    with pytest.raises(EngineError, match="KV length 11 is below write index 8"):
+        check_forward(block_size=4, write_index=[0, 8], kv_length=11, geometry=GEOMETRY)
 
 
 @pytest.mark.parametrize("write_index", [[0, 20, 5], [3, -1, 7]])
 def test_one_slot_out_of_bounds_is_enough(write_index):
     with pytest.raises(EngineError):
-        check_forward(block_size=4, write_index=write_index, kv_extent=23, geometry=GEOMETRY)
+        check_forward(block_size=4, write_index=write_index, kv_length=23, geometry=GEOMETRY)
 
 
 def test_a_negative_write_index_is_refused():
     with pytest.raises(EngineError):
-        check_forward(block_size=4, write_index=[0, -1], kv_extent=23, geometry=GEOMETRY)
+        check_forward(block_size=4, write_index=[0, -1], kv_length=23, geometry=GEOMETRY)
 
 
 def test_the_fake_engine_is_an_engine():

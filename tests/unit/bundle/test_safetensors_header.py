@@ -51,7 +51,7 @@ def test_a_name_that_stands_twice_is_refused(path):
 
 
 def test_a_shape_that_no_tensor_can_have_is_refused(path):
-    """Its bytes are right, since another extent is 0."""
+    """Its bytes are right, since another KV length is 0."""
     with_header(path, json.dumps({"t": {"dtype": "F32", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}}), 0)
     with pytest.raises(ValueError, match="gives a tensor the shape"):
         read_header(path)

@@ -35,7 +35,7 @@ def recorded(tmp_path_factory):
     bundle = write_bundle(tmp_path_factory.mktemp("observe") / "bundle")
     language_model = HashModel(vocab_size=bundle.manifest.geometry.vocab_size, window=2, seed=3)
     prompts = [Prompt(id=str(number), content=f"the cat {number}") for number in range(3)]
-    options = RecordOptions(loop="sliding", fill="pad", block_size=4, max_new_tokens=10)
+    options = RecordOptions(loop="sliding", proposer="pad", block_size=4, max_new_tokens=10)
     recordings = record(make_model(bundle, language_model), prompts, options)
     return recordings, ShowingEngine(language_model, bundle.manifest.geometry, num_slots=2)
 

@@ -14,7 +14,7 @@ from cllm_export.prompts import Prompt
 from tests.fakes import PAD, FakeEngine, HashModel, greedy, make_geometry, make_model, properties, write_bundle
 
 PROMPT, NEW = (5, 6, 7), (8, 9, 10, 11)
-OPTIONS = RecordOptions(loop="sliding", fill="pad", block_size=4, max_new_tokens=24)
+OPTIONS = RecordOptions(loop="sliding", proposer="pad", block_size=4, max_new_tokens=24)
 
 
 def recording(*states: State) -> Recording:
@@ -67,12 +67,12 @@ def test_a_damaged_line_is_an_error(tmp_path, line):
 @properties
 @given(text=st.text(alphabet="thecatsonm ", min_size=3, max_size=20).filter(str.strip))
 def test_a_replay_predicts_what_the_decode_predicted(model, loop, text):
-    options = RecordOptions(loop=loop, fill="repeat", block_size=4, max_new_tokens=12)
+    options = RecordOptions(loop=loop, proposer="repeat", block_size=4, max_new_tokens=12)
     (found,) = record(model, [Prompt(id="1", content=text)], options)
     generation = model.generate(
         list(found.prompt),
         method="jacobi" if loop == "sliding" else "jacobi-block",
-        fill="repeat",
+        proposer="repeat",
         block_size=4,
         max_new_tokens=12,
     )
@@ -94,7 +94,7 @@ def test_prompts_that_cannot_be_decoded_are_left_out(model):
 
 
 def test_each_prompt_has_a_seed_of_its_own_that_its_number_gives(model):
-    options = RecordOptions(loop="sliding", fill="prompt", block_size=4, max_new_tokens=12)
+    options = RecordOptions(loop="sliding", proposer="prompt", block_size=4, max_new_tokens=12)
     prompts = [Prompt(id=str(number), content="the cat sat on the mat") for number in range(4)]
     whole = record(model, prompts, options)
     assert len({entry.states for entry in whole}) > 1

@@ -11,7 +11,7 @@ from cllm_export.evaluation.verdict import Expectation, judge
 from cllm_export.prompts import Prompt
 from tests.fakes import HashModel, make_model, write_bundle
 
-SETTINGS = Settings(method="jacobi", block_size=4, fill="pad", max_new_tokens=12)
+SETTINGS = Settings(method="jacobi", block_size=4, proposer="pad", max_new_tokens=12)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_when_nothing_can_be_decoded_the_first_reason_is_told(model):
 
 @pytest.mark.parametrize("method", ["jacobi", "jacobi-block"])
 def test_both_loops_equal_autoregressive_decoding_and_their_measures_add_up(model, method):
-    settings = Settings(method=method, block_size=4, fill="repeat", max_new_tokens=12)
+    settings = Settings(method=method, block_size=4, proposer="repeat", max_new_tokens=12)
     decoded = decode_prompts(model, prompts("the cat", "sat on the mat"), settings)
     measures = measure(decoded.answers, settings)
     assert (measures.exact, measures.compared) == (2, 2)
@@ -54,7 +54,7 @@ def test_both_loops_equal_autoregressive_decoding_and_their_measures_add_up(mode
 def test_a_block_that_is_right_at_once_takes_one_iteration(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", eos_token_ids=())
     free = make_model(bundle, HashModel(vocab_size=bundle.manifest.geometry.vocab_size, window=0))
-    settings = Settings(method="jacobi-block", block_size=4, fill="pad", max_new_tokens=8)
+    settings = Settings(method="jacobi-block", block_size=4, proposer="pad", max_new_tokens=8)
     measures = measure(decode_prompts(free, prompts("the cat"), settings).answers, settings)
     assert measures.iterations_per_block == 2.0  # one forward makes it right, one finds it so
 
@@ -67,14 +67,14 @@ def test_a_prompt_that_leaves_little_room_is_decoded_as_far_as_it_goes(model):
 
 def test_settings_that_the_model_cannot_take_are_refused(model):
     with pytest.raises(OptionError, match="at most 16"):
-        decode_prompts(model, prompts("a"), Settings(method="jacobi", block_size=17, fill="pad", max_new_tokens=1))
+        decode_prompts(model, prompts("a"), Settings(method="jacobi", block_size=17, proposer="pad", max_new_tokens=1))
     with pytest.raises(OptionError, match="method"):
-        Settings(method="autoregressive", block_size=4, fill="pad", max_new_tokens=1)
+        Settings(method="autoregressive", block_size=4, proposer="pad", max_new_tokens=1)
 
 
 def test_the_defaults_are_the_models_own(model):
     assert default_settings(model, max_new_tokens=9) == Settings(
-        method="jacobi", block_size=4, fill="pad", max_new_tokens=9
+        method="jacobi", block_size=4, proposer="pad", max_new_tokens=9
     )
 
 

@@ -33,10 +33,10 @@ def test_lookahead_has_what_was_given_of_its_shape():
         ({"window": 3}, "window", "is for lookahead"),
         ({"methods": ("jacobi",), "guesses": 3}, "guesses", "is for lookahead"),
         ({"methods": ("lookahead", "autoregressive"), "block_sizes": (4,)}, "block_sizes", "is for the Jacobi loops"),
-        ({"methods": ("autoregressive",), "fill": "pad"}, "fill", "is for loops that draft"),
-        ({"fill": "zeros"}, "fill", "got 'zeros'"),
+        ({"methods": ("autoregressive",), "proposer": "pad"}, "proposer", "is for loops that draft"),
+        ({"proposer": "zeros"}, "proposer", "got 'zeros'"),
         ({"draft_model": Path("x"), "methods": ("jacobi",)}, "draft_model", "needs methods speculative"),
-        ({"draft_model": Path("x"), "fill": "lookup"}, "draft_model", "needs methods speculative"),
+        ({"draft_model": Path("x"), "proposer": "lookup"}, "draft_model", "needs methods speculative"),
         ({"repeats": 0}, "repeats", "at least 1"),
         ({"threads": 0}, "threads", "at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens", "at least 1"),
@@ -55,8 +55,8 @@ def test_options_that_nothing_would_use_or_that_are_out_of_range_are_refused(
     [
         {"draft_model": Path("x")},
         {"draft_model": Path("x"), "methods": ("speculative",)},
-        {"draft_model": Path("x"), "methods": ("jacobi",), "fill": "model+lookup"},
-        {"methods": ("autoregressive", "speculative"), "fill": "pool"},
+        {"draft_model": Path("x"), "methods": ("jacobi",), "proposer": "model+lookup"},
+        {"methods": ("autoregressive", "speculative"), "proposer": "pool"},
     ],
 )
 def test_a_draft_model_is_taken_where_something_asks_it(given: dict[str, Any]):

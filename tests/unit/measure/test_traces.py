@@ -28,7 +28,7 @@ def replay(file: dict[str, Any], trace: dict[str, Any]) -> tuple[list[int], str]
         return forward
 
     def filled(known: list[int]) -> list[int]:
-        token = file["pad_token_id"] if trace["fill"] == "pad" else known[-1]
+        token = file["pad_token_id"] if trace["proposer"] == "pad" else known[-1]
         return known + [token] * (n - len(known))
 
     w, tokens, k = 0, [], 0
@@ -75,15 +75,15 @@ def test_the_committed_traces_have_the_same_tokens_whatever_the_loop():
     assert all(len(tokens) == 1 for tokens in by_prompt.values())
 
 
-@pytest.mark.parametrize("fill", ["pad", "repeat"])
+@pytest.mark.parametrize("proposer", ["pad", "repeat"])
 @pytest.mark.parametrize("window", [0, 2, None])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_recorded_trace_is_what_the_written_rules_give(tmp_path: Path, fill: Any, window: int | None, seed: int):
+def test_a_recorded_trace_is_what_the_written_rules_give(tmp_path: Path, proposer: Any, window: int | None, seed: int):
     bundle = write_bundle(tmp_path / "bundle")
     vocabulary = bundle.manifest.geometry.vocab_size
     model = make_model(bundle, HashModel(vocab_size=vocabulary, window=window, seed=seed))
     prompts = [Prompt(id="short", content="a"), Prompt(id="long", content="the cat sat on the mat " * 2)]
-    file = record_traces(bundle, model, prompts, fill=fill, block_size=1 + 3 * (seed % 3), max_new_tokens=9)
+    file = record_traces(bundle, model, prompts, proposer=proposer, block_size=1 + 3 * (seed % 3), max_new_tokens=9)
     assert len(file["traces"]) == len(prompts) * len(DEFAULT_METHODS)
     assert json.loads(json.dumps(file)) == file
     for trace in file["traces"]:
@@ -99,8 +99,8 @@ def test_a_trace_that_was_tampered_with_does_not_replay():
         assert replay(file, trace) == (trace["token_ids"], trace["finish_reason"])
 
 
-def test_a_fill_with_rules_of_its_own_is_refused(tmp_path: Path):
+def test_a_proposer_with_rules_of_its_own_is_refused(tmp_path: Path):
     bundle = write_bundle(tmp_path / "bundle")
     model = make_model(bundle, HashModel(vocab_size=bundle.manifest.geometry.vocab_size))
-    with pytest.raises(OptionError, match="fill must be one of pad, repeat in a trace"):
-        record_traces(bundle, model, [], fill="lookup")
+    with pytest.raises(OptionError, match="proposer must be one of pad, repeat in a trace"):
+        record_traces(bundle, model, [], proposer="lookup")

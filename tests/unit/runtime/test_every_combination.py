@@ -31,7 +31,7 @@ NUM_SLOTS = 3
 VOCABULARY = 40
 """Tokens that the model predicts: few, so that ends of sequence, stop strings and repetitions are common."""
 ROW_BYTES = 2 * 2 * 2 * 8 * 8
-TRAINED = {"sliding": TrainedWith(block_size=5, fill="pad", loop="sliding"), "none": None}
+TRAINED = {"sliding": TrainedWith(block_size=5, proposer="pad", loop="sliding"), "none": None}
 REGEXES = ["(a|b)+c", "the (cat|dog) sat [0-9]{2,4}", "[ab]\u00e9\u00e9\u00e9[cd]{1,3}\u20ac\u20ac"]
 LOOKAHEAD = ("window", "ngram", "guesses")
 CHAINS = ["pad", "repeat", "prompt", "lookup", "pool", "model", "pool+lookup", "lookup+model+repeat", "model+pool"]
@@ -92,13 +92,13 @@ how = st.one_of(
         optional={
             "block_size": st.integers(1, 16),
             "deterministic": st.booleans(),
-            "fill": st.sampled_from(CHAINS),
+            "proposer": st.sampled_from(CHAINS),
         },
     ),
     st.fixed_dictionaries({"method": st.sampled_from(["jacobi", "speculative"]), "block_size": st.just("auto")}),
     st.fixed_dictionaries(
         {"method": st.just("lookahead"), "window": st.integers(1, 3), "ngram": st.integers(2, 3)},
-        optional={"guesses": st.just(1), "fill": st.sampled_from(["pad", "lookup", "pool"])},
+        optional={"guesses": st.just(1), "proposer": st.sampled_from(["pad", "lookup", "pool"])},
     ),
 )
 prompts = st.one_of(
@@ -160,7 +160,7 @@ def make(bundle, world: World) -> Model:
     manifest, shapes = bundle.manifest, None
     geometry = manifest.geometry
     if world.fixed_block_size:
-        shapes = FixedShapes(batch_size=NUM_SLOTS, block_size=world.fixed_block_size, kv_extent=geometry.cache_length)
+        shapes = FixedShapes(batch_size=NUM_SLOTS, block_size=world.fixed_block_size, kv_length=geometry.cache_length)
     graphs = {name: entry.__class__(file=entry.file, fixed_shapes=shapes) for name, entry in manifest.graphs.items()}
     changed = with_manifest(
         bundle, trained_with=world.trained, graphs=graphs, block_size=world.fixed_block_size or manifest.block_size
@@ -190,7 +190,8 @@ def plain(bundle, world: World, request: Request) -> Outcome:
     given: dict[str, Any] = request.what
     try:
         return Outcome(
-            outcome_of(model.generate(request.prompt, method="autoregressive", block_size=1, fill="pad", **given)), None
+            outcome_of(model.generate(request.prompt, method="autoregressive", block_size=1, proposer="pad", **given)),
+            None,
         )
     except CllmExportError as error:
         return Outcome((), str(error))
@@ -232,8 +233,8 @@ def settled(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
             left = {name: value for name, value in left.items() if name not in LOOKAHEAD} | {"method": "jacobi"}
     if left.get("deterministic") and left.get("block_size") == "auto":
         del left["deterministic"]
-    if left["method"] == "autoregressive" and "model" in left.get("fill", ""):
-        del left["fill"]
+    if left["method"] == "autoregressive" and "model" in left.get("proposer", ""):
+        del left["proposer"]
     return left
 
 

@@ -39,7 +39,7 @@ from tests.fakes import (
 
 PROMPT = "the cat"
 TEXT = " sat on the mat; DROP TABLE city 🙂"
-FIXED = FixedShapes(batch_size=1, block_size=4, kv_extent=79)
+FIXED = FixedShapes(batch_size=1, block_size=4, kv_length=79)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
 MESSAGES = [{"role": "user", "content": "the cat"}]
 
@@ -237,7 +237,7 @@ def test_without_a_limit_a_request_takes_what_still_fits(bundle):
             "must be one of jacobi, jacobi-block, speculative, autoregressive, lookahead, got 'medusa'",
         ),
         (
-            "fill",
+            "proposer",
             "random",
             "must be one of pad, repeat, prompt, lookup, pool, model, or several joined by \\+, got 'random'",
         ),
@@ -260,7 +260,7 @@ def test_an_option_out_of_range_is_refused_before_the_first_forward(model, act, 
     assert calls_of(model) == []
 
 
-@pytest.mark.parametrize("option", ["method", "fill"])
+@pytest.mark.parametrize("option", ["method", "proposer"])
 def test_an_empty_name_is_refused_like_any_unknown_one(model, option):
     with pytest.raises(OptionError, match=f"{option} must be one of"):
         model.generate([5, 6, 7], **{option: ""})
@@ -290,7 +290,7 @@ def test_a_pinned_bundle_decodes_with_its_own_block_size(fixed_bundle, method):
 
 @pytest.mark.parametrize(("loop", "method"), [("sliding", "jacobi"), ("block", "jacobi-block"), (None, "jacobi")])
 def test_the_default_method_is_the_loop_the_model_was_trained_with(bundle, loop, method):
-    trained = TrainedWith(block_size=4, fill="pad", loop=loop) if loop else None
+    trained = TrainedWith(block_size=4, proposer="pad", loop=loop) if loop else None
     reciter = make_reciter(with_manifest(bundle, trained_with=trained))
     runs = {
         name: reciter.generate(PROMPT, method=name, deterministic=True).forwards for name in ("jacobi", "jacobi-block")
@@ -299,11 +299,11 @@ def test_the_default_method_is_the_loop_the_model_was_trained_with(bundle, loop,
     assert reciter.generate(PROMPT, deterministic=True).forwards == runs[method]
 
 
-def test_the_default_fill_is_what_the_model_was_trained_with(bundle):
-    trained = TrainedWith(block_size=4, fill="repeat", loop="sliding")
+def test_the_default_proposer_is_what_the_model_was_trained_with(bundle):
+    trained = TrainedWith(block_size=4, proposer="repeat", loop="sliding")
     model = make_model(with_manifest(bundle, trained_with=trained), HashModel(vocab_size=200))
     assert model.generate([5, 6], max_new_tokens=1, block_size=4).forwards[0].block == [6, 6, 6, 6]
-    assert model.generate([5, 6], max_new_tokens=1, block_size=3, fill="pad").forwards[0].block == [6, PAD, PAD]
+    assert model.generate([5, 6], max_new_tokens=1, block_size=3, proposer="pad").forwards[0].block == [6, PAD, PAD]
 
 
 @pytest.mark.parametrize(("pad", "eos", "filled"), [(3, (EOS,), 3), (None, (8, 9), 8), (None, (), 0), (0, (8,), 0)])
@@ -321,7 +321,7 @@ def test_the_deterministic_block_size_is_the_bundles_and_that_of_autoregressive_
 
 
 def test_a_model_that_was_trained_with_blocks_begins_with_its_own_size_and_another_with_one(bundle):
-    trained = TrainedWith(block_size=8, fill="pad", loop="sliding")
+    trained = TrainedWith(block_size=8, proposer="pad", loop="sliding")
     for known, size in ((trained, 8), (None, 1)):
         times = {1: 1.0, 2: 1.5, 4: 1.7, 8: 2.0, 12: 4.0, 16: 6.0}
         model = make_model(with_manifest(bundle, trained_with=known), HashModel(vocab_size=200), forward_seconds=times)
@@ -355,7 +355,8 @@ def test_a_chosen_size_is_only_for_loops_that_can_change_it(model, fixed_bundle)
 
 def test_a_seeded_request_can_be_repeated(model):
     first, again, other = (
-        model.generate([5, 6, 7], fill="prompt", seed=seed, max_new_tokens=9, deterministic=True) for seed in (1, 1, 2)
+        model.generate([5, 6, 7], proposer="prompt", seed=seed, max_new_tokens=9, deterministic=True)
+        for seed in (1, 1, 2)
     )
     assert first.forwards == again.forwards != other.forwards
     assert first.token_ids == other.token_ids

@@ -47,7 +47,7 @@ def test_the_sampling_options_are_those_of_sampling():
 
 def test_nothing_said_is_greedy_jacobi_of_a_chosen_size_to_the_last_token():
     request = settle()
-    assert (request.method, request.block_size, request.fill) == ("jacobi", "auto", "pad")
+    assert (request.method, request.block_size, request.proposer) == ("jacobi", "auto", "pad")
     assert (request.max_new_tokens, request.stop, request.logprobs) == (97, (), None)
     assert request.eos_token_ids == {2, 3}
     assert not request.needs_sampler
@@ -87,17 +87,17 @@ def test_a_pinned_engine_has_one_block_size(block_size):
 
 
 def test_what_a_model_was_trained_with_is_its_default():
-    trained = replace(LIMITS, trained_with=TrainedWith(block_size=16, fill="repeat", loop="block"))
-    assert (settle(trained).method, settle(trained).fill) == ("jacobi-block", "repeat")
+    trained = replace(LIMITS, trained_with=TrainedWith(block_size=16, proposer="repeat", loop="block"))
+    assert (settle(trained).method, settle(trained).proposer) == ("jacobi-block", "repeat")
     assert settle(trained, block_size="auto").method == "jacobi"
-    assert settle(trained, fill="pad").fill == "pad"
+    assert settle(trained, proposer="pad").proposer == "pad"
 
 
-def test_the_fill_of_speculative_is_the_draft_model_where_there_is_one():
-    assert settle(method="speculative").fill == "lookup"
-    assert settle(replace(LIMITS, has_draft_model=True), method="speculative").fill == "model"
+def test_the_proposer_of_speculative_is_the_draft_model_where_there_is_one():
+    assert settle(method="speculative").proposer == "lookup"
+    assert settle(replace(LIMITS, has_draft_model=True), method="speculative").proposer == "model"
     with pytest.raises(OptionError, match="needs a draft model"):
-        settle(fill="model")
+        settle(proposer="model")
 
 
 def test_a_lookahead_request_has_its_shape_and_as_many_rows():
@@ -105,14 +105,14 @@ def test_a_lookahead_request_has_its_shape_and_as_many_rows():
     assert request.lookahead is not None
     assert request.lookahead.ngram == 4
     assert request.block_size == request.lookahead.max_rows
-    assert request.fill == "prompt"
+    assert request.proposer == "prompt"
     with pytest.raises(OptionError, match="choose smaller ones"):
         settle(replace(LIMITS, max_block_size=8), method="lookahead")
 
 
 def test_a_request_on_the_device_has_the_models_own_block_size():
     assert settle(forwards_per_sync=4).block_size == 8
-    for wrong in ({"method": "speculative"}, {"fill": "lookup"}):
+    for wrong in ({"method": "speculative"}, {"proposer": "lookup"}):
         with pytest.raises(OptionError, match="forwards_per_sync is for the"):
             settle(forwards_per_sync=4, **wrong)
 
@@ -145,11 +145,11 @@ def test_a_bias_of_a_token_that_the_model_has_not_is_refused():
         ({"window": 3}, "window is for the method lookahead"),
         ({"method": "lookahead", "window": 0}, "window must be an integer of at least 1, got 0"),
         ({"method": "lookahead", "temperature": 1.0}, "lookahead is for greedy requests and excludes sampling"),
-        ({"method": "lookahead", "fill": "model"}, "is not for lookahead"),
+        ({"method": "lookahead", "proposer": "model"}, "is not for lookahead"),
         ({"forwards_per_sync": 2, "logprobs": 0}, "excludes logprobs"),
         ({"regex": "a", "grammar": "b"}, "regex and grammar exclude each other"),
         ({"regex": "a", "ignore_eos": True}, "regex excludes ignore_eos"),
-        ({"fill": "zeros"}, "fill must be one of"),
+        ({"proposer": "zeros"}, "proposer must be one of"),
         ({"temperature": 10**400}, "temperature must be a number"),
         ({"top_p": 10**400}, "top_p must be a number"),
     ],

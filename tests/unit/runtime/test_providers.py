@@ -160,7 +160,7 @@ def test_cuda_graphs_are_asked_for_with_a_graph_for_each_shape_and_none_for_chun
         asked: dict[str, Any] = {"with_logits": with_logits}
         given = engine.forward(Batch([[5] * size], [1], [11]), **asked)
         assert given[:2] == expected.forward(Batch([[5] * size], [1], [11]), **asked)[:2]
-    engine.forward(Batch([[5] * 8], [1], [250]))  # a larger extent
+    engine.forward(Batch([[5] * 8], [1], [250]))  # a larger KV length
     assert session.runs == ["-1", "1", "1", "2", "3", "1", "2", "4"]
     engine.close()
 
@@ -229,7 +229,9 @@ def test_a_prompt_that_was_read_is_not_read_again_on_a_device(
     assert first.token_ids == again.token_ids == workshop.model("small").generate(prompt, **options).token_ids
 
 
-def test_an_extent_costs_a_graph_only_where_graphs_are_recorded(workshop: Workshop, graph_session: type[GraphSession]):
+def test_a_kv_length_costs_a_graph_only_where_graphs_are_recorded(
+    workshop: Workshop, graph_session: type[GraphSession]
+):
     bundle, numbers = workshop.bundle("small"), {}
     for cuda_graphs in (False, True):
         engine = OrtEngine(bundle, device="cuda", cuda_graphs=cuda_graphs)

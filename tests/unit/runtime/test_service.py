@@ -174,8 +174,8 @@ def test_bad_requests_are_refused_before_they_are_queued(service):
         service.submit([])
     with pytest.raises(OptionError, match="max_new_tokens must be an integer of at least 1, got 0"):
         service.submit([5], max_new_tokens=0)
-    with pytest.raises(OptionError, match="fill must be one of"):
-        service.submit([5], fill="random")
+    with pytest.raises(OptionError, match="proposer must be one of"):
+        service.submit([5], proposer="random")
     with pytest.raises(OptionError, match="block_size is the service's"):
         service.submit([5], block_size=2)
     with pytest.raises(PromptError, match="empty"):
@@ -228,7 +228,7 @@ def test_a_watcher_that_would_wait_for_itself_is_refused(bundle, tmp_path):
 
 
 def test_a_warm_up_needs_no_method_that_the_service_refuses(bundle):
-    trained = TrainedWith(block_size=4, fill="pad", loop="block")
+    trained = TrainedWith(block_size=4, proposer="pad", loop="block")
     model = make_model(
         with_manifest(bundle, trained_with=trained), HashModel(vocab_size=VOCABULARY), forward_seconds={1: 1.0}
     )

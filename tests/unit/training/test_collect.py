@@ -94,9 +94,11 @@ def test_the_block_loop_counts_the_blocks_it_iterated(bundle, prompts, tmp_path)
 
 
 def test_defaults_are_what_the_model_was_trained_with(bundle, prompts, tmp_path):
-    trained = with_manifest(bundle, trained_with=TrainedWith(block_size=4, fill="repeat", loop="block"), block_size=6)
+    trained = with_manifest(
+        bundle, trained_with=TrainedWith(block_size=4, proposer="repeat", loop="block"), block_size=6
+    )
     settings = collect(make_source(trained), prompts, tmp_path / "out").manifest.settings
-    assert (settings.loop, settings.fill, settings.block_size) == ("block", "repeat", 6)
+    assert (settings.loop, settings.proposer, settings.block_size) == ("block", "repeat", 6)
 
 
 BAD_PROMPTS = [
@@ -154,13 +156,13 @@ class Failing(HashModel):
 @pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.99])
 def test_a_collection_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(bundle, prompts, tmp_path, share):
     whole, broken, counting = tmp_path / "whole", tmp_path / "broken", Failing(after=1 << 40)
-    collect(make_source(bundle, model=counting), prompts, whole, small(fill="prompt", seed=3))
+    collect(make_source(bundle, model=counting), prompts, whole, small(proposer="prompt", seed=3))
     failing = Failing(after=int(share * ((1 << 40) - counting.left)))
     with pytest.raises(EngineError):
-        collect(make_source(bundle, model=failing), prompts, broken, small(fill="prompt", seed=3))
+        collect(make_source(bundle, model=failing), prompts, broken, small(proposer="prompt", seed=3))
     with pytest.raises(TrajectoryError, match="not complete"):
         read_trajectories(broken)
-    collect(make_source(bundle), prompts, broken, small(fill="prompt", seed=3))
+    collect(make_source(bundle), prompts, broken, small(proposer="prompt", seed=3))
     assert contents(broken) == contents(whole)
 
 
@@ -182,7 +184,7 @@ def test_a_complete_collection_is_not_decoded_again(bundle, prompts, tmp_path):
 
 
 def test_neither_shards_nor_slots_change_a_trajectory(bundle, prompts, tmp_path):
-    options = CollectOptions(fill="prompt", seed=5)
+    options = CollectOptions(proposer="prompt", seed=5)
     expected = list(collect(make_source(bundle, num_slots=1), prompts, tmp_path / "one", options).rows())
     for slots, size in ((4, 2), (16, 100)):
         source, name = make_source(bundle, num_slots=slots), f"{slots}-{size}"
@@ -191,7 +193,7 @@ def test_neither_shards_nor_slots_change_a_trajectory(bundle, prompts, tmp_path)
 
 
 def test_a_limit_leaves_the_first_prompts_as_they_are(bundle, prompts, tmp_path):
-    options = CollectOptions(fill="prompt", seed=5)
+    options = CollectOptions(proposer="prompt", seed=5)
     every = list(collect(make_source(bundle), prompts, tmp_path / "all", options).rows())
     first = list(collect(make_source(bundle), prompts, tmp_path / "first", replace(options, limit=4)).rows())
     assert first == [row for row in every if row.index < 4]
@@ -202,7 +204,7 @@ def test_seeds_differ_from_prompt_to_prompt_and_from_run_to_run(bundle, tmp_path
     path.write_text("the cat sat on the mat with the name\n" * 6)
     firsts = {}
     for seed in (1, 2):
-        options = CollectOptions(fill="prompt", seed=seed, block_size=16)
+        options = CollectOptions(proposer="prompt", seed=seed, block_size=16)
         rows = collect(make_source(bundle), path, tmp_path / str(seed), options).rows()
         firsts[seed] = {tuple(row.block[0]) for row in rows}
         assert len(firsts[seed]) > 1
@@ -213,7 +215,7 @@ def test_seeds_differ_from_prompt_to_prompt_and_from_run_to_run(bundle, tmp_path
     ("changed", "name"),
     [
         (small(seed=1), "seed 0, this one has 1"),
-        (small(fill="repeat"), "fill 'pad', this one has 'repeat'"),
+        (small(proposer="repeat"), "proposer 'pad', this one has 'repeat'"),
         (small(method="jacobi-block"), "loop 'sliding', this one has 'block'"),
         (small(block_size=5), "block_size 4, this one has 5"),
         (small(max_new_tokens=9), "max_new_tokens None, this one has 9"),
@@ -289,7 +291,7 @@ def test_a_second_run_into_the_same_directory_is_refused_while_the_first_one_wri
         ({"block_size": 0}, "block_size"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"limit": 0}, "limit"),
-        ({"fill": "zeros"}, "fill"),
+        ({"proposer": "zeros"}, "proposer"),
         ({"method": "autoregressive"}, "method"),
     ],
 )

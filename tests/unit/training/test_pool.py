@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle.manifest import FILLS
+from cllm_export.bundle.manifest import PROPOSERS
 from cllm_export.training.data.samples import Sample
 from cllm_export.training.data.windows import Window
 from cllm_export.training.pool import Entry, Pool, PoolOptions
@@ -30,7 +30,7 @@ def make_samples(count: int, *, longest: int = 40, seed: int = 0) -> list[Sample
 
 
 def make_options(**changes: Any) -> PoolOptions:
-    settled: dict[str, Any] = {"num_windows": 3, "block_sizes": (8,), "loop": "sliding", "fill": "pad", "size": 24}
+    settled: dict[str, Any] = {"num_windows": 3, "block_sizes": (8,), "loop": "sliding", "proposer": "pad", "size": 24}
     return PoolOptions(**settled | changes)
 
 
@@ -46,18 +46,18 @@ def step(pool: Pool, batch_size: int) -> list[Entry]:
     return seen
 
 
-@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("loop", ["sliding", "block"])
-def test_equal_seeds_draw_alike_and_others_do_not(loop, fill):
-    samples, options = make_samples(30), make_options(loop=loop, fill=fill, block_sizes=(8, 4))
+def test_equal_seeds_draw_alike_and_others_do_not(loop, proposer):
+    samples, options = make_samples(30), make_options(loop=loop, proposer=proposer, block_sizes=(8, 4))
     one, two, other = (make_pool(samples, options, seed=seed) for seed in (1, 1, 2))
     runs = [[step(pool, 4) for _ in range(20)] for pool in (one, two, other)]
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("fill", FILLS)
-def test_a_pool_restored_from_its_state_as_json_draws_what_it_would_have_drawn(fill):
-    samples, options = make_samples(30), make_options(fill=fill, keep_previous=True, block_sizes=(8, 4, 16))
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_a_pool_restored_from_its_state_as_json_draws_what_it_would_have_drawn(proposer):
+    samples, options = make_samples(30), make_options(proposer=proposer, keep_previous=True, block_sizes=(8, 4, 16))
     pool = make_pool(samples, options)
     for _ in range(15):
         step(pool, 4)

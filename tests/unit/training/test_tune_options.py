@@ -23,8 +23,8 @@ def make(**changes: Any) -> TuneOptions:
 
 
 def test_the_defaults_are_allowed_and_the_first_block_size_is_what_is_trained_with():
-    options = make(block_sizes=(8, 16), loop="block", fill="prompt", lora=LoraOptions(rank=2, alpha=4))
-    assert options.trained_with == TrainedWith(block_size=8, fill="prompt", loop="block")
+    options = make(block_sizes=(8, 16), loop="block", proposer="prompt", lora=LoraOptions(rank=2, alpha=4))
+    assert options.trained_with == TrainedWith(block_size=8, proposer="prompt", loop="block")
     assert json.loads(json.dumps(options.to_dict()))["lora"] == {"rank": 2, "alpha": 4}
 
 
@@ -74,7 +74,7 @@ def test_a_block_has_something_to_guess(sizes: tuple[int, ...]):
         make(block_sizes=sizes)
 
 
-@pytest.mark.parametrize("name", ["objective", "loop", "fill", "optimizer", "mixed_precision"])
+@pytest.mark.parametrize("name", ["objective", "loop", "proposer", "optimizer", "mixed_precision"])
 def test_an_unknown_choice_is_refused_with_the_known_ones(name: str):
     with pytest.raises(OptionError, match=f"{name} must be one of .*, got 'other'"):
         make(**{name: "other"})

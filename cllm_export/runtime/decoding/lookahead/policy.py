@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cllm_export.runtime.decoding.drafts.sources import Fill, Wish
+from cllm_export.runtime.decoding.drafts.sources import DraftRequest, Proposer
 from cllm_export.runtime.decoding.jacobi import Block, Commit, Tried
 from cllm_export.runtime.decoding.lookahead.layout import Layout, LookaheadShape, layout_of
 from cllm_export.runtime.decoding.lookahead.pool import LookaheadPool
@@ -45,17 +45,17 @@ class Lookahead:
     Args:
         prompt: token ids, at least one; the KV of all but the last is stored.
         shape: W, N and G.
-        fill: what stands in the window before the model has filled it, and where it moves on. The paper's is random
+        proposer: what stands in the window before the model has filled it, and where it moves on. The paper's is random
             tokens of the prompt.
     """
 
-    def __init__(self, *, prompt: Sequence[int], shape: LookaheadShape, fill: Fill) -> None:
+    def __init__(self, *, prompt: Sequence[int], shape: LookaheadShape, proposer: Proposer) -> None:
         self.write_index = len(prompt) - 1
         self.shape = shape
-        self._fill = fill
+        self._proposer = proposer
         self._pool = LookaheadPool()
         self._head = [prompt[-1]]
-        self._levels = [fill.guess(shape.window, ()) for _ in range(shape.num_levels)]
+        self._levels = [proposer.propose(shape.window, ()) for _ in range(shape.num_levels)]
         self._guesses: list[list[int]] = []
         self._is_first = True
         for start in range(len(prompt) - shape.num_levels):
@@ -66,7 +66,7 @@ class Lookahead:
         """Of the block that ``next_block`` gives."""
         return layout_of(self.shape, len(self._head))
 
-    def wish(self, size: int, forced: Sequence[int] = ()) -> Wish | None:
+    def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
         """Nothing: a draft model is refused before it gets here."""
         return None
 
@@ -79,7 +79,7 @@ class Lookahead:
         shape.require_fitting(size)
         found = self._pool.take(self._head[-1], shape.guesses)
         self._guesses = [list(ngram) for ngram in found]
-        self._guesses += [self._fill.guess(shape.num_levels, ()) for _ in range(shape.guesses - len(found))]
+        self._guesses += [self._proposer.propose(shape.num_levels, ()) for _ in range(shape.guesses - len(found))]
         tokens = [*self._head, *self._levels[0][1:]]
         for part in (*self._levels[1:], *self._guesses):
             tokens += part
@@ -101,7 +101,7 @@ class Lookahead:
             self._head = new[-1:]
         else:
             self._head = list(new)
-        self._fill.accept(new)
+        self._proposer.accept(new)
         return Commit(new, len(new), tried)
 
     def _try_window(self, layout: Layout, next_ids: list[int]) -> _Text:
@@ -123,7 +123,7 @@ class Lookahead:
         """The window goes on by one level, and by the columns that more than one new token are worth.
 
         A level moves down to where its tokens are one position further on, and the model's own make the last one.
-        After the first forward the model's own make all of them, for what would move is no more than the fill.
+        After the first forward the model's own make all of them, for what would move is no more than the proposer.
         """
         width = self.shape.window
         predicted = [
@@ -132,7 +132,7 @@ class Lookahead:
         ]
         levels = predicted if self._is_first else [*self._levels[1:], predicted[-1]]
         kept = [level[columns:] for level in levels]
-        self._levels = [[*level, *self._fill.guess(width - len(level), ())] for level in kept]
+        self._levels = [[*level, *self._proposer.propose(width - len(level), ())] for level in kept]
         self._is_first = False
 
 

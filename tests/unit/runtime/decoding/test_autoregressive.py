@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm_export.runtime.decoding.drafts.sources import PadFill, PromptFill
+from cllm_export.runtime.decoding.drafts.sources import PadProposer, PromptProposer
 from cllm_export.runtime.decoding.jacobi import Autoregressive, Block
 from cllm_export.runtime.decoding.statistics import summarize
 from tests.fakes import FakeEngine, HashModel, decode, greedy, make_geometry, properties, tokens_of
@@ -15,9 +15,9 @@ PROMPT = [3, 4, 5]
 
 
 def run(model, *, block_size, prompt=PROMPT, count=20):
-    fill = PromptFill(prompt, seed=0)
+    proposer = PromptProposer(prompt, seed=0)
     engine = FakeEngine(model, make_geometry())
-    return decode(Autoregressive, engine, prompt, block_size=block_size, fill=fill, count=count)
+    return decode(Autoregressive, engine, prompt, block_size=block_size, proposer=proposer, count=count)
 
 
 @given(
@@ -49,16 +49,16 @@ def test_the_histogram_of_autoregressive_decoding_knows_only_zero():
     assert (statistics.fast_forwarded, statistics.stationary) == (0, 0)
 
 
-def test_a_block_of_one_token_needs_no_fill():
-    def no_fill(count: int, last: int) -> list[int]:
-        raise AssertionError("the fill was asked for tokens")
+def test_a_block_of_one_token_needs_no_proposer():
+    def no_proposer(count: int, last: int) -> list[int]:
+        raise AssertionError("the proposer was asked for tokens")
 
-    decoder = Autoregressive(last_token=7, write_index=3, fill=no_fill)
+    decoder = Autoregressive(last_token=7, write_index=3, proposer=no_proposer)
     assert decoder.next_block(1) == Block([7], 1)
 
 
-def test_the_block_is_the_last_token_and_a_fill():
-    decoder = Autoregressive(last_token=7, write_index=3, fill=PadFill(0))
+def test_the_block_is_the_last_token_and_a_proposer():
+    decoder = Autoregressive(last_token=7, write_index=3, proposer=PadProposer(0))
     assert decoder.next_block(4) == Block([7, 0, 0, 0], 1)
     assert decoder.commit([9, 8, 8, 8], 1).tokens == [9]
     assert decoder.next_block(4) == Block([9, 0, 0, 0], 1)

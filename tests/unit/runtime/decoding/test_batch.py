@@ -37,24 +37,24 @@ def make_engine(num_slots, *, seed=0, window=None, fixed_shapes=None, vocab_size
     return FakeEngine(model, make_geometry(vocab_size=vocab_size), num_slots=num_slots, fixed_shapes=fixed_shapes)
 
 
-def decode(engine, prompts, *, method="jacobi", block_size=4, fill="pad", seed=0, max_new_tokens=20, eos=(EOS,)):
+def decode(engine, prompts, *, method="jacobi", block_size=4, proposer="pad", seed=0, max_new_tokens=20, eos=(EOS,)):
     """The forwards of each prompt."""
     requests = [BatchRequest(prompt=prompt, max_new_tokens=max_new_tokens, seed=seed) for prompt in prompts]
     decodes = decode_requests(
-        engine, requests, method=method, block_size=block_size, fill=fill, eos_token_ids=eos, pad_token_id=PAD
+        engine, requests, method=method, block_size=block_size, proposer=proposer, eos_token_ids=eos, pad_token_id=PAD
     )
     return [tuple(decode.records) for decode in decodes]
 
 
-@pytest.mark.parametrize("fill", ["pad", "repeat", "prompt"])
+@pytest.mark.parametrize("proposer", ["pad", "repeat", "prompt"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_slots", [1, 3, 16])
-def test_every_prompt_decodes_as_it_does_alone(bundle, num_slots, method, fill):
+def test_every_prompt_decodes_as_it_does_alone(bundle, num_slots, method, proposer):
     engine = make_engine(num_slots, window=1)
     alone = make_model(bundle, HashModel(vocab_size=VOCABULARY, window=1))
-    records = decode(engine, PROMPTS, method=method, fill=fill, seed=7)
+    records = decode(engine, PROMPTS, method=method, proposer=proposer, seed=7)
     for prompt, found in zip(PROMPTS, records, strict=True):
-        options = {"method": method, "block_size": 4, "fill": fill, "seed": 7, "max_new_tokens": 20}
+        options = {"method": method, "block_size": 4, "proposer": proposer, "seed": 7, "max_new_tokens": 20}
         assert found == alone.generate(prompt, **options).forwards
 
 
@@ -85,7 +85,7 @@ def test_a_slot_that_is_done_takes_the_next_prompt():
         BatchRequest(prompt=prompt, max_new_tokens=limit) for prompt, limit in zip(prompts, (12, 4, 4, 4), strict=True)
     ]
     decodes = decode_requests(
-        engine, requests, method="autoregressive", block_size=1, fill="pad", eos_token_ids=(), pad_token_id=PAD
+        engine, requests, method="autoregressive", block_size=1, proposer="pad", eos_token_ids=(), pad_token_id=PAD
     )
     assert len(engine.calls) == 12, "the three short ones run one after the other beside the long one"
     assert [len(decode.records) for decode in decodes] == [12, 4, 4, 4]
@@ -118,7 +118,7 @@ def test_prompts_may_have_limits_and_seeds_of_their_own():
         requests,
         method="jacobi",
         block_size=4,
-        fill="prompt",
+        proposer="prompt",
         eos_token_ids=(),
         pad_token_id=PAD,
         finished=finished.append,
@@ -129,7 +129,7 @@ def test_prompts_may_have_limits_and_seeds_of_their_own():
 
 
 def test_an_engine_with_fixed_shapes_reads_prompts_in_its_own_blocks():
-    fixed = FixedShapes(batch_size=2, block_size=4, kv_extent=79)
+    fixed = FixedShapes(batch_size=2, block_size=4, kv_length=79)
     engine = make_engine(1, fixed_shapes=fixed)
     records = decode(engine, PROMPTS[:3])
     model = HashModel(vocab_size=VOCABULARY)
@@ -149,7 +149,7 @@ def test_no_prompts_take_no_forward():
         ([[5], []], {}, "at least one token"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be"),
         ([[5]], {"block_size": 0}, "block_size must be"),
-        ([[5]], {"fill": "zeros"}, "fill must be one of"),
+        ([[5]], {"proposer": "zeros"}, "proposer must be one of"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(prompts, options, message):

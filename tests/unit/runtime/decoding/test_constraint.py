@@ -51,10 +51,12 @@ def model(bundle) -> Model:
     size=st.integers(2, 8),
     seed=st.integers(0, 2**62),
     temperature=st.sampled_from([0.0, 1.0]),
-    fill=st.sampled_from(["pad", "lookup", "prompt"]),
+    proposer=st.sampled_from(["pad", "lookup", "prompt"]),
 )
-def test_constrained_decoding_gives_the_same_tokens_by_every_loop(model, regex, method, size, seed, temperature, fill):
-    common = {"regex": regex, "seed": seed, "temperature": temperature, "fill": fill, "max_new_tokens": 40}
+def test_constrained_decoding_gives_the_same_tokens_by_every_loop(
+    model, regex, method, size, seed, temperature, proposer
+):
+    common = {"regex": regex, "seed": seed, "temperature": temperature, "proposer": proposer, "max_new_tokens": 40}
     jacobi = model.generate([5, 9, 3], method=method, block_size=size, **common)
     plain = model.generate([5, 9, 3], method="autoregressive", block_size=size, **common)
     assert jacobi.token_ids == plain.token_ids

@@ -10,7 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cllm_export.bundle.contract import Batch
-from cllm_export.runtime.decoding.drafts.sources import PadFill, PlainFill, PromptFill, RepeatFill, make_fill
+from cllm_export.runtime.decoding.drafts.sources import (
+    PadProposer,
+    PromptProposer,
+    RepeatProposer,
+    StatelessProposer,
+    make_proposer,
+)
 from cllm_export.runtime.decoding.jacobi import Block, BlockJacobi, SlidingJacobi
 from cllm_export.runtime.engines.base import prefill
 from tests.fakes import (
@@ -32,7 +38,7 @@ from tests.fakes import (
 
 LOOPS = [SlidingJacobi, BlockJacobi]
 METHODS = ["jacobi", "jacobi-block"]
-FILLS = ["pad", "repeat", "prompt"]
+PROPOSERS = ["pad", "repeat", "prompt"]
 PROMPT = [5, 6, 7]
 SCRIPT = list(range(8, 31))
 
@@ -48,13 +54,13 @@ def bundle(tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("jacobi") / "bundle")
 
 
-def run(loop, *, block_size, count, window=None, fill=None, prompt=PROMPT, script=SCRIPT):
-    """Records of a loop over an engine that recites ``script``, with a fill that is never right by default."""
+def run(loop, *, block_size, count, window=None, proposer=None, prompt=PROMPT, script=SCRIPT):
+    """Records of a loop over an engine that recites ``script``, with a proposer that is never right by default."""
     engine = FakeEngine(ScriptModel(prompt_length=len(prompt), script=script, window=window), make_geometry())
-    return decode(loop, engine, prompt, block_size=block_size, fill=fill or PadFill(31), count=count)
+    return decode(loop, engine, prompt, block_size=block_size, proposer=proposer or PadProposer(31), count=count)
 
 
-class OracleFill(PlainFill):
+class OracleProposer(StatelessProposer):
     """Guesses what the script says next, so that every draft is right."""
 
     def __init__(self) -> None:
@@ -63,7 +69,7 @@ class OracleFill(PlainFill):
     def accept(self, tokens: Sequence[int]) -> None:
         self._num_accepted += len(tokens)
 
-    def guess(self, count: int, draft: Sequence[int]) -> list[int]:
+    def propose(self, count: int, draft: Sequence[int]) -> list[int]:
         first = self._num_accepted + len(draft)
         return (SCRIPT[first:] + [PAD] * count)[:count]
 
@@ -73,15 +79,15 @@ class OracleFill(PlainFill):
     model=models,
     prompt=prompts,
     block_size=block_sizes,
-    fill=st.sampled_from(FILLS),
+    proposer=st.sampled_from(PROPOSERS),
     seed=st.integers(0, 99),
     count=st.integers(1, 40),
 )
 @properties
-def test_a_loop_gives_the_greedy_tokens_of_any_model(loop, model, prompt, block_size, fill, seed, count):
+def test_a_loop_gives_the_greedy_tokens_of_any_model(loop, model, prompt, block_size, proposer, seed, count):
     engine = FakeEngine(model, make_geometry(max_length=80))
-    source = make_fill(fill, prompt=prompt, pad_token_id=PAD, seed=seed)
-    tokens = tokens_of(decode(loop, engine, prompt, block_size=block_size, fill=source, count=count))
+    source = make_proposer(proposer, prompt=prompt, pad_token_id=PAD, seed=seed)
+    tokens = tokens_of(decode(loop, engine, prompt, block_size=block_size, proposer=source, count=count))
     assert len(tokens) >= count
     assert tokens == greedy(model, prompt, len(tokens))
 
@@ -90,9 +96,9 @@ def test_a_loop_gives_the_greedy_tokens_of_any_model(loop, model, prompt, block_
 @given(
     model=models,
     prompt=prompts,
-    options=st.fixed_dictionaries({"block_size": block_sizes, "fill": st.sampled_from(FILLS)}),
+    options=st.fixed_dictionaries({"block_size": block_sizes, "proposer": st.sampled_from(PROPOSERS)}),
 )
-@example(model=HashModel(vocab_size=2, window=0), prompt=[0], options={"block_size": 9, "fill": "pad"})
+@example(model=HashModel(vocab_size=2, window=0), prompt=[0], options={"block_size": 9, "proposer": "pad"})
 @properties
 def test_a_request_ends_where_autoregressive_decoding_ends(bundle, method, model, prompt, options: dict[str, Any]):
     limit = 64 - len(prompt)
@@ -141,28 +147,28 @@ def test_a_rejected_draft_only_moves_the_write_index_past_the_committed_row():
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_full_acceptance_keeps_the_bonus_and_gives_the_seed_token_once(loop):
-    records = run(loop, block_size=4, count=12, fill=OracleFill())
+    records = run(loop, block_size=4, count=12, proposer=OracleProposer())
     assert [record.new for record in records] == [SCRIPT[:4], SCRIPT[4:8], SCRIPT[8:12]]
     assert [record.block[0] for record in records] == [PROMPT[-1], SCRIPT[3], SCRIPT[7]]
     assert [record.write_index for record in records] == [2, 6, 10]
 
 
-def test_after_full_acceptance_the_sliding_window_is_the_bonus_and_a_fill():
-    decoder = SlidingJacobi(last_token=1, write_index=0, fill=RepeatFill([1]))
+def test_after_full_acceptance_the_sliding_window_is_the_bonus_and_a_proposer():
+    decoder = SlidingJacobi(last_token=1, write_index=0, proposer=RepeatProposer([1]))
     assert decoder.commit([7, 8, 9], 3).tokens == [7, 8, 9]
     assert decoder.next_block(3) == Block([9, 9, 9], 1)
     assert decoder.write_index == 3
 
 
 def test_the_sliding_window_keeps_the_predictions_beyond_what_was_accepted():
-    decoder = SlidingJacobi(last_token=1, write_index=10, fill=PadFill(0))
+    decoder = SlidingJacobi(last_token=1, write_index=10, proposer=PadProposer(0))
     assert decoder.commit([5, 6, 7, 8], 2).tokens == [5, 6]
     assert decoder.next_block(4) == Block([6, 7, 8, 0], 1)
     assert decoder.write_index == 12
 
 
 def test_the_block_size_may_change_at_any_forward_of_the_sliding_loop():
-    decoder = SlidingJacobi(last_token=5, write_index=10, fill=PadFill(0))
+    decoder = SlidingJacobi(last_token=5, write_index=10, proposer=PadProposer(0))
     assert decoder.next_block(1) == Block([5], 1)
     decoder.commit([6], 1)
     assert decoder.next_block(4) == Block([6, 0, 0, 0], 1)
@@ -181,7 +187,7 @@ def test_any_sequence_of_block_sizes_gives_the_greedy_tokens(sizes, window, seed
     model = HashModel(vocab_size=11, window=window, seed=seed)
     engine = FakeEngine(model, make_geometry())
     prefill(engine, PROMPT[:-1], PAD)
-    decoder = SlidingJacobi(last_token=PROMPT[-1], write_index=len(PROMPT) - 1, fill=RepeatFill(PROMPT))
+    decoder = SlidingJacobi(last_token=PROMPT[-1], write_index=len(PROMPT) - 1, proposer=RepeatProposer(PROMPT))
     tokens = []
     for size in sizes:
         block = decoder.next_block(size).tokens
@@ -218,7 +224,7 @@ def test_sliding_takes_fewer_forwards_than_the_block_form():
     for loop in LOOPS:
         for seed in range(10):
             engine = FakeEngine(HashModel(vocab_size=3, window=1, seed=seed), make_geometry())
-            forwards[loop] += len(decode(loop, engine, PROMPT, block_size=8, fill=PadFill(PAD), count=40))
+            forwards[loop] += len(decode(loop, engine, PROMPT, block_size=8, proposer=PadProposer(PAD), count=40))
     assert forwards[SlidingJacobi] < forwards[BlockJacobi] < 10 * 40
 
 
@@ -226,20 +232,22 @@ def test_sliding_takes_fewer_forwards_than_the_block_form():
 @given(model=models, prompt=prompts)
 @properties
 def test_a_block_of_one_token_is_autoregressive_decoding(loop, model, prompt):
-    records = decode(loop, FakeEngine(model, make_geometry()), prompt, block_size=1, fill=PadFill(PAD), count=20)
+    records = decode(
+        loop, FakeEngine(model, make_geometry()), prompt, block_size=1, proposer=PadProposer(PAD), count=20
+    )
     assert tokens_of(records) == greedy(model, prompt, 20)
     assert [len(record.new) for record in records] == [1] * 20
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_run_with_a_seeded_fill_can_be_repeated(loop):
-    first, again = (run(loop, block_size=5, count=15, window=1, fill=PromptFill(PROMPT, 3)) for _ in range(2))
+def test_a_run_with_a_seeded_proposer_can_be_repeated(loop):
+    first, again = (run(loop, block_size=5, count=15, window=1, proposer=PromptProposer(PROMPT, 3)) for _ in range(2))
     assert first == again
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_another_seed_changes_drafts_but_no_token(loop):
-    first, other = (run(loop, block_size=5, count=15, fill=PromptFill(PROMPT, seed)) for seed in (1, 2))
+    first, other = (run(loop, block_size=5, count=15, proposer=PromptProposer(PROMPT, seed)) for seed in (1, 2))
     assert [record.block for record in first] != [record.block for record in other]
     assert tokens_of(first) == tokens_of(other)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cllm_export.bundle.contract import Batch
 from cllm_export.errors import EngineError, OptionError
-from cllm_export.runtime.decoding.drafts.sources import PromptFill, make_fill
+from cllm_export.runtime.decoding.drafts.sources import PromptProposer, make_proposer
 from cllm_export.runtime.decoding.lookahead.layout import LookaheadShape, layout_of
 from cllm_export.runtime.decoding.lookahead.policy import Lookahead
 from cllm_export.runtime.decoding.lookahead.pool import LookaheadPool
@@ -41,7 +41,7 @@ models = st.builds(
 )
 prompts = st.lists(st.integers(0, 31), min_size=1, max_size=12)
 shapes = st.builds(LookaheadShape, window=st.integers(1, 6), ngram=st.integers(2, 5), guesses=st.integers(1, 4))
-fills = st.sampled_from(["pad", "repeat", "prompt", "lookup"])
+proposers = st.sampled_from(["pad", "repeat", "prompt", "lookup"])
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def bundle(tmp_path_factory):
 
 
 def run(
-    language_model: LanguageModel, prompt: list[int], *, shape: LookaheadShape, count: int, fill: str = "prompt"
+    language_model: LanguageModel, prompt: list[int], *, shape: LookaheadShape, count: int, proposer: str = "prompt"
 ) -> tuple[list[int], FakeEngine]:
     """At least ``count`` new tokens of the policy alone, with no rule that cuts."""
     engine = FakeEngine(language_model, make_geometry(max_length=128, max_block_size=MAX_ROWS))
     prefill(engine, prompt[:-1], PAD)
     decoder = Lookahead(
-        prompt=prompt, shape=shape, fill=make_fill(fill, prompt=prompt, pad_token_id=PAD, seed=len(prompt))
+        prompt=prompt, shape=shape, proposer=make_proposer(proposer, prompt=prompt, pad_token_id=PAD, seed=len(prompt))
     )
     tokens: list[int] = []
     while len(tokens) < count:
@@ -71,10 +71,12 @@ def run(
     return tokens, engine
 
 
-@given(model=models, prompt=prompts, shape=shapes, fill=fills, count=st.integers(1, 40))
+@given(model=models, prompt=prompts, shape=shapes, proposer=proposers, count=st.integers(1, 40))
 @properties
-def test_the_tokens_are_the_models_own_whatever_window_ngram_guesses_and_fill(model, prompt, shape, fill, count):
-    tokens, _ = run(model, prompt, shape=shape, count=count, fill=fill)
+def test_the_tokens_are_the_models_own_whatever_window_ngram_guesses_and_proposer(
+    model, prompt, shape, proposer, count
+):
+    tokens, _ = run(model, prompt, shape=shape, count=count, proposer=proposer)
     assert tokens == greedy(model, prompt, len(tokens))
 
 
@@ -162,8 +164,8 @@ def test_a_guess_of_the_pool_is_accepted_whole_and_fed_again():
 
 
 def test_a_window_that_is_right_is_accepted_without_being_fed_again():
-    """Predictions that depend on the position alone make level 0 right as far as it is the model's and no fill: in the
-    second forward all of it, after which one column of it is left, in the fourth again."""
+    """Predictions that depend on the position alone make level 0 right as far as it is the model's and no proposer: in
+    the second forward all of it, after which one column of it is left, in the fourth again."""
     model, prompt = HashModel(vocab_size=24, window=0), [5, 6]
     shape = LookaheadShape(window=5, ngram=2, guesses=1)
     engine_calls = run(model, prompt, shape=shape, count=11)[1].calls[1:]
@@ -193,7 +195,8 @@ def test_a_pool_is_what_a_list_of_the_last_ones_used_would_be(entries):
 def test_equal_seeds_give_equal_blocks():
     shape, prompt = LookaheadShape(), list(range(5, 20))
     blocks = [
-        Lookahead(prompt=prompt, shape=shape, fill=PromptFill(prompt, seed)).next_block(MAX_ROWS) for seed in (1, 1, 2)
+        Lookahead(prompt=prompt, shape=shape, proposer=PromptProposer(prompt, seed)).next_block(MAX_ROWS)
+        for seed in (1, 1, 2)
     ]
     assert blocks[0] == blocks[1] != blocks[2]
 

@@ -22,7 +22,7 @@ def decode_until(end, kept, *, method="jacobi"):
     """Decode the script until this end leaves ``kept`` tokens of it: the decode and its engine."""
     engine = FakeEngine(ScriptModel(prompt_length=len(PROMPT), script=SCRIPT, window=0), make_geometry())
     decode = Decode(
-        make_decoder(method, PROMPT, fill="pad", seed=0, pad_token_id=PAD),
+        make_decoder(method, PROMPT, proposer="pad", seed=0, pad_token_id=PAD),
         max_new_tokens=kept if end == LIMIT else len(SCRIPT),
         eos_token_ids=[SCRIPT[kept - 1]] if end == EOS else [],
         stop_cut=lambda new: new.index(SCRIPT[kept]) if end == STOP and SCRIPT[kept] in new else None,

@@ -25,7 +25,7 @@ def make_engine(num_slots, *, seed=0, fixed_shapes=None):
 
 
 def make_task(prompt, *, count=8, method="jacobi", eos=(), **callbacks):
-    decoder = make_decoder(method, prompt, fill="pad", seed=0, pad_token_id=PAD)
+    decoder = make_decoder(method, prompt, proposer="pad", seed=0, pad_token_id=PAD)
     return Task(prompt, Decode(decoder, max_new_tokens=count, eos_token_ids=eos), **callbacks)
 
 
@@ -67,14 +67,14 @@ class FailingEngine(FakeEngine):
     num_slots=st.integers(1, 4),
     block_size=st.integers(1, 8),
     cancelled=st.sets(st.tuples(st.integers(0, 7), st.integers(0, 20)), max_size=4),
-    turn_width=st.sampled_from([None, 6]),
+    alternate_width=st.sampled_from([None, 6]),
 )
 def test_whatever_arrives_beside_it_and_is_cancelled_a_task_gives_the_models_own_tokens(
-    data, num_slots, block_size, cancelled, turn_width
+    data, num_slots, block_size, cancelled, alternate_width
 ):
     """Tasks arrive at any step; some are cancelled at any step."""
     engine = make_engine(num_slots)
-    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=PAD, turn_width=turn_width)
+    scheduler = Scheduler(engine, block_size=block_size, pad_token_id=PAD, alternate_width=alternate_width)
     tasks = [make_task(prompt, count=count, method=method, eos=(EOS,)) for prompt, count, method, _ in data]
     model = HashModel(vocab_size=VOCABULARY, seed=0, window=2)
     step, cut_short = 0, set()
@@ -186,7 +186,7 @@ def test_every_forward_has_one_shape_unless_told_otherwise():
 
 def test_where_reading_takes_turns_every_forward_has_one_of_two_shapes_and_neither_kind_starves():
     engine = make_engine(2)
-    scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, turn_width=8)
+    scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, alternate_width=8)
     scheduler.submit(make_task([5, 6], count=6, method="autoregressive"))
     scheduler.submit(make_task(list(range(8)) * 4, count=3, method="autoregressive"))
     scheduler.step()
@@ -195,12 +195,12 @@ def test_where_reading_takes_turns_every_forward_has_one_of_two_shapes_and_neith
         *[("forward", 1), ("prefill", 8)] * 3,
         *[("forward", 1)] * 3,
     ]
-    assert [(report.num_reading, report.num_decoding) for report in reports[:3]] == [(0, 1), (1, 0), (0, 1)]
+    assert [(report.num_prefilling, report.num_decoding) for report in reports[:3]] == [(0, 1), (1, 0), (0, 1)]
 
 
 def test_a_paused_slot_keeps_its_rows_whatever_its_neighbours_read():
     engine = make_engine(2)
-    scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD, turn_width=8)
+    scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD, alternate_width=8)
     first = make_task([5, 6], count=30, method="jacobi-block")
     scheduler.submit(first)
     scheduler.step()
@@ -219,16 +219,16 @@ def test_a_paused_slot_keeps_its_rows_whatever_its_neighbours_read():
 
 def test_prompts_are_read_in_wider_forwards_where_that_is_asked_for():
     engine = make_engine(1)
-    scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, reading_width=8)
+    scheduler = Scheduler(engine, block_size=1, pad_token_id=PAD, prefill_width=8)
     scheduler.submit(make_task(list(range(8)) * 2, count=3, method="autoregressive"))
     reports = run(scheduler)
     assert [report.width for report in reports] == [8, 7, 1, 1, 1]
-    assert [report.num_reading for report in reports] == [1, 1, 0, 0, 0]
+    assert [report.num_prefilling for report in reports] == [1, 1, 0, 0, 0]
 
 
 def test_fixed_shapes_keep_their_block():
-    engine = make_engine(2, fixed_shapes=FixedShapes(batch_size=2, block_size=4, kv_extent=79))
-    scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD, reading_width=8)
+    engine = make_engine(2, fixed_shapes=FixedShapes(batch_size=2, block_size=4, kv_length=79))
+    scheduler = Scheduler(engine, block_size=4, pad_token_id=PAD, prefill_width=8)
     scheduler.submit(make_task(list(range(8)) * 2))
     assert {report.width for report in run(scheduler)} == {4}
 
@@ -261,7 +261,7 @@ def test_a_schedule_says_who_reads_who_decodes_and_the_rows():
     scheduler.submit(make_task([5]))
     scheduler.submit(make_task([1, 2, 3, 4, 5, 6, 7]))
     step = scheduler.schedule()
-    assert (step.decoding, step.reading, step.paused) == ((0,), (1,), ())
+    assert (step.decoding, step.prefilling, step.paused) == ((0,), (1,), ())
     assert [*step.batch.input_ids] == [[5, PAD, PAD, PAD], [1, 2, 3, 4], [PAD, PAD, PAD, PAD]]
     assert ([*step.batch.num_committed], [*step.batch.write_index]) == ([1, 4, 0], [0, 0, 0])
     assert (step.block_size, step.width, step.is_prefill) == (4, 4, False)
@@ -293,11 +293,11 @@ def test_an_update_hands_out_what_the_forward_gave_and_ends_who_has_ended():
 
 
 def test_slots_of_the_other_kind_are_paused_where_forwards_take_turns():
-    scheduler = Scheduler(make_engine(2), block_size=1, pad_token_id=PAD, turn_width=4)
+    scheduler = Scheduler(make_engine(2), block_size=1, pad_token_id=PAD, alternate_width=4)
     scheduler.submit(make_task([5]))
     scheduler.submit(make_task([1, 2, 3, 4, 5, 6, 7]))
     first = scheduler.schedule()
-    assert (first.reading, first.decoding, first.paused) == ((1,), (), (0,))
+    assert (first.prefilling, first.decoding, first.paused) == ((1,), (), (0,))
     scheduler.update(first, None)
     second = scheduler.schedule()
-    assert (second.reading, second.decoding, second.paused) == ((), (0,), (1,))
+    assert (second.prefilling, second.decoding, second.paused) == ((), (0,), (1,))

@@ -197,9 +197,9 @@ def test_what_is_known_of_a_small_size_bounds_the_larger_ones():
     ),
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=30),
     num_slots=st.integers(1, 3),
-    reading_width=st.sampled_from([None, 16]),
+    prefill_width=st.sampled_from([None, 16]),
 )
-def test_any_sequence_of_sizes_gives_the_models_own_tokens(prompts, sizes, num_slots, reading_width):
+def test_any_sequence_of_sizes_gives_the_models_own_tokens(prompts, sizes, num_slots, prefill_width):
     class Sequence:
         """Sizes in this order, again and again."""
 
@@ -215,10 +215,10 @@ def test_any_sequence_of_sizes_gives_the_models_own_tokens(prompts, sizes, num_s
 
     model = HashModel(vocab_size=9, window=2)
     engine = FakeEngine(model, make_geometry(vocab_size=9), num_slots=num_slots)
-    scheduler = Scheduler(engine, block_size=Sequence(), pad_token_id=PAD, reading_width=reading_width)
+    scheduler = Scheduler(engine, block_size=Sequence(), pad_token_id=PAD, prefill_width=prefill_width)
     tasks = []
     for prompt, count, method in prompts:
-        decoder = make_decoder(method, prompt, fill="pad", seed=0, pad_token_id=PAD)
+        decoder = make_decoder(method, prompt, proposer="pad", seed=0, pad_token_id=PAD)
         tasks.append(Task(prompt, Decode(decoder, max_new_tokens=count, eos_token_ids=(EOS,))))
         scheduler.submit(tasks[-1])
     while not scheduler.is_idle:
@@ -240,9 +240,9 @@ def test_a_forward_that_reads_a_prompt_as_well_tells_nothing_of_the_time_at_a_si
 
     policy = Watching(2)
     engine = FakeEngine(HashModel(vocab_size=9, window=2), make_geometry(vocab_size=9), num_slots=2)
-    scheduler = Scheduler(engine, block_size=policy, pad_token_id=PAD, reading_width=16)
+    scheduler = Scheduler(engine, block_size=policy, pad_token_id=PAD, prefill_width=16)
     for prompt in ([5], [3] * 12):
-        decoder = make_decoder("jacobi", prompt, fill="pad", seed=0, pad_token_id=PAD)
+        decoder = make_decoder("jacobi", prompt, proposer="pad", seed=0, pad_token_id=PAD)
         scheduler.submit(Task(prompt, Decode(decoder, max_new_tokens=4, eos_token_ids=()), drafts="drafts"))
     scheduler.step()
     scheduler.step()

@@ -12,7 +12,7 @@ from cllm_export.bundle.contract import FixedShapes
 from cllm_export.bundle.manifest import TOKENIZER_NAME, TrainedWith
 from cllm_export.errors import BundleError, EngineError, OptionError
 from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair, num_shared
-from cllm_export.runtime.decoding.drafts.sources import Wish
+from cllm_export.runtime.decoding.drafts.sources import DraftRequest
 from cllm_export.runtime.load import load
 from cllm_export.runtime.service import Service
 from tests.fakes import (
@@ -30,7 +30,7 @@ from tests.fakes import (
 )
 
 VOCABULARY = 24
-CLLM = TrainedWith(block_size=4, fill="pad", loop="sliding")
+CLLM = TrainedWith(block_size=4, proposer="pad", loop="sliding")
 PROMPT = [5, 6, 7, 8]
 
 
@@ -52,9 +52,9 @@ def make(
 
 
 def ask(drafter, tokens, count, lane=0):
-    wish = Wish(list(tokens), count)
-    drafter.draft({lane: wish})
-    return wish.found
+    request_draft = DraftRequest(list(tokens), count)
+    drafter.draft({lane: request_draft})
+    return request_draft.found
 
 
 def kinds_of(engine):
@@ -127,21 +127,22 @@ def test_whatever_is_accepted_a_draft_is_the_models_own_greedy_text(steps, promp
 )
 def test_lanes_do_not_see_each_other(data, texts, trained_with, fixed):
     model = HashModel(vocab_size=VOCABULARY)
-    shapes = FixedShapes(batch_size=3, block_size=4, kv_extent=79) if fixed else None
+    shapes = FixedShapes(batch_size=3, block_size=4, kv_length=79) if fixed else None
     drafter, _ = make(model, num_slots=3, trained_with=trained_with, fixed_shapes=shapes)
     for _ in range(4):
-        wishes = {
-            lane: Wish(texts[lane], data.draw(st.integers(0, 6))) for lane in data.draw(st.sets(st.integers(0, 2)))
+        requests = {
+            lane: DraftRequest(texts[lane], data.draw(st.integers(0, 6)))
+            for lane in data.draw(st.sets(st.integers(0, 2)))
         }
-        drafter.draft(wishes)
-        for lane, wish in wishes.items():
-            assert wish.found == greedy(model, texts[lane], min(wish.count, 64 - len(texts[lane])))
-            texts[lane] = [*texts[lane], *wish.found[: data.draw(st.integers(0, 6))], 1][:60]
+        drafter.draft(requests)
+        for lane, request_draft in requests.items():
+            assert request_draft.found == greedy(model, texts[lane], min(request_draft.count, 64 - len(texts[lane])))
+            texts[lane] = [*texts[lane], *request_draft.found[: data.draw(st.integers(0, 6))], 1][:60]
 
 
 def test_lanes_draft_together():
     drafter, engine = make(num_slots=3)
-    drafter.draft({lane: Wish([*PROMPT, lane], 4) for lane in range(3)})
+    drafter.draft({lane: DraftRequest([*PROMPT, lane], 4) for lane in range(3)})
     assert len(engine.calls) == 4, "a forward for each token, and not for each lane"
 
 
@@ -163,7 +164,7 @@ def test_a_text_at_the_end_of_what_it_holds_is_drafted_no_further():
 
 def test_a_lane_that_ran_ahead_of_what_it_holds_lies_idle_within_the_cache():
     model = HashModel(vocab_size=VOCABULARY, window=0)
-    drafter, engine = make(model, num_slots=2, trained_with=TrainedWith(block_size=8, fill="pad", loop="sliding"))
+    drafter, engine = make(model, num_slots=2, trained_with=TrainedWith(block_size=8, proposer="pad", loop="sliding"))
     text = [*range(20)] * 3
     ask(drafter, text, 4)
     assert ask(drafter, [*range(20)] * 2, 2, lane=1) == greedy(model, [*range(20)] * 2, 2)
@@ -206,7 +207,7 @@ def test_a_service_drafts_for_all_slots_in_the_forwards_of_one(bundle):
     drafter, engine = make(language_model, num_slots=3)
     model = make_model(bundle, language_model, num_slots=3, draft_model=drafter)
     with Service(model, block_size=5) as service:
-        generations = service.generate([[5], [6], [7]], method="speculative", fill="model", max_new_tokens=20)
+        generations = service.generate([[5], [6], [7]], method="speculative", proposer="model", max_new_tokens=20)
     assert [len(found.forwards) for found in generations] == [4, 4, 4]
     forwards = len([call for call in model.engine.calls if call.kind == "forward"])
     assert len(engine.calls) <= 4 * forwards

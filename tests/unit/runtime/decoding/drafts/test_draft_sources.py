@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.draft_model import DraftModel
-from cllm_export.runtime.decoding.drafts.sources import ALWAYS_KNOW, PadFill, PlainFill
+from cllm_export.runtime.decoding.drafts.sources import ALWAYS_KNOW, PadProposer, StatelessProposer
 from cllm_export.runtime.decoding.jacobi import Block, Speculative
 from cllm_export.runtime.decoding.request import METHODS
 from cllm_export.runtime.options import GenerateOptions, resolve
@@ -31,7 +31,7 @@ from tests.fakes import (
 
 VOCABULARY = 24
 PROMPT = [5, 6, 7]
-CLLM = TrainedWith(block_size=5, fill="pad", loop="sliding")
+CLLM = TrainedWith(block_size=5, proposer="pad", loop="sliding")
 
 chains = st.builds(
     lambda unsure, last: "+".join([*unsure, *last]),
@@ -62,17 +62,19 @@ def make_drafter(language_model, bundle, *, num_slots=1, trained_with=None):
     trained_with=st.sampled_from([None, CLLM]),
     prompt=prompts,
     method=st.sampled_from(METHODS),
-    fill=chains,
+    proposer=chains,
     block_size=st.integers(1, 9),
     count=st.integers(1, 50),
 )
 def test_no_method_and_no_chain_of_sources_changes_a_greedy_token(
-    bundle, model, draft, trained_with, prompt, method, fill, block_size, count
+    bundle, model, draft, trained_with, prompt, method, proposer, block_size, count
 ):
     drafter, _ = make_drafter(draft, bundle, trained_with=trained_with)
     loaded = make_model(bundle, model, draft_model=drafter)
     for _ in range(2):  # again, with a pool that knows the answer and a lane that holds it
-        generated = loaded.generate(prompt, method=method, fill=fill, block_size=block_size, max_new_tokens=count)
+        generated = loaded.generate(
+            prompt, method=method, proposer=proposer, block_size=block_size, max_new_tokens=count
+        )
         assert list(generated.token_ids) == greedy(model, prompt, count)
 
 
@@ -80,7 +82,7 @@ def test_no_method_and_no_chain_of_sources_changes_a_greedy_token(
 @given(
     draft=language_models,
     method=st.sampled_from(["jacobi", "jacobi-block", "speculative"]),
-    fill=chains,
+    proposer=chains,
     block_size=st.integers(2, 8),
     sampling=st.fixed_dictionaries(
         {
@@ -92,23 +94,24 @@ def test_no_method_and_no_chain_of_sources_changes_a_greedy_token(
     ),
 )
 def test_a_sampled_request_gives_the_tokens_of_sampled_autoregressive_decoding(
-    bundle, draft, method, fill, block_size, sampling
+    bundle, draft, method, proposer, block_size, sampling
 ):
     drafter, _ = make_drafter(draft, bundle)
     model = make_model(bundle, HashModel(vocab_size=VOCABULARY, window=1), draft_model=drafter)
     options = {"max_new_tokens": 24, "logprobs": 2, "block_size": block_size, **sampling}
-    found = model.generate(PROMPT, method=method, fill=fill, **options)
-    plain = model.generate(PROMPT, method="autoregressive", fill="pad", **options)
+    found = model.generate(PROMPT, method=method, proposer=proposer, **options)
+    plain = model.generate(PROMPT, method="autoregressive", proposer="pad", **options)
     assert found.token_ids == plain.token_ids
     assert found.logprobs == plain.logprobs
 
 
 def test_a_pool_that_two_requests_share_changes_forwards_and_no_token(bundle):
     model = make_model(bundle, HashModel(vocab_size=VOCABULARY))
-    for fill in ("pool", "pool+lookup"):
+    for proposer in ("pool", "pool+lookup"):
         model.pool.clear()
         first, again = (
-            model.generate(PROMPT, method="speculative", fill=fill, block_size=6, max_new_tokens=40) for _ in range(2)
+            model.generate(PROMPT, method="speculative", proposer=proposer, block_size=6, max_new_tokens=40)
+            for _ in range(2)
         )
         assert first.token_ids == again.token_ids == tuple(greedy(HashModel(vocab_size=VOCABULARY), PROMPT, 40))
         assert again.statistics.forwards < first.statistics.forwards / 2
@@ -116,14 +119,14 @@ def test_a_pool_that_two_requests_share_changes_forwards_and_no_token(bundle):
 
 def test_a_request_that_does_not_name_the_pool_neither_feeds_it_nor_draws_from_it(bundle):
     model = make_model(bundle, HashModel(vocab_size=VOCABULARY))
-    model.generate(PROMPT, method="jacobi", fill="lookup", max_new_tokens=20)
+    model.generate(PROMPT, method="jacobi", proposer="lookup", max_new_tokens=20)
     assert len(model.pool) == 0
 
 
 def test_lookup_alone_recites_a_text_that_repeats_itself(bundle):
     script = [8, 9, 10, 11] * 8
     model = make_model(bundle, ScriptModel(prompt_length=3, script=script))
-    found = model.generate(PROMPT, method="speculative", fill="lookup", block_size=6, max_new_tokens=30)
+    found = model.generate(PROMPT, method="speculative", proposer="lookup", block_size=6, max_new_tokens=30)
     assert list(found.token_ids) == script[:30]
     assert found.statistics.forwards < 12
 
@@ -133,33 +136,33 @@ def test_speculative_decoding_looks_things_up_unless_it_has_a_draft_model(bundle
     drafter, engine = make_drafter(HashModel(vocab_size=VOCABULARY), bundle)
     drafted = make_model(bundle, HashModel(vocab_size=VOCABULARY), draft_model=drafter)
     speculative = GenerateOptions(method="speculative")
-    assert resolve(speculative, plain.limits, PROMPT).fill == "lookup"
-    assert resolve(speculative, drafted.limits, PROMPT).fill == "model"
-    assert resolve(GenerateOptions(method="jacobi"), drafted.limits, PROMPT).fill == "pad"
+    assert resolve(speculative, plain.limits, PROMPT).proposer == "lookup"
+    assert resolve(speculative, drafted.limits, PROMPT).proposer == "model"
+    assert resolve(GenerateOptions(method="jacobi"), drafted.limits, PROMPT).proposer == "pad"
     assert not engine.calls
 
 
 @pytest.mark.parametrize(
-    ("fill", "said"),
+    ("proposer", "said"),
     [
-        ("model", "fill 'model' needs a draft model: give draft_model"),
+        ("model", "proposer 'model' needs a draft model: give draft_model"),
         ("lookup+model+pad", "needs a draft model"),
-        ("pool+pool", "fill names pool twice"),
+        ("pool+pool", "proposer names pool twice"),
         ("pad+pool", "pad always knows"),
-        ("pool,pad", "fill must be one of pad, repeat, prompt, lookup, pool, model, or several joined by"),
-        (["pool"], "fill must be one of"),
+        ("pool,pad", "proposer must be one of pad, repeat, prompt, lookup, pool, model, or several joined by"),
+        (["pool"], "proposer must be one of"),
     ],
 )
-def test_a_fill_that_cannot_be_is_refused_before_it_is_queued(bundle, fill, said):
+def test_a_proposer_that_cannot_be_is_refused_before_it_is_queued(bundle, proposer, said):
     model = make_model(bundle, HashModel(vocab_size=VOCABULARY))
     with pytest.raises(OptionError, match=said):
-        model.generate(PROMPT, fill=fill)
+        model.generate(PROMPT, proposer=proposer)
     with Service(model, block_size=4) as service, pytest.raises(OptionError, match=said):
-        service.submit(PROMPT, fill=fill)
+        service.submit(PROMPT, proposer=proposer)
 
 
 def test_speculative_keeps_nothing_that_the_model_predicted_beyond_what_was_accepted():
-    decoder = Speculative(last_token=1, write_index=10, fill=PadFill(0))
+    decoder = Speculative(last_token=1, write_index=10, proposer=PadProposer(0))
     assert decoder.next_block(4) == Block([1, 0, 0, 0], 1)
     assert decoder.commit([5, 6, 7, 8], 2).tokens == [5, 6]
     assert decoder.next_block(4) == Block([6, 0, 0, 0], 1)
@@ -167,7 +170,7 @@ def test_speculative_keeps_nothing_that_the_model_predicted_beyond_what_was_acce
 
 
 def test_the_block_size_of_speculative_decoding_may_change_at_any_forward():
-    decoder = Speculative(last_token=5, write_index=10, fill=PadFill(0))
+    decoder = Speculative(last_token=5, write_index=10, proposer=PadProposer(0))
     assert decoder.next_block(4) == Block([5, 0, 0, 0], 1)
     assert decoder.next_block(2) == Block([5, 0], 1)
     assert decoder.next_block(3) == Block([5, 0, 0], 1)
@@ -175,7 +178,7 @@ def test_the_block_size_of_speculative_decoding_may_change_at_any_forward():
     assert decoder.next_block(1) == Block([6], 1)
 
 
-class Notebook(PlainFill):
+class Notebook(StatelessProposer):
     """Notes what it is told, and guesses one token."""
 
     def __init__(self):
@@ -187,15 +190,15 @@ class Notebook(PlainFill):
     def reject(self, draft, predictions):
         self.told.append(("reject", list(draft), list(predictions)))
 
-    def guess(self, count, draft):
+    def propose(self, count, draft):
         return [31] * count
 
 
 def test_a_source_is_told_what_was_accepted_and_then_what_was_rejected_with_the_models_own_predictions():
-    fill = Notebook()
+    proposer = Notebook()
     engine = FakeEngine(ScriptModel(prompt_length=3, script=[8, 9, 10], window=0), make_geometry())
-    decode(Speculative, engine, PROMPT, block_size=3, fill=fill, count=1)
-    assert fill.told == [("accept", [8]), ("reject", [31, 31], [9, 10])]
+    decode(Speculative, engine, PROMPT, block_size=3, proposer=proposer, count=1)
+    assert proposer.told == [("accept", [8]), ("reject", [31, 31], [9, 10])]
 
 
 @pytest.mark.parametrize("trained_with", [None, CLLM], ids=["plain", "cllm"])
@@ -207,13 +210,13 @@ def test_ragged_slots_with_every_source_give_what_each_request_gives_alone(bundl
         HashModel(vocab_size=VOCABULARY, window=1), bundle, num_slots=3, trained_with=trained_with
     )
     model = make_model(bundle, language_model, num_slots=3, draft_model=drafter)
-    fills = ["pad", "lookup", "pool", "model", "pool+lookup+repeat", "lookup+model+prompt", "pool+model"]
+    proposers = ["pad", "lookup", "pool", "model", "pool+lookup+repeat", "lookup+model+prompt", "pool+model"]
     handles = []
     with Service(model, block_size=5) as service:
         for _ in range(120):
             prompt = [generator.randrange(VOCABULARY) for _ in range(generator.randint(1, 40))]
             count = generator.randint(1, 20)
-            options = {"method": generator.choice(METHODS), "fill": generator.choice(fills)}
+            options = {"method": generator.choice(METHODS), "proposer": generator.choice(proposers)}
             handles.append((prompt, count, service.submit(prompt, max_new_tokens=count, **options)))
             if generator.random() < 0.15:
                 handles[-1][2].cancel()
@@ -230,8 +233,8 @@ def test_a_block_size_that_is_chosen_forward_by_forward_changes_no_token(bundle,
     drafter, engine = make_drafter(language_model, bundle)
     trained = with_manifest(bundle, trained_with=CLLM)  # which is what it begins with: an ordinary model begins with 1
     model = make_model(trained, language_model, draft_model=drafter)
-    for fill in ("model", "pool+model"):
-        found = model.generate(PROMPT, method=method, fill=fill, block_size="auto", max_new_tokens=40)
+    for proposer in ("model", "pool+model"):
+        found = model.generate(PROMPT, method=method, proposer=proposer, block_size="auto", max_new_tokens=40)
         assert list(found.token_ids) == greedy(language_model, PROMPT, 40)
     assert engine.calls
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
-from cllm_export.runtime.decoding.drafts.sources import PoolFill
+from cllm_export.runtime.decoding.drafts.sources import PoolProposer
 from tests.fakes import properties
 
 
@@ -74,14 +74,14 @@ def test_the_least_recently_used_entry_goes_first():
     assert [pool.go_on([key], 1) for key in (1, 2, 3, 4)] == [[11], [], [13], [14]]
 
 
-def test_a_fill_learns_across_the_border_of_two_commits():
+def test_a_proposer_learns_across_the_border_of_two_commits():
     pool = NgramPool()
-    fill = PoolFill(pool, [1, 2])
-    fill.accept([3])
-    fill.accept([4, 5])
+    proposer = PoolProposer(pool, [1, 2])
+    proposer.accept([3])
+    proposer.accept([4, 5])
     assert pool.go_on([1, 2, 3], 2) == [4, 5]
     assert pool.go_on([1], 1) == [], "the prompt is no text of the model's"
-    assert fill.guess(3, [2]) == [3, 4, 5]
+    assert proposer.propose(3, [2]) == [3, 4, 5]
 
 
 @pytest.mark.parametrize("bound", ["max_entries", "max_key"])

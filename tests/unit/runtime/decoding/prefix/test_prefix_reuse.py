@@ -33,7 +33,7 @@ def make_engine(num_slots=1, kind=FakeEngine):
 
 
 def make_task(prompt, *, count=8, method="jacobi", eos=(), stop_cut=None, **callbacks):
-    decoder = make_decoder(method, prompt, fill="pad", seed=0, pad_token_id=PAD)
+    decoder = make_decoder(method, prompt, proposer="pad", seed=0, pad_token_id=PAD)
     return Task(prompt, Decode(decoder, max_new_tokens=count, eos_token_ids=eos, stop_cut=stop_cut), **callbacks)
 
 
@@ -53,7 +53,7 @@ def run(engine, cache, task, *, block_size=4, cancel_after=None):
         before = len(engine.calls)
         report = scheduler.step()
         steps += 1
-        if report and report.num_reading:
+        if report and report.num_prefilling:
             read += sum(engine.calls[before].num_committed)
     return read
 
@@ -78,11 +78,11 @@ prompts = st.tuples(st.integers(0, 40), st.lists(st.integers(0, 2), max_size=30)
     ),
     num_slots=st.integers(1, 3),
     block_size=st.integers(1, 8),
-    reading_width=st.sampled_from([None, 3, 16]),
+    prefill_width=st.sampled_from([None, 3, 16]),
     num_rows=st.sampled_from([20, 60, 10_000]),
 )
 def test_whatever_is_reused_evicted_and_cancelled_a_task_gives_the_models_own_tokens(
-    data, num_slots, block_size, reading_width, num_rows
+    data, num_slots, block_size, prefill_width, num_rows
 ):
     """Every row counts: a row from the wrong text, place or moment gives other tokens."""
     cache = PrefixCache(num_rows * ROW_BYTES)
@@ -90,7 +90,7 @@ def test_whatever_is_reused_evicted_and_cancelled_a_task_gives_the_models_own_to
         make_engine(num_slots),
         block_size=block_size,
         pad_token_id=PAD,
-        reading_width=reading_width,
+        prefill_width=prefill_width,
         prefix_cache=cache,
     )
     tasks = [make_task(prompt, count=count, method=method, eos=(EOS,)) for prompt, count, method, _, _ in data]
