@@ -90,23 +90,20 @@ def run_bench(
     - ``equal``: prompts whose tokens are those of the first bundle, decoded autoregressively where that is timed. At
       another n a near tie may round to another token.
 
-    ``bundles`` has what each is and its T(n). A single bundle keeps it as ``latency.json``, where it can be written to,
-    and the runtime begins with it.
+    ``bundles`` has what each is and its T(n). A single bundle that can be written to keeps it as ``latency.json``.
 
     Args:
-        names: what the report calls the bundles; by default their paths.
+        names: in the report; by default the bundles' paths.
         prompts: by default random tokens, decoded to the limit.
         checkpoint: what a single bundle was built from, to time transformers beside it.
 
     Raises:
-        OptionError: bundles of different tokenizers, several of which one has fixed shapes, or an n that one of them
-            does not take.
+        OptionError: bundles of different tokenizers, several of which one is pinned, or an n that one does not take.
         PromptError: a prompt does not fit.
         BundleError: the bundle was not built from the checkpoint.
         EngineError: an engine failed.
     """
-    options = options or BenchOptions()
-    names = names or [str(bundle.path) for bundle in bundles]
+    options, names = options or BenchOptions(), names or [str(bundle.path) for bundle in bundles]
     _check(bundles, checkpoint)
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
@@ -122,20 +119,25 @@ def run_bench(
         {"name": names[setting.bundle], **_about(bundles[setting.bundle])} | entry
         for setting, entry in zip(settings, _summaries(settings, passes, models, times), strict=True)
     ]
-    return {
-        "machine": describe_machine(options.threads),
-        "prompts": len(encoded),
-        "max_new_tokens": options.max_new_tokens,
-        "repeats": options.repeats,
-        "lookahead": options.lookahead,
-        "proposer": options.proposer,
-        "draft_model": options.draft_model.name if options.draft_model else None,
+    return _about_run(options, len(encoded)) | {
         "bundles": [
             {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), "latency": _latency(found)}
             for name, bundle, found in zip(names, bundles, times, strict=True)
         ],
         "settings": sorted(entries, key=lambda entry: -entry["tokens_per_second"]),
         "transformers": _bench_transformers(bundles[0], checkpoint, encoded, options) if checkpoint else None,
+    }
+
+
+def _about_run(options: BenchOptions, num_prompts: int) -> dict[str, Any]:
+    return {
+        "machine": describe_machine(options.threads),
+        "prompts": num_prompts,
+        "max_new_tokens": options.max_new_tokens,
+        "repeats": options.repeats,
+        "lookahead": options.lookahead,
+        "proposer": options.proposer,
+        "draft_model": options.draft_model.name if options.draft_model else None,
     }
 
 
