@@ -17,8 +17,7 @@ from typing import NamedTuple
 from cllm_export.bundle.contract import Batch, check_block_size
 from cllm_export.checks import require_at_least
 from cllm_export.errors import QueueFullError
-from cllm_export.runtime.decoding.block_size.acceptance import DraftRecord
-from cllm_export.runtime.decoding.block_size.chooser import PinnedSize, SizePolicy
+from cllm_export.runtime.decoding.block_size.chooser import DraftRecord, PinnedSize, SizePolicy
 from cllm_export.runtime.decoding.draft_model import Drafter
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
 from cllm_export.runtime.decoding.slot import Slot, engine_failure, memory_of

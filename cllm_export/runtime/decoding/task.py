@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cllm_export.runtime.decoding.block_size.acceptance import DraftRecord
+from cllm_export.runtime.decoding.block_size.chooser import DraftRecord
 from cllm_export.runtime.decoding.request import Decode
 from cllm_export.runtime.decoding.statistics import OnDevice, Statistics, summarize
 

@@ -1,39 +1,27 @@
 """Which n the next forward has: the one that makes most tokens a second of the whole batch, n = 1 included.
 
-Policy over numbers alone: no clock, no engine, no random numbers, so the same observations give the same choices. A
-size is held for some forwards, because a window that has grown needs some to settle. Sizes that may be better are
-tried as long as that stays cheap: what trying costs is booked, in time lost against the best size known, and may not
-exceed a small part of all time. So a model that gains nothing from drafts decodes as if they were not there.
+Policy over numbers alone: no clock, no engine, no random numbers, so the same observations give the same choices.
+
+Two bounds say what drafts are worth at each n: what is proven chooses n, what may be hoped for says which other sizes
+are worth a trial. Where nothing was seen, drafts prove nothing, and n is 1. A trial is paid for, at its worst, from a
+small part of all time. What was seen is forgotten by and by, so the bounds part again: a size that lost is tried again,
+rarely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from itertools import accumulate
+from typing import Protocol
 
-from cllm_export.runtime.decoding.block_size.acceptance import DraftRecord, DraftTable
-from cllm_export.runtime.decoding.block_size.latency import ForwardTimes
+from cllm_export.runtime.decoding.block_size.latency import SPELL, ForwardTimes
 
-BLOCK_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Sizes worth a try; a model's own is one more."""
-SPELL, LONG_SPELL = 6, 24
-"""Forwards that a size is held before the next choice, and as many where 1 is chosen again and again: there nothing is
-learned of drafts that could change the choice, and a forward is short."""
-TRIAL = 8
-"""Forwards of a trial."""
-TRIAL_SHARE = 0.006
-"""Part of all time that trials may cost."""
-FIRST_CREDIT = 6.0
-"""Forwards of the first size that trials may cost to begin with."""
-MAX_CREDIT = 60.0
-"""Such forwards that can be saved up, at most."""
-FAVOUR_OF_ONE = 1.02
-"""By what factor drafts must be expected to pay: less than that is within the error of what is known."""
-FAVOUR_OF_TRAINED = 1.04
-"""And by what factor the size that a model was trained with: tuning made it the best one, and what a few forwards say
-of two neighbouring sizes is off by as much."""
-WORTH_A_CHANGE = 1.02
-"""Expected gain below which a size is kept."""
+MEMORY = 300
+"""Forwards after which what was seen of a kind of drafts counts 1 / e: those of many requests, for requests differ."""
+TRIAL_SHARE = 0.01
+"""Part of all time that trials may cost, which is what a model loses whose drafts never pay."""
 
 
 class SizePolicy(Protocol):
@@ -61,126 +49,168 @@ class PinnedSize:
         """Nothing to learn."""
 
 
-class _Rates(NamedTuple):
-    """Tokens in a unit of time, by size: as expected, and as may well be."""
-
-    expected: dict[int, float]
-    possible: dict[int, float]
-
-
 class SizeChooser:
     """Learns T(n) and what drafts of each kind are worth, and chooses; one for an engine, over all its requests.
 
     Args:
         sizes: the block sizes that may be used; 1 is always one of them.
-        first: what to begin with: the size a model was trained with, or 1.
+        first: the size that a model was trained with, or 1. It is what to begin with; a spell at 1 and another of it
+            follow, and tell what its forwards take against those at 1.
         known_times: seconds (or any unit) of a forward by block size, measured beforehand; may be empty.
     """
 
     def __init__(self, sizes: Sequence[int], *, first: int = 1, known_times: Mapping[int, float] | None = None) -> None:
         self._sizes = tuple(sorted({1, first, *sizes}))
-        self._first = self._size = first
+        self._first = first
+        self._size = 1
         self._times_of = {with_logits: ForwardTimes(known_times) for with_logits in (False, True)}
+        start = (first, 1, first) if first > 1 else (1,)
+        self._spells_of = {with_logits: list(start) for with_logits in self._times_of}
+        """What to begin with, for each kind of forward."""
         self._times = self._times_of[False]
         self._tables: dict[str, DraftTable] = {}
         self._records: tuple[DraftRecord, ...] = ()
-        self._num_left, self._spell = 0, SPELL
-        self._is_trial = False
-        self._trial_cost = self._best_rate = 0.0
-        self._credit: float | None = None
+        self._num_left, self._is_trial = 0, False
+        self._credit = 0.0
+        """Time that trials may cost, in the unit of ``ForwardTimes.relative``."""
+        self._best_rate: float | None = None
 
     def choose(self, records: Sequence[DraftRecord]) -> int:
-        if self._num_left <= 0 or (not self._is_trial and tuple(records) != self._records):
-            self._settle_trial()
-            self._records = tuple(records)
-            self._times = self._times_of[any(record.with_logits for record in records)]
+        self._times = self._times_of[any(record.with_logits for record in records)]
+        if not self._num_left or (tuple(records) != self._records and not self._is_trial):
             self._begin(records)
         self._num_left -= 1
         return self._size
 
     def observe(self, size: int, seconds: float, accepted: Sequence[tuple[DraftRecord, int]]) -> None:
         self._times.observe(size, seconds)
-        num_tokens = 0
+        time = self._times.relative(size)
         for record, count in accepted:
-            num_tokens += count
             if record.kind is not None:
                 record.observe(size, count - 1, self._table(record.kind))
-        cost = self._times.relative(size)
-        if self._credit is None:
-            self._credit = FIRST_CREDIT * cost
-        self._credit = min(self._credit + TRIAL_SHARE * cost, MAX_CREDIT * self._times.relative(self._first))
+        self._credit += TRIAL_SHARE * time
         if self._is_trial and self._best_rate:
-            self._trial_cost += cost - num_tokens / self._best_rate
-
-    def _settle_trial(self) -> None:
-        if self._is_trial and self._credit is not None:
-            self._credit -= self._trial_cost
-        self._is_trial, self._trial_cost = False, 0.0
+            self._credit -= time - sum(count for _, count in accepted) / self._best_rate
 
     def _begin(self, records: Sequence[DraftRecord]) -> None:
-        """A new spell: of the best size, or a trial of another."""
-        rates = self._rates(records)
-        expected = rates.expected
-        value = {size: expected[size] * self._favour(size) for size in self._sizes}
-        best = max(self._sizes, key=value.__getitem__)
-        if value[best] <= value[self._size] * WORTH_A_CHANGE:
-            best = self._size
-        self._best_rate = expected[best]
-        trial = self._pick_trial(rates, best)
-        self._is_trial = trial is not None
-        stays_at_one = trial is None and best == self._size == 1
-        self._spell = min(2 * self._spell, LONG_SPELL) if stays_at_one else SPELL
-        self._size, self._num_left = (best, self._spell) if trial is None else (trial, TRIAL)
+        """A new spell: of the best size, or a trial of the one to hope most of among those that the credit covers."""
+        self._records, self._num_left = tuple(records), SPELL
+        spells = self._spells_of[any(record.with_logits for record in records)]
+        if spells and any(record.kind is not None for record in records):
+            self._size, self._is_trial = spells.pop(), True
+            return
+        proven, hoped = self._tokens(records)
+        times = {size: self._times.relative(size) for size in self._sizes}
+        best = max(self._sizes, key=lambda size: proven[size] / times[size])
+        self._best_rate = rate = proven[best] / times[best]
+        hopes = {size: hoped[size] / self._times.least(size) for size in self._sizes if size != best}
+        costs = {size: SPELL * (times[size] - proven[size] / rate) for size in hopes}
+        trials = [size for size in hopes if hopes[size] > rate and costs[size] <= self._credit]
+        self._is_trial = bool(trials)
+        self._size = max(trials, key=hopes.__getitem__, default=best)
 
-    def _favour(self, size: int) -> float:
-        if size == 1:
-            return FAVOUR_OF_ONE
-        return FAVOUR_OF_TRAINED if size == self._first else 1.0
-
-    def _pick_trial(self, rates: _Rates, best: int) -> int | None:
-        """The cheapest trial of a size that may be better than the best known, where there is credit for it."""
-        if self._credit is None:
-            return None
-        enough, rate = rates.expected[best] * WORTH_A_CHANGE, rates.expected[best]
-        hopeful = [size for size in self._sizes if size != best and rates.possible[size] > enough]
-        costs = {
-            size: TRIAL * self._times.relative(size) * max(0.0, 1 - rates.expected[size] / rate) for size in hopeful
-        }
-        affordable = [size for size in hopeful if costs[size] <= self._credit]
-        return min(affordable, key=lambda size: costs[size], default=None)
-
-    def _rates(self, records: Sequence[DraftRecord]) -> _Rates:
-        """Requests that take no drafts make one token a forward at any size."""
-        expected_share: dict[str, float] = {}
-        possible_share: dict[str, float] = {}
+    def _tokens(self, records: Sequence[DraftRecord]) -> tuple[dict[int, float], dict[int, float]]:
+        """Tokens that a forward makes in all slots, by size: as proven, and as may be hoped for."""
+        proven, hoped = dict.fromkeys(self._sizes, 0.0), dict.fromkeys(self._sizes, 0.0)
         for record in records:
-            if record.kind is not None:
-                ratio = record.ratio
-                expected_share[record.kind] = expected_share.get(record.kind, 0.0) + ratio
-                possible_share[record.kind] = possible_share.get(record.kind, 0.0) + max(1.0, ratio)
-        times, least_times = self._times.estimates(self._sizes)
-        means, bounds = self._sums(expected_share, possible_share)
-        plain = len(records)
-        expected, possible = {}, {}
-        for size, time, least_time, mean, bound in zip(self._sizes, times, least_times, means, bounds, strict=True):
-            most = plain * size
-            expected[size] = (plain + mean if plain + mean < most else most) / time
-            possible[size] = (plain + bound if plain + bound < most else most) / least_time
-        return _Rates(expected, possible)
-
-    def _sums(
-        self, expected_share: dict[str, float], possible_share: dict[str, float]
-    ) -> tuple[list[float], list[float]]:
-        """Draft tokens of all slots by size: as expected, and as may well be."""
-        means, bounds = [0.0] * len(self._sizes), [0.0] * len(self._sizes)
-        for kind, share in expected_share.items():
-            more, most = self._table(kind).estimates()
-            means = [mean + share * value for mean, value in zip(means, more, strict=True)]
-            bounds = [bound + possible_share[kind] * value for bound, value in zip(bounds, most, strict=True)]
-        return means, bounds
+            bounds = self._table(record.kind).bounds() if record.kind is not None else {}
+            for size in self._sizes:
+                low, high = bounds.get(size, (0.0, 0.0))
+                proven[size] += min(size, 1 + record.ratio * low)
+                hoped[size] += min(size, 1 + max(1.0, record.ratio) * high)
+        return proven, hoped
 
     def _table(self, kind: str) -> DraftTable:
-        found = self._tables.get(kind)
-        if found is None:
-            found = self._tables[kind] = DraftTable(self._sizes, trained=self._first)
-        return found
+        if kind not in self._tables:
+            self._tables[kind] = DraftTable(self._sizes, trained=self._first)
+        return self._tables[kind]
+
+
+class DraftTable:
+    """Draft tokens accepted in a forward, A(n) - 1, by block size, for drafts of one kind.
+
+    No size's value follows from another's, since drafts are refined while they wait. But a wider window is no worse,
+    and its further rows are no better than its first ones: so each size that was seen bounds the others.
+
+    Args:
+        sizes: the block sizes that may be used.
+        trained: the size that a model was tuned for; 1 for none. It begins as if one forward had got all right.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, trained: int = 1) -> None:
+        self._sizes = [size for size in sizes if size > 1]
+        self._forwards = dict.fromkeys(self._sizes, 0.0)
+        self._accepted = dict.fromkeys(self._sizes, 0.0)
+        self._num_unfaded = 0
+        if trained > 1:
+            self._forwards[trained], self._accepted[trained] = 1.0, trained - 1.0
+
+    def observe(self, size: int, accepted: int, ratio: float) -> None:
+        """A request whose drafts do ``ratio`` times as well as the kind's had ``accepted`` draft tokens right."""
+        self._num_unfaded += 1
+        if size > 1:
+            self._fade()
+            self._forwards[size] += ratio
+            self._accepted[size] += accepted
+
+    def mean(self, size: int) -> float:
+        """Draft tokens accepted in a forward of this size so far; 0 where there was none."""
+        return self._accepted[size] / self._forwards[size] if self._forwards.get(size) else 0.0
+
+    def bounds(self) -> dict[int, tuple[float, float]]:
+        """What is proven and what may be hoped for, by size: as if one forward more had been seen, that got none or all
+        right."""
+        self._fade()
+        counts = [self._forwards[size] + 1 for size in self._sizes]
+        low = [self._accepted[size] / count for size, count in zip(self._sizes, counts, strict=True)]
+        high = [value + (size - 1) / count for size, count, value in zip(self._sizes, counts, low, strict=True)]
+        return dict(zip(self._sizes, zip(*self._reconciled(low, high), strict=True), strict=True))
+
+    def _fade(self) -> None:
+        factor, self._num_unfaded = (1 - 1 / MEMORY) ** self._num_unfaded, 0
+        for size in self._sizes:
+            self._forwards[size] *= factor
+            self._accepted[size] *= factor
+
+    def _reconciled(self, low: list[float], high: list[float]) -> tuple[list[float], list[float]]:
+        """What narrower and wider windows say of each: never fewer tokens than of a narrower one, nor more a row."""
+        rows = [size - 1 for size in self._sizes]
+        narrower = accumulate((value / count for value, count in zip(high, rows, strict=True)), min)
+        wider = [*accumulate(reversed(high), min)][::-1]
+        most = [min(a * count, b) for a, b, count in zip(narrower, wider, rows, strict=True)]
+        wider = [*accumulate((value / count for value, count in zip(low[::-1], rows[::-1], strict=True)), max)][::-1]
+        least = [max(a, b * count) for a, b, count in zip(accumulate(low, max), wider, rows, strict=True)]
+        return [min(pair) for pair in zip(least, most, strict=True)], most
+
+
+class DraftRecord:
+    """How one request's drafts do against what its kind's do.
+
+    Args:
+        kind: of its drafts; None for a request that takes none.
+        with_logits: whether its forwards fetch logits, which takes longer the more rows there are.
+    """
+
+    __slots__ = ("_accepted", "_expected", "_size", "kind", "with_logits")
+
+    def __init__(self, kind: str | None, *, with_logits: bool = False) -> None:
+        self.kind = kind
+        self.with_logits = with_logits
+        self._accepted = self._expected = float(SPELL)
+        self._size = 0
+
+    @property
+    def ratio(self) -> float:
+        """Draft tokens accepted / those that the kind's table expects, near 1 while little is known of the request."""
+        return self._accepted / self._expected
+
+    def observe(self, size: int, accepted: int, table: DraftTable) -> None:
+        """A forward of this size accepted so many draft tokens. What a window has just grown by has not settled."""
+        has_grown = 0 < self._size < size
+        self._size = size
+        if has_grown:
+            return
+        table.observe(size, accepted, self.ratio)
+        if size > 1:
+            self._accepted += (SPELL - self._accepted) / (2 * SPELL) + accepted
+            self._expected += (SPELL - self._expected) / (2 * SPELL) + table.mean(size)

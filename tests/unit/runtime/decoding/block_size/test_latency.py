@@ -58,10 +58,33 @@ def test_a_size_that_was_not_tried_lies_between_its_neighbours_and_never_falls()
     assert times.relative(32) > times.relative(16)
 
 
-def test_the_bound_of_a_size_lets_no_row_cost_more_than_a_larger_sizes():
+def test_no_size_takes_longer_than_a_larger_one():
+    times = ForwardTimes({1: 9.0, 8: 2.4, 16: 4.0})
+    assert times.relative(1) == times.relative(4) == times.relative(8) == 2.4
+
+
+def test_times_are_taken_against_those_at_one():
+    times = ForwardTimes({1: 1.0, 2: 1.2, 16: 40.0})
+    for size in (16, 1, 16):
+        for _ in range(8):
+            times.observe(size, 3.0 if size == 16 else 1.0)
+    assert times.relative(16) == pytest.approx(3)
+    assert times.relative(2) == 1.2
+
+
+def test_where_one_size_was_seen_a_row_is_assumed_to_take_as_long_as_each_of_its():
+    assert ForwardTimes().relative(4) == 4 * ForwardTimes().relative(1)
     times = ForwardTimes({16: 8.0})
-    assert times.bound(1) == pytest.approx(0.5)
-    assert times.bound(32) == times.relative(16)
+    assert [times.relative(size) for size in (1, 16, 32)] == [0.5, 8, 16]
+
+
+def test_a_size_whose_time_was_only_assumed_may_take_half_of_it():
+    times = ForwardTimes({1: 1.0, 8: 2.0})
+    assert times.least(8) == 1
+    for size in (1, 8):
+        for _ in range(8):
+            times.observe(size, 3.0 if size == 8 else 1.0)
+    assert 2.5 < times.least(8) < 3
 
 
 def test_a_time_of_zero_is_none():
