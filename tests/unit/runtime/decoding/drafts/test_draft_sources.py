@@ -142,7 +142,7 @@ def test_speculative_decoding_looks_things_up_unless_it_has_a_draft_model(bundle
 @pytest.mark.parametrize(
     ("fill", "said"),
     [
-        ("model", "fill 'model' needs a draft model: load"),
+        ("model", "fill 'model' needs a draft model: give draft_model"),
         ("lookup+model+pad", "needs a draft model"),
         ("pool+pool", "fill names pool twice"),
         ("pad+pool", "pad always knows"),
