@@ -7,9 +7,9 @@ For a window of W columns, n-grams of N tokens and G guesses, with the current t
     level l   W rows each   levels 1 to N - 2, at P + l + column
     guesses   G (N - 1)     each follows the current token, from P + 1 on
 
-All rows see the head. A row of the window also sees level 0 up to its own column, and the lower levels of its column.
-A row of a guess also sees the earlier rows of that guess. Window and guesses do not see each other. So each row is the
-end of its own text.
+Window and guesses see the head, but not each other. A row of the window also sees level 0 up to its own column, and the
+lower levels of its column. A row of a guess also sees the earlier rows of that guess. So each row is the end of its own
+text.
 """
 
 from __future__ import annotations

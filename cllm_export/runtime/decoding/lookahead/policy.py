@@ -86,8 +86,10 @@ class Lookahead:
         return Block(tokens, len(self._head))
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
-        """Take the predictions after every row of that block. The graph's ``num_accepted`` ignores guesses, so it is
-        not used."""
+        """Take the predictions after every row of that block.
+
+        The graph's ``num_accepted`` is not used, because it ignores the guesses.
+        """
         layout, current = self.layout, self._head[-1]
         texts = [self._try_window(layout, next_ids)]
         texts += [self._try_guess(layout, index, next_ids) for index in range(self.shape.guesses)]
