@@ -1,8 +1,8 @@
 """Constrained output: which tokens a grammar allows after each row of a block.
 
 llguidance (extra ``grammar``) implements the grammars. The grammar's state after the text and the draft d[1..i] masks
-row i of a block. So a draft token that breaks the grammar cannot be accepted, and constrained Jacobi decoding equals
-constrained autoregressive decoding token for token at every fixed n.
+row i of a block. So a draft token that breaks the grammar cannot be accepted. Constrained Jacobi decoding therefore
+equals constrained autoregressive decoding token for token at every fixed n.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Constraint:
         """The tokens, at most ``limit``, that must follow the text and ``known``: each is the only one allowed.
 
         They never include an end-of-sequence token, because only the output of a forward ends a request. llguidance's
-        own fast-forward tokens are not used: they are the usual tokens of a certain text, and decoding token by token
+        own fast-forward tokens are not used. They are the usual tokens of a certain text, but decoding token by token
         may split that text differently.
 
         Raises:

@@ -1,7 +1,7 @@
 """A draft model: another bundle with the same tokenizer, whose greedy tokens are drafts for the model that verifies.
 
-It has its own engine and KV cache, with one lane for each slot of the model. It decodes by sliding Jacobi: a CLLM with
-the n that it was trained with, any other model with n = 1, which is autoregressive decoding. Its drafts are always
+It has its own engine and KV cache, with one lane for each slot of the model. It decodes by sliding Jacobi. A CLLM uses
+the n that it was trained with. Any other model uses n = 1, which is autoregressive decoding. The drafts are always
 verified, so at a fixed n they cannot change a token. Source: speculative decoding (arXiv 2211.17192).
 """
 

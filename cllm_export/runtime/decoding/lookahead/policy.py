@@ -6,8 +6,8 @@ own text: it starts i tokens after the current one, and has one token per level.
 an n-gram. A forward guesses the n-grams that begin with the current token.
 
 If a guess is right, its tokens are fed again as the next head; their KV is not moved. So a head has 1 to N tokens, and
-each length has its layout. Level 0 is tried as well, like the block of a Jacobi loop: it costs no rows, and its KV is
-already in the right place. With a model tuned for Jacobi decoding, level 0 is often right.
+each length has its layout. Level 0 is tried as well, like the block of a Jacobi loop. This costs no rows, and the KV of
+level 0 is already in the right place. With a model tuned for Jacobi decoding, level 0 is often right.
 
 For any window and any guesses, the tokens are those of greedy decoding. A draft token is accepted only if it equals the
 model's own prediction after right tokens.
