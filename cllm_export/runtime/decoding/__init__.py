@@ -1,1 +1,1 @@
-"""How a request decodes: policies, the scheduler, sampling, text. Lists and numpy alone."""
+"""How a request decodes: policies, the scheduler, sampling, text. The code here uses only lists and numpy."""

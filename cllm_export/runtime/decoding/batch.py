@@ -1,4 +1,7 @@
-"""Many prompts through the slots of one engine, all known beforehand: evaluation, collection, held-out decoding."""
+"""Decodes many prompts, all known beforehand, in the slots of one engine.
+
+Evaluation, collection and held-out decoding use it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.engines.base import Engine
 
 MIN_PREFILL_WIDTH = 16
-"""Tokens that a forward takes at least while some slot is in prefill, where the engine lets n vary: at n = 1 a
-prompt would otherwise be read a token a forward."""
+"""Prompt tokens that a forward may take even if n is smaller, in engines that let n vary. Without it, prefill at n = 1
+would read one token per forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +47,14 @@ def decode_requests(
     pad_token_id: int,
     finished: Callable[[int], None] | None = None,
 ) -> list[Decode]:
-    """Decode prompts (token ids) greedily, as many at once as the engine has slots; ``Decode.records`` are the forwards
-    of each, in order.
+    """Decode prompts (token ids) greedily, as many at once as the engine has slots.
 
-    Each gives the tokens, and the forwards, that it gives alone: slots do not see each other. (Through an engine that
-    rounds differently for different shapes, but for ties.)
+    The results are in the order of the requests; ``Decode.records`` holds the forwards of each. Slots do not see each
+    other, so a prompt gives the tokens and the forwards that it gives alone. Ties are an exception in an engine that
+    rounds differently for different shapes.
 
     Args:
-        finished: called with the number of prompts done, whenever one is.
+        finished: called whenever a prompt is done, with the number of prompts done so far.
 
     Raises:
         OptionError: an option is out of range.

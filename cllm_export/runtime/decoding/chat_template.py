@@ -1,6 +1,6 @@
-"""Chat templates: what writes messages as the text that a model was trained on, rendered as transformers renders it.
+"""Chat templates: they write messages as the text that a model was trained on, as transformers renders it.
 
-A template is code of the checkpoint's. It runs in Jinja's sandbox, and sees messages and special tokens alone.
+A template is code from the checkpoint. It runs in Jinja's sandbox, and sees only messages and special tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.utils import Namespace
 from cllm_export.errors import PromptError
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""What a message may call the reasoning of the assistant; templates read the first."""
+"""The keys that a message may use for the reasoning of the assistant. Templates get it under the first two."""
 
 _TRIAL = ({"role": "user", "content": "Hello"},)
 
@@ -29,7 +29,7 @@ class ChatTemplate:
     """A compiled template, with the special tokens that it may refer to by name.
 
     Raises:
-        ValueError: the text is no valid template; the message says why, and gives the line where Jinja tells it.
+        ValueError: the text is no valid template. The message says why, with the line if Jinja gives it.
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
@@ -38,11 +38,11 @@ class ChatTemplate:
             self._template: Template = _environment().from_string(text)
         except TemplateSyntaxError as error:
             raise ValueError(f"line {error.lineno}: {error.message}") from None
-        except Exception as error:  # such as the SyntaxError or RecursionError of the Python that Jinja makes of it
+        except Exception as error:  # such as SyntaxError or RecursionError from the Python code that Jinja makes
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of these messages, up to where the assistant's turn begins.
+        """The text of these messages, up to the start of the assistant's turn.
 
         Raises:
             PromptError: the template refuses the messages, or fails on them.
@@ -53,10 +53,10 @@ class ChatTemplate:
             raise PromptError(f"the chat template refuses these messages: {error}") from None
 
     def fault(self) -> str | None:
-        """Why this template cannot render one message of a user; None where it can.
+        """The reason why this template cannot render one user message; None if it can.
 
-        A template that calls ``raise_exception`` dislikes the message, as where it asks for a system turn first. That
-        is no fault: other messages may suit it.
+        A template that calls ``raise_exception`` is not at fault. It refuses this message, for example because it
+        requires a system turn first, but it may render others.
         """
         try:
             self._render(_TRIAL).encode("utf-8")
@@ -73,12 +73,12 @@ class ChatTemplate:
         )
 
 
-class _Refusal(Exception):  # noqa: N818 - what a template says by raise_exception is no error of ours
-    """What a template said by ``raise_exception``."""
+class _Refusal(Exception):  # noqa: N818 - a refusal by the template is no error of this package
+    """A template called ``raise_exception``."""
 
 
 def _as_templates_read_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without keys that have no value, its reasoning under the names that templates read."""
+    """The message without keys whose value is None, and with its reasoning under the keys that templates read."""
     given = {key: value for key, value in message.items() if value is not None}
     reasoning = next((given[field] for field in REASONING_FIELDS if field in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
@@ -99,7 +99,7 @@ def _environment() -> Environment:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` tells a trainer what the assistant wrote; here its body is rendered as it stands."""
+    """``{% generation %}`` marks the assistant's text for training. Here its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -124,12 +124,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
+    """JSON of a value, without Jinja's HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Dict:
-    """``dict`` without its attributes, which lead to Python's internals."""
+    """``dict`` without its attributes, which would give access to Python's internals."""
 
     def __call__(self, *items: Any, **named: Any) -> dict[Any, Any]:
         return dict(*items, **named)
@@ -139,9 +139,9 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """``namespace`` that holds no name of Python's internals."""
+    """``namespace`` that refuses private names, which would give access to Python's internals."""
 
-    def __init__(*arguments: Any, **named: Any) -> None:  # the first is self, so that ``self`` may be a name too
+    def __init__(*arguments: Any, **named: Any) -> None:  # the first one is self, so ``self`` can also be a key
         self, *items = arguments
         attributes = dict(*items, **named)
         for name in attributes:

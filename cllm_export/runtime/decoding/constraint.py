@@ -1,8 +1,8 @@
 """Constrained output: which tokens a grammar allows after each row of a block.
 
-The grammar itself is llguidance's (extra ``grammar``). Row i of a block is masked by the state that the text and the
-draft d[1..i] reach, so that a draft which breaks the grammar can match nothing, and constrained Jacobi decoding equals
-constrained autoregressive decoding token for token at every fixed n.
+llguidance (extra ``grammar``) implements the grammars. The grammar's state after the text and the draft d[1..i] masks
+row i of a block. So a draft token that breaks the grammar cannot be accepted. Constrained Jacobi decoding therefore
+equals constrained autoregressive decoding token for token at every fixed n.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class GrammarCompiler:
     """Compiles the grammars of requests for one tokenizer.
 
     Args:
-        codec: the model's.
+        codec: the model's codec.
         vocab_size: V of its logits.
-        eos_token_ids: what ends a text; allowed where the grammar is complete.
+        eos_token_ids: the end-of-sequence tokens. They are allowed where the grammar is complete.
 
     Raises:
         MissingExtraError: llguidance is not installed.
-        OptionError: the model has no end-of-sequence token, or its tokenizer is of no kind that llguidance reads.
+        OptionError: the model has no end-of-sequence token, or llguidance cannot read its tokenizer.
     """
 
     def __init__(self, codec: TextCodec, *, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -55,11 +55,11 @@ class GrammarCompiler:
         """The constraint of one request.
 
         Args:
-            kind: ``json_schema``, ``regex`` or ``grammar``, a Lark grammar as llguidance takes it.
-            source: its text; a JSON schema may be a mapping as well.
+            kind: ``json_schema``, ``regex``, or ``grammar`` for a Lark grammar as llguidance takes it.
+            source: its text; a JSON schema may also be a mapping.
 
         Raises:
-            OptionError: it is not of its kind, with llguidance's own words.
+            OptionError: ``source`` is not a valid source of this kind. The message holds llguidance's own.
         """
         import llguidance
 
@@ -90,7 +90,7 @@ def _schema_text(schema: Mapping[str, Any]) -> str:
 
 
 class Constraint:
-    """The grammar's state along one request."""
+    """The state of a grammar during one request."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -98,23 +98,23 @@ class Constraint:
         self._allows_all = np.ones(vocab_size, bool)
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these tokens, which the grammar allowed.
+        """Append these tokens to the text.
 
         Raises:
-            EngineError: it did not.
+            EngineError: the grammar does not allow them.
         """
         if tokens and not self._matcher.consume_tokens(list(tokens)):
             raise EngineError(f"the grammar does not go on with tokens {list(tokens)}: {self._matcher.get_error()}")
 
     def forced(self, known: Sequence[int], limit: int) -> list[int]:
-        """Tokens, up to ``limit``, that must follow the text and ``known`` behind it: each is the only one allowed.
+        """The tokens, at most ``limit``, that must follow the text and ``known``: each is the only one allowed.
 
-        An end-of-sequence token is never among them: a request ends with a forward's own. Not llguidance's own
-        fast-forward tokens: those are the usual tokens of text that is certain, which decoding token by token may
-        spell otherwise.
+        They never include an end-of-sequence token, because only the output of a forward ends a request. llguidance's
+        own fast-forward tokens are not used. They are the usual tokens of a certain text, but decoding token by token
+        may split that text differently.
 
         Raises:
-            EngineError: the grammar does not go on with ``known``.
+            EngineError: the grammar does not allow ``known`` after the text.
         """
         matcher, forced = self._matcher, list[int]()
         if len(known) and matcher.try_consume_tokens(list(known)) != len(known):
@@ -129,9 +129,9 @@ class Constraint:
         return forced
 
     def allowed(self, draft: Sequence[int]) -> NDArray[np.bool_]:
-        """Which tokens may follow the text, and each token of a draft behind it, bool [1 + len(draft), V].
+        """The tokens that may follow the text and each token of a draft after it, bool [1 + len(draft), V].
 
-        Behind the first draft token that breaks the grammar nothing can match, so everything is allowed there.
+        The first draft token that breaks the grammar cannot be accepted, so the rows from it on allow everything.
         """
         rows, num_consumed = [self._mask()], 0
         for token in draft:

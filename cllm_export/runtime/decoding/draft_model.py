@@ -1,9 +1,8 @@
 """A draft model: another bundle with the same tokenizer, whose greedy tokens are drafts for the model that verifies.
 
-It has an engine and a KV cache of its own, with one lane for each slot of the model, and runs the project's own loop:
-sliding Jacobi with the n that a CLLM was trained with, and with n = 1, which is autoregressive decoding, otherwise.
-What is drafted here is never trusted, so at a fixed n nothing here can change a token. Source: speculative decoding
-(arXiv 2211.17192).
+It has its own engine and KV cache, with one lane for each slot of the model. It decodes by sliding Jacobi. A CLLM uses
+the n that it was trained with. Any other model uses n = 1, which is autoregressive decoding. The drafts are always
+verified, so at a fixed n they cannot change a token. Source: speculative decoding (arXiv 2211.17192).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cllm_export.runtime.engines.base import Engine
 
 UNTRAINED = TrainedWith(block_size=1, proposer="pad", loop="sliding")
 IGNORED_TOKENIZER_KEYS = ("truncation", "padding")
-"""Settings that trainers leave in a ``tokenizer.json``; a codec turns them off."""
+"""Settings that trainers leave in a ``tokenizer.json``. ``TextCodec`` turns them off."""
 
 
 class Drafter(Protocol):
@@ -29,26 +28,28 @@ class Drafter(Protocol):
 
     @property
     def run_seconds(self) -> float:
-        """Seconds spent inside its engine so far."""
+        """Seconds spent inside the draft model's engine so far."""
         ...
 
     def draft(self, requests: Mapping[int, DraftRequest]) -> None:
-        """Answer the draft request of each slot, in ``DraftRequest.found``: with fewer tokens if the model holds no
-        more."""
+        """Answer the draft request of each slot in ``DraftRequest.found``.
+
+        The answer has fewer tokens if the model can hold no more.
+        """
         ...
 
 
 class DraftModel:
-    """Drafts through the slots of one engine, in lockstep: each forward takes every lane further that still has to go.
+    """Drafts in the slots of one engine, in lockstep: each forward advances every lane whose answer is incomplete.
 
-    A lane keeps the tokens it went over, whose KV lies in its slot. What a draft request has in common with them stays,
-    whoever asked for it; the rest is dead rows, and moving the write index is all that it takes.
+    A lane keeps its tokens, and their KV stays in its slot. A new draft request reuses the prefix that it shares with
+    them, even if another request left them. The other rows are dead: the lane only moves its write index.
 
     Args:
-        engine: as many slots as that of the model that verifies.
-        max_length: tokens of a text that it holds.
-        pad_token_id: fills rows that nobody uses.
-        trained_with: of a CLLM.
+        engine: has as many slots as the engine of the model that verifies.
+        max_length: the most tokens of a text that a lane holds.
+        pad_token_id: fills unused rows.
+        trained_with: how a CLLM was trained; None for other models.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class DraftModel:
         return len(self._lanes)
 
     def close(self) -> None:
-        """Let go of what the engine holds."""
+        """Close the engine."""
         self._engine.close()
 
     def draft(self, requests: Mapping[int, DraftRequest]) -> None:
-        """Answer the draft request of each slot, in ``DraftRequest.found``; see ``Drafter``.
+        """Answer the draft request of each slot in ``DraftRequest.found``; see ``Drafter``.
 
         Raises:
             EngineError: the engine failed.
@@ -99,7 +100,7 @@ class DraftModel:
             requests[index].found = lane.found
 
     def _forward(self, short: Sequence[int]) -> None:
-        """One forward, in which these lanes read or draft and the others lie idle over their dead rows."""
+        """Run one forward: the lanes in ``short`` prefill or draft, and the others idle over their dead rows."""
         idle = Rows([], 0)
         rows = [lane.next_rows() if index in short else idle for index, lane in enumerate(self._lanes)]
         width = self._width or max(len(tokens) for tokens, _ in rows)
@@ -117,14 +118,14 @@ class DraftModel:
 
 
 class Rows(NamedTuple):
-    """What a lane puts into a forward: its tokens, and how many of them are known to be right."""
+    """The tokens that a lane gives to a forward, and how many of them are known to be right."""
 
     tokens: list[int]
     num_committed: int
 
 
 class Lane:
-    """One text in one slot: the tokens of a draft request, then those that the model itself goes on with."""
+    """One text in one slot: the tokens of a draft request, then the tokens that the draft model adds."""
 
     def __init__(
         self, *, block_size: int, max_width: int, proposer: ProposerName, pad_token_id: int, max_length: int
@@ -136,32 +137,32 @@ class Lane:
         self._max_length = max_length
         self._tokens: list[int] = []
         self._num_written = 0
-        """Leading tokens whose KV is right."""
+        """Number of leading tokens whose KV is valid."""
         self._first = self._goal = 0
-        """Tokens of the draft request, and how many there must be with its answer."""
+        """Number of tokens of the draft request, without and with the answer."""
         self._decoder: SlidingJacobi | None = None
         self._rows = Rows([], 0)
         self._num_unread = 0
         self.is_prefilling = False
-        """Whether the rows of the last ``next_rows`` are a chunk of the text, and give no token."""
+        """Whether the last ``next_rows`` was a prefill chunk, which gives no token."""
 
     @property
     def write_index(self) -> int:
-        """Where the slot's next rows are written; within what the cache holds, however far the loop ran ahead."""
+        """Where the slot's next rows are written. It stays within the cache, even if the loop ran past its end."""
         return min(self._num_written, self._max_length - 1)
 
     @property
     def is_short(self) -> bool:
-        """Whether it takes more forwards to answer."""
+        """Whether the answer needs more forwards."""
         return len(self._tokens) < self._goal
 
     @property
     def found(self) -> list[int]:
-        """The answer."""
+        """The answer to the draft request."""
         return self._tokens[self._first : self._goal]
 
     def start(self, tokens: list[int], count: int) -> None:
-        """Take a draft request. Where the model has said what these tokens end with, it only goes on."""
+        """Take a draft request. If the lane's text already begins with ``tokens``, decoding just continues."""
         self._first, self._goal = len(tokens), min(len(tokens) + count, self._max_length)
         shared = num_shared(self._tokens, tokens)
         if shared == len(tokens):
@@ -172,7 +173,7 @@ class Lane:
         self._decoder = SlidingJacobi(last_token=tokens[-1], write_index=len(tokens) - 1, proposer=proposer)
 
     def next_rows(self) -> Rows:
-        """What the next forward runs at ``write_index``: what is unread, then the loop's block if there is room."""
+        """The rows of the next forward at ``write_index``: unread tokens, then the loop's block if there is room."""
         assert self._decoder, "a lane that is short has been started"
         unread = self._tokens[self._num_written : -1]
         self.is_prefilling = len(unread) >= self._max_width
@@ -185,7 +186,7 @@ class Lane:
         return self._rows
 
     def has_prefilled(self) -> None:
-        """The rows are written."""
+        """Note that the KV of the unread tokens in the last rows is written."""
         self._num_written += self._num_unread
 
     def take(self, next_ids: Sequence[int], num_accepted: int) -> None:
@@ -204,7 +205,7 @@ class Lane:
 
 
 def num_shared(known: Sequence[int], tokens: Sequence[int]) -> int:
-    """Leading tokens that are the same in both."""
+    """Length of the common prefix."""
     most = min(len(known), len(tokens))
     if known[:most] == tokens[:most]:
         return most
@@ -212,10 +213,11 @@ def num_shared(known: Sequence[int], tokens: Sequence[int]) -> int:
 
 
 def check_pair(model: Bundle, draft: Bundle) -> None:
-    """Refuse a draft model whose tokens mean something else, or which holds shorter texts.
+    """Refuse a draft model that has another tokenizer, or that holds shorter texts than the model.
 
     Raises:
-        OptionError: vocabulary, tokenizer or lengths differ; it says which and how.
+        OptionError: the vocabulary size or the tokenizer differs, or the draft model's length is too small. The
+            message says which and how.
     """
     ours, theirs = model.manifest, draft.manifest
     name = f"draft model {draft.path}"
@@ -237,7 +239,7 @@ def check_pair(model: Bundle, draft: Bundle) -> None:
 
 
 def _differing_keys(model: Bundle, draft: Bundle) -> list[str]:
-    """Sections in which two tokenizers differ, settings that a codec turns off left aside."""
+    """Sections in which two tokenizers differ, without ``IGNORED_TOKENIZER_KEYS``."""
     ours, theirs = (_read_tokenizer(bundle) for bundle in (model, draft))
     keys = sorted((ours.keys() | theirs.keys()) - set(IGNORED_TOKENIZER_KEYS))
     return [key for key in keys if ours.get(key) != theirs.get(key)]

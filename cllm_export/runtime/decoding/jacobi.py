@@ -1,8 +1,8 @@
-"""The two Jacobi loops as policy, and their seam: which block the next forward verifies, and what its outputs commit.
+"""The decoding policies: each says which block the next forward verifies, and what its outputs commit.
 
-No tensors, no engine: ``next_block`` says what to run at ``write_index``, ``commit`` takes the outputs. Rejecting a
-draft token is nothing but moving ``write_index`` by fewer rows than the block has. Sources: CLLM (arXiv 2403.00835),
-Jacobi Forcing (2512.14681), Jacobi decoding (2305.10427).
+A policy uses no tensors and no engine. ``next_block`` gives the block to run at ``write_index``, and ``commit`` takes
+the outputs. To reject draft tokens, a policy moves ``write_index`` by fewer rows than the block has. Sources: CLLM
+(arXiv 2403.00835), Jacobi Forcing (2512.14681), Jacobi decoding (2305.10427).
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ class Block(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """The text that a forward verified, where its block holds more than that."""
+    """The text that a forward verified, if its block holds more rows than that text."""
 
     position: int
-    """Of its first token, which was known."""
+    """Position of the first token, which was known before the forward."""
     tokens: list[int]
     next_ids: list[int]
     """The prediction after each of ``tokens``."""
 
 
 class Commit(NamedTuple):
-    """What a forward's outputs came to."""
+    """What a policy made of a forward's outputs."""
 
     tokens: list[int]
-    """Tokens now known that were not known before, the bonus included."""
+    """Tokens that this forward made known, with the bonus."""
     num_accepted: int
-    """Rows of the block, or of what it tried, that the policy took as right."""
+    """Rows that the policy accepted, of the block or of ``tried``."""
     tried: Tried | None = None
-    """None where the block itself is the text that was tried."""
+    """None if the block itself is the text that the forward verified."""
 
 
 class Decoder(Protocol):
     """The policy of one request."""
 
     write_index: int
-    """Valid KV rows of the request's slot; where the next block's KV is written."""
+    """Number of valid KV rows in the request's slot. The next block's KV is written there."""
 
     def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
-        """What a draft model must answer before ``next_block`` with the same arguments; None for nothing."""
+        """The request that a draft model must answer before ``next_block`` with the same arguments, or None."""
         ...
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
-        """The block that the next forward runs, ``size`` tokens. Until ``commit`` it may be asked for again.
+        """The block of ``size`` tokens that the next forward runs. It may be called again until ``commit``.
 
-        ``forced`` tokens are known to follow the text: they are committed rows, as far as the block has room for them.
+        ``forced`` tokens are known to follow the text. As many as fit into the block become committed rows.
         """
         ...
 
@@ -64,9 +64,9 @@ class Decoder(Protocol):
 
 
 class Window:
-    """A block that begins with the last committed token, and goes on with a draft that the proposer makes long enough.
+    """A block of the last committed token and a draft, which the proposer extends to the block size.
 
-    What a policy keeps of a forward's predictions is its own matter. The block size may change at any forward.
+    Each subclass chooses which predictions of a forward it keeps as draft. The block size may change at any forward.
     """
 
     def __init__(self, *, last_token: int, write_index: int, proposer: Proposer) -> None:
@@ -89,7 +89,7 @@ class Window:
         return Block(self._block, min(1 + len(forced), size))
 
     def _move(self, next_ids: list[int], num_accepted: int, kept: slice) -> Commit:
-        """Commit what was accepted, tell the proposer, and keep these predictions for the next block."""
+        """Commit the accepted rows, report them to the proposer, and keep these predictions for the next block."""
         self.write_index += num_accepted
         new, rejected = next_ids[:num_accepted], self._block[num_accepted:]
         self._block = next_ids[kept]
@@ -99,10 +99,10 @@ class Window:
 
 
 class SlidingJacobi(Window):
-    """Sliding Jacobi: after each forward the window moves past what was accepted and is filled up again.
+    """Sliding Jacobi: after each forward the window moves past the accepted rows, and the proposer refills it.
 
-    With m draft tokens right, one forward commits m + 1 tokens: the last is the bonus, the model's own token after
-    the last right one. The predictions beyond it are the next draft.
+    If m draft tokens are right, the forward commits m + 1 tokens. The last one is the bonus: the model's own token
+    after the last right one. The predictions after the bonus are the next draft.
     """
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
@@ -110,10 +110,10 @@ class SlidingJacobi(Window):
 
 
 class BlockJacobi:
-    """Block Jacobi (the CLLM paper's): a block is iterated to its fixed point, then the next one starts after it.
+    """Block Jacobi (from the CLLM paper): a block is iterated to its fixed point, then the next block starts after it.
 
-    The write index stays until then: rows already accepted are computed again, as in a fixed-shape engine. Tokens are
-    handed out as soon as they are known. A block keeps the size it began with.
+    The write index does not move before the fixed point: accepted rows are computed again, as in a fixed-shape engine.
+    Tokens are handed out as soon as they are known. A block keeps its first size.
     """
 
     def __init__(self, *, last_token: int, write_index: int, proposer: Proposer) -> None:
@@ -149,11 +149,11 @@ class BlockJacobi:
 
 
 class Autoregressive:
-    """One token a forward, whatever the block size.
+    """One token per forward, at any block size.
 
-    With blocks of 1 it is ordinary decoding. With n it runs the n-shaped forward of Jacobi decoding and keeps
-    one token of it, so that both use the same engine and shape and must agree exactly. Tokens that a grammar forces are
-    decoded like any others, which makes it what forced ones are compared with.
+    A block size of 1 is ordinary decoding. With n, it runs the same n-wide forward as Jacobi decoding and keeps one
+    token. Engine and shape are then equal, so the two must agree exactly. Tokens that a grammar forces are decoded
+    like all others, so this policy is the reference for forced tokens.
     """
 
     def __init__(self, *, last_token: int, write_index: int, proposer: Proposer) -> None:
@@ -163,7 +163,7 @@ class Autoregressive:
         self._is_filled = False
 
     def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
-        return None  # whatever fills the block is thrown away
+        return None  # the tokens that fill the block are discarded
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
         self._is_filled = size > 1
@@ -178,7 +178,7 @@ class Autoregressive:
 
 
 class Speculative(Window):
-    """Every draft is what the proposer guesses for the text so far."""
+    """Speculative decoding: the proposer makes every draft from the text so far. No predictions are kept as draft."""
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
         return self._move(next_ids, num_accepted, slice(num_accepted - 1, num_accepted))

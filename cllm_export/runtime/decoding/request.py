@@ -1,6 +1,6 @@
-"""One request's decode, forward by forward: what it runs next, what a forward's outputs come to, and where it ends.
+"""The decode of one request, forward by forward: its next block, the tokens of each forward, and its end.
 
-Shared by whatever decodes: one request in one slot (``runtime/model.py``) or many in many (``batch.py``).
+Every loop uses it: one request in one slot (``runtime/model.py``), or many requests in many slots (``batch.py``).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DECODERS: dict[SlotMethod, type[SlidingJacobi] | type[BlockJacobi] | type[Specul
     "autoregressive": Autoregressive,
 }
 METHODS: tuple[SlotMethod, ...] = tuple(DECODERS)
-"""The loops that share forwards slot by slot, in the graph that every bundle has. Lookahead is none of them: what the
-rows of its forward are to each other holds for every slot, so it has the engine for itself."""
+"""The methods whose requests can share forwards, one slot each, in the graph that every bundle has. Lookahead cannot:
+the offsets and the mask of its rows hold for every slot, so it needs the engine for itself."""
 METHOD_OF_LOOP: dict[Loop, JacobiMethod] = {"sliding": "jacobi", "block": "jacobi-block"}
-"""The method that decodes in the form a model was trained for."""
+"""The decoding method for each loop that a model can be trained with."""
 
 _ONE_AT_A_TIME = (
     "lookahead runs one request at a time, through Model.generate or Model.stream: the size and the mask of its block "
@@ -44,17 +44,17 @@ _ONE_AT_A_TIME = (
 )
 
 StopCut = Callable[[list[int]], int | None]
-"""How many of these new tokens are left where a stop string ends the request among them; None where none does."""
+"""Takes new tokens. Returns how many of them remain if a stop string ends the request within them, otherwise None."""
 
 
 class RequestStatus(Enum):
-    """Where a request is on its way."""
+    """The state of a request."""
 
     WAITING = "waiting"
     RUNNING = "running"
-    """It has a slot: its prompt is read, or it decodes."""
+    """It has a slot, and is in prefill or decodes."""
     FINISHED = "finished"
-    """It ended by its own rules."""
+    """It reached its end: an end-of-sequence token, a stop string or the length limit."""
     CANCELLED = "cancelled"
     FAILED = "failed"
 
@@ -64,7 +64,7 @@ class RequestStatus(Enum):
 
 
 class Decode:
-    """The decode of one request: a policy, its limits, and the record of its forwards."""
+    """The decode of one request: its policy, its limits, and the records of its forwards."""
 
     def __init__(
         self,
@@ -84,29 +84,29 @@ class Decode:
         self._sampler = sampler
         self._num_logprobs = num_logprobs
         self._position = decoder.write_index + 1
-        """Of the next token to become known."""
+        """Position of the next token that becomes known."""
         self.logprobs: list[Logprob] = []
-        """Of every new token, where they were asked for."""
+        """One entry for each new token, if the request asked for them."""
         self.records: list[ForwardRecord] = []
         self.finish_reason: FinishReason | None = None
-        """Why it has ended; None as long as it runs."""
+        """Why the request ended; None while it runs."""
 
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
     def cancel(self) -> None:
-        """End it here, if it has not ended."""
+        """End the request as cancelled, unless it has already ended."""
         self.finish_reason = self.finish_reason or "cancelled"
 
     @property
     def write_index(self) -> int:
-        """Valid KV rows of the request's slot; where the next block's KV is written."""
+        """Number of valid KV rows in the request's slot. The next block's KV is written there."""
         return self._decoder.write_index
 
     @property
     def num_rows(self) -> int:
-        """KV rows of the slot that are those of known tokens: of the block loop's unfinished block as well."""
+        """KV rows of the slot that hold known tokens, with the accepted rows of an unfinished Jacobi block."""
         if not self.records:
             return self.write_index
         last = self.records[-1]
@@ -118,22 +118,22 @@ class Decode:
         return self._sampler is not None or self._num_logprobs is not None
 
     def request_draft(self, size: int) -> DraftRequest | None:
-        """What a draft model must answer before ``next_block`` of this size is called; None for nothing."""
+        """The request that a draft model must answer before ``next_block`` with this size, or None."""
         return self._decoder.request_draft(size, self._forced(size))
 
     def next_block(self, size: int) -> Block:
-        """The block that the next forward runs at ``write_index``, ``size`` tokens of it."""
+        """The block of ``size`` tokens that the next forward runs at ``write_index``."""
         self._block = self._decoder.next_block(size, self._forced(size))
         return self._block
 
     def _forced(self, size: int) -> Sequence[int]:
-        """What a grammar leaves no choice about, as far as a block of this size has room."""
+        """The tokens that a grammar forces next, as many as fit into a block of this size."""
         return self._sampler.forced(self.write_index, size - 1) if self._sampler else ()
 
     def take(self, next_ids: list[int], num_accepted: int, logits: NDArray[np.float32] | None = None) -> list[int]:
-        """Take the outputs of that forward for this slot; the new tokens, cut at the end of the request.
+        """Take this slot's outputs of that forward. Returns the new tokens, cut at the end of the request.
 
-        ``logits`` [n, V] are read where ``needs_logits`` says so; a sampler's tokens then stand for the graph's.
+        ``logits`` [n, V] are read only if ``needs_logits``. If there is a sampler, its tokens replace the graph's.
 
         Raises:
             EngineError: the engine accepted nothing, or its logits are NaN or missing.
@@ -144,7 +144,7 @@ class Decode:
         if self._sampler and logits is not None:
             next_ids, num_accepted = self._sampler.draw(*self._block, write_index, logits)
         known, num_right, tried = self._decoder.commit(next_ids, num_accepted)
-        if not known:  # a sound graph accepts one row at least; a broken one must not loop for ever
+        if not known:  # a sound graph accepts at least one row; a broken one must not cause an endless loop
             raise EngineError(
                 f"the engine accepted {num_accepted} rows at write index {write_index}, which makes no token known: "
                 "its graph is broken, rebuild the bundle"
@@ -153,7 +153,7 @@ class Decode:
         if self._sampler:
             self._sampler.accept(new)
         if self._num_logprobs is not None and logits is not None:
-            first = self._position - 1 - write_index  # the row that predicts the first of them
+            first = self._position - 1 - write_index  # the row that predicts the first new token
             self.logprobs += [
                 logprobs_of(logits[first + index], token, self._num_logprobs) for index, token in enumerate(new)
             ]
@@ -162,13 +162,13 @@ class Decode:
         if not self._left and not self.is_finished:
             self.finish_reason = "length"
         if lost := len(known) - len(new):
-            num_right -= lost - 1  # the bonus is lost first, and is no row of the block
+            num_right -= lost - 1  # the first lost token is the bonus, which is no row of the block
         at, tokens, predicted = tried or (write_index, self._block.tokens, next_ids)
         self.records.append(ForwardRecord(at, tokens, predicted, num_right, new))
         return new
 
     def _cut(self, known: list[int]) -> list[int]:
-        """What is left of newly known tokens at the end of the request: limit, end-of-sequence token, stop string."""
+        """The newly known tokens, cut where the limit, an end-of-sequence token or a stop string ends the request."""
         new = known if len(known) <= self._left else known[: self._left]
         if not self._eos.isdisjoint(new):
             first = next(index for index, token in enumerate(new) if token in self._eos)
@@ -179,10 +179,10 @@ class Decode:
 
 
 def require_shareable(method: Method | None, forwards_per_sync: int | None = None) -> None:
-    """Refuse a request whose forwards no other can share.
+    """Refuse a request that cannot share its forwards with other requests.
 
     Raises:
-        OptionError: its method is lookahead, or its loop is to stay on the device.
+        OptionError: its method is lookahead, or its loop would stay on the device.
     """
     if method == LOOKAHEAD:
         raise OptionError(_ONE_AT_A_TIME)
@@ -202,11 +202,10 @@ def make_decoder(
     pad_token_id: int,
     pool: NgramPool | None = None,
 ) -> Decoder:
-    """The policy that decodes a prompt whose KV, less that of its last token, is written; see ``make_proposer``.
+    """The policy that decodes a prompt after its prefill; see ``make_proposer`` for the proposer.
 
     Raises:
-        OptionError: no such proposer, or it needs a pool and there is none; or a method that has no policy of a slot of
-            its own.
+        OptionError: the proposer does not exist, or it needs a pool and there is none; or the method is lookahead.
     """
     if method == LOOKAHEAD:
         raise OptionError(_ONE_AT_A_TIME)

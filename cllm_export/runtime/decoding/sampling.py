@@ -1,11 +1,12 @@
-"""Sampling as a deterministic map of the text: noise fixed for each absolute position.
+"""Sampling as a deterministic function of the text: the noise of each absolute position is fixed.
 
-Jacobi decoding stays lossless by it at every fixed n; where n is chosen (``auto``), logits may round otherwise.
+This keeps Jacobi decoding lossless at every fixed n. If n is chosen at run time (``auto``), logits may round
+differently.
 
-The token at position t is the argmax over v of ``score_t(v) / temperature + gumbel(seed, t, v)`` on the support that
-top-k, top-p and min-p leave: an exact draw from the softmax (the Gumbel-max trick), and the same one whichever
-forward, row or neighbour it is drawn in. "Greedy" becomes "perturbed argmax", and every rule of Jacobi decoding holds
-as it stands: the fixed point is the autoregressive sample of that seed. Sources: predictive sampling with forecasting
+The token at position t is the argmax over v of ``score_t(v) / temperature + gumbel(seed, t, v)``, on the support that
+top-k, top-p and min-p leave. This is an exact draw from the softmax (the Gumbel-max trick). The draw does not depend on
+the forward, the row or the neighbours. "Greedy" becomes "perturbed argmax", and every rule of Jacobi decoding still
+holds: the fixed point is the autoregressive sample of that seed. Sources: predictive sampling with forecasting
 autoregressive models (arXiv 2002.09928); Philox (Salmon et al. 2011) as the counter-based generator.
 
 Shapes: n tokens of the block, V the vocabulary.
@@ -29,26 +30,27 @@ Float32Array = NDArray[np.float32]
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
-"""Alternatives that may be asked for beside a token's own log-probability, as in public serving APIs."""
+"""The most alternatives that a request may ask for at each token, as in public serving APIs."""
 
 SMALLEST, LARGEST = 1e-6, 1e6
-"""Bounds of temperature (but for 0) and repetition penalty."""
+"""Bounds of the repetition penalty, and of a temperature other than 0."""
 LARGEST_BIAS = 1e20
-"""Bound of a bias that is no ban. Within these bounds no score leaves float32, where two that overflow would tie."""
+"""Bound of a bias that is not a ban. These bounds keep every score within float32: two scores that overflow would
+tie."""
 
 TOP_P_HEAD = 256
-"""Tokens among which top-p looks for its share before it sorts the whole vocabulary."""
+"""Number of most probable tokens that top-p sorts first. It sorts the whole vocabulary only if they are too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. The defaults are greedy decoding.
 
-    Applied in this order: logit bias, repetition penalty, grammar, temperature, top-k, top-p (of what top-k left),
+    The order is: logit bias, repetition penalty, grammar, temperature, top-k, top-p (of the tokens that top-k left),
     min-p.
 
     Raises:
-        OptionError: a value is out of range; its name and range are told.
+        OptionError: a value is out of range; the message gives its name and range.
     """
 
     temperature: float = option(0.0, help="Temperature of sampling; at 0 decoding is greedy.")
@@ -56,7 +58,7 @@ class Sampling:
     top_k: int = option(
         0, minimum=0, help="Sample only from this many of the most probable tokens; 0 keeps all tokens."
     )
-    """Keeps the k most probable tokens, and those equal to the last of them."""
+    """Keeps the k most probable tokens, and tokens that tie with the last of them."""
     top_p: float = option(
         1.0,
         above=0,
@@ -77,7 +79,7 @@ class Sampling:
         maximum=LARGEST,
         help="Above 1, tokens that are in the text already become less probable.",
     )
-    """Divides positive scores of tokens that stand in prompt or text, and multiplies negative ones."""
+    """Divides the positive scores of tokens in the prompt or the text, and multiplies their negative scores."""
     logit_bias: Mapping[int, float] | None = option(
         None, help="Add a bias to the logit of a token, as TOKEN=BIAS; -inf bans it. Repeat the option for several."
     )
@@ -87,7 +89,7 @@ class Sampling:
         minimum=0,
         help="Seed of sampling and of the prompt proposer; by default a new one for each sampled prompt.",
     )
-    """Of the noise that samples, and of the ``prompt`` proposer, 0 to 2^63 - 1. A ``Sampler`` takes None for 0."""
+    """Seed of the sampling noise and of the ``prompt`` proposer, 0 to 2^63 - 1. A ``Sampler`` reads None as 0."""
 
     def __post_init__(self) -> None:
         heat = self.temperature
@@ -116,7 +118,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the graph's own argmax is the token drawn, so that no logits are needed."""
+        """Whether the graph's own argmax gives the drawn token, so that no logits are needed."""
         return self.temperature == 0 and self.repetition_penalty == 1 and not self.logit_bias
 
     def check_tokens(self, vocab_size: int) -> None:
@@ -134,17 +136,17 @@ class Logprob(NamedTuple):
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """The most probable tokens and theirs, the best first."""
+    """The most probable tokens with their log-probabilities, the best first."""
 
 
 class Sampler:
-    """Draws the tokens of one request from the logits of its blocks. Remembers text, never tensors.
+    """Draws the tokens of one request from the logits of its blocks. It keeps the text, but no logits.
 
     Args:
-        sampling: how.
+        sampling: how tokens are drawn.
         prompt: token ids.
         vocab_size: V.
-        constraint: what a grammar allows.
+        constraint: the grammar of the request, if it has one.
     """
 
     def __init__(
@@ -165,16 +167,16 @@ class Sampler:
             self._bias[list(self._bias_of)] = list(self._bias_of.values())
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these tokens."""
+        """Append these tokens to the text."""
         self._text += tokens
 
     def forced(self, write_index: int, limit: int) -> list[int]:
-        """Tokens, up to ``limit``, that a grammar leaves no choice about after the text so far.
+        """The tokens, at most ``limit``, that a grammar forces after the text so far.
 
-        They are what ``draw`` would draw, whatever the logits; ``write_index`` is that of the next block.
+        ``draw`` would draw them from any logits. ``write_index`` is that of the next block.
 
         Raises:
-            EngineError: the grammar does not go on with the text.
+            EngineError: the grammar does not allow the text.
         """
         if not self._constraint or limit < 1:
             return []
@@ -184,18 +186,18 @@ class Sampler:
         return forced[: next(banned, len(forced))]
 
     def _constrain(self, write_index: int) -> None:
-        """Bring the grammar to the state after the token at ``write_index``, the first of a block there."""
+        """Advance the grammar to the state after the token at ``write_index``, the first token of the block."""
         if self._constraint:
             self._constraint.advance(self._text[self._num_constrained : write_index + 1])
             self._num_constrained = max(self._num_constrained, write_index + 1)
 
     def draw(self, block: Sequence[int], num_committed: int, write_index: int, logits: Float32Array) -> DrawnBlock:
-        """The token after each row of a block, and how many rows are right.
+        """Draw the token after each row of a block, and count the accepted rows.
 
         Args:
-            block: tokens [n] of the forward; row i stands at position ``write_index + i``.
+            block: tokens [n] of the forward; row i is at position ``write_index + i``.
             num_committed: leading rows known to be right.
-            write_index: where the block stands.
+            write_index: position of the block's first token.
             logits: float32 [n, V].
 
         Raises:
@@ -211,9 +213,9 @@ class Sampler:
         return DrawnBlock(next_ids, min(right, dead))
 
     def scores(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
-        """What the drawn tokens are the argmax of, [n, V]: adjusted logits over temperature, filtered, and their noise.
+        """The scores [n, V] whose argmax is drawn: adjusted logits / temperature, filtered, plus noise.
 
-        Arguments and errors are those of ``draw``.
+        At temperature 0 they are the adjusted logits. Arguments and errors are those of ``draw``.
         """
         if np.isnan(logits.max(axis=-1)).any():
             raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
@@ -225,7 +227,7 @@ class Sampler:
         return scores
 
     def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
-        """Scores [n, V] after bias and penalty; row i is penalised for the text up to and with its own token."""
+        """Scores [n, V] after bias, penalty and grammar. Row i is penalised for the text up to its own token."""
         scores = logits
         if self._bias is not None:
             scores = scores + self._bias
@@ -239,10 +241,10 @@ class Sampler:
         return scores
 
     def _first_dead(self, scores: Float32Array, *, num_known: int) -> int:
-        """The first row that no token may follow, the number of rows if there is none. No row is accepted from it on.
+        """The first row that no token may follow, or the number of rows. Neither it nor a later row is accepted.
 
         Raises:
-            OptionError: it is the row of the last token of the text, ``num_known`` rows behind the block's first.
+            OptionError: the row holds a token of the text, at most ``num_known`` rows after the block's first row.
         """
         if not self._constraint and self._bias is None:
             return len(scores)
@@ -275,7 +277,7 @@ class Sampler:
         return lowest
 
     def _noise_of(self, write_index: int, block_size: int) -> Float32Array:
-        """Gumbel noise [n, V] of the tokens that a block's rows predict; rows are kept while their position is open."""
+        """Gumbel noise [n, V] of the tokens that a block's rows predict. Positions of the last block are reused."""
         positions = range(write_index + 1, write_index + 1 + block_size)
         self._noise = {
             position: self._noise[position]
@@ -287,17 +289,17 @@ class Sampler:
 
 
 class DrawnBlock(NamedTuple):
-    """What ``Sampler.draw`` gives: the graph's two outputs, for one slot."""
+    """The result of ``Sampler.draw``. It replaces the graph's two outputs for one slot."""
 
     next_ids: list[int]
     num_accepted: int
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float32Array:
-    """Standard Gumbel noise [V] for the token at an absolute position, a function of its arguments alone.
+    """Standard Gumbel noise [V] for the token at an absolute position. It depends only on the arguments.
 
-    Value v is the v-th 64-bit output of Philox4x64-10 with the key (seed, position) and counter 0, its upper 52 bits
-    taken as u in (0, 1), as -log(-log(u)).
+    Value v is -log(-log(u)). The upper 52 bits of the v-th 64-bit output of Philox4x64-10 give u in (0, 1). The key is
+    (seed, position), the counter 0.
     """
     raw = np.random.Philox(key=np.array([seed, position], np.uint64), counter=0).random_raw(vocab_size)
     uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
@@ -306,7 +308,7 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float32Array:
 
 
 def logprobs_of(logits: Float32Array, token: int, count: int) -> Logprob:
-    """The log-probability of a token, and of the ``count`` most probable ones, under logits [V]."""
+    """The log-probabilities of a token and of the ``count`` most probable tokens, under logits [V]."""
     values = logits.astype(np.float64)
     values -= values.max()
     values -= math.log(np.exp(values).sum())
@@ -325,7 +327,7 @@ def _nucleus(scores: Float32Array, top_p: float) -> np.float32:
         reached = int(np.searchsorted(share, top_p))
         if reached < len(head):
             return np.float32(head[reached])
-    return np.float32(scores.min())  # rounding left the sum of all a hair below top_p
+    return np.float32(scores.min())  # by rounding, even the sum of all is slightly below top_p
 
 
 def _is_number(value: object) -> bool:

@@ -1,9 +1,9 @@
 """Continuous batching: requests wait in a bounded queue, enter free slots at any forward, and leave when they end.
 
-Policy alone: lists, no tensors, no threads. One ``step`` is one forward of the engine for every slot: ``schedule`` says
-what it runs, and ``update`` takes what it gave. A slot that is still in prefill feeds a chunk of it, all of it
-committed, beside slots that decode. What a slot does not use of the block is dead rows, as a rejected draft's are.
-Slots see nothing of each other, so what a request gives does not depend on its neighbours.
+The scheduler is only policy: it uses lists, no tensors and no threads. One ``step`` is one forward of the engine for
+all slots. ``schedule`` says what the forward runs, and ``update`` takes its outputs. A slot in prefill feeds a chunk of
+its prompt, all of it committed, beside slots that decode. Rows that a slot does not use are dead, like the rows of a
+rejected draft. Slots do not see each other, so the tokens of a request do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -27,49 +27,51 @@ from cllm_export.runtime.engines.base import Engine, Forward
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One forward that is to run: which slots take part, and the rows of all B slots."""
+    """The next forward: the slots that take part, and the rows of all B slots."""
 
     block_size: int
-    """n of the slots that decode; 0 where none does."""
+    """n of the slots that decode; 0 if none does."""
     prefilling: tuple[int, ...]
-    """Slots that read their prompts."""
+    """Slots in prefill."""
     decoding: tuple[int, ...]
     paused: tuple[int, ...]
-    """Slots with a task that this forward passes over."""
+    """Slots whose task this forward skips."""
     batch: Batch
     """The rows of all slots, [B, width]."""
     with_logits: bool
     reused_tokens: int
-    """Of the prompts admitted for this step, tokens whose KV was kept from earlier texts."""
+    """Prompt tokens of the tasks admitted for this step whose KV came from earlier texts."""
     started: float = field(repr=False)
-    """When it was begun, by the clock; and the seconds spent in engines by then."""
+    """``perf_counter`` at the start of the step."""
     run_seconds: float = field(repr=False)
+    """Seconds spent inside the engines before the step."""
 
     @property
     def width(self) -> int:
-        """Rows of each slot; more than ``block_size`` where a prompt's chunk is longer."""
+        """Rows of each slot; more than ``block_size`` if a chunk of a prompt is longer."""
         return len(self.batch.input_ids[0])
 
     @property
     def is_prefill(self) -> bool:
-        """Whether no slot decodes, so that the head need not run."""
+        """Whether no slot decodes, so that nobody needs the outputs of the head."""
         return not self.decoding
 
 
 class StepReport(NamedTuple):
-    """One forward, for whoever watches: shapes, load and time."""
+    """Shapes, load and time of one forward, for monitoring."""
 
     width: int
-    """n of the forward."""
+    """Rows of each slot."""
     num_prefilling: int
     num_decoding: int
     num_waiting: int
     new_tokens: int
     reused_tokens: int
-    """Of the prompts admitted in this step, tokens whose KV was kept from earlier texts."""
+    """Prompt tokens of the tasks admitted in this step whose KV came from earlier texts."""
     seconds: float
-    """Of the whole step; ``engine_seconds`` of them inside the engine, and that of a draft model."""
+    """Seconds of the whole step."""
     engine_seconds: float
+    """The part of ``seconds`` spent inside the engine and inside the engine of a draft model."""
 
 
 class Scheduler:
@@ -77,18 +79,18 @@ class Scheduler:
 
     Args:
         engine: its ``num_slots`` is B.
-        block_size: n of every decode forward, or who chooses it, forward by forward.
-        pad_token_id: fills rows that nobody uses.
-        reading_width: tokens of a prompt that a forward may take, where the engine lets n vary; a forward is then as
-            wide as its prompts need, and as ``block_size`` while some slot decodes. By default every forward is
-            ``block_size`` wide, which makes all of them round alike: a request then gives bit for bit what it gives
-            alone.
-        turn_width: instead, tokens of a prompt that a forward takes in which no slot decodes, in turn with forwards in
-            which none reads: for a ``block_size`` too small to read prompts with, and round alike they still do.
-        queue_size: tasks that may wait; None for any number.
-        drafter: answers the draft requests of tasks, once before each forward; with a lane for each slot.
-        prefix_cache: keeps the KV of prompts and what they gave, so that a prompt that begins alike is read from where
-            they part.
+        block_size: n of every decode forward, or a policy that chooses n for each forward.
+        pad_token_id: fills unused rows.
+        prefill_width: if set, a forward is as wide as its prompts need, up to this width, and at least ``block_size``
+            wide while a slot decodes. By default every forward is ``block_size`` wide. All forwards then round alike,
+            and a request gives bit for bit what it gives alone. Ignored if the engine has fixed shapes.
+        alternate_width: if set, prefill and decode alternate: a prefill-only forward of this width, then a decode-only
+            forward of ``block_size``. For block sizes too small to prefill with. Results stay bit-identical. Ignored
+            if the engine has fixed shapes.
+        queue_size: the most tasks that may wait; None for no limit.
+        drafter: answers the draft requests of tasks, once before each forward. It has a lane for each slot.
+        prefix_cache: keeps the KV of prompts and of their new tokens. The prefill of a later prompt starts after the
+            longest prefix that the cache holds.
     """
 
     def __init__(
@@ -123,21 +125,21 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing to do."""
+        """Whether no task waits or runs."""
         return not self._waiting and not self.num_running
 
     def submit(self, task: Task) -> None:
         """Put a task at the end of the queue.
 
         Raises:
-            QueueFullError: as many wait already as may.
+            QueueFullError: the queue is full.
         """
         if self._queue_size is not None and len(self._waiting) >= self._queue_size + self._num_free:
             raise QueueFullError(self._queue_size)
         self._waiting.append(task)
 
     def cancel(self, task: Task) -> bool:
-        """End a task at once, wherever it is; False where it had ended already. The slot is free for the next step."""
+        """End a waiting or running task at once. Its slot is free for the next step. False if it had already ended."""
         slot = next((slot for slot in self._slots if slot.task is task), None)
         if slot is None and task not in self._waiting:
             return False
@@ -150,29 +152,29 @@ class Scheduler:
         return True
 
     def cancel_all(self) -> None:
-        """End whatever runs and waits."""
+        """Cancel all running and waiting tasks."""
         for task in [slot.task for slot in self._slots if slot.task] + list(self._waiting):
             self.cancel(task)
 
     def step(self) -> StepReport | None:
-        """Run one forward: ``schedule``, the engine, ``update``; None where there was nothing to run.
+        """Run one forward: ``schedule``, the engine, ``update``. None if there was nothing to run, or it failed.
 
-        A task whose taker raises ends with that error, and so do all running tasks where the engine fails; neither
-        is raised here, and the slots are free again.
+        If the taker of a task raises, that task ends with the error. If the engine fails, all running tasks end with
+        its error. Neither error is raised here, and the slots are free again.
         """
         try:
             step = self.schedule()
             forward = self._run(step) if step else None
-        except Exception as error:  # whatever an engine raises ends what it ran, and nothing else
+        except Exception as error:  # any error of an engine ends the running tasks, and nothing else
             self._fail(self._slots, error)
             return None
         return self.update(step, forward) if step else None
 
     def schedule(self) -> Step | None:
-        """Admit what fits, and say what the next forward runs; None where there is nothing to run.
+        """Admit waiting tasks to free slots, and say what the next forward runs. None if there is nothing to run.
 
-        What no choice is about is done here as well: rows that were kept are restored, and the draft model answers.
-        Call ``update`` with what the forward gives before the next ``schedule``.
+        This also restores rows from the prefix cache and runs the draft model. Call ``update`` with the outputs of the
+        forward before the next ``schedule``.
         """
         started, run_seconds = perf_counter(), self._run_seconds
         reused_tokens = self._admit()
@@ -200,15 +202,15 @@ class Scheduler:
         )
 
     def update(self, step: Step, forward: Forward | None) -> StepReport | None:
-        """Hand out what a step's forward gave, and end the tasks that have ended; None where that failed.
+        """Hand the outputs of a step's forward to its tasks, and end those that have finished. None if that failed.
 
-        ``forward`` is None for a prefill, which gives nothing.
+        ``forward`` is None for a prefill, which has no outputs.
         """
         running = [self._slots[index] for index in sorted((*step.prefilling, *step.decoding, *step.paused))]
         was_prefilling = [slot.is_prefilling for slot in running]
         try:
             new_tokens = self._take(step, forward)
-        except Exception as error:  # as in a step
+        except Exception as error:  # handled as in ``step``
             self._fail(running, error)
             return None
         engine_seconds = self._run_seconds - step.run_seconds
@@ -235,7 +237,7 @@ class Scheduler:
         return self._engine.forward(step.batch, with_logits=step.with_logits)
 
     def _take(self, step: Step, forward: Forward | None) -> int:
-        """Hand out a forward's outputs; how many tokens they made known."""
+        """Hand out a forward's outputs. Returns the number of new tokens."""
         if forward is not None:
             return sum(slot.take(forward, index) for index, slot in enumerate(self._slots))
         for index in step.prefilling:
@@ -243,7 +245,7 @@ class Scheduler:
         return 0
 
     def _take_turns(self, running: Sequence[Slot]) -> None:
-        """Where forwards either read or decode, and there is something of both, pause the slots of one kind."""
+        """If prefill and decode alternate and both have slots, pause the slots of one kind."""
         kinds = {slot.is_prefilling for slot in running}
         takes_turns = self._alternate_width is not None and len(kinds) == 2
         self._is_prefill_turn = not self._is_prefill_turn if takes_turns else kinds == {True}
@@ -254,7 +256,7 @@ class Scheduler:
         return [task.drafts for index in slots if (task := self._slots[index].task)]
 
     def _prefill_rows(self, prefilling: Sequence[int], block_size: int) -> int:
-        """Rows that the slots which read their prompts want of a forward."""
+        """The width of a forward that the slots in prefill need."""
         if not prefilling:
             return 0
         if self._alternate_width is not None:
@@ -264,7 +266,7 @@ class Scheduler:
         return min(self._prefill_width, max(self._slots[index].num_to_prefill for index in prefilling))
 
     def _observe(self, step: Step, running: Sequence[Slot], seconds: float) -> None:
-        """Let the policy hear of a forward; one that was wider, for a prompt's sake, tells nothing of T(n)."""
+        """Report a forward to the policy that chooses n. A forward widened for prefill is no measure of T(n)."""
         accepted = [(slot.task.drafts, slot.num_new) for slot in running if slot.task and slot.num_new]
         self._sizes.observe(step.block_size, seconds if step.block_size == step.width else 0.0, accepted)
 
@@ -277,7 +279,7 @@ class Scheduler:
         return self._engine.run_seconds + (self._drafter.run_seconds if self._drafter else 0.0)
 
     def _draft(self, block_size: int) -> None:
-        """Have the draft model answer all slots that decode, together; where it fails, their tasks end."""
+        """Let the draft model answer all slots that decode, together. If it fails, their tasks end."""
         if not self._drafter:
             return
         requests = {
@@ -289,18 +291,18 @@ class Scheduler:
             return
         try:
             self._drafter.draft(requests)
-        except Exception as error:  # likewise
+        except Exception as error:  # handled as in ``step``, but only for the slots that asked
             self._fail([self._slots[index] for index in requests], error)
 
     def _admit(self) -> int:
-        """Fill free slots; how many tokens of the prompts need not be read."""
+        """Fill free slots. Returns the number of prompt tokens that need no prefill."""
         reused_tokens = 0
         for slot in self._slots:
             if slot.is_idle and self._waiting:
                 task = self._waiting.popleft()
                 try:
                     slot.admit(task)
-                except Exception as error:  # the engine did not take the rows that were kept
+                except Exception as error:  # the engine did not take the rows of the prefix cache
                     self._fail([slot], error)
                 reused_tokens += task.reused_tokens
         return reused_tokens

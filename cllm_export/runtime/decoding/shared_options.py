@@ -1,4 +1,4 @@
-"""Options of decoding that several commands have: each is worded and bounded here once."""
+"""Options of decoding that several commands share. Each has its help text and its bounds only here."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
 
 
 def block_size_option(*, minimum: int = 1, whose: str = "the bundle's own") -> Any:
-    """n, by default the model's."""
+    """The block size n; by default the model's own."""
     return option(None, help=f"Block size n, in tokens; by default {whose}.", minimum=minimum)
 
 
 def proposer_option() -> Any:
-    """One of ``PROPOSERS``, by default the model's."""
+    """One of ``PROPOSERS``; by default the model's own."""
     return option(
         None, help="How guesses are first filled and refilled; by default as the model was trained.", choices=PROPOSERS
     )
 
 
 def method_option() -> Any:
-    """One of the Jacobi methods, by default the model's."""
+    """One of the Jacobi methods; by default the model's own."""
     return option(
         None,
         help="The decoding method; by default the loop that the model was trained with.",
@@ -31,16 +31,16 @@ def method_option() -> Any:
 
 
 def max_new_tokens_option(default: int | None = 128, *, otherwise: str = "") -> Any:
-    """The length limit; ``otherwise`` is what the help says of a default of None."""
+    """The limit on new tokens. ``otherwise`` says in the help what a default of None means."""
     by_default = f"; by default {otherwise}" if otherwise else ""
     return option(default, help=f"Largest number of new tokens for each prompt{by_default}.", minimum=1)
 
 
 def limit_option(default: int | None = None) -> Any:
-    """How many prompts of a file are used."""
+    """How many prompts of a file to use."""
     return option(default, help="Use only this many prompts, from the first.", minimum=1)
 
 
 def threads_option() -> Any:
-    """Threads of the engine."""
+    """CPU threads of the engine."""
     return option(None, help="Number of CPU threads of the engine; by default all.", minimum=1)

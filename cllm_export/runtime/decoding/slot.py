@@ -13,7 +13,7 @@ from cllm_export.runtime.engines.base import Engine, Forward
 
 
 class SlotMemory:
-    """What one slot of an engine takes from a prefix cache, and gives to it."""
+    """Moves KV rows between one slot of an engine and a prefix cache."""
 
     def __init__(self, engine: Engine, slot: int, cache: PrefixCache) -> None:
         self._engine = engine
@@ -21,19 +21,19 @@ class SlotMemory:
         self._cache = cache
 
     def restore(self, tokens: Sequence[int]) -> int:
-        """Write the rows of the longest beginning that was kept; how many tokens it has."""
+        """Write the rows of the longest cached prefix into the slot. Returns the number of its tokens."""
         match, start = self._cache.match(tokens), 0
         for rows in match.pieces:
             self._engine.write_rows(self._slot, start, start := start + rows.shape[2], rows)
         return match.length
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Keep the rows of the tokens that the slot holds from position 0."""
+        """Put the rows of these tokens into the cache. The slot holds them from position 0."""
         self._cache.insert(tokens, lambda start, stop: self._engine.read_rows(self._slot, start, stop))
 
 
 class Slot:
-    """One row of the batch: idle, in prefill, or decoding. What it held before is dead rows."""
+    """One row of the batch: idle, in prefill, or decoding. The rows of its earlier tasks are dead."""
 
     def __init__(self, pad_token_id: int, memory: SlotMemory | None) -> None:
         self._pad = pad_token_id
@@ -44,7 +44,7 @@ class Slot:
         self.num_new = 0
         """Tokens that the last forward made known."""
         self.is_paused = False
-        """Whether the next forward passes it over."""
+        """Whether the next forward skips this slot."""
 
     @property
     def is_idle(self) -> bool:
@@ -52,7 +52,7 @@ class Slot:
 
     @property
     def num_to_prefill(self) -> int:
-        """Tokens of the prompt whose KV is not written yet, the last one never counted: it is the first block's."""
+        """Prompt tokens whose KV is not written yet, without the last one: the first block begins with that."""
         return 0 if self.task is None else len(self.task.prompt) - 1 - self._num_read
 
     @property
@@ -61,11 +61,11 @@ class Slot:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the next forward must fetch logits for it."""
+        """Whether the next forward must fetch logits for this slot."""
         return self.task is not None and not self.is_prefilling and self.task.decode.needs_logits
 
     def admit(self, task: Task) -> None:
-        """Begin a task: its prompt is read from where nothing of it was kept, its last token never counted."""
+        """Begin a task. Its prefill starts after the longest cached prefix of the prompt without its last token."""
         self.task, self._num_read, self.is_paused = task, 0, False
         task.begin()
         if self._memory:
@@ -75,20 +75,24 @@ class Slot:
         self.task = None
 
     def request_draft(self, block_size: int) -> DraftRequest | None:
-        """What a draft model must answer before the next forward. A task that fails to say it ends alone."""
+        """The request that a draft model must answer before the next forward, or None.
+
+        If the task fails to make the request, only this task ends.
+        """
         task = self.task
         if task is None or self.is_prefilling or self.is_paused:
             return None
         try:
             return task.decode.request_draft(block_size)
-        except Exception as error:  # as of its block
+        except Exception as error:  # handled as in ``draft``
             self.leave(error)
             return None
 
     def draft(self, block_size: int) -> int:
-        """Make up the block of a slot that decodes, ``block_size`` tokens or as many as it is bound to; its length.
+        """Make the block of a slot that decodes, and return its length; 0 for all other slots.
 
-        A task that fails to say its block (a grammar's failure, say) ends alone.
+        The length is ``block_size``, unless the task's policy keeps another one. If the task fails to make its block,
+        for example because its grammar fails, only this task ends.
         """
         if self.task is None or self.is_prefilling or self.is_paused:
             return 0
@@ -100,22 +104,22 @@ class Slot:
         return len(self._block.tokens)
 
     def leave(self, error: Exception | None = None) -> None:
-        """End the task, and keep what it read and gave, as far as its KV is written."""
+        """End the task. The tokens of its text whose KV is written go into the prefix cache."""
         task = self.task
         if task is None:
             return
         try:
             self._keep(task)
-        except Exception as failure:  # an engine that cannot give its rows has failed
+        except Exception as failure:  # if an engine cannot give its rows, it has failed
             error = error or engine_failure(failure)
         self.task = None
         task.end(error)
 
     def next_rows(self, width: int) -> tuple[list[int], int, int]:
-        """The slot's rows [width], its committed tokens and its write index; an idle slot's are pad, 0 and 0.
+        """The slot's tokens [width], the number of committed ones, and its write index; pads, 0 and 0 if idle.
 
-        A slot that decodes fills as many of them as its block has, one in prefill as many as it can; one
-        that is paused is idle above the rows it holds.
+        A slot that decodes gives its block, and a slot in prefill the next chunk of its prompt. Both are padded to
+        ``width``. A paused slot gives pads, with its write index above the rows that it holds.
         """
         task = self.task
         if task is None:
@@ -130,13 +134,13 @@ class Slot:
         return self._padded(tokens, width), num_committed, task.decode.write_index
 
     def has_prefilled(self) -> None:
-        """The chunk of the prompt has its KV."""
+        """Note that the KV of the last chunk is written. At the end of prefill, the prompt goes into the cache."""
         self._num_read += self._num_prefilling
         if self.task and not self.is_prefilling:
-            self._keep(self.task)  # for those that come while this one still decodes
+            self._keep(self.task)  # requests that arrive while this one decodes can reuse it
 
     def take(self, forward: Forward, index: int) -> int:
-        """Take the outputs for the slot, row ``index`` of the batch; how many tokens they made known."""
+        """Take the slot's outputs, at row ``index`` of the batch. Returns the number of new tokens."""
         self.num_new, task = 0, self.task
         if task is None or self.is_paused:
             return 0
@@ -151,14 +155,14 @@ class Slot:
                 None if logits is None else logits[index, :size],
             )
             task.give(new)
-        except Exception as error:  # whatever a taker or a stop rule raises is its own task's end alone
+        except Exception as error:  # if a taker or a stop rule raises, only its own task ends
             self.leave(error)
             return 0
         self.num_new = len(new)
         return self.num_new
 
     def settle(self, was_prefilling: bool, seconds: float, engine_seconds: float) -> None:
-        """Account for the step's time, and end the task where it has ended."""
+        """Add the step's time to the task, and end the task if its decode has finished."""
         task = self.task
         if task is None:
             return
@@ -176,7 +180,7 @@ class Slot:
         self._memory.keep([*task.prompt, *task.token_ids][: self._num_rows(task)])
 
     def _num_rows(self, task: Task) -> int:
-        """KV rows that it holds of the task's text."""
+        """KV rows of the task's text that the slot holds."""
         return self._num_read if self.is_prefilling else task.decode.num_rows
 
     def _padded(self, tokens: list[int], width: int) -> list[int]:
@@ -184,7 +188,7 @@ class Slot:
 
 
 def memory_of(engine: Engine, slot: int, cache: PrefixCache | None) -> SlotMemory | None:
-    """What a slot takes and gives; None without a cache.
+    """The memory of a slot; None if there is no prefix cache.
 
     Raises:
         EngineError: the engine cannot hand out its rows.

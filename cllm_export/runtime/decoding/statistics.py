@@ -1,4 +1,4 @@
-"""What a request took, in the measures of the field, each with one meaning. Computed after the request, not in it."""
+"""Statistics of a request, in the measures of the field. They are computed from records, outside the decode loop."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ class ForwardRecord(NamedTuple):
     block: list[int]
     next_ids: list[int]
     num_accepted: int
-    """Rows that are right, less those whose tokens lie beyond the end of the request."""
+    """Accepted rows, without those whose tokens lie after the end of the request."""
     new: list[int]
-    """Tokens it made known, cut at the end of the request."""
+    """New tokens, cut at the end of the request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice:
-    """What a decode took whose loop stayed on the device."""
+    """Measures of a decode whose loop stayed on the device."""
 
     num_forwards: int
-    """Enqueued; the idle ones at the end included, which are no forwards of the request's."""
+    """Enqueued forwards, with the idle ones at the end, which do not count as forwards of the request."""
     num_syncs: int
-    """Times the host waited for the device while decoding."""
+    """How often the host waited for the device during decode."""
     form: str
-    """Of its graphs: ``conditional`` or ``unrolled``."""
+    """The form of its graphs: ``conditional`` or ``unrolled``."""
     form_reason: str | None
-    """Why it is the latter."""
+    """Why the form is ``unrolled``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What one request took. Prefill, the prompt minus its last token, is never counted as forwards."""
+    """The work and the time of one request. Prefill (the prompt without its last token) is not counted as forwards."""
 
     prompt_tokens: int
     reused_tokens: int
-    """Of the prompt's tokens, those whose KV was in the prefix cache and was not computed."""
+    """Prompt tokens whose KV came from the prefix cache and was not computed."""
     new_tokens: int
     forwards: int
-    """Decode forwards, the one that confirms a fixed point counted."""
+    """Decode forwards, with those that only confirm a fixed point."""
     acceptance_histogram: dict[int, int]
-    """m, the draft tokens found right in a forward -> number of forwards. The block loop looks at a block again until
-    its fixed point, so there m counts what earlier forwards had found right as well."""
+    """Number of forwards by m, the draft tokens that a forward accepted. The block loop verifies a block again until
+    its fixed point. There, m also counts tokens that earlier forwards had accepted."""
     fast_forwarded: int
-    """Tokens by which the right prefix grew beyond one in a forward, summed."""
+    """Sum over forwards of the new tokens beyond the first."""
     stationary: int
     """Draft tokens that were right while an earlier one was still wrong, and stayed right until accepted."""
     prefill_seconds: float
     decode_seconds: float
     engine_seconds: float
-    """Seconds of the decode spent inside the engine; the rest is the loop's overhead."""
+    """Seconds of decode spent inside the engine. The rest of ``decode_seconds`` is the loop's overhead."""
     on_device: OnDevice | None = None
-    """None where the loop ran on the host."""
+    """None if the loop ran on the host."""
 
     @property
     def syncs_per_token(self) -> float | None:
-        """Waits of the host for the device / new tokens; None where the loop ran on the host."""
+        """Waits of the host for the device / new tokens; None if the loop ran on the host."""
         return self.on_device.num_syncs / max(1, self.new_tokens) if self.on_device else None
 
     @property
@@ -130,7 +130,7 @@ def summarize(
 
 
 def count_stationary(records: Sequence[ForwardRecord]) -> int:
-    """Draft tokens accepted by a forward that already stood, and were not yet accepted, in the block before it."""
+    """Number of accepted draft tokens that the block before held at the same position without accepting them."""
     if not records:
         return 0
     end = records[0].write_index + sum(len(record.new) for record in records)

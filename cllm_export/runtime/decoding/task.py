@@ -1,4 +1,4 @@
-"""One request on its way through a loop."""
+"""One request in a loop, with its callbacks and its times."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ Taker = Callable[[list[int]], None]
 
 
 class Task:
-    """One request on its way through the scheduler: waiting, in prefill, decoding, ended.
+    """One request in the scheduler: it waits, is in prefill, decodes, and ends.
 
     Args:
         prompt: token ids, at least one.
-        decode: what decodes it once all but its last token is read.
-        drafts: what kind of drafts it decodes with, for whoever chooses n by what drafts of a kind are worth; None for
-            none.
-        begun: called when it gets a slot.
-        take: called with new tokens; what it raises ends this task alone.
-        ended: called once when it ends, however it ends.
+        decode: decodes the request after prefill, which reads all but the last token of the prompt.
+        drafts: the kind of its drafts. The policy that chooses n learns the acceptance of each kind. None for no kind.
+        begun: called when the task gets a slot.
+        take: called with new tokens. If it raises, only this task ends.
+        ended: called once, whatever ends the task.
     """
 
     def __init__(
@@ -39,21 +38,21 @@ class Task:
         self.decode = decode
         self.drafts = DraftRecord(drafts, with_logits=decode.needs_logits)
         self.error: Exception | None = None
-        """What made it fail."""
+        """The error that made the task fail, or None."""
         self.reused_tokens = 0
-        """Of the prompt, those whose KV was kept from an earlier text."""
+        """Prompt tokens whose KV came from an earlier text."""
         self.prefill_seconds = self.decode_seconds = self.engine_seconds = 0.0
-        """Of the steps since its admission, by the clock, those in which it was paused as well; the last is the
-        decode's share inside the engine."""
+        """Wall-clock seconds since admission, including steps in which the slot was paused. ``engine_seconds`` is the
+        part of decode spent inside the engine."""
         self.on_device: OnDevice | None = None
-        """Where its loop stayed on the device, what that took."""
+        """Measures of a loop that stayed on the device, otherwise None."""
         self._begun = begun
         self._take = take
         self._ended = ended
         self._has_ended = False
 
     def statistics(self) -> Statistics:
-        """What it took so far."""
+        """Statistics of the request so far."""
         return summarize(
             self.decode.records,
             prompt_tokens=len(self.prompt),
@@ -66,7 +65,7 @@ class Task:
 
     @property
     def token_ids(self) -> list[int]:
-        """What it gave so far."""
+        """The new tokens so far."""
         return [token for record in self.decode.records for token in record.new]
 
     @property
@@ -82,7 +81,10 @@ class Task:
             self._take(tokens)
 
     def end(self, error: Exception | None = None) -> None:
-        """It failed with this error, has ended by its rules, or else is cancelled. Nothing if it has ended before."""
+        """End the task. With an error it has failed; without one it is cancelled, unless its decode has finished.
+
+        A second call does nothing.
+        """
         if self._has_ended:
             return
         self._has_ended = True

@@ -1,4 +1,4 @@
-"""Text in and out: tokenizer, chat template, and text that grows without ever splitting a UTF-8 character."""
+"""Text in and out: the tokenizer, the chat template, and a text stream that never splits a UTF-8 character."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
 INCOMPLETE = "\ufffd"
-"""What tokenizers decode a cut-off UTF-8 sequence to."""
+"""Tokenizers decode a cut-off UTF-8 sequence to this character."""
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -25,9 +25,9 @@ class TextCodec:
     """A model's tokenizer and chat template.
 
     Args:
-        directory: holds ``tokenizer.json``: a bundle's or a checkpoint's.
-        chat_template: the template's text, None where the model has none.
-        special_tokens: bos_token, eos_token and the like by name, as chat templates refer to them.
+        directory: the bundle or checkpoint that holds ``tokenizer.json``.
+        chat_template: text of the template; None if the model has none.
+        special_tokens: tokens by the names that chat templates use, such as bos_token and eos_token.
 
     Raises:
         BundleError: there is no tokenizer, or it is damaged.
@@ -41,7 +41,7 @@ class TextCodec:
             self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(f"{directory / TOKENIZER_NAME} is not a tokenizer: {error}") from None
-        self.tokenizer.no_truncation()  # trainers save these settings; a prompt is never cut or padded in silence
+        self.tokenizer.no_truncation()  # trainers save these settings, but a prompt must not be cut or padded silently
         self.tokenizer.no_padding()
 
     @classmethod
@@ -58,18 +58,18 @@ class TextCodec:
         return cls(bundle.path, chat_template=template, special_tokens=bundle.manifest.special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens its tokenizer adds.
+        """Token ids of a prompt, with the special tokens that its tokenizer adds.
 
         Raises:
-            PromptError: the text holds half a surrogate pair, which no UTF-8 text can.
+            PromptError: the text holds half a surrogate pair, which UTF-8 cannot encode.
         """
         return self._encode(text, add_special_tokens=True)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that follows a prompt: no special tokens are added.
+        """Token ids of a text that follows a prompt, without special tokens.
 
         Raises:
-            PromptError: the text holds half a surrogate pair, which no UTF-8 text can.
+            PromptError: the text holds half a surrogate pair, which UTF-8 cannot encode.
         """
         return self._encode(text, add_special_tokens=False)
 
@@ -91,7 +91,7 @@ class TextCodec:
         return self._template.render(messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids)))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -114,24 +114,24 @@ class TextCodec:
 
 
 class TextStream:
-    """Turns tokens into text, one by one, cut at the first stop string to be completed.
+    """Turns tokens into text, one by one. The first complete stop string ends the text.
 
-    Bytes that are not yet a whole character are held back, and so is text that may still turn into a stop string.
-    The text is the same however tokens were handed over: all text of a request goes through here.
+    The stream holds back bytes that are not yet a whole character, and text that may still become a stop string. How
+    the tokens are split between calls of ``push`` does not change the text. All text of a request goes through here.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
         self._codec = codec
         self._stop = stop
         self._window: list[int] = []
-        """The tokens of the last text, which give the next ones their context, then those not yet a character."""
+        """The tokens of the last piece of text, as context for the next ones, then tokens that are not yet text."""
         self._num_context = 0
         self._text = ""
         self._emitted = 0
         self.stopped = False
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Text that is certain after these tokens and was not before; nothing once a stop string was reached."""
+        """The text that these tokens make certain. It is empty after a stop string."""
         for token in tokens:
             if not self.stopped:
                 self._window.append(token)
@@ -139,14 +139,14 @@ class TextStream:
         return self._emit(len(self._text) if self.stopped else len(self._text) - self._held())
 
     def flush(self) -> str:
-        """The rest, at the end of the request: what was held back became neither a character nor a stop string."""
+        """The text held back, at the end of the request: it became neither a whole character nor a stop string."""
         if not self.stopped:
             self._advance(at_end=True)
         return self._emit(len(self._text))
 
     @property
     def text(self) -> str:
-        """Everything so far, held-back text included."""
+        """The whole text so far, with text that is held back for a stop string."""
         return self._text
 
     def _advance(self, *, at_end: bool) -> None:

@@ -1,1 +1,1 @@
-"""Who chooses n, and what a forward of n tokens takes."""
+"""The choice of the block size n, and the time of a forward of n tokens."""

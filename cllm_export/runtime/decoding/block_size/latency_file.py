@@ -1,7 +1,7 @@
-"""``latency.json``: T(n) as ``cllm-export bench`` measured it, beside a bundle's files and none of them.
+"""``latency.json``: T(n) as measured by ``cllm-export bench``. It is in the bundle's directory, but not part of it.
 
-It counts only for the bundle, machine, threads and number of slots that it was measured with. Where it does not match
-it is left alone, and the runtime measures for itself.
+It is valid only for the bundle, machine, threads and number of slots that it was measured with. If they differ, the
+file is ignored, and the runtime measures T(n) itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CONDITIONS = ("processor", "threads", "onnxruntime")
 
 
 def read_latency(bundle: Bundle, *, num_slots: int, threads: int | None) -> dict[int, float] | None:
-    """Seconds of a forward by block size; None where the bundle has none for this machine, with the reason logged."""
+    """Seconds of a forward by block size; None if the file is missing, or if it is not valid here, which is logged."""
     path = bundle.path / LATENCY_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -44,10 +44,10 @@ def read_latency(bundle: Bundle, *, num_slots: int, threads: int | None) -> dict
 
 
 def write_latency(bundle: Bundle, seconds: Mapping[int, float], *, num_slots: int, threads: int | None) -> None:
-    """Write it, whole or not at all.
+    """Write the file completely or not at all.
 
     Raises:
-        OutputError: the bundle cannot be written to.
+        OutputError: the bundle's directory is not writable.
     """
     report = {
         "conditions": _conditions(bundle, num_slots, threads),

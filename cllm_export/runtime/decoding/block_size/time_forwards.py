@@ -1,4 +1,4 @@
-"""T(n), the time of a forward of n tokens: a first look within a budget, or medians of forwards that take turns."""
+"""Measures T(n), the time of a forward of n tokens: either quickly within a budget, or as medians of several rounds."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from cllm_export.runtime.engines.base import Engine
 
 BUDGET_SECONDS = 0.15
 FORWARDS = 4
-"""Of each size, the first one not counted: it sets up what later ones find in place."""
+"""Forwards of each size. The first one does not count, because it sets up what the others reuse."""
 SHORT_SECONDS, REFILLS, SHORT_FORWARDS = 0.02, 8, 5
-"""A shorter forward is repeated: some times to refill the caches that a wider one has emptied, then so many timed."""
+"""A forward of at most ``SHORT_SECONDS`` is repeated. ``REFILLS`` forwards refill the caches that a wider one emptied,
+then ``SHORT_FORWARDS`` are timed."""
 
 
 def time_forwards(
     engine: Engine, sizes: Sequence[int], *, pad_token_id: int, budget: float = BUDGET_SECONDS
 ) -> dict[int, float]:
-    """Seconds of a forward by block size, for the first of ``sizes`` at least, for as many as the budget allows.
+    """Seconds of a forward by block size: always for the first of ``sizes``, for the others as the budget allows.
 
-    The forwards write rows that no text ever holds, so they may run between requests. What they give is corrected by
-    every forward that follows; see ``latency.py``.
+    The forwards write KV rows that no text uses, so they may run between requests. Later forwards correct these times;
+    see ``latency.py``.
 
     Raises:
         EngineError: the engine failed.
@@ -43,15 +44,16 @@ def time_in_turn(
     rounds: int = 3,
     min_seconds: float = 5.0,
 ) -> list[dict[int, float]]:
-    """Median seconds inside each engine of a forward past so many rows, by block size.
+    """Median seconds inside each engine of a forward after ``past`` KV rows, by block size.
 
-    A round times every size in every engine once, so that a spell in which the machine is slow is shared. What the
-    engines hold of texts is overwritten.
+    A round times every size once in every engine, so a slow period of the machine affects all of them. The forwards
+    overwrite KV rows that the engines hold.
 
     Args:
-        sizes: without those that an engine does not take, which are left out of what it gives.
-        rounds: at least so many.
-        min_seconds: goes on until so much time has passed.
+        sizes: block sizes. An engine's result has only those that the engine takes.
+        past: KV rows before the block.
+        rounds: the least number of rounds.
+        min_seconds: rounds continue until this time has passed.
 
     Raises:
         EngineError: an engine failed.
@@ -70,7 +72,7 @@ def time_in_turn(
 
 
 def time_forward(engine: Engine, block_size: int, past: int) -> float:
-    """Seconds inside the engine of one forward past so many rows, after one that sets up what it finds in place.
+    """Seconds inside the engine of one forward after ``past`` KV rows. An untimed forward runs first, for the setup.
 
     Raises:
         EngineError: the engine failed.
@@ -85,7 +87,7 @@ def time_forward(engine: Engine, block_size: int, past: int) -> float:
 
 
 def run_forward(engine: Engine, block_size: int, past: int) -> None:
-    """A block of zeros in every slot, past as many rows: for who times it by the engine's ``run_seconds``.
+    """Run a block of zeros in every slot, after ``past`` KV rows. ``run_seconds`` of the engine gives its time.
 
     Raises:
         EngineError: the engine failed.
@@ -103,7 +105,7 @@ def _mean_seconds(engine: Engine, block_size: int, past: int, count: int) -> flo
 
 def _time_size(engine: Engine, size: int, pad_token_id: int, *, until: float) -> float:
     slots = engine.num_slots
-    last_rows = engine.geometry.cache_length - size  # beyond what a text of the max length fills
+    last_rows = engine.geometry.cache_length - size  # after the rows that a text of the maximum length fills
     batch = Batch([[pad_token_id] * size] * slots, [0] * slots, [last_rows] * slots)
     times: list[float] = []
     while len(times) < FORWARDS and (not times or perf_counter() < until):

@@ -1,1 +1,1 @@
-"""What may stand in a block as a guess."""
+"""Draft sources: they guess the tokens of a block."""

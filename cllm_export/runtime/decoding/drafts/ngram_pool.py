@@ -1,8 +1,9 @@
 """A pool of n-grams that requests share: which token came after the last few ones, in texts and in rejected drafts.
 
-Fed by accepted text and by what forwards predicted beyond it, as Lookahead decoding (arXiv 2402.02057) and the
-rejection recycling of Jacobi Forcing (2512.14681) do, but walked token by token: one window needs one guess. Bounded,
-the least recently used out. Not thread-safe: it belongs to whoever runs the forwards.
+It learns from accepted text and from predictions beyond it, as do Lookahead decoding (arXiv 2402.02057) and the
+rejection recycling of Jacobi Forcing (2512.14681). Unlike them, it guesses token by token, because one window needs
+one guess. The pool is bounded and drops the least recently used keys. It is not thread-safe: only the thread that runs
+the forwards may use it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import NamedTuple
 from cllm_export.checks import require_at_least
 
 DEFAULT_MAX_ENTRIES = 1 << 16
-"""Some 18 MB once it is full."""
+"""A full pool takes about 18 MB."""
 DEFAULT_MAX_KEY = 3
 
 
 class _Next(NamedTuple):
-    """The token that followed a key, and whether it stood in a text or was only predicted."""
+    """The token that followed a key, and whether it came from a text or was only predicted."""
 
     token: int
     is_text: bool
@@ -29,7 +30,7 @@ class NgramPool:
     """Maps the last 1 to ``max_key`` tokens to the one that came next.
 
     Args:
-        max_entries: keys that it holds, at most.
+        max_entries: the most keys that it holds.
         max_key: tokens of the longest key.
 
     Raises:
@@ -51,19 +52,22 @@ class NgramPool:
         self._next.clear()
 
     def learn(self, tokens: Sequence[int], first: int) -> None:
-        """Take ``tokens[first:]`` as text that stood after the tokens before it."""
+        """Learn ``tokens[first:]`` as text that followed the tokens before it."""
         for at in range(first, len(tokens)):
             self._put(tokens[max(0, at - self.max_key) : at], tokens[at], is_text=True)
 
     def learn_rejected(self, end: Sequence[int], draft: Sequence[int], predictions: Sequence[int]) -> None:
-        """Take what a forward predicted after the end of the text and each token of a wrong draft of what follows."""
+        """Learn the predictions of a forward after each token of a wrong ``draft``.
+
+        ``end`` holds the last tokens of the text. The draft began in the place of the last one.
+        """
         before = [*end[:-1], *draft]
         for index, token in enumerate(predictions):
             at = len(end) + index
             self._put(before[max(0, at - self.max_key) : at], token, is_text=False)
 
     def go_on(self, end: Sequence[int], count: int) -> list[int]:
-        """Up to ``count`` tokens after these, each told by the longest key that is known."""
+        """Up to ``count`` tokens to follow ``end``. The longest known key gives each of them."""
         tokens = list(end[-self.max_key :])
         first = len(tokens)
         while len(tokens) < first + count:
@@ -85,7 +89,7 @@ class NgramPool:
         for length in range(1, len(before) + 1):
             key = tuple(before[-length:])
             known = self._next.get(key)
-            if known is None or is_text or not known.is_text:  # a guess never takes the place of text
+            if known is None or is_text or not known.is_text:  # a prediction never replaces text
                 self._next[key] = _Next(token, is_text)
             self._next.move_to_end(key)
         while len(self._next) > self._max_entries:

@@ -1,10 +1,12 @@
-"""Draft sources: what stands in a block where nothing is known yet. Any draft is safe: at every fixed n it changes how
-many forwards a request takes, never a token. Where n is chosen (``auto``), it follows what drafts are worth, and a near
-tie may round otherwise on a processor where this was not checked.
+"""Draft sources (proposers): they guess the tokens of a block that are not known yet.
 
-A ``Proposer`` guesses for one request. One that may know nothing (lookup, pool, a draft model) stands in a chain before
-one that always knows, and ``make_proposer`` gives no other. What is shared by requests lies elsewhere:
-``ngram_pool.py``, ``draft_model.py``.
+Any draft is safe: at every fixed n it changes how many forwards a request takes, never a token. If n is chosen at run
+time (``auto``), n follows the acceptance of the drafts. Then a near tie may round differently on a processor where this
+was not checked.
+
+A ``Proposer`` guesses for one request. Some (lookup, pool, a draft model) may have no guess. ``make_proposer`` always
+chains these before a source that can guess any number of tokens. State that requests share is in ``ngram_pool.py`` and
+``draft_model.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
 
 MAX_LOOKUP_NGRAM = 3
-"""Tokens that prompt lookup tries to match, at most: what public implementations use."""
+"""The most tokens that prompt lookup tries to match, as in public implementations."""
 
 SourceName = ProposerName | Literal["pool", "model"]
 SOURCES: tuple[SourceName, ...] = (*PROPOSERS, "pool", "model")
@@ -28,7 +30,7 @@ ALWAYS_KNOW: tuple[SourceName, ...] = ("pad", "repeat", "prompt")
 
 
 class DraftRequest:
-    """Tokens that a draft model is asked to go on from, and how far; ``found`` is its answer, once it has one."""
+    """A request to a draft model for ``count`` tokens after ``tokens``. Its answer is put into ``found``."""
 
     def __init__(self, tokens: list[int], count: int) -> None:
         self.tokens = tokens
@@ -37,41 +39,44 @@ class DraftRequest:
 
 
 class Proposer(Protocol):
-    """Guesses for one request. It knows the text so far, which is the prompt until ``accept`` tells it more."""
+    """Guesses for one request. It starts with the prompt as text, and ``accept`` extends the text."""
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these tokens."""
+        """Append these tokens to the text."""
         ...
 
     def reject(self, draft: Sequence[int], predictions: Sequence[int]) -> None:
-        """A forward had this ``draft`` in the place of the text's last token and of what follows, wrong from its first
-        token on; the model predicted these tokens, one after each of it."""
+        """Learn from a rejected ``draft``, whose first token was wrong.
+
+        The draft began in the place of the text's last token. ``predictions`` holds the model's prediction after each
+        token of the draft.
+        """
         ...
 
     def request_draft(self, count: int, draft: Sequence[int]) -> DraftRequest | None:
-        """What a draft model must answer for ``propose`` with the same arguments to know it; None for nothing."""
+        """The request that a draft model must answer before ``propose`` with the same arguments, or None."""
         ...
 
     def propose(self, count: int, draft: Sequence[int]) -> list[int]:
-        """``count`` tokens to stand after the text and a ``draft`` of what follows it; fewer where no more is known."""
+        """``count`` tokens to follow the text and ``draft``; fewer if the proposer knows no more."""
         ...
 
 
 class StatelessProposer:
-    """What most proposers do of the protocol: they remember no text, and neither rejected drafts nor other models."""
+    """The defaults of most proposers: keep no text, learn nothing from rejected drafts, and ask no draft model."""
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Nothing to remember."""
+        """Do nothing: there is no text to keep."""
 
     def reject(self, draft: Sequence[int], predictions: Sequence[int]) -> None:
-        """Nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
     def request_draft(self, count: int, draft: Sequence[int]) -> DraftRequest | None:
         return None
 
 
 class PadProposer(StatelessProposer):
-    """The pad token, or any one token where a model has none: what the demo checkpoint was tuned with."""
+    """Guesses the pad token, or one other token if a model has none. The demo checkpoint was tuned with it."""
 
     def __init__(self, token: int) -> None:
         self._token = token
@@ -81,7 +86,7 @@ class PadProposer(StatelessProposer):
 
 
 class RepeatProposer(StatelessProposer):
-    """The token before the draft, repeated."""
+    """Repeats the last known token: the last of the draft, or of the text if the draft is empty."""
 
     def __init__(self, text: Sequence[int]) -> None:
         self._last = text[-1]
@@ -94,7 +99,7 @@ class RepeatProposer(StatelessProposer):
 
 
 class PromptProposer(StatelessProposer):
-    """Random tokens of the prompt (CLLM, arXiv 2403.00835), from a seeded generator: a run can be repeated."""
+    """Guesses random tokens of the prompt (CLLM, arXiv 2403.00835). The generator is seeded, so runs are repeatable."""
 
     def __init__(self, prompt: Sequence[int], seed: int) -> None:
         self._prompt = list(prompt)
@@ -105,16 +110,16 @@ class PromptProposer(StatelessProposer):
 
 
 class LookupProposer(StatelessProposer):
-    """Prompt lookup: what followed the longest n-gram that ends text and draft, where it last stood in the text.
+    """Prompt lookup: copies the tokens after the last occurrence of the longest n-gram that ends text and draft.
 
-    Where a continuation reaches the end of the text it goes on into the draft and into itself, so that a repetition
-    is guessed to go on. Where not even the last token stood in the text before it knows nothing.
+    A copy that reaches the end of the text continues with the draft and then from its own start. So it guesses that a
+    repetition continues. If not even the last token occurred in the text before, it has no guess.
     """
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
-        """Position after the last occurrence of an n-gram that has a token after it."""
+        """For each n-gram with a token after it, the position after its last such occurrence."""
         self.accept(text)
 
     def accept(self, tokens: Sequence[int]) -> None:
@@ -135,7 +140,7 @@ class LookupProposer(StatelessProposer):
 
 
 class PoolProposer(StatelessProposer):
-    """What followed the longest known n-gram in any request that shares the pool, token after token."""
+    """Guesses token by token what followed the longest known n-gram, in any request that shares the pool."""
 
     def __init__(self, pool: NgramPool, text: Sequence[int]) -> None:
         self._pool = pool
@@ -153,7 +158,7 @@ class PoolProposer(StatelessProposer):
 
 
 class DraftModelProposer(StatelessProposer):
-    """What a draft model said when it was last asked (speculative decoding, arXiv 2211.17192); no forward runs here."""
+    """Gives the last answer of a draft model (speculative decoding, arXiv 2211.17192). It runs no forward itself."""
 
     def __init__(self, text: Sequence[int]) -> None:
         self._text = list(text)
@@ -177,7 +182,7 @@ class DraftModelProposer(StatelessProposer):
 
 
 class ChainedProposer:
-    """Sources in order: each guesses what it knows after the guesses of those before it, until the block is full."""
+    """Asks sources in order until the block is full. Each one continues the guesses of those before it."""
 
     def __init__(self, proposers: Sequence[Proposer]) -> None:
         self._proposers = proposers
@@ -209,10 +214,10 @@ class ChainedProposer:
 
 
 def parse_proposers(proposer: str) -> tuple[SourceName, ...]:
-    """The sources of a chain such as ``pool+lookup+pad``, the one that always knows at its end; pad where none is.
+    """The sources of a chain such as ``pool+lookup+pad``. ``pad`` is added if no source of ``ALWAYS_KNOW`` ends it.
 
     Raises:
-        OptionError: a source is unknown, named twice, or behind one that leaves it nothing.
+        OptionError: a source is unknown, is named twice, or follows one of ``ALWAYS_KNOW`` and so is never asked.
     """
     names = proposer.split("+") if isinstance(proposer, str) else [proposer]
     known = [source for name in names for source in SOURCES if source == name]
@@ -234,10 +239,10 @@ def parse_proposers(proposer: str) -> tuple[SourceName, ...]:
 def make_proposer(
     proposer: str, *, prompt: Sequence[int], pad_token_id: int, seed: int, pool: NgramPool | None = None
 ) -> Proposer:
-    """The proposer of this name or chain for one request. It always guesses as many tokens as it is asked for.
+    """The proposer for one request, from a name or a chain. It always guesses as many tokens as it is asked for.
 
     Raises:
-        OptionError: no such proposer, or it needs a pool and there is none.
+        OptionError: there is no such proposer, or it needs a pool and there is none.
     """
     proposers = [_make_source(name, prompt, pad_token_id, seed, pool) for name in parse_proposers(proposer)]
     return proposers[0] if len(proposers) == 1 else ChainedProposer(proposers)

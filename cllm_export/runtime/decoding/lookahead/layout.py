@@ -1,4 +1,4 @@
-"""The rows of a lookahead forward (arXiv 2402.02057): how many there are, where each sits, and what it sees.
+"""The rows of a lookahead forward (arXiv 2402.02057): their number, their positions, and which rows each one sees.
 
 For a window of W columns, n-grams of N tokens and G guesses, with the current token at position P:
 
@@ -7,8 +7,9 @@ For a window of W columns, n-grams of N tokens and G guesses, with the current t
     level l   W rows each   levels 1 to N - 2, at P + l + column
     guesses   G (N - 1)     each follows the current token, from P + 1 on
 
-A row of the window sees level 0 up to its own column and the lower levels of its column; a guess sees itself; both see
-the head, and neither the other. So every row reads as the end of a text of its own.
+Window and guesses see the head, but not each other. A row of the window also sees level 0 up to its own column, and the
+lower levels of its column. A row of a guess also sees the earlier rows of that guess. So each row is the end of its own
+text.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ MIN_NGRAM = 2
 
 @dataclass(frozen=True, kw_only=True)
 class LookaheadShape:
-    """W, N and G of the paper: what one forward tries, and so how many rows it has."""
+    """W, N and G of the paper. They set what one forward tries, and so its number of rows."""
 
     window: int = 8
-    """W: columns."""
+    """W: columns of the window."""
     ngram: int = 3
-    """N: tokens of an n-gram; the window has N - 1 levels, a guess N - 1 tokens."""
+    """N: tokens of an n-gram. The window has N - 1 levels, and a guess has N - 1 tokens."""
     guesses: int = 4
     """G: n-grams that one forward tries."""
 
@@ -55,10 +56,10 @@ class LookaheadShape:
         return head + self.num_levels * self.window - 1 + self.guesses * self.num_levels
 
     def require_fitting(self, max_block_size: int) -> None:
-        """Refuse a shape whose forwards are larger than an engine takes.
+        """Refuse a shape whose longest forward has more rows than an engine takes.
 
         Raises:
-            OptionError: they are.
+            OptionError: the shape has too many rows.
         """
         if self.max_rows > max_block_size:
             raise OptionError(
@@ -69,31 +70,31 @@ class LookaheadShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The rows of a forward with a head of one length: where each sits, and what each sees."""
+    """Positions and mask of a forward's rows, for one length of the head."""
 
     shape: LookaheadShape
     head: int
     offsets: NDArray[np.int64]
-    """[n] position of each row, from the write index on."""
+    """[n] position of each row, minus the write index."""
     mask: NDArray[np.bool_]
-    """[n, n] row i sees row j."""
+    """[n, n] true if row i sees row j."""
 
     def window_row(self, level: int, column: int) -> int:
-        """The row of a token of the window; that of level 0, column 0 is the current token's."""
+        """The row of a token in the window. Level 0, column 0 is the current token."""
         return _window_row(self.shape, self.head, level, column)
 
     def guess_row(self, guess: int, index: int) -> int:
-        """The row of a token of a guess."""
+        """The row of a token in a guess."""
         return _guess_row(self.shape, self.head, guess, index)
 
 
 @functools.cache
 def layout_of(shape: LookaheadShape, head: int) -> Layout:
-    """The layout for a head of ``head`` tokens: constant, so it is made once."""
+    """The layout for a head of ``head`` tokens. It is constant, so it is cached."""
     size = shape.num_rows(head)
     offsets = np.arange(size, dtype=np.int64)
     mask = np.zeros((size, size), np.bool_)
-    for row in range(head + shape.window - 1):  # head and level 0 read as one text
+    for row in range(head + shape.window - 1):  # head and level 0 are one text
         mask[row, : row + 1] = True
     for level in range(1, shape.num_levels):
         for column in range(shape.window):

@@ -1,7 +1,7 @@
-"""Runs one lookahead request on an engine, which it has for itself.
+"""Runs one lookahead request on an engine, with no other request beside it.
 
-The offsets and the mask of a forward's rows hold for every slot, so nobody else can decode beside it. The prompt is
-read through the greedy graph, over the same KV cache.
+The offsets and the mask of a forward's rows hold for every slot, so no other request can share the forward. Prefill
+uses the greedy graph, over the same KV cache.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class LookaheadLoop:
     """One task in slot 0; all other slots are idle. Not thread-safe.
 
     Args:
-        task: its decode is one over ``decoder``.
-        decoder: what says which rows a forward has.
-        block_size: rows that a forward may have.
-        pad_token_id: fills chunks of the prompt where an engine's shapes are fixed.
+        task: its decode uses ``decoder``.
+        decoder: gives the layout of each forward.
+        block_size: the most rows that a forward may have.
+        pad_token_id: fills chunks of the prompt if the engine has fixed shapes.
     """
 
     def __init__(self, engine: Engine, task: Task, decoder: Lookahead, *, block_size: int, pad_token_id: int) -> None:
@@ -34,11 +34,11 @@ class LookaheadLoop:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing to do."""
+        """Whether the task has finished."""
         return self._task.decode.is_finished
 
     def step(self) -> None:
-        """Read the prompt; from then on, one forward.
+        """Run the whole prefill at the first call, and one decode forward at each later call.
 
         Raises:
             EngineError: the engine failed.
@@ -55,10 +55,10 @@ class LookaheadLoop:
         task.engine_seconds += self._engine.run_seconds - engine_started
 
     def cancel(self, task: Task) -> None:
-        """Nothing to undo: what the cache holds of it is dead rows to whoever comes next."""
+        """Do nothing: the rows of the task in the KV cache are dead for the next request."""
 
     def _forward(self) -> tuple[list[int], int]:
-        """The predictions after every row of the next block, and what the graph counted."""
+        """Run the next block. Returns the prediction after every row, and the graph's number of accepted rows."""
         write_index, layout = self._task.decode.write_index, self._decoder.layout
         tokens, num_committed = self._task.decode.next_block(self._block_size)
         idle = [0] * (self._engine.num_slots - 1)

@@ -1,16 +1,16 @@
 """Lookahead decoding as policy (arXiv 2402.02057): one forward makes n-grams in a window and tries guesses.
 
-No tensors, no engine: ``next_block`` says what to run at ``write_index``, ``commit`` takes the outputs. The rows of a
-forward, and which of them see which, are those of ``layout.py``: column i of the window reads as a text of
-its own, i tokens after the current one and then a token a level, and what the model goes on with makes it an n-gram.
-N-grams that begin with the current token are what a forward guesses.
+The policy uses no tensors and no engine: ``next_block`` gives the block to run at ``write_index``, and ``commit`` takes
+the outputs. ``layout.py`` defines the rows of a forward and which rows see each other. Column i of the window is its
+own text: it starts i tokens after the current one, and has one token per level. With the model's next token it becomes
+an n-gram. A forward guesses the n-grams that begin with the current token.
 
-A guess that turns out right is fed again as the next head, rather than its KV moved: so a head has 1 to N tokens, and
-there is one layout for each length. Level 0 is tried as well, as a Jacobi loop's block is: it costs no rows, and its KV
-stands where it belongs. With a model tuned for Jacobi decoding it is often right.
+If a guess is right, its tokens are fed again as the next head; their KV is not moved. So a head has 1 to N tokens, and
+each length has its layout. Level 0 is tried as well, like the block of a Jacobi loop. This costs no rows, and the KV of
+level 0 is already in the right place. With a model tuned for Jacobi decoding, level 0 is often right.
 
-Whatever stands in the window and in the guesses, the tokens are those of greedy decoding: a token is made known only
-where the model's own prediction after right tokens equals it.
+For any window and any guesses, the tokens are those of greedy decoding. A draft token is accepted only if it equals the
+model's own prediction after right tokens.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Lookahead:
     Args:
         prompt: token ids, at least one; the KV of all but the last is stored.
         shape: W, N and G.
-        proposer: what stands in the window before the model has filled it, and where it moves on. The paper's is random
-            tokens of the prompt.
+        proposer: fills the first window, new columns of later windows, and guesses that the pool lacks. The paper uses
+            random tokens of the prompt.
     """
 
     def __init__(self, *, prompt: Sequence[int], shape: LookaheadShape, proposer: Proposer) -> None:
@@ -63,17 +63,17 @@ class Lookahead:
 
     @property
     def layout(self) -> Layout:
-        """Of the block that ``next_block`` gives."""
+        """The layout of the block that ``next_block`` gives."""
         return layout_of(self.shape, len(self._head))
 
     def request_draft(self, size: int, forced: Sequence[int] = ()) -> DraftRequest | None:
-        """Nothing: a draft model is refused before it gets here."""
+        """Always None: a lookahead request with a draft model is refused before."""
         return None
 
     def next_block(self, size: int, forced: Sequence[int] = ()) -> Block:
-        """The block that the next forward runs, of at most ``size`` tokens: as many as its layout has rows.
+        """The block that the next forward runs. It has one token per row of its layout, at most ``size``.
 
-        Nothing is ever ``forced``: requests that follow a grammar are refused before they get here.
+        ``forced`` is always empty: a lookahead request with a grammar is refused before.
         """
         shape = self.shape
         shape.require_fitting(size)
@@ -86,7 +86,10 @@ class Lookahead:
         return Block(tokens, len(self._head))
 
     def commit(self, next_ids: list[int], num_accepted: int) -> Commit:
-        """Take the predictions after every row of that block; what the graph counted says nothing of guesses."""
+        """Take the predictions after every row of that block.
+
+        The graph's ``num_accepted`` is not used, because it ignores the guesses.
+        """
         layout, current = self.layout, self._head[-1]
         texts = [self._try_window(layout, next_ids)]
         texts += [self._try_guess(layout, index, next_ids) for index in range(self.shape.guesses)]
@@ -96,7 +99,7 @@ class Lookahead:
         self._move_window(layout, next_ids, len(new) - 1)
         tried = Tried(self.write_index + layout.head - 1, [current, *best.tokens], best.next_ids)
         self.write_index += layout.head
-        if best is texts[0]:  # the window's own rows stand where their KV belongs, and need not be fed again
+        if best is texts[0]:  # the KV of level 0 is already in the right place, so its tokens are not fed again
             self.write_index += best.num_right
             self._head = new[-1:]
         else:
@@ -113,17 +116,17 @@ class Lookahead:
         return _Text.of(self._guesses[guess], rows, layout, next_ids)
 
     def _collect(self, layout: Layout, next_ids: list[int]) -> None:
-        """Each column of the window, from its level 0 to what the model goes on with, is an n-gram for the pool."""
+        """Add one n-gram per column to the pool: the column's tokens from level 0 on, then the model's next token."""
         self._levels[0][0] = self._head[-1]
         for column in range(self.shape.window):
             end = next_ids[layout.window_row(self.shape.num_levels - 1, column)]
             self._pool.add([*(level[column] for level in self._levels), end])
 
     def _move_window(self, layout: Layout, next_ids: list[int], columns: int) -> None:
-        """The window goes on by one level, and by the columns that more than one new token are worth.
+        """Move the window by one level, and by ``columns``: one for each new token after the first.
 
-        A level moves down to where its tokens are one position further on, and the model's own make the last one.
-        After the first forward the model's own make all of them, for what would move is no more than the proposer.
+        Each level replaces the level below it, and the predictions of the last level become the new last level. After
+        the first forward, predictions replace all levels, because those hold only guesses of the proposer.
         """
         width = self.shape.window
         predicted = [

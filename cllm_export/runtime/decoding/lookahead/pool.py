@@ -1,4 +1,4 @@
-"""The n-grams that lookahead decoding has met, by their first token: where its guesses come from."""
+"""The n-grams that lookahead decoding has met, by their first token. Its guesses come from here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from cllm_export.checks import require_at_least
 
 POOL_SIZE = 4096
-"""N-grams that a pool holds, at most: what a window of eight columns makes in 512 forwards."""
+"""The most n-grams that a pool holds. A window of eight columns makes as many in 512 forwards."""
 
 
 class LookaheadPool:
-    """N-grams of one request by their first token, at most ``size``: the one least recently added or taken goes."""
+    """At most ``size`` n-grams of one request, by their first token. The least recently added or taken is dropped."""
 
     def __init__(self, size: int = POOL_SIZE) -> None:
         require_at_least("size", size, 1)
@@ -31,7 +31,7 @@ class LookaheadPool:
         self._touch(entry)
 
     def take(self, first: int, count: int) -> list[tuple[int, ...]]:
-        """What follows ``first``, the most recent n-grams first, at most ``count`` of them."""
+        """The tokens after ``first`` in at most ``count`` n-grams that begin with it, the most recent first."""
         found = list(reversed(self._by_first.get(first, ())))[:count]
         for entry in reversed(found):
             self._touch(entry)

@@ -1,1 +1,1 @@
-"""What is kept of texts that were read."""
+"""The prefix cache: KV rows of texts that were read before, in memory and in files."""

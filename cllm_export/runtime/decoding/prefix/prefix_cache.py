@@ -1,8 +1,8 @@
-"""KV rows of texts that were read before, so that a prompt that begins like one of them is not read again.
+"""A prefix cache: it keeps KV rows of earlier texts, so that a prompt with the same prefix needs less prefill.
 
-Policy and storage alone: no engine, no threads. A trie whose nodes hold the rows of up to 16 tokens each, as
-``Engine.read_rows`` gives them. Keeping whole prefixes in such a tree is known from serving engines (SGLang's
-RadixAttention, arXiv 2312.07104); here rows are copied into a slot and out of it, since a slot's cache is one piece.
+It is only policy and storage, without engine and threads. It is a trie whose nodes hold the rows of up to 16 tokens
+each, as ``Engine.read_rows`` gives them. Serving engines keep whole prefixes in such a tree (SGLang's RadixAttention,
+arXiv 2312.07104). Here, rows are copied into a slot and out of it, because the KV cache of a slot is one piece.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ from cllm_export.checks import require_at_least
 from cllm_export.runtime.engines.base import KvRows
 
 CHUNK = 16
-"""Tokens of a full node. Fewer make more nodes, arrays and copies; more make texts that part within a node hold more
-rows twice. At 16 a node is what one forward reads, so neither is above what a forward costs."""
+"""Tokens of a full node. A smaller value makes more nodes, arrays and copies. With a larger value, texts that diverge
+within a node store more rows twice. At 16, a node is what one forward reads, so neither costs more than a forward."""
 
 RowReader = Callable[[int, int], KvRows]
-"""Gives the rows ``start`` to ``stop`` of the text that is inserted."""
+"""Returns the rows ``start`` to ``stop`` of the inserted text."""
 
 
 class PrefixCacheStatistics(NamedTuple):
-    """What the cache did so far, and what it holds."""
+    """Counts of the cache's use so far, and its current size."""
 
     lookups: int
     hits: int
     """Lookups that found at least one token."""
     reused_tokens: int
     evictions: int
-    """Nodes that were dropped for room."""
+    """Nodes that were dropped to make room."""
     bytes: int
-    """Of rows, now."""
+    """Bytes of the rows that the cache holds now."""
     tokens: int
-    """That it holds rows of, now."""
+    """Tokens whose rows the cache holds now."""
 
 
 class Match(NamedTuple):
-    """The longest beginning of a text that the cache holds."""
+    """The longest prefix of a text that the cache holds."""
 
     length: int
     pieces: list[KvRows]
-    """Its rows, piece after piece from position 0. Read-only by agreement, and good after an eviction."""
+    """Its rows in consecutive pieces from position 0. Callers must not change them. Eviction leaves them valid."""
 
     def rows(self) -> KvRows:
-        """All of them in one array; there must be some."""
+        """All rows in one array. There must be at least one piece."""
         return np.concatenate(self.pieces, axis=2)
 
 
 class PrefixCache:
-    """Rows by the tokens they stand for, the least recently used dropped first. Not thread-safe.
+    """KV rows by their tokens. The least recently used are dropped first. Not thread-safe.
 
-    A text's last node may be short: a conversation's next turn then finds every token of the last one, not only the
-    full chunks of it. A longer text takes its place.
+    The last node of a text may be short. The next turn of a conversation then finds all tokens of the last turn, not
+    only its full chunks. A longer text replaces the short node.
 
     Args:
-        max_bytes: of rows kept. While a text is inserted its own rows come on top.
+        max_bytes: the most bytes of rows that the cache keeps. During ``insert``, the inserted rows come on top.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -68,12 +68,12 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self._root = _Node((), None, None)
         self._by_age: OrderedDict[_Node, None] = OrderedDict()
-        """Least recently used first. A parent always stands after its children, so the first one is a leaf."""
+        """Nodes, the least recently used first. A parent is always after its children, so the first node is a leaf."""
         self._lookups = self._hits = self._reused = self._evictions = self._bytes = self._tokens = 0
 
     @property
     def statistics(self) -> PrefixCacheStatistics:
-        """As of now; may be read from any thread."""
+        """The current statistics. Any thread may read them."""
         return PrefixCacheStatistics(
             lookups=self._lookups,
             hits=self._hits,
@@ -84,7 +84,7 @@ class PrefixCache:
         )
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """Look up the longest beginning of a text, part of a node included, and count it as used."""
+        """Look up the longest prefix of a text and mark it as used. The prefix may end within a node."""
         path, part, common = self._descend(tokens)
         pieces = [node.held for node in path]
         if part:
@@ -98,9 +98,9 @@ class PrefixCache:
         return Match(length, pieces)
 
     def insert(self, tokens: Sequence[int], read_rows: RowReader) -> None:
-        """Keep the rows of a text: those that are missing are read, by one call, before anything changes.
+        """Keep the rows of a text. One call of ``read_rows`` reads the missing ones, before anything changes.
 
-        Whatever ``read_rows`` raises is raised, and the cache is as it was.
+        If ``read_rows`` raises, its error is passed on, and the cache is unchanged.
         """
         path, part, common = self._descend(tokens)
         start = sum(len(node.tokens) for node in path)
@@ -119,13 +119,13 @@ class PrefixCache:
         self._evict()
 
     def clear(self) -> None:
-        """Forget everything; what was counted stays."""
+        """Drop all rows. The counts of lookups, hits, reused tokens and evictions stay."""
         self._root = _Node((), None, None)
         self._by_age.clear()
         self._bytes = self._tokens = 0
 
     def _descend(self, tokens: Sequence[int]) -> tuple[list[_Node], _Node | None, int]:
-        """Full nodes that the text begins with, then the node that goes on best and how many tokens of it do."""
+        """The full nodes on the text's path, then the child that shares most tokens with the rest, and their number."""
         path: list[_Node] = []
         node, start = self._root, 0
         while child := node.children.get(tuple(tokens[start : start + CHUNK])):
@@ -152,7 +152,7 @@ class PrefixCache:
         self._tokens -= len(node.tokens)
 
     def _touch(self, path: Sequence[_Node]) -> None:
-        """Count a path from the root as used: its deepest node first, so that parents stay after their children."""
+        """Mark a path from the root as used, its deepest node first, so that parents stay after their children."""
         for node in reversed(path):
             self._by_age.move_to_end(node)
 
@@ -163,7 +163,7 @@ class PrefixCache:
 
 
 class _Node:
-    """Up to a chunk of tokens after those of the nodes above, and their rows; only full ones have children."""
+    """Up to ``CHUNK`` tokens that follow the tokens of its parents, and their rows. Only full nodes have children."""
 
     __slots__ = ("_sorted", "children", "parent", "rows", "tokens")
 
@@ -173,11 +173,11 @@ class _Node:
         self.parent = parent
         self.children: dict[tuple[int, ...], _Node] = {}
         self._sorted: list[tuple[int, ...]] = []
-        """Keys of ``children``: a thousand texts may part within one node, too many to compare with each."""
+        """Sorted keys of ``children``. A thousand texts may diverge within one node, too many to compare with each."""
 
     @property
     def held(self) -> KvRows:
-        """Its rows; the root alone has none."""
+        """The rows of this node. Only the root has none."""
         assert self.rows is not None
         return self.rows
 
@@ -190,10 +190,10 @@ class _Node:
         del self._sorted[bisect_left(self._sorted, child.tokens)]
 
     def best_child(self, tokens: tuple[int, ...]) -> tuple[_Node | None, int]:
-        """The child that begins most like ``tokens``, and how many tokens do; None where none begins so.
+        """The child with the longest common prefix with ``tokens``, and its length; None and 0 if there is none.
 
-        In order of their tokens it is the last one before them or the first one after: whatever stands between two
-        texts begins as both of them do.
+        Children are sorted by their tokens. The best one is the last child before ``tokens`` or the first one after:
+        any text between two others shares their common prefix.
         """
         place = bisect_left(self._sorted, tokens)
         near = self._sorted[max(0, place - 1) : place + 1]
@@ -203,14 +203,16 @@ class _Node:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Length of the common prefix of two texts."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _chunks(tokens: Sequence[int], read: KvRows, head: KvRows | None) -> Iterator[tuple[tuple[int, ...], KvRows]]:
-    """Tokens by chunks with their rows, ``head``'s before those that were read, each in memory of its own: a view would
-    keep all of them alive after an eviction."""
+    """Chunks of tokens with their rows: the rows of ``head`` first, then those in ``read``.
+
+    Each chunk is a copy, because a view would keep all rows in memory after an eviction.
+    """
     rows = read if head is None else np.concatenate((head, read), axis=2)
     for first in range(0, len(tokens), CHUNK):
         yield tuple(tokens[first : first + CHUNK]), rows[:, :, first : first + CHUNK].copy()

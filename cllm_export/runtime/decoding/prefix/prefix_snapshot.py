@@ -1,8 +1,8 @@
-"""A prompt's KV rows in one file, for another process: written in one step, refused unless they are this bundle's.
+"""A prompt's KV rows in one file, for another process. It is written in one step, and accepted only for its own bundle.
 
-The file is a safetensors file of two tensors, ``tokens`` [T] and ``rows`` [2L, K, T, D]; nothing is ever unpickled.
-Rows of bfloat16 travel as their bits, in uint16, since numpy has no such type. What keeps rows at run time is
-``prefix_cache.py``.
+The file is a safetensors file of two tensors, ``tokens`` [T] and ``rows`` [2L, K, T, D]. Nothing is ever unpickled.
+Rows of bfloat16 are stored as their bits, in uint16, because numpy has no such type. At run time, ``prefix_cache.py``
+keeps the rows.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from cllm_export.errors import OutputError, SnapshotError
 from cllm_export.runtime.engines.base import KvRows
 
 FORMAT, VERSION = "cllm-export prefix", 1
-"""The version is raised whenever a file of the one before would be read wrongly."""
+"""The version increases whenever this code would misread files of the version before."""
 
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "uint16": "U16", "int64": "I64"}
-"""numpy's names and those of safetensors."""
+"""The safetensors name of each numpy dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +46,20 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What a snapshot must be of, to be of any use to a model."""
+    """The properties that a snapshot must have to fit a model."""
 
     fingerprint: str
     vocab_size: int
     max_tokens: int
     rows: KvRows
-    """No rows at all, [2L, K, 0, D]: shape and dtype are what counts."""
+    """An empty array [2L, K, 0, D], which gives the shape and the dtype."""
 
 
 def check_target(path: str | Path) -> None:
     """Refuse, before any work, a file that must not be replaced.
 
     Raises:
-        OutputError: it exists and is no snapshot.
+        OutputError: the file exists and is no snapshot.
     """
     if not os.path.lexists(path):
         return
@@ -70,10 +70,10 @@ def check_target(path: str | Path) -> None:
 
 
 def write_snapshot(path: str | Path, snapshot: Snapshot) -> None:
-    """Write a file in one step; an older snapshot there is replaced.
+    """Write a snapshot file in one step. It replaces an older snapshot.
 
     Raises:
-        OutputError: it exists and is no snapshot, or cannot be written.
+        OutputError: the file exists and is no snapshot, or it cannot be written.
     """
     check_target(path)
     tensors = {"tokens": np.array(snapshot.tokens, np.int64), "rows": np.ascontiguousarray(snapshot.rows)}
@@ -87,11 +87,11 @@ def write_snapshot(path: str | Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: str | Path, expected: Expected) -> Snapshot:
-    """Read a file, after a check that it is whole and what is expected; nothing is read that its size does not hold.
+    """Read a snapshot file, after checks that it is complete and fits the model. No read goes beyond the file's size.
 
     Raises:
-        SnapshotError: missing, no snapshot, of another version or bundle, too long, of other tokens or rows than the
-            model has, or damaged.
+        SnapshotError: the file is missing, no snapshot, of another version or bundle, too long, or damaged; or its
+            tokens or rows do not fit the model.
     """
     path = Path(path)
     _require_snapshot(path)
@@ -112,7 +112,7 @@ def read_snapshot(path: str | Path, expected: Expected) -> Snapshot:
 
 
 def _require_snapshot(path: Path) -> None:
-    """Refuse a file that is no snapshot of any version, damaged or not."""
+    """Refuse a file whose header does not name the snapshot format. Any version passes, even with damaged data."""
     if not path.is_file():
         raise SnapshotError(f"{path} is no snapshot of a prompt: there is no such file")
     try:
@@ -138,7 +138,7 @@ def _check_origin(metadata: Mapping[str, str], expected: Expected, path: Path) -
 
 
 def _check_tensors(file: Any, expected: Expected, path: Path) -> None:
-    """Compare the tensors of an opened file with what the model needs."""
+    """Refuse an opened file whose tensors do not fit the model."""
     views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     found = {name: (view.get_dtype(), view.get_shape()) for name, view in views.items()}
     num_tokens = found["tokens"][1][0] if "tokens" in found and len(found["tokens"][1]) == 1 else 0
@@ -164,7 +164,7 @@ def _check_sum(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str],
 
 
 def _sha256(tensors: Mapping[str, NDArray[Any]]) -> str:
-    """Over the little-endian bytes of tokens, then of rows."""
+    """The SHA-256, in hex, of the little-endian bytes of ``tokens``, then of ``rows``."""
     digest = hashlib.sha256()
     for name in ("tokens", "rows"):
         digest.update(tensors[name].astype(tensors[name].dtype.newbyteorder("<"), copy=False).data)

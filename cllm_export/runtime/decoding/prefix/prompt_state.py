@@ -1,4 +1,4 @@
-"""What a model keeps of the prompts it has read: its prefix cache, and the way from it into a file and back."""
+"""The prefix cache of a model, with its way into a snapshot file and back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cllm_export.runtime.engines.base import Engine
 
 
 class PromptState:
-    """A prefix cache, and snapshots of it. The cache is for whoever runs the engine, ``read`` for any thread.
+    """A prefix cache, and snapshots of it. Only the thread that runs the engine uses the cache; any may call ``read``.
 
     Args:
-        engine: whose rows the cache keeps.
-        max_bytes: of rows kept.
-        fingerprint: of the bundle.
-        max_length: prompt plus new tokens.
+        engine: the engine whose rows the cache keeps.
+        max_bytes: the most bytes of rows that the cache keeps.
+        fingerprint: fingerprint of the bundle.
+        max_length: the most tokens of a prompt and its new tokens.
     """
 
     def __init__(self, engine: Engine, *, max_bytes: int, fingerprint: str, max_length: int) -> None:
@@ -26,33 +26,33 @@ class PromptState:
         self._expected = Expected(
             fingerprint=fingerprint,
             vocab_size=engine.geometry.vocab_size,
-            max_tokens=max_length - 1,  # one must be new
+            max_tokens=max_length - 1,  # at least one token must be new
             rows=engine.read_rows(0, 0, 0),
         )
 
     def snapshot(self, tokens: Sequence[int]) -> Snapshot:
-        """The rows of a text that the cache holds.
+        """A snapshot of a text whose rows the cache holds.
 
         Raises:
-            OptionError: it does not hold them all: they are more than it may keep.
+            OptionError: the cache does not hold all rows, because they exceed its size.
         """
         match = self.cache.match(tokens)
         self._require_whole(match.length, len(tokens))
         return Snapshot(fingerprint=self._expected.fingerprint, tokens=tuple(tokens), rows=match.rows())
 
     def read(self, path: str | Path) -> Snapshot:
-        """A snapshot that this model can use.
+        """Read a snapshot that fits this model.
 
         Raises:
-            SnapshotError: missing, damaged, or of another bundle or version.
+            SnapshotError: the file is missing, damaged, or of another bundle or version.
         """
         return read_snapshot(path, self._expected)
 
     def keep(self, snapshot: Snapshot) -> None:
-        """Put a snapshot into the cache, as what was used last.
+        """Put a snapshot into the cache, as the most recently used text.
 
         Raises:
-            OptionError: it is more than the cache may keep.
+            OptionError: the snapshot exceeds the size of the cache.
         """
         self.cache.insert(snapshot.tokens, lambda start, stop: snapshot.rows[:, :, start:stop])
         self._require_whole(self.cache.match(snapshot.tokens).length, len(snapshot.tokens))
@@ -66,10 +66,10 @@ class PromptState:
 
 
 def require_prompt_state(state: PromptState | None) -> PromptState:
-    """What a model keeps of prompts.
+    """The prompt state of a model that must have one.
 
     Raises:
-        OptionError: nothing.
+        OptionError: ``state`` is None.
     """
     if state is None:
         raise OptionError(
