@@ -1,4 +1,4 @@
-"""What ``cllm-export evaluate`` does between its options and what it shows."""
+"""Runs ``cllm-export evaluate``: from the parsed options to the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_evaluation(
     output: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Evaluate, and write the report if asked. Everything that can be refused at once is refused before any work.
+    """Evaluate, and write the report to ``output`` if given. Bad arguments are refused before any work.
 
     Raises:
         CllmExportError: see ``evaluate``.
@@ -57,10 +57,10 @@ def run_probe(
     output: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Probe, and write the report if asked.
+    """Probe, and write the report to ``output`` if given.
 
     Raises:
-        OptionError: an option that a probe has no use for was given.
+        OptionError: an option was given that a probe does not use.
         CllmExportError: see ``probe``.
     """
     given = {field.name: getattr(options, field.name) for field in fields(options)} | {"task": task, "parent": parent}

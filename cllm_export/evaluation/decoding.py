@@ -1,4 +1,4 @@
-"""Decodes the prompts of a task, each by the chosen Jacobi loop and again autoregressively at the same n."""
+"""Decodes each prompt of a task twice: with the chosen Jacobi loop, and autoregressively at the same n."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one prompt gave."""
+    """The result of one prompt."""
 
     index: int
-    """The number of its example, from 0."""
+    """Number of the example, from 0."""
     generation: Generation
     exact: bool | None
-    """Whether autoregressive decoding at the same n gave the same tokens; None where it was not asked."""
+    """Whether autoregressive decoding at the same n gave the same tokens; None if they were not compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """What a set of prompts gave."""
+    """The results of a set of prompts."""
 
     answers: tuple[Answer, ...]
     skipped: dict[str, int]
@@ -56,7 +56,7 @@ class Decoded:
 
 
 def default_settings(model: Model, *, max_new_tokens: int) -> Settings:
-    """The loop, n and proposer that a model was trained with, else sliding, its own n and pad."""
+    """The loop, n and proposer that a model was trained with; without these, sliding, the model's n and pad."""
     trained = model.facts.trained_with
     fixed = model.engine.fixed_shapes
     return Settings(
@@ -68,10 +68,10 @@ def default_settings(model: Model, *, max_new_tokens: int) -> Settings:
 
 
 def check_settings(model: Model, settings: Settings) -> None:
-    """Whether a model can decode so.
+    """Refuse settings that a model cannot decode with.
 
     Raises:
-        OptionError: n is above what it takes, or other than what it is pinned to.
+        OptionError: n is larger than the model allows, or differs from the n that the bundle is pinned to.
     """
     fixed, largest = model.engine.fixed_shapes, model.engine.geometry.max_block_size
     if fixed and settings.block_size != fixed.block_size:
@@ -89,14 +89,14 @@ def decode_prompts(
     progress: Progress | None = None,
     stage: str = "prompts",
 ) -> Decoded:
-    """Decode every prompt that can be; those that cannot are counted.
+    """Decode every prompt that the model can decode, and count the others.
 
     Args:
-        compare: decode autoregressively as well, to see that the tokens are equal.
+        compare: also decode autoregressively, to check that the tokens are equal.
 
     Raises:
-        OptionError: the settings do not suit the model.
-        PromptError: not one prompt can be decoded.
+        OptionError: the settings do not fit the model.
+        PromptError: no prompt can be decoded.
     """
     check_settings(model, settings)
     answers: list[Answer] = []

@@ -1,4 +1,4 @@
-"""``cllm-export evaluate``: a model on a task, and its parent beside it, decoded alike."""
+"""``cllm-export evaluate``: decodes and scores a model on a task, and its parent with equal settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What ``cllm-export evaluate`` lets the user choose; None is the model's own, or the task's."""
+    """The options of ``cllm-export evaluate``. None stands for the default of the model or of the task."""
 
     method: JacobiMethod | None = method_option()
     block_size: int | None = block_size_option(whose="the model's own")
@@ -55,8 +55,8 @@ def read_task(name: TaskName, data: Path, options: EvaluateOptions) -> Task:
     """Read a task's data file.
 
     Raises:
-        DataError, PromptError: the file is missing, damaged or of another task.
-        OptionError: an option does not suit the task.
+        DataError, PromptError: the file is missing, damaged or belongs to another task.
+        OptionError: an option does not fit the task.
         MissingExtraError: the task needs a package that is not installed.
     """
     if options.allow_code_execution and name != "humaneval":
@@ -81,14 +81,14 @@ def evaluate(
     options: EvaluateOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Decode and score a task; the report, JSON-ready.
+    """Decode and score a task, and return the report, JSON-ready.
 
-    ``models`` holds ``model`` and, if given, ``parent``, which is decoded with the settings of the former. Of each:
+    ``models`` holds ``model`` and, if given, ``parent``, which is decoded with the settings of ``model``. Each has
     ``scores`` (shares by measure, overall and by group), ``decoding`` (see ``Measures``), ``skipped`` (prompts by
     reason) and ``answers`` (the text and the judgement of each prompt).
 
     Raises:
-        CllmExportError: a model cannot be opened or cannot decode so, or not one prompt can be decoded.
+        CllmExportError: a model cannot be opened or cannot decode with the settings, or no prompt can be decoded.
     """
     options = options or EvaluateOptions()
     for path in (source, parent):
@@ -118,13 +118,13 @@ def evaluate(
 
 
 def settle(defaults: Settings, options: EvaluateOptions) -> Settings:
-    """A model's defaults with what the user chose in their place."""
+    """A model's defaults, replaced by the options that the user chose."""
     chosen = {name: getattr(options, name) for name in ("method", "block_size", "proposer", "max_new_tokens")}
     return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def speaks_chat(model: Model) -> bool:
-    """Whether a model has a chat template that takes a user's message."""
+    """Whether a model has a chat template that accepts a user message."""
     try:
         return bool(model.encode(user_message("hello")))
     except PromptError:

@@ -1,4 +1,4 @@
-"""The decoding measures of a set of prompts, from the statistics of each."""
+"""Decoding measures of a set of prompts, from the statistics of each prompt."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cllm_export.runtime.decoding.statistics import ForwardRecord, Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Measures summed over prompts; prefill is no part of any."""
+    """Measures summed over prompts. None of them includes prefill."""
 
     new_tokens: int
     forwards: int
     iterations_per_block: float
-    """Block loop: forwards a block took to its fixed point. Sliding loop: forwards for n tokens."""
+    """Block loop: forwards that a block takes to its fixed point. Sliding loop: forwards for n new tokens."""
     fast_forwarded: float
-    """Tokens by which the right prefix grew beyond one in a forward, for each n new tokens."""
+    """Tokens beyond one by which the right prefix grows in a forward, per n new tokens."""
     stationary: float
-    """Draft tokens right while an earlier one was wrong, and right until accepted, for each n new tokens."""
+    """Draft tokens right while an earlier one was wrong that stayed right until accepted, per n new tokens."""
     acceptance_histogram: dict[int, int]
-    """m, draft tokens found right in a forward -> number of forwards."""
+    """m, the draft tokens found right in a forward -> number of forwards."""
     finish_reasons: dict[str, int]
     exact: int
     """Prompts whose tokens equal those of autoregressive decoding at the same n."""
@@ -31,7 +31,7 @@ class Measures:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens / decode forwards, the confirming ones counted."""
+        """New tokens / decode forwards, including forwards that only confirm a fixed point."""
         return self.new_tokens / self.forwards
 
     def to_dict(self) -> dict[str, object]:
@@ -50,7 +50,7 @@ class Measures:
 
 
 def measure(answers: Sequence[Answer], settings: Settings) -> Measures:
-    """Sum up at least one answer."""
+    """Measures over all answers, of which there must be at least one."""
     statistics = [answer.generation.statistics for answer in answers]
     new_tokens = sum(entry.new_tokens for entry in statistics)
     forwards = sum(entry.forwards for entry in statistics)

@@ -1,7 +1,8 @@
-"""The readiness probe: what decoding in parallel would bring a model on this machine, before it is deployed or tuned.
+"""The readiness probe: estimates the speed-up of parallel decoding on this machine, before deployment or tuning.
 
-It multiplies two measurements: tokens per forward of this model on these prompts, at each n, and T(n), the time of one
-bare forward of n tokens of its bundle on this machine. The product leaves out prefill, text and the loop's own cost.
+The estimate for each n combines two measurements. One is the model's tokens per forward on these prompts. The other is
+T(n), the time of one bare forward of n tokens of its bundle on this machine. The estimate leaves out prefill, text
+handling and the cost of the loop itself.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from cllm_export.runtime.model import Model
 
 BLOCK_SIZES = (1, 4, 8, 16, 32)
 FORM_PROMPTS = 8
-"""Prompts on which loops and proposers are compared, before the best of them is measured at every n."""
+"""Number of prompts used to compare loops and proposers. The best pair is then measured at every n."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """What a probe may be told."""
+    """The options of a probe."""
 
     limit: int = limit_option(32)
     max_new_tokens: int = max_new_tokens_option(128)
@@ -56,14 +57,14 @@ def probe(
     options: ProbeOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Probe a bundle, or a checkpoint through a bundle made of it for the time; the report, JSON-ready.
+    """Probe a bundle, or a checkpoint through a temporary bundle, and return the report, JSON-ready.
 
-    ``forms`` holds tokens per forward of each loop and proposer at the model's own n, ``sizes`` an ``Expectation`` for
-    each n with the best of them, ``verdict`` the advice.
+    ``forms`` holds the tokens per forward of each loop and proposer at the model's own n. ``sizes`` holds an
+    ``Expectation`` for each n with the best loop and proposer. ``verdict`` holds the advice.
 
     Raises:
-        CllmExportError: the model cannot be opened or built, or not one prompt can be decoded.
-        OptionError: a bundle with fixed shapes, which has one n.
+        CllmExportError: the model cannot be opened or built, or no prompt can be decoded.
+        OptionError: the bundle has fixed shapes, and so only one n.
     """
     options = options or ProbeOptions()
     with _as_bundle(source, progress) as bundle:
@@ -96,7 +97,7 @@ def probe(
 
 @contextmanager
 def _as_bundle(source: Path, progress: Progress | None) -> Iterator[Bundle]:
-    """The bundle itself, or one built of the checkpoint, which is gone afterwards."""
+    """The bundle itself, or a bundle built from the checkpoint and removed at the end of the block."""
     if kind_of(source) == "bundle":
         yield open_bundle(source)
         return
@@ -109,8 +110,10 @@ def _as_bundle(source: Path, progress: Progress | None) -> Iterator[Bundle]:
 def _measure_forms(
     model: Model, prompts: Sequence[Prompt], defaults: Settings, progress: Progress | None
 ) -> list[tuple[Settings, float]]:
-    """Every loop with every proposer, on few prompts; equal ones stay in the order of what the model was trained
-    with."""
+    """Tokens per forward of every loop with every proposer, on few prompts.
+
+    The loop and proposer that the model was trained with come first, so that they win a tie.
+    """
     forms = [
         replace(defaults, method=method, proposer=proposer)
         for method, proposer in itertools.product(JACOBI_METHODS, PROPOSERS)

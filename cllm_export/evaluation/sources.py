@@ -1,4 +1,4 @@
-"""Opens what is evaluated: a bundle through the runtime, a checkpoint through PyTorch."""
+"""Opens the model to evaluate: a bundle in the runtime, a checkpoint in PyTorch."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def kind_of(path: Path) -> SourceKind:
 
 
 def open_source(path: Path, *, threads: int | None = None) -> Model:
-    """Load a bundle, or a checkpoint as it is, through PyTorch.
+    """Load a bundle in the runtime, or a checkpoint unchanged in PyTorch.
 
     Raises:
-        BundleError, CheckpointError: neither, damaged or unsupported.
-        MissingExtraError: a checkpoint, and the extra ``train`` is not installed.
+        BundleError, CheckpointError: the path is neither, or its content is damaged or unsupported.
+        MissingExtraError: the path is a checkpoint, and the extra ``train`` is not installed.
     """
     if kind_of(path) == "bundle":
         return load(path, threads=threads, prefix_cache_bytes=0)

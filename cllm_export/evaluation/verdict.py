@@ -1,4 +1,4 @@
-"""What the probe's figures say, in plain words."""
+"""Turns the probe's figures into advice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 Readiness = Literal["ready", "gains a little", "needs consistency tuning", "this machine gains nothing"]
 READY, LITTLE = 1.5, 1.1
-"""Expected speed-ups from which a model is ready, and from which it gains a little."""
+"""A model is ready from the first expected speed-up on, and gains a little from the second on."""
 BUDGETS = (
     "as an anchor, the CLLM paper tuned its 7 B models on 2 M tokens for Spider, 10 M for GSM8K, 100 M for "
     "CodeSearchNet-Python and 200 M for ShareGPT, and a public reproduction at 1.7 B got 1.5 to 1.65x in under five "
@@ -23,7 +23,7 @@ MEANING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What one block size is expected to bring."""
+    """The measurements of one block size, and the speed-up to expect from them."""
 
     block_size: int
     tokens_per_forward: float
@@ -34,16 +34,16 @@ class Expectation:
 
     @property
     def speedup(self) -> float:
-        """Against autoregressive decoding, prefill excluded."""
+        """Expected speed-up over autoregressive decoding, prefill excluded."""
         return self.tokens_per_forward / self.relative
 
     @property
     def highest(self) -> float:
-        """The speed-up of a model that is right about every draft."""
+        """Speed-up if every draft token is accepted."""
         return self.block_size / self.relative
 
     def needed(self, speedup: float) -> float:
-        """Tokens per forward that bring this speed-up."""
+        """Tokens per forward that this speed-up needs."""
         return speedup * self.relative
 
 
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def judge(sizes: Sequence[Expectation]) -> Verdict:
-    """Judge a model by the best of its block sizes."""
+    """Judge a model by its best block size."""
     best = max(sizes, key=lambda size: size.speedup)
     room = max(sizes, key=lambda size: size.highest)
     target = max(sizes, key=lambda size: size.speedup * size.highest)

@@ -1,6 +1,6 @@
 """Makes Consistency LLMs: trajectories, losses, the tuning loop. Its modules need the extra ``train``.
 
-Nothing is imported here: the command line names these choices before the extra's packages are there.
+This module imports nothing from the extra, because the command line reads these choices without it.
 """
 
 from __future__ import annotations

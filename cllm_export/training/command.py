@@ -1,4 +1,4 @@
-"""What ``cllm-export tune`` does: data, run, report. One call in each process of the run."""
+"""Runs ``cllm-export tune``: prepares the data, tunes, reports. Each process of the run makes one call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_tune(
     force: bool,
     progress: Progress,
 ) -> dict[str, Any] | None:
-    """Tune, and describe what came of it; None in every process but the first.
+    """Tune, and return a description of the result; None in every process but the first.
 
     Raises:
         CllmExportError: see ``prepare`` and ``tune``.
@@ -44,7 +44,7 @@ def run_tune(
     if not state.is_main_process:
         progress = _silent
     work = rank0_first(lambda: WorkDirectory(output, force=force, resume=resume))
-    data = rank0_first(  # the first answers prompts that have no answer; the others find them answered
+    data = rank0_first(  # the first process collects missing answers; the others read them
         lambda: prepare(
             checkpoint,
             prompts,
@@ -73,4 +73,4 @@ def run_tune(
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:
-    """Only the first process shows progress."""
+    """Show nothing: only the first process shows progress."""

@@ -1,4 +1,4 @@
-"""A TensorBoard log, written as it comes. TensorBoard's own writer uses a thread, whose failures nobody catches."""
+"""An unbuffered TensorBoard log. TensorBoard's own writer uses a thread, and nobody catches its errors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class EventLog:
-    """One event file of a directory, which holds one for each start of a run.
+    """One event file. Its directory holds one file for each start of a run.
 
     Raises:
-        OSError: it cannot be written; here and in ``add``.
+        OSError: the file cannot be written; ``add`` raises it as well.
     """
 
     def __init__(self, directory: Path, *, first_step: int) -> None:
@@ -23,10 +23,10 @@ class EventLog:
         self._file = (directory / f"events.out.tfevents.{time.time_ns()}.cllm-export").open("wb", buffering=0)
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=first_step, session_log={"status": "START"}))  # hides what a killed run did after it
+        self._write(Event(step=first_step, session_log={"status": "START"}))  # hides later steps of a killed run
 
     def add(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """One point for each value."""
+        """Write one point for each value."""
         points = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in values.items()]
         self._write(Event(step=step, summary=Summary(value=points)))
 

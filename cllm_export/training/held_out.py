@@ -1,4 +1,4 @@
-"""The held-out set: what tuning does to quality and to tokens per forward, by decoding with the runtime's loops."""
+"""The held-out set: decodes it with the runtime's loops, to measure quality and tokens per forward during tuning."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from cllm_export.training.data.cleaning import is_repetitive
 from cllm_export.training.data.samples import Sample
 
 ROOM = 16
-"""Tokens that an output may be longer than the longest target: the rest of one that never ends says nothing new."""
+"""An output may exceed the longest target by this many tokens. The rest of an endless output says nothing new."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutScore:
-    """What the held-out set gave."""
+    """Scores of the held-out set."""
 
     tokens_per_forward: float
     exact_match: float
-    """Share of outputs that have the very tokens of the target."""
+    """Share of outputs whose tokens equal those of the target."""
     repetitive: float
-    """Share of outputs that repeat a token ten times in a row."""
+    """Share of outputs that repeat a token ten or more times in a row."""
 
     def to_dict(self) -> dict[str, float]:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
 def held_out_length(samples: Sequence[Sample], longest: int, block_size: int) -> int:
-    """Tokens, prompt included, that a model must hold to decode them in blocks: at most ``longest``."""
+    """Tokens, prompt included, that a model must hold to decode the samples in blocks. At most ``longest``."""
     return min(longest, max(block_size, *(len(sample.tokens) + ROOM for sample in samples)))
 
 
 def measure(model: Model, samples: Sequence[Sample]) -> HeldOutScore:
-    """Decode every sample's prompt in the form the model is trained for, and compare with its target.
+    """Decode every sample's prompt with the loop, n and proposer being trained, and compare with its target.
 
     Args:
-        model: around the live weights; its engine's slots decode side by side.
+        model: a model around the live weights. The slots of its engine decode in parallel.
     """
     facts = model.facts
     trained = facts.trained_with
@@ -68,5 +68,5 @@ def _request(sample: Sample, max_new_tokens: int) -> BatchRequest:
 
 
 def _is_target(output: Sequence[int], sample: Sample, eos_token_ids: Collection[int]) -> bool:
-    """Whether an output is the target; a model with several end-of-sequence tokens may end it with any."""
+    """Whether an output is the target. It may end with any of the model's end-of-sequence tokens."""
     return output[-1] in eos_token_ids and tuple(output[:-1]) == sample.tokens[sample.num_prompt : -1]

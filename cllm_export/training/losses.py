@@ -1,7 +1,7 @@
 """The losses of consistency tuning, as pure functions of logits.
 
-V is the vocabulary. A consistency loss needs no case of its own: global, local and packed differ in which states are
-in the batch and in whose logits are the teacher's (``packing.py``), not in what is compared.
+V is the vocabulary size. One consistency loss serves global, local and packed. They differ only in which states are in
+the batch and which logits are the teacher's (``packing.py``).
 Sources: CLLM (arXiv 2403.00835), Jacobi Forcing (arXiv 2512.14681).
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 SMALLEST_WEIGHT = 1e-6
-"""What the sum of weights is taken for where no guess counts: the loss is 0 then, not 0 / 0."""
+"""Lower bound of the sum of weights. Where all weights are 0, the loss is then 0 instead of 0 / 0."""
 
 
 def autoregressive_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -27,11 +27,12 @@ def autoregressive_loss(logits: Tensor, targets: Tensor, *, label_smoothing: flo
 def consistency_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Forward Kullback-Leibler divergence from the teacher's distribution to the student's, a scalar.
 
-    The mean over the rows, weighted; 0, with a gradient of 0, where all weights are 0. The teacher gets no gradient.
+    It is the weighted mean over the rows. Where all weights are 0, loss and gradient are 0. The teacher gets no
+    gradient.
 
     Args:
         student: float32 [G, V], at noisy states.
-        teacher: float32 [G, V], at the fixed point (global) or at the state after (local).
+        teacher: float32 [G, V], at the fixed point (global) or at the next state (local).
         weight: float32 [G].
     """
     target = F.log_softmax(teacher.detach(), dim=-1)

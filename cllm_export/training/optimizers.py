@@ -13,10 +13,10 @@ WARMUP_STEPS = 20
 def make_optimizers(
     model: nn.Module, name: OptimizerName, *, learning_rate: float, matrix_learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """``adamw`` for everything, or ``muon`` for the decoder's matrices and adamw for embeddings, head and norms.
+    """AdamW for everything (``adamw``), or Muon for the decoder's matrices and AdamW for the rest (``muon``).
 
-    Muon orthogonalises each matrix's update, for which it needs the whole matrix: it does not go with sharded
-    parameters. It takes about half of AdamW's steps to train a small model from nothing.
+    The rest is embeddings, head and norms. Muon orthogonalises the update of each matrix and needs the whole matrix, so
+    it does not work with sharded parameters. It trains a small model from scratch in about half of AdamW's steps.
     """
     trained = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
     is_matrix = {key: name == "muon" and value.ndim == 2 and not _is_table(key) for key, value in trained}
@@ -38,11 +38,13 @@ def _is_table(key: str) -> bool:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], *, step: int, progress: float, decay: float) -> float:
-    """Linear warm-up, constant, then linear to zero over the last ``decay`` of the run; the share of the peak.
+    """Set the learning rate for the next step, and return its share of the peak.
+
+    The rate rises linearly, stays constant, then falls linearly to zero over the last ``decay`` of the run.
 
     Args:
         step: optimiser steps done.
-        progress: how much of the run is done, 0 to 1.
+        progress: share of the run that is done, 0 to 1.
         decay: share of the run, 0 to 1.
     """
     falling = (1.0 - progress) / decay if decay else 1.0

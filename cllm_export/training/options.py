@@ -1,4 +1,4 @@
-"""What ``cllm-export tune`` lets the user choose, and what of it makes no sense."""
+"""The options of ``cllm-export tune``, and the combinations that it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TuneOptions:
     """How a checkpoint is tuned.
 
     Raises:
-        OptionError: an option is out of its range, or does not go with another one.
+        OptionError: an option is out of its range, or conflicts with another one.
     """
 
     objective: Objective = option(
@@ -27,51 +27,53 @@ class TuneOptions:
         help="The training objective; autoregressive is ordinary fine-tuning, for comparison.",
         choices=OBJECTIVES,
     )
-    """``packed``: many states of each sample in one forward; ``global``: one; ``local``: one, against the state after
-    it; ``autoregressive``: none, which is ordinary fine-tuning."""
+    """How many noisy states of each sample a forward trains. ``packed``: several; ``global``: one; ``local``: one,
+    trained towards the next state; ``autoregressive``: none, which is ordinary fine-tuning."""
     block_sizes: tuple[int, ...] = option(
         (16,),
         help="Block size n, in tokens. Repeat the option to mix several; the first is deployed.",
         minimum=2,
         flag="--block-size",
     )
-    """n of the training states. The first is what the checkpoint says it was trained with."""
+    """n of the training states. The tuned checkpoint records the first as the n it was trained with."""
     loop: Loop = option("sliding", help="The loop that the tuned model will decode with.", choices=LOOPS)
     proposer: ProposerName = option(
         "pad", help="The proposer that the tuned model will decode with.", choices=PROPOSERS
     )
     steps: int | None = option(None, help="Number of optimiser steps; give either this or --minutes.", minimum=1)
-    """Optimiser steps; resumed runs repeat exactly."""
+    """Optimiser steps. A resumed run repeats exactly."""
     minutes: float | None = option(
         None, help="Minutes of training, without held-out decoding; give either this or --steps.", above=0
     )
-    """Minutes of training, held-out decoding excluded; instead of steps."""
+    """Minutes of training, held-out decoding excluded. Replaces ``steps``."""
     batch_size: int = option(32, help="Number of samples in a forward, for each process.", minimum=1)
-    """Samples of a forward, in each process."""
+    """Samples in a forward, for each process."""
     gradient_accumulation: int = option(1, help="Number of forwards in an optimiser step.", minimum=1)
-    """Forwards of an optimiser step. Its gradient is the mean of theirs, each a mean over its own tokens."""
+    """Forwards in an optimiser step. The step uses the mean of their gradients; each forward averages over its own
+    tokens."""
     num_windows: int = option(
         6, help="Number of noisy states of each sample in a forward, for the packed objective.", minimum=1
     )
-    """States of a sample in a forward of the packed objective."""
+    """States of each sample in a forward, for the packed objective."""
     autoregressive_weight: float = option(
         1.0,
         help="Weight of the autoregressive loss beside the consistency loss; with too little, models collapse.",
         minimum=0,
     )
-    """Weight of the autoregressive loss beside the consistency loss: too little of it, and models collapse."""
+    """Weight of the autoregressive loss, added to the consistency loss. With too little of it, models collapse."""
     distance_weight: float = option(
         1.0,
         help="Factor on a guess's weight for each place that it stands behind the first wrong one.",
         minimum=0,
         maximum=1,
     )
-    """What a guess counts for each place that it stands behind the first wrong one: below 1, near ones come first."""
+    """A guess d places after the first wrong one has weight ``distance_weight ** d``. Below 1, near guesses count
+    more."""
     label_smoothing: float = option(0.0, help="Label smoothing of the autoregressive loss.", minimum=0, maximum=1)
     optimizer: OptimizerName = option("adamw", help="The optimiser; muon is for small models.", choices=OPTIMIZERS)
     learning_rate: float = option(2e-5, help="Peak learning rate of adamw.", minimum=0)
     matrix_learning_rate: float = option(0.02, help="Peak learning rate of muon, which trains the matrices.", minimum=0)
-    """Of muon."""
+    """Peak learning rate of Muon."""
     weight_decay: float = option(0.01, help="Weight decay of the optimiser.", minimum=0, hidden=True)
     decay: float = option(
         0.6,
@@ -79,7 +81,7 @@ class TuneOptions:
         minimum=0,
         maximum=1,
     )
-    """Share of the run over which the learning rate falls to zero."""
+    """The learning rate falls to zero over this last share of the run."""
     max_gradient_norm: float = option(1.0, help="Norm that gradients are clipped to.", above=0, hidden=True)
     mixed_precision: MixedPrecision = option(
         "no", help="The dtype of mixed precision, as in accelerate.", choices=MIXED_PRECISIONS
@@ -91,16 +93,16 @@ class TuneOptions:
     max_length: int | None = option(
         None, help="Largest number of tokens of prompt and answer; longer samples are left out.", minimum=2
     )
-    """Tokens of prompt and answer; longer samples are left out."""
+    """Largest number of tokens of prompt and answer. Longer samples are dropped."""
     evaluate_every: float = option(
         0.1,
         help="Share of the run after which held-out prompts are decoded and the state is saved.",
         above=0,
         maximum=1,
     )
-    """Share of the run after which the held-out set is decoded again and the state is saved."""
+    """Each time this share of the run is done, the held-out set is decoded and the state is saved."""
     patience: int | None = option(None, help="Stop after this many held-out decodes without progress.", minimum=1)
-    """Stop after so many held-out decodes in a row without one per cent more tokens per forward."""
+    """Stop if tokens per forward did not improve by one per cent in this many held-out decodes in a row."""
     seed: int = option(0, help="Seed of the order of samples and of their noisy states.", minimum=0, maximum=MAX_SEED)
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class TuneOptions:
 
     @property
     def claim(self) -> TrainedWith | None:
-        """What the tuned checkpoint says it was trained with: ordinary fine-tuning trains no block."""
+        """What the tuned checkpoint records as trained with. None for ordinary fine-tuning, which trains no block."""
         return None if self.objective == "autoregressive" else self.trained_with
 
     @property

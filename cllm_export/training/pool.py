@@ -1,8 +1,8 @@
-"""The pool: samples in work and the Jacobi states of their windows, which every forward moves on.
+"""The pool: the samples in training, and the Jacobi states of their windows. Every forward advances the states.
 
-On-policy trajectories without a collection stage: the argmax of the forward that trains a state is the next state. A
-sample stays for a few visits, then a new one takes its place. Deterministic by seed, and its whole state is plain
-JSON, so that an interrupted tuning goes on exactly where it stopped.
+This gives on-policy trajectories without a collection stage: the argmax of the forward that trains a state is the next
+state. A sample stays for a few visits, then a new one replaces it. The pool is deterministic by seed, and its whole
+state is plain JSON. An interrupted tuning run therefore continues exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from cllm_export.training.data.windows import Window, advance, fresh_window, rec
 
 @dataclass(frozen=True, kw_only=True)
 class PoolOptions:
-    """How samples are drawn and which windows they carry."""
+    """How the pool draws samples, and which windows it gives them."""
 
     num_windows: int
-    """Windows of a sample in one forward, for the first of ``block_sizes``; 0 for autoregressive training alone. Other
-    block sizes get as many as have about as many guesses."""
+    """Windows of a sample in one forward, for the first of ``block_sizes``; 0 for purely autoregressive training. For
+    other block sizes, the number of windows is chosen to give about as many guesses."""
     block_sizes: tuple[int, ...]
-    """n of each new sample is drawn from these."""
+    """The pool draws the n of each new sample from these."""
     loop: Loop
     proposer: ProposerName
     size: int = 512
-    """Samples in work. Batches are of similar length, so a larger pool wastes less on padding."""
+    """Samples in the pool. The samples of a batch have similar lengths, so a larger pool wastes less on padding."""
     visits: int = 4
-    """Forwards that a sample stays for."""
+    """Number of forwards for which a sample stays."""
     keep_previous: bool = False
-    """Carry each window's state before the last forward along: the local loss compares the two."""
+    """Keep each window's state before the last forward, because the local loss compares the two."""
 
 
 @dataclass(kw_only=True)
 class Entry:
-    """A sample in work."""
+    """A sample in the pool."""
 
     index: int
     block_size: int
@@ -48,11 +48,11 @@ class Entry:
 
 
 class Pool:
-    """Draws batches from samples, and takes the predictions that move their windows.
+    """Draws batches from samples, and advances their windows by the model's predictions.
 
     Args:
-        samples: all of them; those of other processes are left alone (``rank`` of ``num_ranks``).
-        pad_token_id: what the ``pad`` proposer is made of.
+        samples: all samples of the run. The pool draws only those of its own process (``rank`` of ``num_ranks``).
+        pad_token_id: the token that the ``pad`` proposer proposes.
     """
 
     def __init__(
@@ -76,10 +76,11 @@ class Pool:
         self.epoch = -1
 
     def draw(self, batch_size: int) -> list[Entry]:
-        """Samples of similar length, removed from the pool until ``update`` gives them back.
+        """Samples of similar length, removed from the pool until ``update`` returns them.
 
-        The shortest and the longest are drawn as often as the others: a batch that would begin or end beyond them is
-        moved to them. With few samples one may be in a batch twice, in different states.
+        A batch is a range of the samples sorted by length. A range that would pass an end of the list is shifted
+        inside, so the shortest and longest are drawn as often as the others. With few samples, a batch may hold one
+        twice, in different states.
         """
         while len(self._entries) < max(self._options.size, batch_size):
             self._entries.append(self._new_entry())
@@ -91,7 +92,7 @@ class Pool:
         return drawn
 
     def _num_rows(self, entry: Entry) -> tuple[int, int]:
-        """Rows that the entry takes in a batch, and its index, so that the order is one."""
+        """Rows of the entry in a batch, then its index to break ties in the order."""
         guesses = sum(len(window.guesses) for window in entry.windows)
         return self._samples[entry.index].num_rows + guesses, entry.index
 
@@ -99,7 +100,11 @@ class Pool:
         return self._samples[entry.index]
 
     def update(self, entries: Sequence[Entry], predictions: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Move the windows of what was drawn: per entry and window, the model's token after each guess."""
+        """Advance the windows of drawn entries, and put those with visits left back into the pool.
+
+        Args:
+            predictions: for each entry and window, the model's token after each guess.
+        """
         for entry, predicted in zip(entries, predictions, strict=True):
             entry.visits += 1
             if entry.visits < self._options.visits:
@@ -107,7 +112,7 @@ class Pool:
                 self._entries.append(entry)
 
     def state(self) -> dict[str, Any]:
-        """Everything that ``restore`` needs, as JSON."""
+        """Everything that ``restore`` needs, JSON-ready."""
         version, internal, gauss = self._random.getstate()
         return {
             "random": [version, list(internal), gauss],
@@ -117,7 +122,7 @@ class Pool:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))
         self._order = list(state["order"])
@@ -138,7 +143,7 @@ class Pool:
         return entry
 
     def _starting(self, entry: Entry, sample: Sample) -> list[Window]:
-        """One window where decoding starts, the others anywhere in the answer."""
+        """The first windows of a sample: one where decoding starts, the others anywhere in the answer."""
         windows = [fresh_window(sample, sample.first_start, entry.block_size, self._proposer(sample))]
         windows += [self._anywhere(entry, sample) for _ in range(self._count(entry.block_size) - 1)]
         return [window for window in windows if window]
@@ -152,7 +157,7 @@ class Pool:
         return fresh_window(sample, start, entry.block_size, self._proposer(sample))
 
     def _recorded(self, sample: Sample) -> list[Window]:
-        """Random states of the sample's own trajectory, each with the one before it where they are compared."""
+        """Random states of the recorded trajectory. With ``keep_previous``, each carries the state before it."""
         windows: list[Window] = []
         before: Window | None = None
         for start, block in sample.states:

@@ -1,4 +1,4 @@
-"""From files to training data: answers of a prompt file, collected trajectories, or answers the model gives first."""
+"""Reads training data: answers from a prompt file, collected trajectories, or answers that the model generates."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from cllm_export.training.settle import settle_tuning
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a run trains on, and what it is measured on meanwhile."""
+    """The samples that a run trains on, and those that it is measured on."""
 
     samples: list[Sample]
     held_out: list[Sample]
     dropped: dict[str, int]
-    """Reason -> prompts left out for it."""
+    """Reason -> number of prompts dropped for it."""
 
 
 def prepare(
@@ -49,18 +49,18 @@ def prepare(
 ) -> TrainingData:
     """Read the training data of a checkpoint.
 
-    A prompt file with answers is trained on as it is. One without is first answered by the model itself: its
-    trajectories are collected into ``collected``, where an interrupted run finds them again. Where ``trajectories``
-    of these prompts are given, they are used instead of answers.
+    A prompt file with answers is used as it is. If it has no answers, the model first answers the prompts itself. Its
+    trajectories are collected into ``collected``, where an interrupted run finds them again. If ``trajectories`` of
+    these prompts are given, they replace the answers.
 
     Args:
-        held_out: prompts to measure on; by default the last ``num_held_out`` of what there is, not trained on then.
-        limit: use the first so many prompts; those of ``held_out`` are not counted.
+        held_out: prompts to measure on. By default the last ``num_held_out`` samples, which are then not trained on.
+        limit: use only this many prompts, from the first on. It does not apply to ``held_out``.
 
     Raises:
         PromptError: a prompt file is missing or malformed.
-        TrajectoryError: the trajectories are another model's, of other prompts, or damaged.
-        TuningError: nothing is left to train or to measure on; says what was dropped.
+        TrajectoryError: the trajectories are from another model or other prompts, or are damaged.
+        TuningError: nothing is left to train on or to measure on. The message says what was dropped.
     """
     require_at_least("num_held_out", num_held_out, 1)
     if limit is not None:
@@ -104,7 +104,7 @@ class _Reader:
         return self._encode(prompts)
 
     def trajectories(self, path: Path, prompts: Path, limit: int | None) -> Samples:
-        """Samples of a collection, which must be one of these prompts."""
+        """Samples of a collection, which must be made from these prompts."""
         found = read_trajectories(path)
         found.require_same_model(self._checkpoint.fingerprint(), sha256_of(self._checkpoint.path / TOKENIZER_NAME))
         if found.manifest.settings.prompts_sha256 != _sha256_of_prompts(prompts):
@@ -127,9 +127,9 @@ class _Reader:
         return encode_samples(prompts, self._codec, eos_token_id=self._end_token(), max_length=self._max_length)
 
     def _end_token(self) -> int:
-        """The token that ends an answer: the tokenizer's own end-of-sequence token, where the model stops at it.
+        """The token that ends an answer: the tokenizer's own end-of-sequence token if the model stops at it.
 
-        A chat model stops at several, of which the first may be one that its template never ends a turn with.
+        A chat model stops at several tokens, and its template may never end a turn with the first of them.
         """
         ends = self._checkpoint.eos_token_ids
         own = self._codec.tokenizer.token_to_id(self._checkpoint.special_tokens.get("eos_token", ""))

@@ -1,7 +1,7 @@
-"""The processes of one run: this one alone, or those that ``accelerate launch`` or ``torchrun`` started.
+"""The processes of one run: a single one, or those that ``accelerate launch`` or ``torchrun`` started.
 
-They call the same collectives in the same order, so all must come to the same decisions, and an error of one must
-end all: a process that waits for one that is gone never ends.
+All processes call the same collectives in the same order, so they must all make the same decisions. An error in one
+process must end all of them, because a process that waits for a lost one never ends.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cllm_export.errors import CllmExportError, TuningError
 
 T = TypeVar("T")
 EXIT_ERROR = 2
-"""Of a process whose error is another's to tell."""
+"""Exit status of a process that leaves it to the first process to report the error."""
 
 
 def join_processes() -> PartialState:
-    """This process among those of its run, on the CPU where there is nothing faster.
+    """Join the processes of this run; on the CPU if there is no accelerator.
 
-    accelerate takes processes without a GPU for runs of their own unless it is told.
+    Without ``cpu``, accelerate treats each process without a GPU as a run of its own.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
@@ -49,7 +49,7 @@ def broadcast_from_rank0(value: T) -> T:
 
 @contextmanager
 def explain_lost_rank() -> Iterator[None]:
-    """Say so where another process is gone, which each back end of torch.distributed reports in its own way."""
+    """Turn the error for a lost process into ``TuningError``. Each torch.distributed backend raises its own error."""
     try:
         yield
     except RuntimeError as error:
@@ -63,10 +63,10 @@ def explain_lost_rank() -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """What one process raises in the block, all raise at its end, which none passes before the others.
+    """If one process raises in the block, end all processes at the end of the block, where they wait for each other.
 
-    The first process raises the error, whoever's it is; the others end, so that it is told once. A block must not
-    hold collectives after what may raise.
+    The first process raises the error, whichever process it came from. The others exit, so the error is reported once.
+    Within the block, no collective may follow code that may raise.
     """
     error: CllmExportError | None = None
     try:
@@ -77,7 +77,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def rank0_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives, called in the first process before the others, which find what it left on disk."""
+    """Call ``make`` in the first process, then in the others, which find on disk what the first wrote."""
     is_main = PartialState().is_main_process
     made: list[T] = []
     for turn in (True, False):

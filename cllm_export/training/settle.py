@@ -1,4 +1,4 @@
-"""What a checkpoint makes of the options of a tuning run."""
+"""Settings of a tuning run, from its options and the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cllm_export.training.options import TuneOptions
 
 
 def settle_tuning(options: TuneOptions, checkpoint: Checkpoint) -> Settings:
-    """What the checkpoint makes of lengths and block size.
+    """Lengths and block size, from the options and the checkpoint.
 
     Raises:
-        OptionError: they do not fit it.
-        UnsupportedError: it cannot be trained at this length, see ``refuse_in_torch``.
+        OptionError: the options do not fit the checkpoint.
+        UnsupportedError: the checkpoint cannot be trained at this length, see ``refuse_in_torch``.
     """
     settings = settle(BuildOptions(max_length=options.max_length, trained_with=options.trained_with), checkpoint)
     refuse_in_torch(checkpoint, settings.max_length)

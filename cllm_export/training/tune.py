@@ -1,8 +1,8 @@
 """Consistency tuning: an ordinary checkpoint becomes a CLLM, or a better one.
 
-The loop is ours, because its batches come from a pool that the loop's own predictions feed; processes, devices, mixed
-precision and sharding are accelerate's. Everything that decides what happens next (pool, counters, optimisers, random
-states) is saved together, so that a run that was interrupted and resumed gives the weights of one that was not.
+This package has its own training loop, because the loop's predictions feed the pool that batches come from. Processes,
+devices, mixed precision and sharding are left to accelerate. Pool, counters, optimisers and random states are saved
+together. A run that was interrupted and resumed therefore gives the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from cllm_export.training.work import WorkDirectory
 
 HELD_OUT_SLOTS = 16
 COLLAPSE = 0.2
-"""Share of repetitive held-out outputs, beyond the parent's, at which tuning is taken to have collapsed."""
+"""Tuning counts as collapsed if the share of repetitive held-out outputs exceeds the parent's by more than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,15 @@ class TuneReport:
 
     steps: int
     minutes: float
-    """Of training, held-out decoding excluded."""
+    """Minutes of training, held-out decoding excluded."""
     processor_minutes: float
-    """The same by the first process's processor time: what to compare where neighbours share the machine."""
+    """The same in processor time of the first process. Compare this one where other jobs share the machine."""
     samples_seen: int
     stopped: str
     """``done``, ``patience`` or ``collapse``."""
     curve: list[dict[str, float]]
-    """Step, minutes, losses and held-out scores at each held-out decode. After a collapse the checkpoint is that of
-    the last but one."""
+    """Step, minutes, losses and held-out scores at each held-out decode. After a collapse, the checkpoint is that of
+    the entry before the last."""
 
 
 def tune(
@@ -83,12 +83,12 @@ def tune(
 ) -> TuneReport:
     """Tune a checkpoint and write the result, with a ``cllm`` section in its config, to ``output``.
 
-    State, logs and the last good checkpoint lie in ``OUTPUT.tuning`` meanwhile.
+    During the run, ``OUTPUT.tuning`` holds the state, the logs and the last good checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or unsupported.
         OutputError: the output exists, or cannot be written.
-        OptionError: the options do not fit the model, or differ from those of the run to be resumed.
+        OptionError: the options do not fit the model, or differ from those of the resumed run.
         TuningError: there is nothing to train on, or the loss is no longer finite.
     """
     num_processes = join_processes().num_processes
@@ -103,7 +103,7 @@ def tune(
         return _Run(checkpoint, work, samples, held_out, options, progress).run()
     finally:
         work.close()
-        AcceleratorState._reset_state()  # else a later run in this process could not choose its own precision
+        AcceleratorState._reset_state()  # a later run in this process may choose another precision
 
 
 class _Run:
@@ -189,7 +189,7 @@ class _Run:
 
     @property
     def _share(self) -> float:
-        """How much of the run is done, the same in every process."""
+        """Share of the run that is done, equal in every process."""
         if self._options.steps is not None:
             return self._step / self._options.steps
         assert self._options.minutes is not None
@@ -242,17 +242,23 @@ class _Run:
                 self._fail(f"the loss is {loss.item()}", _name_bad(packed, logits, samples))
 
     def _clip_gradients(self) -> None:
-        """Gradients that are not finite must not reach the weights; fp16 meets them in passing, and skips the step."""
+        """Clip, and fail if a gradient is not finite, so that it never reaches the weights.
+
+        With fp16 such gradients are normal: the loss scaler skips the step.
+        """
         parameters = self._module.parameters()
         total = self._accelerator.clip_grad_norm_(parameters, self._options.max_gradient_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        with raise_on_all_ranks():  # the norm is that of all processes' gradients together
+        with raise_on_all_ranks():  # all processes have the same norm, over all their gradients
             if not math.isfinite(norm) and self._options.mixed_precision != "fp16":
                 where = f"in a batch with sample {self._last_sample!r}, though the loss is finite"
                 self._fail(f"the gradient's norm is {norm}", where)
 
     def _require_sound(self) -> None:
-        """Held-out decoding sees tokens only: were the weights broken, it would not notice, and they would be saved."""
+        """Fail if the held-out logits are not finite.
+
+        Held-out decoding sees only tokens, so it would not notice broken weights, and the run would save them.
+        """
         samples = self._held_out[:HELD_OUT_SLOTS]
         packed = pack(samples, [() for _ in samples]).to(self._accelerator.device)
         with torch.no_grad():
@@ -285,7 +291,7 @@ class _Run:
         )
 
     def _evaluate(self) -> None:
-        """Decode the held-out set, log it, save, and see whether the run ends here."""
+        """Decode the held-out set, log the scores, decide whether the run ends here, and save."""
         self._require_sound()
         score = broadcast_from_rank0(measure(self._decodes, self._held_out))
         means = _means(self._losses) if self._losses else {}
@@ -315,10 +321,10 @@ class _Run:
         return "patience" if max(rates[-patience:]) < 1.01 * max(rates[:-patience]) else ""
 
     def _save(self) -> None:
-        """State and checkpoint of this moment; what they replace goes only once they are whole.
+        """Save state and checkpoint. The old ones are removed only after the new ones are complete.
 
-        Before the first step there is no state to lose, and to ask sharded optimisers for it would make them count one
-        step too many ever after.
+        No state is saved before the first step: there is none to lose. Asking sharded optimisers for it then would make
+        them count one step too many from there on.
         """
         counters = {
             "step": self._step,
@@ -348,7 +354,7 @@ class _Run:
         self._processor_seconds = counters["processor_seconds"]
         self._next_evaluation, self._curve = counters["next_evaluation"], counters["curve"]
         self._stopped = counters["stopped"]
-        self._save_checkpoint()  # a kill may have come between state and checkpoint
+        self._save_checkpoint()  # the run may have been killed between saving state and checkpoint
 
     def _finish(self) -> TuneReport:
         processes = self._accelerator.num_processes
@@ -377,8 +383,10 @@ def _make_accelerator(options: TuneOptions) -> Accelerator:
 
 
 def _enable_checkpointing(decoder: PreTrainedModel) -> None:
-    """Under the name that this version of transformers gives it; adapters behind frozen inputs need ``use_reentrant``
-    off."""
+    """Turn on gradient checkpointing, whose method has another name in other versions of transformers.
+
+    ``use_reentrant`` is off because adapters behind frozen inputs need that.
+    """
     enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

@@ -1,13 +1,13 @@
 """The working directory of a tuning run, ``OUTPUT.tuning``: state to resume from, logs, the last good checkpoint.
 
-    settings.json     what the run follows from; a resumed run must have the same
-    state/            weights, optimisers, random states, pool of each process, counters: all of one moment
-    checkpoint/       the last good checkpoint, complete, which becomes OUTPUT at the end
+    settings.json     what determines the run; a resumed run must have equal settings
+    state/            weights, optimisers, random states, pool of each process, counters, all of one step
+    checkpoint/       the last good checkpoint, complete; it becomes OUTPUT at the end
     curve.jsonl       one line for each held-out decode
-    tensorboard/      the same, and the losses of each step
+    tensorboard/      the held-out decodes, and the losses of each step
 
-State and checkpoint are written beside their place and renamed into it: ``NAME.new`` is never trusted, ``NAME.old`` is
-put back where a kill came between two renames.
+State and checkpoint are written to ``NAME.new``, which is then renamed to ``NAME``. A ``NAME.new`` is never trusted. If
+the run is killed between two renames, ``NAME.old`` is put back.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from cllm_export.training.processes import raise_on_all_ranks
 
 REPORT_NAME = "tuning.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-"""Config, tokenizer and chat template: everything of a checkpoint but its weights and its model card."""
+"""Config, tokenizer and chat template: all files of a checkpoint except its weights and its model card."""
 NOT_COPIED = (".index.json", REPORT_NAME)
 STATE, CHECKPOINT, SETTINGS, COUNTERS, CURVE = "state", "checkpoint", "settings.json", "counters.json", "curve.jsonl"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class WorkDirectory:
-    """Where a run keeps what it must not lose. All processes of a run share it.
+    """The files of a run in progress. All processes of a run share it.
 
     Args:
-        output: the checkpoint that the run is to write.
-        force: replace an output that an earlier run wrote, and forget an interrupted one.
-        resume: go on with an interrupted one.
+        output: the checkpoint that the run will write.
+        force: replace an output that an earlier run wrote, and discard an interrupted run.
+        resume: continue an interrupted run.
 
     Raises:
-        OutputError: the output exists and must not be replaced, or an interrupted run would be lost.
+        OutputError: the output exists and may not be replaced, or an interrupted run would be lost.
         TuningError: there is nothing to resume.
     """
 
@@ -78,16 +78,16 @@ class WorkDirectory:
 
     @property
     def collected_path(self) -> Path:
-        """Where answers are collected that a prompt file lacks: beside the run, so that starting over keeps them."""
+        """Where missing answers are collected. It lies outside the run's directory, so starting over keeps them."""
         return self._output.with_name(f"{self._output.name}.trajectories")
 
     def open(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin the run, or go on with it; the counters of the moment it goes on from, none for a new one.
+        """Begin or resume the run, and return the saved counters, empty for a new run.
 
         Raises:
-            OutputError: another run is at work there, or it cannot be written.
-            TuningError: the state to be resumed is damaged.
-            OptionError: its settings differ.
+            OutputError: another run uses the directory, or it cannot be written.
+            TuningError: the saved settings or counters are damaged.
+            OptionError: the settings differ from those of the run.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class WorkDirectory:
                 shutil.rmtree(self.path / f"{name}.new", ignore_errors=True)
             if self._resume:
                 return self._require_same(settings)
-            self._discard(STATE)  # first: it belongs to the settings that go now
+            self._discard(STATE)  # first, because it belongs to the old settings
             self._write_json(SETTINGS, settings)
             for path in self.path.iterdir():
                 if path.name != SETTINGS:
@@ -105,7 +105,7 @@ class WorkDirectory:
         return {}
 
     def save_state(self, accelerator: Accelerator, pool: Mapping[str, Any], counters: Mapping[str, Any]) -> None:
-        """Save everything of this moment; called by every process."""
+        """Save the state of this step. Every process must call it."""
         staging = self.path / f"{STATE}.new"
         is_main = accelerator.is_main_process
         with raise_on_all_ranks(), self._writing():
@@ -113,7 +113,7 @@ class WorkDirectory:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir()
         with raise_on_all_ranks(), self._writing(staging):
-            # PyTorch's own format: weights that are tied are one tensor in it, of which safetensors would warn
+            # PyTorch's own format stores tied weights as one tensor; safetensors would warn of them
             accelerator.save_state(str(staging), safe_serialization=False)
             (staging / _pool_name(accelerator)).write_text(json.dumps(pool), encoding="utf-8")
         with raise_on_all_ranks(), self._writing(staging):
@@ -122,7 +122,11 @@ class WorkDirectory:
                 self._replace(STATE)
 
     def load_state(self, accelerator: Accelerator) -> dict[str, Any]:
-        """Load weights, optimisers and random states into the accelerator's; this process's pool."""
+        """Load weights, optimisers and random states into the accelerator, and return the pool of this process.
+
+        Raises:
+            TuningError: the state is damaged.
+        """
         place = self.path / STATE
         try:
             pool: dict[str, Any] = json.loads((place / _pool_name(accelerator)).read_text(encoding="utf-8"))
@@ -138,7 +142,7 @@ class WorkDirectory:
     ) -> None:
         """Write a complete checkpoint: the source's files, these weights in the source's dtypes, a ``cllm`` section.
 
-        ``trained_with`` None, of a run that trained no block, leaves the config as it is.
+        ``trained_with`` is None if the run trained no block; the config then stays as it is.
         """
         staging = self.path / f"{CHECKPOINT}.new"
         with self._writing(staging):
@@ -154,7 +158,7 @@ class WorkDirectory:
             self._replace(CHECKPOINT)
 
     def publish(self, report: Mapping[str, Any]) -> None:
-        """Make the last good checkpoint the output, with the run's report in it; what only a resume needs goes."""
+        """Write the last good checkpoint and the run's report to the output; remove what only a resume needs."""
         self._close_log()
         with self._writing():
             self._write_json(REPORT_NAME, report)
@@ -166,20 +170,20 @@ class WorkDirectory:
             (self.path / SETTINGS).unlink()
 
     def log_scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """One TensorBoard point each."""
+        """Write one TensorBoard point for each value."""
         with self._writing():
             if self._log is None:
                 self._log = EventLog(self.path / "tensorboard", first_step=step)
             self._log.add(group, values, step)
 
     def write_curve(self, curve: Sequence[Mapping[str, Any]]) -> None:
-        """All held-out decodes so far, so that none stands there twice after a resume."""
+        """Write all held-out decodes so far; rewriting the file avoids duplicates after a resume."""
         with self._writing():
             text = "".join(json.dumps(entry) + "\n" for entry in curve)
             (self.path / CURVE).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        """Let go of logs and lock."""
+        """Close the log and release the lock."""
         self._close_log()
         self._lock.close()
 
@@ -189,7 +193,7 @@ class WorkDirectory:
             self._log = None
 
     def _require_own(self) -> None:
-        """Refuse a directory of the user's that happens to have the name."""
+        """Refuse a directory of this name that no run made."""
         if not self.path.exists() and not self.path.is_symlink():
             return
         is_own = any((self.path / name).is_file() for name in (SETTINGS, REPORT_NAME))
@@ -204,7 +208,7 @@ class WorkDirectory:
         self._lock.enter_context(locked_directory(self.path, busy=busy))
 
     def _require_same(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The counters of a run, which must have these settings."""
+        """The counters of the saved run, after a check that its settings equal these."""
         try:
             before = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
             counters: dict[str, Any] = json.loads((self.path / STATE / COUNTERS).read_text(encoding="utf-8"))
@@ -227,7 +231,7 @@ class WorkDirectory:
             unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     def _replace(self, name: str) -> None:
-        """Put ``name.new`` where ``name`` is; a kill in between leaves ``name.old``, which ``_recover`` puts back."""
+        """Replace ``name`` by ``name.new``. If killed in between, ``_recover`` puts ``name.old`` back."""
         place, staging, old = self.path / name, self.path / f"{name}.new", self.path / f"{name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if place.exists():
@@ -241,7 +245,7 @@ class WorkDirectory:
             old.rename(place)
 
     def _discard(self, name: str) -> None:
-        """Remove it so that a kill leaves nothing that looks whole."""
+        """Remove ``name`` so that a kill in between leaves no directory that looks complete."""
         place, staging = self.path / name, self.path / f"{name}.new"
         shutil.rmtree(staging, ignore_errors=True)
         if place.exists():
@@ -251,7 +255,10 @@ class WorkDirectory:
 
     @contextmanager
     def _writing(self, staging: Path | None = None) -> Iterator[None]:
-        """Turn what a full disk raises, which each library says in its own way, into one error; ``staging`` goes."""
+        """Turn each library's error for a failed write, such as on a full disk, into ``OutputError``.
+
+        ``staging`` is then removed.
+        """
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -281,7 +288,7 @@ def _cllm_section(trained_with: TrainedWith | None) -> dict[str, dict[str, objec
 
 
 def _like(source: Checkpoint, name: str, weights: Mapping[str, Tensor]) -> Tensor:
-    """A tensor as the source stores it; what training has no weight for, such as a stored table, as it is there."""
+    """The trained tensor in the source's dtype, or the source's own where training has none, as for a stored table."""
     if name not in weights:
         return source.read(name)
     return weights[name].detach().to("cpu", DTYPES[source.tensors[name].dtype]).contiguous().clone()

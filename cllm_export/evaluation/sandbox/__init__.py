@@ -1,1 +1,1 @@
-"""Code that a model wrote, run in confinement."""
+"""Runs code that a model wrote in a confined process."""

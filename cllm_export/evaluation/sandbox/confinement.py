@@ -1,7 +1,7 @@
-"""Run as a script in the child: gives up every right that a pure computation can do without, then runs a program.
+"""Script of the child process: gives up every right that a pure computation does not need, then runs a program.
 
-Takes its settings and the program on standard input, which is then closed. Only the standard library, and nothing of
-this package, is at hand: see ``sandbox.py``. Constants are those of Linux's headers.
+It reads its settings and the program from standard input, which is then closed. It can import only the standard
+library, and nothing of this package: see ``sandbox.py``. The constants are from the Linux headers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 LANDLOCK_VERSION_FLAG, LANDLOCK_PATH_BENEATH = 1, 1
 WRITE_FILE, TRUNCATE = 1 << 1, 1 << 14
 WRITES_BY_VERSION = {1: 0x1FFF & ~0b1101, 2: 0x3FFF & ~0b1101, 3: 0x7FFF & ~0b1101}
-"""Every right over files but execute, read file and read directory, as each version of Landlock knows them."""
+"""Landlock version -> all its file rights except execute, read file and read directory."""
 CAPABILITY_VERSION = 0x20080522
 LOAD, JUMP_IF_EQUAL, JUMP_IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # refused with EPERM
 X32_BIT = 0x40000000
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> its number in a filter; its numbers of calls stand in this order below, None where it lacks one."""
+"""Machine -> its number in a seccomp filter. Each tuple below holds one call number per machine, in this order. It is
+None where the machine has no such call."""
 FORBIDDEN_CALLS: dict[str, tuple[tuple[int | None, int | None], ...]] = {
     "processes: clone, fork, vfork, clone3": ((56, 220), (57, None), (58, None), (435, 435)),
     "signals: kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal": (
@@ -70,13 +71,13 @@ FORBIDDEN_CALLS: dict[str, tuple[tuple[int | None, int | None], ...]] = {
         ((303, 264), (304, 265), (300, 262))
     ),
 }
-"""What -> calls refused."""
+"""Names of the refused system calls -> their numbers."""
 
 
 def limit(seconds: int, memory_bytes: int) -> None:
-    """Bound processor time, address space, file size and open files; leave no core; die with the parent."""
+    """Limit processor time, address space, file size and open files. Write no core dump; die with the parent."""
     for kind, wanted in (
-        (resource.RLIMIT_CPU, seconds + 1),  # the parent, which tells a timeout from a failure, comes first
+        (resource.RLIMIT_CPU, seconds + 1),  # the parent must time out first: it tells a timeout from a failure
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
@@ -89,7 +90,7 @@ def limit(seconds: int, memory_bytes: int) -> None:
 
 
 def forbid_writing() -> None:
-    """Landlock: nothing in the file system may be written, made, moved or removed, but for writing to /dev/null."""
+    """Landlock: forbid writing, creating, moving and removing files, except for writing to /dev/null."""
     version = LIBC.syscall(SYS_LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION_FLAG)
     _require(version >= 1, "no Landlock")
     handled = WRITES_BY_VERSION[min(version, 3)]
@@ -105,7 +106,7 @@ def forbid_writing() -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up what the superuser may do beyond its own files."""
+    """Give up all capabilities, which are the special rights of the superuser."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION, 0), 8)
     nothing = ctypes.create_string_buffer(24)
     _require(LIBC.capset(header, nothing) == 0, "capabilities stay")
@@ -133,7 +134,7 @@ def forbid_calls() -> None:
 
 
 def main() -> None:
-    """Read the program, confine this process, say so, run the program, and say so if it came to its end."""
+    """Read the program, confine this process and report that, run the program, and report if it reached its end."""
     settings = [sys.stdin.buffer.readline().decode().strip() for _ in range(5)]
     out, word, seconds, memory_bytes, length = int(settings[0]), settings[1].encode(), *map(int, settings[2:])
     text = sys.stdin.buffer.read().decode("utf-8")
@@ -150,7 +151,7 @@ def main() -> None:
     os.write(out, b"ready\n")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for source, name in ((text[:length], "<program>"), (text[length:], "<check>")):
-        exec(compile(source, name, "exec"), namespace)  # noqa: S102 - this is what the process is confined for
+        exec(compile(source, name, "exec"), namespace)  # noqa: S102 - the process is confined for this
     os.write(out, word)
     os._exit(0)
 

@@ -1,8 +1,13 @@
-"""Runs untrusted Python in a process of its own that can compute and nothing else. Linux only; see ``confinement.py``.
+"""Runs untrusted Python in a separate process that can only compute. Linux only; see ``confinement.py``.
 
-The child applies to itself, before it reads a line of the program: limits of memory, time and file size (rlimits); no
-writing anywhere but /dev/null (Landlock); no process or thread of its own, no socket, no signal to others, no change of
-owners, modes or mounts (seccomp); no capabilities. Where the kernel lacks one of these, nothing is run.
+The child confines itself before it runs any of the program:
+
+- rlimits bound memory, time and file size;
+- Landlock forbids writing to anything but /dev/null;
+- seccomp forbids new processes and threads, sockets, signals to others, and changes of owners, modes or mounts;
+- all capabilities are dropped.
+
+If the kernel lacks one of these, nothing is run.
 """
 
 from __future__ import annotations
@@ -31,12 +36,12 @@ Outcome = Literal["passed", "failed", "timed out"]
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxLimits:
-    """What one program may use."""
+    """Resources that one program may use."""
 
     seconds: int = 10
-    """Wall-clock and processor time."""
+    """Limit of wall-clock time and of processor time."""
     memory_bytes: int = 1 << 30
-    """Address space, the interpreter's own included."""
+    """Limit of the address space, including the interpreter's own."""
 
     def __post_init__(self) -> None:
         require_at_least("seconds", self.seconds, 1)
@@ -44,12 +49,12 @@ class SandboxLimits:
 
 
 def run_confined(program: str, check: str, limits: SandboxLimits) -> Outcome:
-    """Run a program, then its check in the same namespace; passed only if both reached their end.
+    """Run a program, then its check in the same namespace. They pass only if both reach their end.
 
-    A program that exits early has not passed: the child reports the end of the check with a secret word.
+    A program that exits early does not pass, because the child reports the end of the check with a secret word.
 
     Raises:
-        OptionError: this system cannot confine a process so.
+        OptionError: this system cannot confine a process in this way.
     """
     word = secrets.token_hex(16)
     reading, writing = os.pipe()
@@ -71,7 +76,7 @@ def run_confined(program: str, check: str, limits: SandboxLimits) -> Outcome:
 
 
 def _run(program: str, check: str, word: str, writing: int, limits: SandboxLimits, directory: str) -> bool:
-    """Run the child to its end or its time limit; closes ``writing``."""
+    """Run the child to its end or its time limit, and return whether it timed out. Closes ``writing``."""
     interpreter = os.path.realpath(sys.executable)
     settings = f"{writing}\n{word}\n{limits.seconds}\n{limits.memory_bytes}\n{len(program)}\n"
     try:

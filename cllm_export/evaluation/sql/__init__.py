@@ -1,1 +1,1 @@
-"""SQL judged: by execution on generated rows, by its literals, by its parts."""
+"""Judges SQL: by execution on generated rows, by its literals, by its components."""

@@ -1,4 +1,4 @@
-"""Spider's exact-set match without values: two queries match if every component of theirs does."""
+"""Spider's exact-set match without values: two queries match if all their components match."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class SetMatch:
     """How a prediction compares with its gold query."""
 
     matches: bool | None
-    """None where the gold query cannot be taken apart, so that nothing can be said."""
+    """None if the gold query cannot be parsed, so no judgement is possible."""
     differing: tuple[str, ...] = ()
-    """Components that differ; ``unparsable`` for a prediction that is not one query."""
+    """Names of the components that differ, or ``unparsable`` if the prediction is not one query."""
 
 
 def exact_set_match(schema: Schema, gold: str, predicted: str) -> SetMatch:

@@ -1,4 +1,4 @@
-"""Execution match: a predicted query is right if it gives what the gold query gives, on every generated database."""
+"""Execution match: a predicted query is right if it gives the result of the gold query on every generated database."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from cllm_export.evaluation.sql.sql_literals import tokenize
 from cllm_export.evaluation.sql.sqlite_files import Cell, Result, open_read_only, query, write_database
 
 SEEDS = (1, 2, 3)
-"""One database a seed: a wrong query that is right by luck on one is seldom right on all."""
+"""One database for each seed. A wrong query that is right by luck on one is seldom right on all."""
 MAX_PERMUTED = 6
 Rows = Sequence[tuple[Cell, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How a prediction fared beside its gold query."""
+    """The judgement of a prediction against its gold query."""
 
     matches: bool | None
-    """None where the gold query itself fails, so that nothing can be said."""
+    """None if the gold query itself fails, so no judgement is possible."""
     gold_is_empty: bool
-    """The gold query finds nothing on any database: then many wrong queries match, and a match is weak."""
+    """Whether the gold query finds nothing on any database. Many wrong queries then match, so a match means little."""
     error: str | None = None
-    """Why the first of gold and prediction that failed did so."""
+    """The error of the gold query if that fails, otherwise the error of the prediction if that fails."""
 
 
 def execution_matches(schema: Schema, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-    """Judge (gold, prediction) pairs that all ask of one schema.
+    """Judge (gold, prediction) pairs that all query one schema.
 
     The rows are generated from the schema and the gold queries, and are the same on every run. A prediction runs
-    read-only, and is cut off at a fixed number of steps.
+    read-only, and is stopped after a fixed number of steps.
     """
     with tempfile.TemporaryDirectory(prefix="cllm-export-sqlite-") as directory, ExitStack() as stack:
         connections = [
@@ -51,7 +51,7 @@ def execution_matches(schema: Schema, pairs: Sequence[tuple[str, str]]) -> list[
 def execution_matches_by_schema(
     schemas: Mapping[int, Schema], pairs: Mapping[int, tuple[str, str]]
 ) -> dict[int, Verdict]:
-    """The same for pairs of several schemas, both by the number of the example; equal schemas share their rows."""
+    """Judge pairs of several schemas. Both mappings are by example number. Equal schemas share their rows."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index in pairs:
         groups.setdefault(schemas[index].tables, []).append(index)
@@ -63,7 +63,7 @@ def execution_matches_by_schema(
 
 
 def same_rows(gold: Rows, predicted: Rows, *, ordered: bool) -> bool:
-    """Whether two results are the same: rows in any order unless ``ordered``, columns in any order."""
+    """Whether two results are equal. Rows may be in any order unless ``ordered``; columns may be in any order."""
     if len(gold) != len(predicted) or (gold and len(gold[0]) != len(predicted[0])):
         return False
     if not gold:
@@ -108,7 +108,7 @@ def _same_result(expected: Result, got: Result, ordered: bool) -> bool:
 
 
 def _orders(gold: Rows, predicted: Rows) -> list[tuple[int, ...]]:
-    """Orders of the predicted columns in which each holds what the gold column in its place does."""
+    """Orders of the predicted columns in which each column has the same values as the gold column in its place."""
     width = len(gold[0])
     if width > MAX_PERMUTED:
         return [tuple(range(width))]
@@ -123,5 +123,5 @@ def _same(gold: Rows, predicted: Rows, ordered: bool) -> bool:
 
 
 def _cells(row: tuple[Cell, ...]) -> tuple[Cell, ...]:
-    """Numbers rounded, so that sums in another order are equal; a whole float equals its integer in Python already."""
+    """Round floats, so that sums in another order compare equal. A whole float equals its integer in Python anyway."""
     return tuple(float(f"{cell:.9g}") if isinstance(cell, float) else cell for cell in row)

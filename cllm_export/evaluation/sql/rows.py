@@ -1,7 +1,7 @@
-"""Seeded rows for a schema, made so that the queries asked of it have something to find.
+"""Generates seeded rows for a schema, such that its queries find something.
 
-Public copies of text-to-SQL tasks come without their rows. A table gets one *planted* row for each query, holding the
-values that the query names, and random rows beside them. Planted rows of one query refer to each other through their
+Public copies of text-to-SQL tasks lack their rows. Each table gets one *planted* row for each query, with the values
+that the query names, and random rows in addition. The planted rows of one query refer to each other through their
 foreign keys, so that joins find them too.
 """
 
@@ -20,7 +20,10 @@ WORDS = ("Amber", "Birch", "Cedar", "Delta", "Ember", "Falcon", "Garnet", "Harbo
 
 
 def make_rows(schema: Schema, queries: Sequence[str], *, seed: int) -> dict[str, list[Row]]:
-    """Rows for every table: the same for the same schema, queries and seed. Foreign keys hold, primary keys differ."""
+    """Rows for every table. Equal schema, queries and seed give equal rows.
+
+    Foreign keys refer to existing rows, and primary keys are unique.
+    """
     return _Generator(schema, queries, seed).rows()
 
 
@@ -41,7 +44,7 @@ class _Generator:
         }
 
     def _column(self, table: Table, column: Column) -> list[Value]:
-        """The values of a column; a foreign key's come from the column it refers to, unless they refer in a circle."""
+        """The values of a column. A foreign key takes its values from its target, unless the keys form a cycle."""
         place = _place(table, column.name)
         if place not in self._values:
             target = self._target(table, column.name)
@@ -51,7 +54,7 @@ class _Generator:
         return self._values[place]
 
     def _target(self, table: Table, column: str) -> tuple[Table, Column] | None:
-        """What a foreign key refers to; None where it is no key, or where that waits for this very column."""
+        """The target of a foreign key; None if the column is no key, or if the target depends on this column."""
         key = next((key for key in table.foreign_keys if key.column.lower() == column.lower()), None)
         other = self._schema.table(key.table) if key else None
         if key is None or other is None or _place(other, key.references) in self._open | {_place(table, column)}:
@@ -62,7 +65,7 @@ class _Generator:
         return len(self._planted) + self._random(table.name, "count").randint(*NUM_RANDOM_ROWS)
 
     def _referring(self, table: Table, column: Column, target: tuple[Table, Column]) -> list[Value]:
-        """Some rows are referred to often, some never; planted rows refer to planted rows."""
+        """Values of a foreign key. Some rows are referred to often, some never. Planted rows refer to planted rows."""
         values, source = self._column(*target), self._random(table.name, column.name)
         popular = source.sample(values, max(1, 3 * len(values) // 4))
         count = self._count(table) - len(self._planted)
@@ -77,7 +80,7 @@ class _Generator:
         return _distinct(values, column) if table.unique_key == column.name else values
 
     def _names(self, table: Table, column: Column) -> set[str]:
-        """The column's name and those of the foreign keys that refer to it: what a query may call its values."""
+        """Names that a query may use for the column's values: its own, and those of foreign keys that refer to it."""
         keys = [key for other in self._schema.tables for key in other.foreign_keys]
         referring = {key.column.lower() for key in keys if _place_referred(key) == _place(table, column.name)}
         return referring | {column.name.lower()}
@@ -94,9 +97,10 @@ class _Generator:
         return _satisfying(own, column) if own else source.choice(pool)
 
     def _pool(self, column: Column) -> list[Value]:
-        """What random rows draw from: half made up, half around what queries name, so that some rows just fail them.
+        """The values that random rows draw from: half made up, half close to values that queries name.
 
-        Columns of one name share it, so that joins on them find something.
+        The close values make some rows miss a query narrowly. Columns of equal name share these values, so that
+        joins on them find something.
         """
         source = self._random(column.name)
         near = [
@@ -133,7 +137,7 @@ def _made_up(column: Column, source: random.Random) -> Value:
 
 
 def _around(condition: Condition) -> list[Value]:
-    """Values on both sides of a comparison's edge."""
+    """Values at and on both sides of a condition's value."""
     value = condition.value
     if not isinstance(value, str):
         return [value - 1, value, value + 1]
@@ -148,7 +152,7 @@ def _without_wildcards(pattern: str) -> str:
 
 
 def _satisfying(entry: Sequence[Condition], column: Column) -> Value:
-    """A value that fulfils the first comparison, and the second too where they are the ends of a range."""
+    """A value that satisfies the first condition, and also the second if the two are the ends of a range."""
     _, operator, value = entry[0]
     if operator == "like":
         return _without_wildcards(str(value))
@@ -162,7 +166,7 @@ def _satisfying(entry: Sequence[Condition], column: Column) -> Value:
 
 
 def _distinct(values: Sequence[Value], column: Column) -> list[Value]:
-    """The values with repeats replaced, so that they can be a primary key."""
+    """The values with duplicates replaced, so that they can be a primary key."""
     seen: set[Value] = set()
     distinct: list[Value] = []
     for value in values:
@@ -176,7 +180,7 @@ def _distinct(values: Sequence[Value], column: Column) -> list[Value]:
 
 
 def _stored(value: Value, column: Column) -> Value:
-    """What SQLite makes of a value: text that looks like a number is one in a column of numbers, and the reverse."""
+    """A value as SQLite stores it: as a number in a number column if it looks like one, as text in other columns."""
     if column.type != "number":
         return str(value)
     try:

@@ -50,13 +50,13 @@ class Table:
 
     @property
     def unique_key(self) -> str | None:
-        """The primary key, as its column spells it, unless it refers elsewhere: then it is half of a compound one."""
+        """The primary key, spelled as its column; None if it is also a foreign key, so half of a compound key."""
         referring = {key.column.lower() for key in self.foreign_keys}
         name = (self.primary_key or "").lower()
         return next((own.name for own in self.columns if own.name.lower() == name and name not in referring), None)
 
     def has(self, column: str) -> bool:
-        """Whether it has a column of this name, case aside as in SQL."""
+        """Whether the table has a column of this name. Case does not matter, as in SQL."""
         return any(own.name.lower() == column.lower() for own in self.columns)
 
 
@@ -78,7 +78,7 @@ class Schema:
             self._check_keys(table)
 
     def table(self, name: str) -> Table | None:
-        """The table of this name, case aside."""
+        """The table of this name, ignoring case; None if there is none."""
         return next((table for table in self.tables if table.name.lower() == name.lower()), None)
 
     def _check_keys(self, table: Table) -> None:
@@ -93,10 +93,10 @@ class Schema:
 
 
 def spider_schema(raw: Mapping[str, Any]) -> Schema:
-    """The schema of one entry of Spider's ``tables.json``; a compound primary key is left out.
+    """The schema of one entry of Spider's ``tables.json``. A compound primary key is left out.
 
     Raises:
-        DataError: the entry is not of that form.
+        DataError: the entry does not have that form.
     """
     try:
         return _spider_schema(raw)
@@ -126,7 +126,7 @@ def _spider_schema(raw: Mapping[str, Any]) -> Schema:
                 foreign_keys=tuple(keys[index]),
             )
             for index, name in enumerate(names)
-            if not name.lower().startswith("sqlite_")  # tables of SQLite's own, which it keeps to itself
+            if not name.lower().startswith("sqlite_")  # SQLite reserves these names
         ),
     )
 
@@ -148,11 +148,11 @@ def schema_to_tables(schema: Schema) -> list[dict[str, Any]]:
 def schema_from_tables(raw: object, where: str) -> Schema:
     """The schema of a prompt line's ``tables``: a list of ``{name, cols, pk, fk}`` with optional ``types``.
 
-    ``fk`` is null, the name of a table whose primary key this one holds under the same name, or a list of
-    ``[column, table, referred column]``. Types that are not given are told from the columns' names.
+    ``fk`` is null, a table name, or a list of ``[column, table, referred column]``. A table name means that this table
+    holds that table's primary key under the same name. Missing types are guessed from the columns' names.
 
     Raises:
-        DataError: not of that form.
+        DataError: ``tables`` does not have that form.
     """
     if not isinstance(raw, list) or not all(isinstance(entry, dict) for entry in raw):
         raise DataError(f"{where}: `tables` must be a list of objects with name, cols, pk and fk, got {raw!r:.80}")
@@ -185,7 +185,7 @@ def _foreign_keys(raw: str | Sequence[Sequence[str]] | None, primary: Mapping[st
 
 
 def guess_type(column: str) -> ColumnType:
-    """The type that a column's name suggests; text where it suggests none."""
+    """The type that a column's name suggests; text if it suggests none."""
     if _DATES.search(column.lower()):
         return "date"
     return "number" if _NUMBERS.search(column.lower()) else "text"

@@ -1,9 +1,10 @@
-"""SQL taken apart into the components that Spider's exact-set match compares, values left out.
+"""Splits SQL into the components that Spider's exact-set match compares, without values.
 
-A query becomes one ``Components`` of plain tuples, so that two queries are compared with ``==``. Aliases are resolved
-to tables, bare columns to the table that has them, and columns that a foreign key ties together count as one.
-Following Spider (Yu et al. 2018, arXiv 1809.08887): literals and the number after LIMIT are left out, DISTINCT and
-join conditions are not compared, nor is the order of what stands in a clause, but for ORDER BY.
+A query becomes one ``Components`` of plain tuples, so that ``==`` compares two queries. Aliases are resolved to their
+tables, and bare columns to the table that has them. Columns that a foreign key links count as one.
+
+As in Spider (Yu et al. 2018, arXiv 1809.08887), literals and the number after LIMIT are left out. DISTINCT and join
+conditions are not compared. The order within a clause is compared only for ORDER BY.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Key = tuple[Any, ...] | str
 
 
 class SpiderSQL(SQLite):
-    """SQLite's SQL with text in double quotes too, as Spider writes its literals."""
+    """SQLite's SQL, where double quotes also mark text: Spider writes literals that way."""
 
     class Tokenizer(SQLite.Tokenizer):
         QUOTES = ["'", '"']  # noqa: RUF012 - sqlglot reads it from the class
@@ -42,30 +43,30 @@ class UnparsableError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """A query as comparable parts. Sequences are sorted, but for ``order_by``."""
+    """A query as comparable parts. Sequences are sorted, except ``order_by`` and ``set_operation``."""
 
     tables: tuple[Key, ...]
     select: tuple[Key, ...]
     where: tuple[Key, ...]
     connectors: tuple[str, ...]
-    """Which of ``and`` and ``or`` tie conditions together."""
+    """Which of ``and`` and ``or`` connect the conditions of WHERE."""
     group_by: tuple[Key, ...]
     having: tuple[Key, ...]
     order_by: tuple[Key, ...]
     limit: bool
     set_operation: tuple[Key, ...]
-    """The operation and the components of its other query, or nothing."""
+    """Each set operation with the components of its right-hand query, or empty."""
 
     def differing(self, other: Components) -> list[str]:
-        """Names of the parts in which two queries differ."""
+        """Names of the components in which two queries differ."""
         return [part.name for part in fields(self) if getattr(self, part.name) != getattr(other, part.name)]
 
 
 def components(sql: str, schema: Schema) -> Components:
-    """Take one query apart.
+    """Split one query into its components.
 
     Raises:
-        UnparsableError: it is not one SELECT, or a set operation of them.
+        UnparsableError: it is neither one SELECT nor a set operation of SELECTs.
     """
     try:
         statements = [statement for statement in sqlglot.parse(sql, read=SpiderSQL) if statement]
@@ -77,7 +78,7 @@ def components(sql: str, schema: Schema) -> Components:
 
 
 class _Names:
-    """Columns of a schema, each by the one name that stands for all that foreign keys tie it to."""
+    """Column names of a schema. All columns that foreign keys link share one representative name."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
@@ -178,7 +179,7 @@ class _Query:
 
     @cached_property
     def _special(self) -> tuple[tuple[tuple[type, ...], Callable[[Any], Key]], ...]:
-        """Kinds of expressions -> the key of one; all others are known by their parts."""
+        """Kinds of expressions -> function that gives the key of one. ``_parts`` handles all other kinds."""
         return (
             ((exp.Paren, exp.Alias), lambda node: self._key(node.this)),
             ((exp.Literal, exp.Boolean, exp.Null, exp.Neg), lambda _: VALUE),
@@ -216,7 +217,7 @@ class _Query:
 
 
 def _conditions(node: exp.Expr) -> list[exp.Expr]:
-    """What AND and OR tie together, in one list."""
+    """The conditions that AND and OR connect, as one list."""
     if isinstance(node, exp.Paren) and isinstance(node.this, exp.Connector):
         node = node.this
     if isinstance(node, exp.Connector):

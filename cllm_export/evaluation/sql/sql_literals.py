@@ -1,4 +1,4 @@
-"""Values named in SQL, told from its tokens alone: enough to find literals, not a parser."""
+"""Finds the values that SQL names. It works on tokens only: enough to find literals, but not a parser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ENDS = {"select", "from", "group", "having", "order", "by", "limit", "*", "unio
 
 
 class Token(NamedTuple):
-    """A piece of SQL: its kind, and its text in lower case, or as it stands for text."""
+    """A token of SQL: its kind and its text. The text is lower-cased, except for literals of kind ``text``."""
 
     kind: Kind
     text: str
@@ -35,7 +35,7 @@ class Condition(NamedTuple):
 
 
 def tokenize(sql: str) -> Iterator[Token]:
-    """The tokens of SQL. Text in double quotes is a literal, as Spider writes them."""
+    """The tokens of SQL. Text in double quotes is a literal, as in Spider."""
     for match in _TOKEN.finditer(sql):
         kind: Kind = match.lastgroup  # type: ignore[assignment]
         text = match.group()
@@ -43,7 +43,7 @@ def tokenize(sql: str) -> Iterator[Token]:
 
 
 def has_literal(sql: str) -> bool:
-    """Whether a query names a value: text, or a number that is not a LIMIT's."""
+    """Whether a query names a value: text, or a number that does not follow LIMIT."""
     previous = ""
     for token in tokenize(sql):
         if token.kind == "text" or (token.kind == "number" and previous != "limit"):
@@ -53,7 +53,7 @@ def has_literal(sql: str) -> bool:
 
 
 def conditions(sql: str, columns: Collection[str]) -> Iterator[Condition]:
-    """Comparisons of a column with a literal; ``columns`` are the names, in lower case, that are columns."""
+    """Comparisons of a column with a literal. ``columns`` holds the lower-case names of all columns."""
     column = operator = None
     for kind, text in tokenize(sql):
         if kind == "name" and text in columns:

@@ -1,4 +1,4 @@
-"""SQLite files for a schema, and queries on them that can do nothing but read, within fixed limits."""
+"""Writes SQLite files for a schema, and runs queries on them that can only read, within fixed limits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ AFFINITY = {"text": "TEXT", "date": "TEXT", "number": "NUMERIC"}
 PREFILL_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile"}
 STEPS_A_CALL, MAX_CALLS = 10_000, 300
-"""A query may take so many steps of SQLite's virtual machine: a limit that cuts at the same place every time."""
+"""A query may take about their product in steps of SQLite's virtual machine. The limit always stops a query at the
+same step."""
 MAX_ROWS, MAX_BYTES = 20_000, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a query gave: its rows, or why there are none."""
+    """The result of a query: its rows, or the reason why there are none."""
 
     rows: tuple[tuple[Cell, ...], ...] = ()
     error: str | None = None
@@ -41,7 +42,7 @@ def write_database(path: Path, schema: Schema, rows: Mapping[str, Sequence[Row]]
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:
-    """A connection that may select and nothing else: the file is opened read-only, and every statement is judged."""
+    """A connection that may only select. The file is opened read-only, and an authorizer checks every statement."""
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
     connection.text_factory = lambda data: data.decode("utf-8", "replace")
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_BYTES)
@@ -51,7 +52,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
 
 
 def query(connection: sqlite3.Connection, sql: str) -> Result:
-    """Run one statement of untrusted SQL on such a connection. Never raises; what went wrong stands in the result."""
+    """Run one statement of untrusted SQL on a connection of ``open_read_only``. Errors are returned, not raised."""
     calls = iter(range(MAX_CALLS))
     connection.set_progress_handler(lambda: next(calls, None) is None, STEPS_A_CALL)
     try:

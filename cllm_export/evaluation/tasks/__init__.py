@@ -1,1 +1,1 @@
-"""What is asked and who judges the answers, a task a file."""
+"""The evaluation tasks, each in a file of its own: their prompts and their scoring."""

@@ -1,4 +1,4 @@
-"""Code inside an answer that may wrap it in Markdown."""
+"""Finds the code in an answer that may wrap it in Markdown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def fenced_code(text: str) -> str | None:
-    """The content of the first fenced block, or None; a fence that is never closed reaches to the end."""
+    """The content of the first fenced block, or None. A block without a closing fence extends to the end."""
     found = _FENCE.search(text)
     return found.group(1) if found else None

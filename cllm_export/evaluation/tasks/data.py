@@ -1,4 +1,4 @@
-"""Data files of public tasks: JSON, JSON Lines, gzip or not; a bad one is refused by name and line."""
+"""Reads data files of public tasks: JSON or JSON Lines, gzip or not. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "gsm8k": ("question", "answer"),
     "prompts": ("prompt",),
 }
-"""Task -> fields, all strings, that each of its examples has; the most demanding first."""
+"""Task -> the fields, all strings, that each of its examples must have. The most demanding task comes first."""
 
 Example = Mapping[str, Any]
 
 
 def read_examples(path: Path, task: str, *, limit: int | None = None) -> list[Example]:
-    """The examples of a task's file, a JSON list or JSON Lines, each checked for the task's fields.
+    """Read the examples of a task's file, a JSON list or JSON Lines, and check each for the task's fields.
 
     Raises:
-        DataError: missing, damaged, not JSON, empty, or of another task; names the place.
+        DataError: the file is missing, damaged, not JSON, empty, or of another task. The message names the place.
     """
     examples = list(_entries(read_text(path), path))[:limit]
     if not examples:
@@ -41,7 +41,7 @@ def read_text(path: Path) -> str:
     """The text of a file, unpacked if it is gzip.
 
     Raises:
-        DataError: missing, unreadable, a damaged gzip, or not UTF-8.
+        DataError: the file is missing, unreadable, a damaged gzip, or not UTF-8.
     """
     try:
         data = path.read_bytes()
@@ -56,10 +56,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file.
+    """The value in a JSON file.
 
     Raises:
-        DataError: as ``read_text``, or malformed.
+        DataError: as for ``read_text``, or the JSON is malformed.
     """
     return _parse(read_text(path), str(path))
 

@@ -1,4 +1,4 @@
-"""The number that an answer to a word problem ends with."""
+"""Finds the final number in an answer to a word problem."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _MARKED = (
     re.compile(rf"\\boxed\{{\s*\\?({_NUMBER})"),
     re.compile(rf"(?:answer|result)\s*(?:is|:|=)\s*:?\s*\**\s*\\?({_NUMBER})", re.IGNORECASE),
 )
-"""Marks before an answer, the surest first."""
+"""Patterns that mark an answer, the most reliable first."""
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after ``####``, in ``\\boxed{}`` or after "the answer is", else the last one; None without any.
+    """The number after ``####``, in ``\\boxed{}`` or after "the answer is", else the last one; None if there is none.
 
-    Thousands separators, currency signs and a full stop after it are no part of a number; a minus is.
+    A minus sign is part of a number. Thousands separators, currency signs and a full stop after it are not.
     """
     for mark in _MARKED:
         if found := mark.findall(text):

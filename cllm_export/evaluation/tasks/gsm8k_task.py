@@ -1,4 +1,4 @@
-"""The task ``gsm8k``: word problems, by the final number."""
+"""The task ``gsm8k``: word problems, judged by the final number."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Gsm8kTask:
-    """Problems of GSM8K (arXiv 2110.14168), zero-shot: the CLLM paper's form as text, the usual one as a chat."""
+    """Problems of GSM8K (arXiv 2110.14168), zero-shot. Text prompts have the CLLM paper's form, chats the usual one."""
 
     problems: tuple[Problem, ...]
     name: Literal["gsm8k"] = "gsm8k"
@@ -43,7 +43,7 @@ class Gsm8kTask:
         """Read ``test.jsonl`` or ``train.jsonl``.
 
         Raises:
-            DataError: missing, malformed, or an answer that ends with no number.
+            DataError: the file is missing or malformed, or an answer does not end with a number.
         """
         return cls(problems=tuple(read_problems(path, limit=limit)))
 
@@ -72,7 +72,7 @@ def read_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
 
 
 def score_gsm8k(problems: Sequence[Problem], texts: Sequence[str]) -> Scores:
-    """Judge one decoded text for each problem: right if its final number equals the answer's."""
+    """Judge one decoded text for each problem. It is right if its final number equals that of the answer."""
     return summarize_judgements(
         [{FINAL_NUMBER: final_number(text) == problem.number} for problem, text in zip(problems, texts, strict=True)]
     )

@@ -1,4 +1,4 @@
-"""The task ``humaneval``: function completion, by running the tests of each problem in a sandbox."""
+"""The task ``humaneval``: function completion, judged by running the tests of each problem in a sandbox."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class HumanevalTask:
-    """Problems of HumanEval (arXiv 2107.03374): plain completion as text, the Jacobi Forcing paper's form as a chat."""
+    """Problems of HumanEval (arXiv 2107.03374).
+
+    Text prompts are plain completions. Chat prompts have the form of the Jacobi Forcing paper.
+    """
 
     problems: tuple[Problem, ...]
     name: Literal["humaneval"] = "humaneval"
@@ -48,8 +51,8 @@ class HumanevalTask:
         """Read ``HumanEval.jsonl``, gzip or not.
 
         Raises:
-            DataError: missing or malformed.
-            OptionError: code execution was not allowed.
+            DataError: the file is missing or malformed.
+            OptionError: code execution is not allowed.
         """
         if not allow_code_execution:
             raise OptionError(
@@ -102,7 +105,10 @@ def score_humaneval(problems: Sequence[Problem], texts: Sequence[str], limits: S
 
 
 def program(problem: Problem, text: str) -> str:
-    """The function a text completes: its code block after the prompt's preamble, or the text after the prompt."""
+    """The program that a text completes: the prompt, followed by the code block of the text or by the text itself.
+
+    If the code block repeats the function's signature, only the part of the prompt before the signature is kept.
+    """
     code = fenced_code(text)
     if code is None:
         return problem.prompt + text

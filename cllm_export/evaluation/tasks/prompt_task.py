@@ -15,7 +15,7 @@ from cllm_export.prompts import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTask:
-    """Prompts as they stand in their file, text or messages."""
+    """Prompts unchanged from their file, as text or messages."""
 
     questions: tuple[Question, ...]
     name: Literal["prompts"] = "prompts"

@@ -1,4 +1,4 @@
-"""Prompt files with what scoring needs beside the prompt: the answer, its kind, and the tables it asks of."""
+"""Reads prompt files with the fields that scoring needs: the answer, the kind, and the tables of the question."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Question:
     prompt: Prompt
     kind: str | None = None
     schema: Schema | None = None
-    """The database it asks of, where the line has ``tables``: then its answer is SQL, and can be executed."""
+    """The database of the question, if the line has ``tables``. The answer is then SQL and can be executed."""
 
 
 def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
-    """Read a prompt file as ``read_prompts`` does, and the optional ``kind`` and ``tables`` of its lines.
+    """Read a prompt file as ``read_prompts`` does, with the optional ``kind`` and ``tables`` of its lines.
 
     Raises:
-        PromptError: as ``read_prompts``.
-        DataError: ``tables`` is malformed; names the line.
+        PromptError: as for ``read_prompts``.
+        DataError: ``tables`` is malformed. The message names the prompt.
     """
     prompts = read_prompts(path, limit=limit)
     lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
@@ -46,6 +46,6 @@ def _question(prompt: Prompt, line: str, path: Path) -> Question:
 def _fields(line: str) -> dict[str, Any]:
     try:
         raw = json.loads(line)
-    except ValueError:  # plain text, a prompt a line
+    except ValueError:  # plain text: each line is a prompt
         return {}
     return raw if isinstance(raw, dict) else {}

@@ -1,4 +1,4 @@
-"""Score what was decoded for a prompt file: exact match, and execution match where the lines have tables."""
+"""Scores the answers to a prompt file: exact match, and execution match if the lines have tables."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ GENERATED_ROWS = (
 
 
 def score_prompts(questions: Sequence[Question], texts: Sequence[str]) -> Scores:
-    """Judge one decoded text for each question. Pure, and the same on every run.
+    """Judge one decoded text for each question. The result is the same on every run.
 
-    Measures, each None for a question that lacks what it needs: ``exact_match`` with the answer, whitespace aside;
-    ``execution_match`` of SQL on generated rows; ``gold_result_empty``, the share of answers that find nothing there.
-    Groups: with and without a literal in the answer, and every kind.
+    ``exact_match`` compares with the answer, ignoring differences of whitespace. ``execution_match`` compares the
+    results of SQL on generated rows. ``gold_result_empty`` is the share of answers that find nothing there. A measure
+    is None for a question that lacks the field it needs.
+
+    Groups are: with and without a literal in the answer, and each kind.
     """
     verdicts = _execute(questions, texts)
     judgements = [
@@ -35,7 +37,7 @@ def score_prompts(questions: Sequence[Question], texts: Sequence[str]) -> Scores
 
 
 def normalise(text: str) -> str:
-    """A text with every run of whitespace as one space, and none at its ends."""
+    """The text with each run of whitespace replaced by one space, and none at its ends."""
     return " ".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""What a scorer hands back: shares by name, for all examples and for groups of them."""
+"""The result of a scorer: shares by measure, for all examples and for groups of them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Judgement = Mapping[str, bool | None]
-"""Of one example: measure -> whether it is right; None where nothing can be said."""
+"""For one example: measure -> whether it holds; None if no judgement is possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Right ones among those that could be judged."""
+    """The number of right examples among those that could be judged."""
 
     right: int
     judged: int
 
     @property
     def value(self) -> float | None:
-        """0 to 1, or None where nothing was judged."""
+        """The share, 0 to 1; None if nothing was judged."""
         return self.right / self.judged if self.judged else None
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -31,16 +31,16 @@ class Scores:
     """Scores of one set of texts."""
 
     shares: Mapping[str, Share]
-    """Measure -> its share; the first is the task's headline."""
+    """Measure -> its share. The first is the main measure of the task."""
     groups: Mapping[str, Mapping[str, Share]]
-    """Group of examples (a kind, ``with a literal``) -> the same of it alone."""
+    """Group of examples (a kind, ``with a literal``) -> the shares within this group."""
     judgements: tuple[Judgement, ...]
     """One for each example, in order."""
     notes: tuple[str, ...] = ()
-    """What a reader must know to take the figures as they are meant."""
+    """Facts that a reader needs to interpret the figures."""
 
     def value(self, measure: str) -> float | None:
-        """The share of a measure, 0 to 1; None where the data allows no judgement."""
+        """The share of a measure, 0 to 1; None if the data allows no judgement."""
         return self.shares[measure].value if measure in self.shares else None
 
     def to_dict(self) -> dict[str, object]:
@@ -58,7 +58,7 @@ class Scores:
 def summarize_judgements(
     judgements: Sequence[Judgement], groups: Sequence[Iterable[str]] = (), notes: Sequence[str] = ()
 ) -> Scores:
-    """Shares of every measure, overall and for each group; ``groups`` names those of each example."""
+    """Shares of every measure, overall and for each group. ``groups`` holds the group names of each example."""
     members: dict[str, list[Judgement]] = {}
     for judgement, names in zip(judgements, groups or [()] * len(judgements), strict=True):
         for name in names:
@@ -72,7 +72,7 @@ def summarize_judgements(
 
 
 def _place(group: str) -> tuple[bool, str]:
-    """Kinds last: there may be many."""
+    """Sort key that puts kinds last, because there may be many."""
     return group.startswith("kind "), group
 
 

@@ -1,4 +1,4 @@
-"""Spider's prompts in the CLLM paper's form, for evaluating and for training alike."""
+"""Spider's prompts in the CLLM paper's form, for evaluation and for training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SpiderExample:
 
 
 def spider_prompt(schema: Schema, question: str) -> str:
-    """The CLLM paper's prompt (arXiv 2403.00835), ended as the prompts of ``examples/text_to_sql`` are."""
+    """The CLLM paper's prompt (arXiv 2403.00835), with the ending of the prompts in ``examples/text_to_sql``."""
     tables = ", ".join(
         f"table named {table.name} with columns {[column.name for column in table.columns]}" for table in schema.tables
     )
@@ -38,10 +38,10 @@ def spider_prompt(schema: Schema, question: str) -> str:
 
 
 def read_spider(data: Path, *, tables: Path | None = None, limit: int | None = None) -> list[SpiderExample]:
-    """Read ``train.json`` or ``dev.json``; ``tables.json`` is looked for beside it.
+    """Read ``train.json`` or ``dev.json``. By default, ``tables.json`` is read from the same directory.
 
     Raises:
-        DataError: a file is missing or malformed, or a question asks of a database without a schema.
+        DataError: a file is missing or malformed, or the database of a question has no schema.
     """
     examples = read_examples(data, "spider", limit=limit)
     schemas = read_schemas(tables or data.parent / TABLES_NAME)
@@ -49,10 +49,10 @@ def read_spider(data: Path, *, tables: Path | None = None, limit: int | None = N
 
 
 def read_schemas(path: Path) -> dict[str, Schema]:
-    """The schemas of ``tables.json`` by the name of their database.
+    """The schemas of ``tables.json``, by the name of their database.
 
     Raises:
-        DataError: missing or malformed.
+        DataError: the file is missing or malformed.
     """
     raw = read_json(path)
     if not isinstance(raw, list) or not all(isinstance(entry, Mapping) for entry in raw):

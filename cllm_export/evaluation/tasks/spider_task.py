@@ -1,4 +1,4 @@
-"""The task ``spider``: text to SQL over unseen databases, by exact-set match and execution match."""
+"""The task ``spider``: text to SQL over unseen databases, judged by exact-set match and execution match."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def score_spider(examples: Sequence[SpiderExample], texts: Sequence[str]) -> Sco
 
 
 def predicted_query(text: str) -> str:
-    """The query in an answer: out of its code block, up to the first semicolon outside text, on one line."""
+    """The query in an answer, on one line.
+
+    It is taken from the code block if there is one, and ends at the first semicolon outside quoted text.
+    """
     code = fenced_code(text)
     return " ".join(_until_semicolon(text if code is None else code).split())
 

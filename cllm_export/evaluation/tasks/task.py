@@ -1,4 +1,4 @@
-"""The seam between a task and the loop that evaluates it: prompts go out, texts come back, scores come of them."""
+"""The interface between a task and the evaluation loop: the task gives prompts and scores the decoded texts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Task(Protocol):
 
     @property
     def max_new_tokens(self) -> int:
-        """The length limit where the user names none."""
+        """The length limit if the user gives none."""
         ...
 
     def prompts(self, *, chat: bool) -> list[Prompt]:
-        """One prompt for each example: as chat messages for a model with a chat template, else as text."""
+        """One prompt for each example: chat messages if ``chat``, for a model with a chat template; else text."""
         ...
 
     def stop(self, *, chat: bool) -> Sequence[str]:
@@ -32,10 +32,10 @@ class Task(Protocol):
         ...
 
     def score(self, indices: Sequence[int], texts: Sequence[str]) -> Scores:
-        """Judge the texts decoded for the examples with these numbers; the others were skipped."""
+        """Judge the texts decoded for the examples with these numbers. The other examples were skipped."""
         ...
 
 
 def user_message(content: str) -> tuple[Message, ...]:
-    """A chat of one message, the user's."""
+    """A chat with one user message."""
     return ({"role": "user", "content": content},)

@@ -1,9 +1,9 @@
-"""Collect Jacobi trajectories: every prompt decoded in the form that will be deployed, and every state written down.
+"""Collects Jacobi trajectories: decodes every prompt in the form that will be deployed, and records every state.
 
-The prompt file is cut into ranges of ``shard_size`` prompts, and each becomes one shard, decoded from scratch: what a
-shard holds follows from the settings and its own prompts, so that a collection that was cut short, at any moment,
-goes on with the next shard and ends with the bytes it would have had. (Across batch sizes, or another engine, rounding
-may flip a near tie of the model's; nothing else differs: the proposer of a prompt is seeded by its number and id.)
+The prompt file is split into ranges of ``shard_size`` prompts. Each range becomes one shard, which depends only on the
+settings and its own prompts. A collection interrupted at any time continues with the next shard, and ends with the same
+bytes as an uninterrupted one. With another batch size or engine, rounding may flip a near tie of the model. Nothing
+else differs, because each prompt has its own proposer seed, made from the seed, its number and its id.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from cllm_export.training.collection.trajectories import Trajectories
 
 
 def check_collection_output(directory: Path) -> None:
-    """Refuse a directory that holds anything but a collection, before any work.
+    """Refuse an output that is no collection, before any work. It may be missing or empty.
 
     Raises:
-        OutputError: it is a file, or holds something else.
+        OutputError: it is not a directory, or holds something else.
     """
     if not directory.exists() and not directory.is_symlink():
         return
@@ -60,11 +60,11 @@ def collect(
     *,
     progress: Progress | None = None,
 ) -> Trajectories:
-    """Collect the trajectories of a prompt file into a directory; goes on where an earlier run of the same stopped.
+    """Collect the trajectories of a prompt file into a directory. Continues an earlier run with the same settings.
 
     Raises:
         PromptError: the prompt file is missing or malformed. A prompt that is empty, too long or does not tokenise is
-            left out and counted.
+            dropped and counted.
         OutputError: the directory holds another collection, another run writes to it, or it cannot be written.
         TrajectoryError: a shard of the earlier run is damaged.
         OptionError: an option is out of range.
@@ -106,7 +106,7 @@ def _settle(source: Source, prompts_path: Path, num_prompts: int, options: Colle
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Hold the directory for this run; what a killed one was writing is removed."""
+    """Lock the directory for this run, and remove unfinished files of a killed run."""
     busy = f"another run is collecting into {output}: wait for it, or choose another output"
     with locked_directory(output, busy=busy):
         for left in unfinished_files(output):
@@ -115,7 +115,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _begin(output: Path, settings: CollectionSettings) -> CollectionManifest:
-    """The manifest to go on from: a new one, or that of an earlier run with the same settings."""
+    """The manifest to continue: a new one, or that of an earlier run with the same settings."""
     found = read_manifest(output)
     if found is None:
         manifest = CollectionManifest(settings=settings)
@@ -151,7 +151,7 @@ def _collect_shards(
 
 
 def _finish(output: Path) -> CollectionManifest:
-    """Complete the manifest with the summary, once every shard is listed."""
+    """Add the summary to the manifest, after every shard is listed."""
     manifest = read_manifest(output)
     assert manifest is not None
     if manifest.summary is None:

@@ -1,18 +1,19 @@
 """A collection of Jacobi trajectories on disk: Parquet shards, and a manifest that pins them.
 
-    trajectories.json      schema version, settings, every shard with its sha256, what was dropped, the summary
+    trajectories.json      schema version, settings, every shard with its sha256, dropped prompts, the summary
     shard-00000.parquet    a row for each prompt that was kept, in the order of the prompt file
 
-A shard holds the trajectories of a fixed range of prompts, and is listed once it is whole: a collection that was cut
-short is a shorter list, and goes on where that ends. Columns of a shard, F being the forwards of a prompt:
+A shard holds the trajectories of a fixed range of prompts. The manifest lists it only when it is complete. An
+interrupted collection therefore has a shorter list, and continues at its end. Columns of a shard, where F is the number
+of forwards of a prompt:
 
-    id, index              as the prompt file gives it; number of the prompt in it, from 0
-    prompt_ids, new_ids    tokens of the prompt, and the fixed point: what decoding gave, its end-of-sequence included
-    finish_reason          why it ended
+    id, index              id in the prompt file; number of the prompt in the file, from 0
+    prompt_ids, new_ids    tokens of the prompt; the fixed point, which is the decoded answer with end-of-sequence
+    finish_reason          why decoding ended
     write_index [F]        position of each block's first token
     block [F][n]           the block that each forward verified: the states of the trajectory
-    next_ids [F][n]        what the model predicts after each of its tokens
-    num_accepted [F]       rows of it that are right, less those beyond the end
+    next_ids [F][n]        the model's prediction after each token of the block
+    num_accepted [F]       rows of the block that are right, minus those past the end of the answer
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "trajectories.json"
 EngineName = Literal["onnxruntime", "torch"]
 MAX_NAMED = 5
-"""Ids of dropped prompts that are kept for each reason, in a shard and in all."""
+"""Number of ids of dropped prompts kept for each reason, in a shard and in the whole collection."""
 AGAIN = "remove the directory and collect again"
 
 _IDS = pa.list_(pa.int32())
@@ -59,10 +60,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionSettings:
-    """All that the shards of a collection follow from."""
+    """Everything that determines the shards of a collection."""
 
     model_fingerprint: str
-    """Of the checkpoint, a bundle's own included: see ``Checkpoint.fingerprint``."""
+    """Fingerprint of the checkpoint, also where a bundle built from it decodes: see ``Checkpoint.fingerprint``."""
     bundle_fingerprint: str | None
     tokenizer_sha256: str
     prompts_sha256: str
@@ -77,7 +78,7 @@ class CollectionSettings:
     max_length: int
     batch_size: int
     shard_size: int
-    """Prompts a shard."""
+    """Prompts in a shard."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "block_size", "max_length", "batch_size", "shard_size"):
@@ -90,18 +91,18 @@ class CollectionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped:
-    """Prompts that were left out for one reason."""
+    """Prompts that were dropped for one reason."""
 
     count: int
     ids: tuple[str, ...]
-    """The first few of them."""
+    """Ids of the first few."""
     detail: str
-    """What the first one's trouble was, in words."""
+    """Why the first was dropped, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One shard: its file, what it holds, and what of its range of prompts it does not hold."""
+    """One shard: its file, its number of rows, its sha256, and the dropped prompts of its range."""
 
     file: str
     num_rows: int
@@ -111,7 +112,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionManifest:
-    """What stands in ``trajectories.json``."""
+    """The content of ``trajectories.json``."""
 
     settings: CollectionSettings
     shards: tuple[ShardEntry, ...] = ()
@@ -140,10 +141,10 @@ class Trajectory:
 
 
 def read_manifest(directory: Path) -> CollectionManifest | None:
-    """The manifest of a collection, complete or not; None where there is none.
+    """The manifest of a collection, complete or not; None if there is none.
 
     Raises:
-        TrajectoryError: it is damaged, or of another schema version.
+        TrajectoryError: it cannot be read, is damaged, or has another schema version.
     """
     path = directory / MANIFEST_NAME
     try:
@@ -167,7 +168,7 @@ def check_shards(directory: Path, manifest: CollectionManifest) -> None:
     """Compare every listed shard with its sha256.
 
     Raises:
-        TrajectoryError: one is missing or differs; names it.
+        TrajectoryError: a shard is missing or differs. The message names it.
     """
     for shard in manifest.shards:
         path = directory / shard.file
@@ -182,7 +183,7 @@ def check_shards(directory: Path, manifest: CollectionManifest) -> None:
 
 
 def write_manifest(directory: Path, manifest: CollectionManifest) -> None:
-    """Put the manifest in its place, in one step.
+    """Write the manifest, or replace it, in one step.
 
     Raises:
         OutputError: it cannot be written.
@@ -191,7 +192,7 @@ def write_manifest(directory: Path, manifest: CollectionManifest) -> None:
 
 
 def write_shard(directory: Path, number: int, rows: Sequence[Trajectory], dropped: Mapping[str, Dropped]) -> ShardEntry:
-    """Write one shard whole, or not at all; equal rows give equal bytes.
+    """Write one complete shard, or nothing. Equal rows give equal bytes.
 
     Raises:
         OutputError: it cannot be written.
@@ -206,7 +207,7 @@ def write_shard(directory: Path, number: int, rows: Sequence[Trajectory], droppe
 
 
 def merge_dropped(parts: Sequence[Mapping[str, Dropped]]) -> dict[str, Dropped]:
-    """Counts of several parts together, with the ids of the first few."""
+    """Merge the dropped prompts of several parts: total counts, and the ids of the first few."""
     counts: Counter[str] = Counter()
     ids: dict[str, tuple[str, ...]] = {}
     details: dict[str, str] = {}
@@ -219,10 +220,10 @@ def merge_dropped(parts: Sequence[Mapping[str, Dropped]]) -> dict[str, Dropped]:
 
 
 def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """One shard, or some of its columns.
+    """Read one shard, or some of its columns.
 
     Raises:
-        TrajectoryError: it is no shard of trajectories.
+        TrajectoryError: the file is not a shard of trajectories.
     """
     try:
         table = pq.read_table(path, columns=columns)

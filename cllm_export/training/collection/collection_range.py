@@ -1,4 +1,4 @@
-"""One range of prompts, decoded: the trajectories worth keeping, and why the other prompts gave none."""
+"""Decodes one range of prompts into the trajectories to keep, and the reasons for dropping the other prompts."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def decode_range(
     settings: CollectionSettings,
     report: Callable[[int], None],
 ) -> tuple[list[Trajectory], dict[str, Dropped]]:
-    """Decode prompts from number ``first`` on; what is worth keeping, in their order, and the rest by reason.
+    """Decode prompts, of which the first has number ``first`` in the prompt file.
 
-    ``report`` is called with the number of prompts done.
+    Returns the trajectories to keep, in the order of the prompts, and the dropped prompts by reason. ``report`` is
+    called with the number of prompts done.
 
     Raises:
         EngineError: the engine failed.
@@ -88,7 +89,7 @@ def _encode(model: Model, prompt: Prompt, index: int, settings: CollectionSettin
 
 
 def _seed_of(seed: int, index: int, prompt_id: str) -> int:
-    """A prompt's own seed, whatever is decoded beside it or before it."""
+    """The seed of one prompt. It does not depend on the prompts decoded before it or in the same batch."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}:{prompt_id}".encode()).digest()[:8])
 
 

@@ -1,4 +1,4 @@
-"""What a collection amounts to: how fast its model converges, how long its samples are, what was left out."""
+"""The summary of a collection: how fast the model converges, how long its samples are, what was dropped."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _COLUMNS = ["prompt_ids", "new_ids", "write_index"]
 
 
 def summarize_collection(directory: Path, settings: CollectionSettings, shards: Sequence[ShardEntry]) -> dict[str, Any]:
-    """The summary of a collection's kept samples, JSON-ready; lengths are in tokens.
+    """The summary of a collection's kept samples, JSON-ready. Lengths are in tokens.
 
-    ``tokens_per_forward`` is new tokens / decode forwards. ``iterations_per_block`` is forwards / blocks: in the block
-    loop blocks are those it iterated, in the sliding loop, which has none, every n new tokens count as one.
+    ``tokens_per_forward`` is new tokens / decode forwards. ``iterations_per_block`` is forwards / blocks. In the block
+    loop, blocks are those that it iterated. The sliding loop has no blocks, so every n new tokens count as one.
     """
     prompts, answers, forwards, blocks = [], [], 0, 0.0
     for row in _rows(directory, shards):

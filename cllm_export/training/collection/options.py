@@ -1,4 +1,4 @@
-"""What a collection of trajectories may be told."""
+"""The options of ``cllm-export collect``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cllm_export.runtime.decoding.shared_options import (
 
 @dataclass(frozen=True, kw_only=True)
 class CollectOptions:
-    """What ``cllm-export collect`` lets the user choose; by default what the model was trained with.
+    """The options of ``cllm-export collect``. Method, n and proposer default to those of the model's training.
 
     Raises:
         OptionError: an option is out of its range.
@@ -29,7 +29,7 @@ class CollectOptions:
     proposer: ProposerName | None = proposer_option()
     seed: int = option(0, help="Seed of the prompt proposer, from which each prompt gets its own.")
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
-    """By default whatever fits."""
+    """By default, as many as fit."""
     shard_size: int = option(
         1000, help="Number of prompts in a shard; each shard is saved when it is complete.", minimum=1
     )

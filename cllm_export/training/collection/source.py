@@ -1,4 +1,4 @@
-"""Where trajectories come from: a bundle through its exported engine, or a checkpoint through PyTorch."""
+"""Opens the source of trajectories: a bundle runs in its exported engine, a checkpoint in PyTorch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cllm_export.runtime.model import Model
 from cllm_export.training.collection.collection import EngineName
 
 DEFAULT_BATCH_SIZE = 8
-"""Slots. On one core of the machine the figures come from, PyTorch is fastest at 8, ONNX Runtime equally fast from 4
-to 16."""
+"""Default number of slots. On one core of the machine that the published figures come from, PyTorch is fastest at 8.
+ONNX Runtime is equally fast from 4 to 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model with an engine of several slots, and what tells it from another."""
+    """A model whose engine has several slots, and what identifies it."""
 
     model: Model
     engine: EngineName
@@ -41,8 +41,8 @@ def open_source(
     """Open a bundle or a checkpoint for decoding in ``batch_size`` slots.
 
     Raises:
-        CheckpointError: neither, or a checkpoint that cannot be exported.
-        BundleError: a damaged bundle.
+        CheckpointError: the path is neither a bundle nor a checkpoint, or the checkpoint cannot be exported.
+        BundleError: the bundle is damaged.
         OptionError: an option is out of range, or does not apply.
     """
     for name, value in (("batch_size", batch_size), ("threads", threads)):

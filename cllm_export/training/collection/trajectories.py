@@ -1,4 +1,4 @@
-"""Trajectories as training reads them: a complete collection, checked, and the samples in it."""
+"""Reads trajectories for training: a complete, checked collection, and its samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cllm_export.training.data.samples import Sample
 
 
 class Trajectories:
-    """A complete collection, opened: every shard is there and has the sha256 of the manifest."""
+    """An open, complete collection: every shard exists and has the sha256 that the manifest lists."""
 
     def __init__(self, directory: Path, manifest: CollectionManifest) -> None:
         self.directory = directory
@@ -31,14 +31,14 @@ class Trajectories:
 
     @property
     def dropped(self) -> dict[str, Dropped]:
-        """Reason -> prompts left out for it, in the whole collection."""
+        """Reason -> prompts dropped for it, in the whole collection."""
         return merge_dropped([shard.dropped for shard in self.manifest.shards])
 
     def require_same_model(self, model_fingerprint: str, tokenizer_sha256: str) -> None:
-        """Refuse trajectories that another model gave, or whose token ids mean something else.
+        """Refuse trajectories of another model, or of another tokenizer, whose token ids differ in meaning.
 
         Raises:
-            TrajectoryError: they are another model's or tokenizer's; names both fingerprints.
+            TrajectoryError: they are from another model or tokenizer. The message names both fingerprints.
         """
         settings = self.manifest.settings
         for what, theirs, wanted in (
@@ -52,12 +52,12 @@ class Trajectories:
                 )
 
     def rows(self) -> Iterator[Trajectory]:
-        """Every trajectory, in the order of the prompt file, a shard at a time."""
+        """Every trajectory, in the order of the prompt file. Only one shard at a time is in memory."""
         for shard in self.manifest.shards:
             yield from (Trajectory(**row) for row in read_shard(self.directory / shard.file).to_pylist())
 
     def samples(self, *, with_states: bool = False) -> Iterator[Sample]:
-        """Prompt and fixed point as training samples; ``with_states`` adds each forward's block and its position."""
+        """Prompt and fixed point as training samples. ``with_states`` adds each forward's block and its position."""
         columns = ["id", "prompt_ids", "new_ids", *(["write_index", "block"] if with_states else [])]
         for shard in self.manifest.shards:
             for row in read_shard(self.directory / shard.file, columns).to_pylist():
@@ -74,7 +74,8 @@ def read_trajectories(directory: str | Path) -> Trajectories:
     """Open a collection and check every shard against the manifest.
 
     Raises:
-        TrajectoryError: not a collection, not complete, of another schema version, or damaged.
+        TrajectoryError: the directory holds no collection, or one that is incomplete, damaged or of another schema
+            version.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)

@@ -1,1 +1,1 @@
-"""What is trained on: samples and the Jacobi states of their windows."""
+"""Training data: samples and the Jacobi states of their windows."""

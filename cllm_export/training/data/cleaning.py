@@ -1,4 +1,4 @@
-"""Which decoded answers are worth training on, and why the others are not."""
+"""Decides which decoded answers are fit for training, and says why the others are not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ TRUNCATED = "cut by the length limit"
 EMPTY_ANSWER = "empty answer"
 
 MAX_RUN = 10
-"""Equal tokens in a row from which an answer counts as collapsed (CLLM, arXiv 2403.00835)."""
+"""An answer with this many equal tokens in a row counts as collapsed (CLLM, arXiv 2403.00835)."""
 
 
 def why_dropped(new_ids: Sequence[int], finish_reason: FinishReason, *, eos_token_ids: Collection[int]) -> str | None:
-    """Why an answer is no sample, or None: it repeats a token, never ends, or says nothing.
+    """Why an answer is dropped, or None if it is kept: it repeats a token, never ends, or is empty.
 
-    An answer that repeats itself up to the limit is a repetition: that is what went wrong.
+    An answer that repeats a token up to the length limit counts as a repetition, because that is the cause.
     """
     if all(token in eos_token_ids for token in new_ids):
         return EMPTY_ANSWER
@@ -28,5 +28,5 @@ def why_dropped(new_ids: Sequence[int], finish_reason: FinishReason, *, eos_toke
 
 
 def is_repetitive(new_ids: Sequence[int]) -> bool:
-    """Whether one token stands ten times in a row or more."""
+    """Whether one token occurs ten or more times in a row."""
     return any(len(list(run)) >= MAX_RUN for _, run in itertools.groupby(new_ids))

@@ -1,4 +1,4 @@
-"""Training samples: prompts with the text the model should give, tokenised, and an account of what was left out."""
+"""Training samples: tokenised prompts with their target answers, and counts of the prompts that were dropped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cllm_export.prompts import Prompt
 from cllm_export.runtime.decoding.text import TextCodec
 
 EMPTY_PROMPT, NO_ANSWER, UNTOKENISABLE, TOO_LONG = "empty prompt", "no answer", "does not tokenise", "too long"
-"""Why a prompt gives no sample."""
+"""Reasons why a prompt gives no sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +23,13 @@ class Sample:
     id: str
     tokens: tuple[int, ...]
     num_prompt: int
-    """Tokens of the prompt, at least one."""
+    """Number of prompt tokens, at least one."""
     states: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """Recorded Jacobi states, in order: position of the block's first token, and the block."""
+    """Recorded Jacobi states, in order. Each is the position of the block's first token, and the block."""
 
     @property
     def first_start(self) -> int:
-        """Where decoding starts: the position of the prompt's last token, which is the first block's first."""
+        """Position where decoding starts: the prompt's last token, which is the first token of the first block."""
         return self.num_prompt - 1
 
     @property
@@ -38,24 +38,24 @@ class Sample:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the clean sequence: every token but the last predicts one."""
+        """Rows of the clean sequence: every token except the last, since each row predicts the next token."""
         return len(self.tokens) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What came of a prompt file or a folder of trajectories."""
+    """The samples of a prompt file or of a folder of trajectories."""
 
     samples: list[Sample]
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> number of prompts that were left out for it."""
+    """Reason -> number of prompts dropped for it."""
 
 
 def encode_samples(prompts: Iterable[Prompt], codec: TextCodec, *, eos_token_id: int, max_length: int) -> Samples:
-    """Tokenise prompts and their answers: the answer follows the prompt as it stands, then comes end-of-sequence.
+    """Tokenise prompts and their answers: the answer follows the prompt unchanged, then comes end-of-sequence.
 
-    Prompts without an answer, that do not tokenise, are empty, or are longer than ``max_length`` tokens with their
-    answer are left out and counted.
+    A prompt is dropped and counted if it is empty, has no answer, does not tokenise, or is too long. It is too long if
+    prompt, answer and end-of-sequence together exceed ``max_length`` tokens.
     """
     dropped: Counter[str] = Counter()
 
@@ -71,7 +71,7 @@ def encode_samples(prompts: Iterable[Prompt], codec: TextCodec, *, eos_token_id:
 
 
 def with_shared_ids(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The same samples, with one object for each token id: a third of the memory, where there are many."""
+    """The same samples with one shared object for each token id. Many samples then take a third of the memory."""
     known: dict[int, int] = {}
 
     def share(tokens: Iterable[int]) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def with_shared_ids(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 
 def _encode(prompt: Prompt, codec: TextCodec, eos_token_id: int, max_length: int) -> Sample | str:
-    """The sample, or why there is none."""
+    """The sample, or the reason why there is none."""
     if not prompt.content:
         return EMPTY_PROMPT
     if not prompt.answer:
@@ -101,17 +101,17 @@ def _encode(prompt: Prompt, codec: TextCodec, eos_token_id: int, max_length: int
 
 
 def encode_prompt(prompt: Prompt, codec: TextCodec) -> list[int]:
-    """Token ids of a prompt, text or messages, as ``Model.generate`` reads them.
+    """Token ids of a prompt, text or messages, as ``Model.generate`` encodes it.
 
     Raises:
-        PromptError: it does not tokenise, or the model has no chat template for its messages.
+        PromptError: the prompt does not tokenise, or the model has no chat template for its messages.
     """
     content = prompt.content
     return codec.encode(content) if isinstance(content, str) else codec.encode_chat(content)
 
 
 def digest_samples(samples: Iterable[Sample]) -> str:
-    """sha256 of all that training takes from samples: equal for equal data, wherever it came from."""
+    """sha256 of everything that training uses of the samples. Equal data gives equal sums, whatever its source."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.id}:{sample.num_prompt}:{len(sample.states)}:".encode())

@@ -1,9 +1,10 @@
-"""Windows: blocks of guesses somewhere in a sample, and how one forward moves them. Policy only: lists, no tensors.
+"""Windows: blocks of guesses within a sample, and how one forward advances them. Policy only: lists, no tensors.
 
-A window at ``start`` stands for the block whose first token, at that position, is committed. Its guesses stand for the
-positions after it, as far as the sample has rows: what lies beyond the end of the answer can change nothing before it.
-The moves are those of ``runtime/decoding/jacobi.py``, with the sample's own tokens in the place of the model's
-verified ones: along its own fixed point the two are the same, along a given answer the window is led back to it.
+A window at ``start`` represents the block whose first token, at that position, is committed. Its guesses are for the
+positions after it, up to the last row of the sample. Guesses past the end of the answer cannot affect earlier ones.
+
+A window advances as in ``runtime/decoding/jacobi.py``, but the sample's tokens replace the tokens that the model
+verified. On the model's own fixed point both are equal. On a given answer, this leads the window back to the answer.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ class Window:
     start: int
     """Position of the block's first token."""
     guesses: tuple[int, ...]
-    """Tokens at ``start + 1`` and on, at most ``block_size - 1``."""
+    """Tokens from position ``start + 1`` on, at most ``block_size - 1``."""
     previous: Window | None = None
-    """The state this one came from, where a loss compares the two."""
+    """The state before this one, if a loss compares the two."""
 
     def num_right(self, sample: Sample) -> int:
-        """Leading guesses that are the sample's own tokens."""
+        """Number of leading guesses that equal the sample's tokens."""
         tokens = sample.tokens[self.start + 1 :]
         for index, guess in enumerate(self.guesses):
             if guess != tokens[index]:
@@ -38,7 +39,7 @@ class Window:
 
 
 def fresh_window(sample: Sample, start: int, block_size: int, proposer: Proposer) -> Window | None:
-    """A window of a new draft for the sample's prompt; None where the sample has no row to guess there."""
+    """A window with a new draft from the proposer; None if the sample has no row to guess after ``start``."""
     count = min(block_size - 1, sample.num_rows - 1 - start)
     if count < 1:
         return None
@@ -48,7 +49,7 @@ def fresh_window(sample: Sample, start: int, block_size: int, proposer: Proposer
 
 
 def recorded_window(sample: Sample, start: int, block: Sequence[int]) -> Window | None:
-    """The window of a recorded state; None where nothing is left to guess or every guess is right."""
+    """The window of a recorded state; None if nothing is left to guess or every guess is right."""
     count = min(len(block) - 1, sample.num_rows - 1 - start)
     window = Window(block_size=len(block), start=start, guesses=tuple(block[1 : 1 + max(0, count)]))
     return window if count > 0 and window.num_right(sample) < count else None
@@ -57,11 +58,11 @@ def recorded_window(sample: Sample, start: int, block: Sequence[int]) -> Window 
 def advance(
     window: Window, predictions: Sequence[int], sample: Sample, loop: Loop, proposer: Proposer
 ) -> Window | None:
-    """The window after a forward; None once it has reached the end of the sample.
+    """The window after a forward; None when it has reached the end of the sample.
 
     Args:
-        predictions: the model's token after each guess, as many as there are guesses.
-        proposer: a new one for the sample's prompt.
+        predictions: the model's token after each guess, one for each guess.
+        proposer: a new proposer for the sample's prompt.
     """
     move = _advance_block if loop == "block" else _advance_sliding
     return move(window, predictions, sample, proposer)

@@ -1,1 +1,1 @@
-"""The checkpoint in PyTorch: packed for training, or as an engine."""
+"""The checkpoint in PyTorch: for packed training batches, or as an engine."""

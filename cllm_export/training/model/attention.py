@@ -1,7 +1,7 @@
-"""Attention for training on a CPU: PyTorch's own, in float32 whatever the rest runs in.
+"""Attention for training on a CPU: PyTorch's own, always in float32.
 
-bf16 doubles the speed of matrix products there, but PyTorch's bf16 attention takes 3.5 times as long backward as its
-float32 one, and half of a step would be spent in it.
+On a CPU, bf16 doubles the speed of matrix products. But the backward pass of PyTorch's attention takes 3.5 times as
+long in bf16 as in float32, which would be half of a step.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CPU_ATTENTION = "cllm_export_cpu"
 
 
 def register_cpu_attention() -> None:
-    """Make ``CPU_ATTENTION`` a name that a model's config may give as its attention."""
+    """Register ``CPU_ATTENTION`` as an attention implementation that a model's config may name."""
     AttentionInterface.register(CPU_ATTENTION, _attention)
 
 
 def _attention(
     _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention of the registry: query [B, H, n, D], key and value [B, K, S, D], bool mask [B, 1, n, S]."""
+    """The registered attention: query [B, H, n, D], key and value [B, K, S, D], bool mask [B, 1, n, S]."""
     assert mask is not None, "packed batches and held-out decoding say what each row sees"
     dtype = query.dtype
     groups = query.shape[1] // key.shape[1]

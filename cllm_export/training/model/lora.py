@@ -1,4 +1,4 @@
-"""LoRA: adapters on every projection of the decoder while it is tuned, merged into plain weights when it is saved."""
+"""LoRA: tuning adds adapters to every projection of the decoder; saving merges them into plain weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj", "c_fc", "c_proj"),
 )
-"""By their names in any family: some pack the projections of queries, keys and values, or of gate and up."""
+"""Names of the projections in all families. Some families pack query, key and value, or gate and up, into one."""
 ADAPTER = "default"
 
 
 def add_lora(decoder: PreTrainedModel, options: LoraOptions) -> None:
-    """Put adapters into the decoder's projections, in place, and freeze everything else."""
-    alpha: Any = options.settled_alpha  # peft declares an int and takes any number
+    """Add adapters to the decoder's projections, in place, and freeze everything else."""
+    alpha: Any = options.settled_alpha  # peft declares an int but accepts any number
     config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=list(PROJECTIONS), lora_dropout=0.0)
     inject_adapter_in_model(config, decoder, adapter_name=ADAPTER)
     for name, parameter in decoder.named_parameters():
@@ -32,7 +32,7 @@ def add_lora(decoder: PreTrainedModel, options: LoraOptions) -> None:
 def merge_lora(weights: Mapping[str, Tensor], options: LoraOptions) -> dict[str, Tensor]:
     """Plain weights from those of a decoder with adapters: W + alpha / rank * B A, computed in float32.
 
-    On a state dict rather than on the model, so that it serves sharded models as well.
+    It takes a state dict instead of the model, so that it works for sharded models as well.
     """
     merged: dict[str, Tensor] = {}
     scale = options.settled_alpha / options.rank

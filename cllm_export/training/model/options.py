@@ -1,4 +1,4 @@
-"""What may be told of how a model is tuned."""
+"""Options of how the model is changed for tuning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cllm_export.checks import check_options, option
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """Size of the adapters.
+    """Size and scale of the adapters.
 
     Raises:
         OptionError: an option is out of its range.
@@ -29,5 +29,5 @@ class LoraOptions:
 
     @property
     def settled_alpha(self) -> float:
-        """``alpha``, its default settled: the adapters' product is scaled by it over the rank."""
+        """``alpha``, or twice the rank by default. The product of the adapters is scaled by ``alpha / rank``."""
         return 2 * self.rank if self.alpha is None else self.alpha

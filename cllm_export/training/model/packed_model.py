@@ -1,4 +1,4 @@
-"""A decoder that runs packed batches: what every process of a training run wraps, shards and calls."""
+"""A decoder that runs packed batches. Every process of a training run wraps, shards and calls it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cllm_export.training.model.packing import Packed
 
 
 class PackedModel(nn.Module):
-    """A causal LM of transformers, giving logits only where a packed batch wants them.
+    """A causal LM of transformers that returns logits only for the rows that a packed batch asks for.
 
-    Where parameters are sharded they are gathered around this module's own call, so that held-out decoding comes
-    through it as well: to ``TorchEngine`` it looks like the decoder, and runs as that does without autocast.
+    Sharded parameters are gathered only around a call of this module, so held-out decoding calls it as well. It has the
+    interface of the decoder for ``TorchEngine``, and then runs the decoder without autocast.
 
     Args:
-        decoder: the model; with LoRA the base model, whose layers carry the adapters.
+        decoder: the model; with LoRA the base model, whose layers contain the adapters.
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         super().__init__()
         self.decoder = decoder
         self._no_split_modules = decoder._no_split_modules
-        """What accelerate takes for the units of sharding: the decoder's layers."""
+        """Classes that accelerate uses as the units of sharding: the decoder's layers."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -43,7 +43,7 @@ class PackedModel(nn.Module):
         return dtype
 
     def forward(self, packed: Packed | None = None, **decoding: Any) -> Any:
-        """Logits float32 [C + G, V] of ``packed.rows``; without a batch, what the decoder gives for its arguments."""
+        """Logits float32 [C + G, V] of ``packed.rows``. Without ``packed``, the decoder's output for ``decoding``."""
         if packed is None:
             with torch.autocast(self.device.type, enabled=False):
                 return self.decoder(**decoding)

@@ -1,11 +1,11 @@
-"""Packing: clean sequences and their noisy windows as one batch, so that one forward gives every loss.
+"""Packing: puts clean sequences and their noisy windows into one batch, so that one forward gives every loss.
 
-A row of the batch is ``[clean tokens][window 0][window 1]...[padding]``. A window's guesses stand at their own
-positions, see the clean tokens up to the window's first token, and the guesses before them in their own window;
-windows do not see each other. A right guess therefore sees exactly what the clean token at its position sees. The
-idea is that of Jacobi Forcing (arXiv 2512.14681).
+A row of the batch is ``[clean tokens][window 0][window 1]...[padding]``. Each guess has the position id of the token it
+guesses. It attends to the clean tokens up to the window's first token, and to the earlier guesses of its window.
+Windows do not attend to each other. If all guesses up to some place are right, each therefore has the same context as
+the clean token at its position. The idea is from Jacobi Forcing (arXiv 2512.14681).
 
-Shapes: B samples, T tokens of the longest row, R rows whose logits are wanted, of them C clean and G guesses.
+Shapes: B samples, T tokens of the longest row, C clean rows and G guesses whose logits are needed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Packed:
     positions: Tensor
     """int64 [B, T]."""
     mask: Tensor
-    """bool [B, 1, T, T], true where a row sees a column."""
+    """bool [B, 1, T, T], true where a row attends to a column."""
     rows: Tensor
-    """int64 [C + G]: the rows whose logits are wanted, flat over [B, T]: the clean ones, then the guesses."""
+    """int64 [C + G]: the rows whose logits are needed, as flat indices into [B, T]. Clean rows first, then guesses."""
     targets: Tensor
     """int64 [C]: the token after each clean row."""
     owners: Tensor
-    """int64 [C + G]: the sample of each of ``rows``."""
+    """int64 [C + G]: index of the sample of each of ``rows``."""
     teacher: Tensor
-    """int64 [G]: index into ``rows`` of the row that a guess should agree with."""
+    """int64 [G]: for each guess, the index into ``rows`` of its teacher."""
     weight: Tensor
-    """float32 [G]: how much a guess counts; 0 where it sees nothing wrong, or is a teacher only."""
+    """float32 [G]: weight of each guess in the loss; 0 before the first wrong guess, or if it is only a teacher."""
     windows: tuple[tuple[range, ...], ...]
-    """For each sample and window, where its guesses lie among the G."""
+    """For each sample and window, the range of its guesses among the G."""
 
     @property
     def num_clean(self) -> int:
@@ -58,7 +58,7 @@ class Packed:
 
 
 class _Row:
-    """One row of the batch while it grows."""
+    """One row of the batch under construction."""
 
     def __init__(self, sample: Sample) -> None:
         self.tokens = list(sample.tokens[:-1])
@@ -68,7 +68,7 @@ class _Row:
         self._num_segments = 0
 
     def add(self, window: Window) -> int:
-        """Append a window's guesses; their offset in the row."""
+        """Append a window's guesses, and return their offset in the row."""
         offset, count = len(self.tokens), len(window.guesses)
         self.tokens += window.guesses
         self.positions += range(window.start + 1, window.start + 1 + count)
@@ -80,7 +80,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class _Guesses:
-    """A window placed in a row: offset of its first guess, what its guesses should agree with, and which count."""
+    """A window placed in a row: the offset of its first guess, and the teacher and weight of each guess."""
 
     offset: int
     window: Window
@@ -88,7 +88,7 @@ class _Guesses:
     """For each guess: a position of the clean sequence (False), or an offset in the row (True)."""
     weight: list[float]
     is_previous: bool = False
-    """Whether it stands for the state before a window: the pool does not ask for its predictions."""
+    """Whether it is the state before a window. The pool does not need its predictions."""
 
 
 def pack(
@@ -101,11 +101,11 @@ def pack(
     """Pack samples and their windows.
 
     Args:
-        local: for the local consistency loss. What is trained is then the state before each window, towards the
-            logits of the window itself where it covers it, towards the clean ones before that; a window that comes
-            from no other trains nothing. Otherwise windows are trained towards the clean logits (the global loss).
-        distance_weight: a guess d places behind the first wrong one counts ``distance_weight ** d``. Decoding gets to
-            the far ones only after the near ones are right.
+        local: train with the local consistency loss. It trains the state before each window. The teacher is the
+            window's logits at positions that the window covers, and the clean logits before them. A window without a
+            previous state trains nothing. If false, each window is trained towards the clean logits (global loss).
+        distance_weight: a guess d places after the first wrong one has weight ``distance_weight ** d``. Decoding
+            reaches far guesses only after the near ones are right.
     """
     rows: list[_Row] = []
     placed: list[list[_Guesses]] = []
@@ -137,13 +137,16 @@ def _previous_guesses(row: _Row, before: Window, weights: list[float], window: W
 
 
 def _weights(window: Window, sample: Sample, distance_weight: float) -> list[float]:
-    """Guesses before the first wrong one see what their teacher sees: nothing is to be learned from them."""
+    """Weights of a window's guesses. Those before the first wrong one have the same context as their teacher.
+
+    There is nothing to learn from them, so their weight is 0.
+    """
     right = window.num_right(sample)
     return [0.0 if index < right else distance_weight ** (index - right) for index in range(len(window.guesses))]
 
 
 class _Batch:
-    """What the rows add up to: rows whose logits are wanted, what they belong to and what they should agree with."""
+    """Collects the rows whose logits are needed, with their samples, teachers and weights."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -151,7 +154,7 @@ class _Batch:
         self.targets: list[int] = []
         self.clean_owners: list[int] = []
         self._clean_index: list[int] = []
-        """For each sample, index minus position of its clean rows."""
+        """For each sample, the index of a clean row minus its position."""
         self.guess_rows: list[int] = []
         self.guess_owners: list[int] = []
         self._teachers: list[tuple[int, bool]] = []
@@ -160,7 +163,7 @@ class _Batch:
         self.windows: list[tuple[range, ...]] = []
 
     def add(self, sample: Sample, placed: Sequence[_Guesses]) -> None:
-        """The next sample, with all its guesses."""
+        """Add the next sample, with all its guesses."""
         index = len(self.windows)
         self._clean_index.append(len(self.clean_rows) - sample.first_start)
         base = index * self._width
@@ -172,7 +175,7 @@ class _Batch:
         self.windows.append(tuple(where for where, guesses in own if not guesses.is_previous))
 
     def _add_guesses(self, index: int, guesses: _Guesses) -> range:
-        """Where they lie among the G."""
+        """Add the guesses, and return their range among the G."""
         first, count = len(self.guess_rows), len(guesses.weight)
         start, clean = index * self._width, self._clean_index[index]
         self.guess_rows += range(start + guesses.offset, start + guesses.offset + count)
@@ -182,7 +185,7 @@ class _Batch:
         return range(first, first + count)
 
     def teacher(self) -> list[int]:
-        """For each guess the index of its teacher in all rows, clean ones first."""
+        """For each guess, the index of its teacher among all rows, clean rows first."""
         index = {row: len(self.clean_rows) + number for number, row in enumerate(self.guess_rows)}
         return [index[at] if in_row else at for at, in_row in self._teachers]
 
@@ -213,7 +216,7 @@ def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
 
 
 def _mask(segments: Tensor, positions: Tensor, limits: Tensor) -> Tensor:
-    """What each row sees, [B, 1, T, T]; padding sees padding, so that no row is empty (a softmax of nothing is NaN)."""
+    """The attention mask [B, 1, T, T]. Padding attends to padding: the softmax of an empty row would be NaN."""
     to_clean = (segments == CLEAN)[:, None, :] & (positions[:, None, :] <= limits[:, :, None])
     same = (segments[:, :, None] == segments[:, None, :]) & (segments != CLEAN)[:, None, :]
     return (to_clean | (same & (positions[:, None, :] <= positions[:, :, None])))[:, None]

@@ -1,9 +1,10 @@
-"""A checkpoint as an engine: the stock transformers model behind the runtime's protocol, so that the runtime's own
-loops decode it, before it is exported and while it is tuned.
+"""A checkpoint as an engine: the stock transformers model behind the runtime's engine protocol.
 
-The rules are the graph's (``contract.py``): the KV of a block is written in place at each slot's write index, a row
-sees the rows up to its own position, and the match length is counted on the device, so that a forward costs one copy
-to the host. Weights are read at every forward: an engine around a live model decodes what that model is now.
+The runtime's own loops can therefore decode a model before its export and during tuning.
+
+The engine follows the rules of the exported graph (``contract.py``). The KV of a block is written in place at each
+slot's write index. A row attends to the rows up to its own position. The number of accepted rows is counted on the
+device, so a forward costs one copy to the host. Every forward reads the current weights of the model.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from cllm_export.runtime.model import Model
 from cllm_export.training.model.attention import CPU_ATTENTION
 
 PREFILL_CHUNK = 128
-"""Tokens a prefill forward takes: PyTorch's own cost of a forward is that of some hundred rows of a small model."""
+"""Tokens in a prefill forward. PyTorch's overhead per forward equals about a hundred rows of a small model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """What a bundle's manifest would say of a checkpoint: see ``ModelFacts``."""
+    """The facts that a bundle's manifest would hold for a checkpoint: see ``ModelFacts``."""
 
     block_size: int
     max_length: int
@@ -52,17 +53,18 @@ class CheckpointFacts:
 
 
 class TorchEngine(EngineBase):
-    """Runs a causal LM of transformers on its own device and in its own dtype. See ``Engine`` for the calls.
+    """Runs a causal LM of transformers on its own device and in its own dtype. See ``Engine`` for the methods.
 
-    The model may be in training mode elsewhere: every forward runs in evaluation mode and puts back what it found.
+    The model may be in training mode. Every forward runs in evaluation mode, then restores the previous mode.
 
     Args:
-        model: a decoder of a family that the exporter knows; its attention takes a mask of booleans, as ``sdpa`` does.
-        geometry: its geometry, see ``geometry_of``.
-        num_slots: B.
+        model: a decoder of a family that the exporter supports. Its attention must take a boolean mask, as ``sdpa``
+            does.
+        geometry: the model's geometry, see ``geometry_of``.
+        num_slots: number of slots B.
 
     Raises:
-        EngineError: the model's attention does not take the mask.
+        EngineError: the model's attention does not take a boolean mask.
     """
 
     can_copy_rows = True
@@ -112,7 +114,7 @@ class TorchEngine(EngineBase):
         self._cache.write(slot, start, stop, given.view(torch.bfloat16) if is_bits else given)
 
     def _logits(self, packed: Tensor, kv_length: int, *, num_rows: int) -> Tensor:
-        """Logits of the last rows of packed blocks [B, n + 2], of all for 0. Writes the KV."""
+        """Write the KV of packed blocks [B, n + 2]; return logits of their last ``num_rows`` rows, or of all if 0."""
         input_ids, write_index = packed[:, :-2], packed[:, -1]
         positions = write_index[:, None] + self._positions[: input_ids.shape[1]]
         self._cache.aim(positions, kv_length)
@@ -127,7 +129,7 @@ class TorchEngine(EngineBase):
         return logits
 
     def close(self) -> None:
-        """Drop the cache; the model is its owner's. The engine cannot run afterwards."""
+        """Drop the cache, but not the model. The engine cannot run afterwards."""
         self._is_closed, self._held = True, None
 
     @property
@@ -142,7 +144,7 @@ class TorchEngine(EngineBase):
         try:
             with torch.inference_mode(), _evaluating(self._model):
                 yield
-        except RuntimeError as error:  # PyTorch's own, out of memory included
+        except RuntimeError as error:  # from PyTorch, out of memory included
             raise EngineError(f"PyTorch failed in a forward: {error}") from error
         self.run_seconds += perf_counter() - started
 
@@ -153,47 +155,49 @@ class TorchEngine(EngineBase):
 
 
 def _pack(batch: Batch) -> Tensor:
-    """All inputs [B, n + 2] in one tensor, which is one copy to the device."""
+    """All inputs in one tensor [B, n + 2], so that one copy moves them to the device."""
     return torch.tensor([[*block, committed, index] for block, committed, index in zip(*batch, strict=True)])
 
 
 class SlotCache:
-    """What the decoder sees as its cache: each update writes a block [B, K, n, D] at the slots' positions into static
-    buffers [B, K, C, D] and shows rows 0..S-1."""
+    """The KV cache that is passed to the decoder, with static buffers [B, K, C, D].
+
+    Each update writes a block [B, K, n, D] at the slots' positions and returns rows 0..S-1.
+    """
 
     is_compileable = False
 
     def __init__(self, geometry: Geometry, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
         self._buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * geometry.num_layers)]
-        """Key and value of layer 0, of layer 1, ... Zeroed: a NaN in a dead row would leak, 0 * NaN being NaN."""
+        """Key and value of layer 0, of layer 1, ... They start at zero: a NaN in an unused row would leak (0 * NaN)."""
         self._slots = torch.arange(num_slots, device=device)[:, None]
         self._positions = self._slots
         self._kv_length = 0
 
     def aim(self, positions: Tensor, kv_length: int) -> None:
-        """Where the next forward writes [B, n], and how many rows S it sees."""
+        """Set the positions [B, n] that the next forward writes to, and the KV length S that it attends to."""
         self._positions, self._kv_length = positions, kv_length
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the block of one layer; its keys and values [B, K, S, D]."""
+        """Write the block of one layer, and return the layer's keys and values [B, K, S, D]."""
         return self._write(2 * layer, key), self._write(2 * layer + 1, value)
 
     def read(self, slot: int, start: int, stop: int) -> Tensor:
-        """Rows of one slot [2L, K, rows, D]."""
+        """Rows ``start`` to ``stop`` of one slot, [2L, K, rows, D]."""
         return torch.stack([buffer[slot, :, start:stop] for buffer in self._buffers])
 
     def write(self, slot: int, start: int, stop: int, rows: Tensor) -> None:
-        """Put rows of one slot [2L, K, rows, D] into it."""
+        """Write rows [2L, K, rows, D] to rows ``start`` to ``stop`` of one slot."""
         for buffer, tensor_rows in zip(self._buffers, rows, strict=True):
             buffer[slot, :, start:stop] = tensor_rows
 
     def get_seq_length(self, *_: Any) -> int:
-        """None of its rows is the decoder's to count: positions and mask are given."""
+        """Always 0: the decoder must not count cached rows, because it is given positions and mask."""
         return 0
 
     def _write(self, index: int, block: Tensor) -> Tensor:
-        if self._buffers[index].dtype != block.dtype:  # autocast, or a model whose dtype was changed
+        if self._buffers[index].dtype != block.dtype:  # under autocast, or after the model's dtype changed
             self._buffers[index] = self._buffers[index].to(block.dtype)
         buffer = self._buffers[index]
         buffer.transpose(1, 2)[self._slots, self._positions] = block.transpose(1, 2)
@@ -212,13 +216,13 @@ def load_checkpoint(
 
     Args:
         path: a Hugging Face directory.
-        max_length: prompt plus new tokens; by default the model's, capped at 2048.
-        block_size: default n; by default what the model was trained with, else 16.
-        device: where the model runs.
-        dtype: of weights and KV cache.
+        max_length: largest number of prompt and new tokens; by default the model's, capped at 2048.
+        block_size: default n; by default the n that the model was trained with, else 16.
+        device: device of the model.
+        dtype: dtype of weights and KV cache.
 
     Raises:
-        CheckpointError: missing, partial, damaged or unsupported: all that ``build`` refuses.
+        CheckpointError: the checkpoint is missing, partial, damaged or unsupported, as for ``build``.
         OptionError: an option is out of range for this model.
     """
     checkpoint = open_checkpoint(path, max_length=max_length)
@@ -235,18 +239,20 @@ def model_around(
     trained_with: TrainedWith | None = None,
     num_slots: int = 1,
 ) -> Model:
-    """A live model, as it is in memory at every request, with the tokenizer and tokens of its checkpoint.
+    """Wrap a live model, with the tokenizer and special tokens of its checkpoint.
+
+    Each request uses the current weights of the model.
 
     Args:
-        model: what the checkpoint became; with LoRA, the base model (``get_base_model()``), whose layers carry it.
-        checkpoint: where it came from.
-        max_length: prompt plus new tokens; by default the model's, capped at 2048.
-        trained_with: what it is being trained with, whose n, proposer and loop are then its defaults.
-        num_slots: of its engine; ``Model.generate`` uses one, ``decode_requests`` all.
+        model: the model made from the checkpoint; with LoRA the base model (``get_base_model()``) with its adapters.
+        checkpoint: the checkpoint that the model was loaded from.
+        max_length: largest number of prompt and new tokens; by default the model's, capped at 2048.
+        trained_with: block size, proposer and loop of its training, which become the defaults for decoding.
+        num_slots: slots of its engine; ``Model.generate`` uses one, ``decode_requests`` all.
 
     Raises:
         OptionError: an option is out of range for this model.
-        EngineError: the model's attention does not take the mask.
+        EngineError: the model's attention does not take a boolean mask.
     """
     settings = settle(BuildOptions(max_length=max_length, trained_with=trained_with), checkpoint)
     return _model(model, checkpoint, settings, num_slots=num_slots)
@@ -261,11 +267,14 @@ def load_weights(
 ) -> PreTrainedModel:
     """The stock transformers model of an opened checkpoint, in evaluation mode.
 
-    Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
+    transformers recomputes some rotary frequencies for every length (longrope). Here they are fixed to those of
+    ``max_length``, as in a bundle.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, which transformers would fill with random numbers.
-        UnsupportedError: the model can be built, but not run in PyTorch under a causal mask alone.
+        CheckpointError: a tensor is missing or has another shape; transformers would fill it with random numbers. Or
+            transformers does not load the checkpoint.
+        UnsupportedError: the model can be built into a bundle, but not run in PyTorch, see ``refuse_in_torch``.
+        EngineError: the model cannot run on the device.
     """
     max_length = max_length or default_max_length(checkpoint.config)
     refuse_in_torch(checkpoint, max_length)
@@ -285,7 +294,7 @@ def load_weights(
     settle_rope(model.model.rotary_emb, max_length)
     try:
         return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # PyTorch's own: no such device, or too little memory on it
+    except (RuntimeError, AssertionError) as error:  # from PyTorch: no such device, or too little memory on it
         raise EngineError(f"the model cannot run on device {str(device)!r}: {error}") from None
 
 
@@ -302,9 +311,9 @@ def _model(model: PreTrainedModel, checkpoint: Checkpoint, settings: Settings, *
 
 
 def _greedy(packed: Tensor, logits: Tensor) -> Tensor:
-    """Greedy ids and the number of leading rows that are right [B, n + 1], from packed blocks [B, n + 2] and logits.
+    """Greedy ids and the number of leading rows that are right, [B, n + 1], from packed blocks [B, n + 2] and logits.
 
-    A row is right if it is committed, or the token that the row before predicts. An idle slot has no right row.
+    A row is right if it is committed, or equals the prediction of the row before. An idle slot has no right row.
     """
     input_ids, num_committed = packed[:, :-2], packed[:, -2:-1]
     block_size = input_ids.shape[1]
@@ -318,7 +327,7 @@ def _greedy(packed: Tensor, logits: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; on leaving, every module that was in training mode is in it again."""
+    """Evaluation mode in the block; afterwards, modules that were in training mode return to it."""
     training = [module for module in model.modules() if module.training] if model.training else []
     if training:
         model.eval()
