@@ -83,7 +83,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOptions:
-    """``TrainedWith`` as the command line offers it."""
+    """``TrainedWith`` as options of the command line."""
 
     block_size: int = option(
         help="Block size that the model was tuned with, if its config does not say.",

@@ -221,7 +221,7 @@ class _Work:
         return checkpoint, adapter, settings, tensors
 
     def _plan_memory(self, tensors: Mapping[str, TensorInfo]) -> MemoryPlan:
-        """The memory that each stage may use, in bytes, with what quantisation needs taken into account."""
+        """The memory that each stage may use, in bytes, including the needs of quantisation."""
         quantize = self._options.quantize
         reads_gram = quantize is not None and quantize.scales is not None and SCHEMES[quantize.scheme].reads_gram
         return plan_memory(

@@ -32,9 +32,9 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    """Bytes from the start of the file."""
+    """Offset from the start of the file, in bytes."""
     length: int
-    """In bytes."""
+    """Length in bytes."""
 
 
 def refuse_links(path: Path) -> None:

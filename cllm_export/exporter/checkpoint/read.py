@@ -157,7 +157,7 @@ class Checkpoint:
         return template if isinstance(template, str) else None
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, read through a memory map; only this tensor enters memory.
+        """One tensor, read through a memory map, so that only this tensor is loaded into memory.
 
         Raises:
             CheckpointError: the file changed since it was opened.

@@ -4,9 +4,9 @@ Tracing and the passes take half a second per layer, and layers of one kind give
 of layers are traced, and the middle one is repeated. A period is the unit that repeats: one layer, or for example six
 layers of which one has full attention.
 
-The result must equal the graph of tracing every layer, and this is checked. The first period must match the second
-node for node, and the second the third. They must agree in operators, attributes, constants and in what each takes
-from the period before. If they do not, or if a layer's weights have other shapes, every layer is traced.
+The result must equal the graph of tracing every layer; this is checked, not assumed. The first period must match the
+second node for node, and the second the third. They must agree in operators, attributes, constants and the inputs that
+each takes from the period before. If they do not, or if a layer's weights have other shapes, every layer is traced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYER = re.compile(r"(?<=^model\.layers\.)(\d+)(?=\.)|(?<=^past_key\.)(\d+)$|(?<
 
 
 def repeated_period(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The length of a period in layers, judged by config and weight shapes; None if repeating would not pay off."""
+    """The period in layers, judged by config and weight shapes; None if none fits or it repeats too few times."""
     total = int(config.num_hidden_layers)
     kinds = [
         (tuple(values), by_layer)

@@ -49,7 +49,7 @@ class _Rows:
         self._apart: dict[ir.Value, ir.Value] = {}
         """Value with split axes -> the merged rows it is made from."""
         self._targets: dict[tuple[int, ...], ir.Value] = {}
-        """Sizes of the last axes -> [B, n, *sizes] as a value of the graph."""
+        """Sizes of the last axes -> the graph value that holds the shape [B, n, *sizes]."""
         self._block: ir.Value | None = None
 
     def make_gemm(self, matmul: ir.Node, weight: ir.Value) -> None:
@@ -100,7 +100,7 @@ class _Rows:
                 self._reshape_at_once(user, merged)
 
     def _move_inside(self, node: ir.Node, inputs: list[ir.Value]) -> None:
-        """apart(a) op apart(b) -> apart(a op b)."""
+        """split(a) op split(b) -> split(a op b), where split makes [B, n, E] from rows [B n, E]."""
         result = node.outputs[0]
         assert result.shape is not None
         width, shape = int(result.shape[2]), result.shape  # type: ignore[arg-type]

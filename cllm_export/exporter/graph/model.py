@@ -45,7 +45,7 @@ class WeightSource:
     tensors: tuple[str, ...]
     transposed: bool = False
     offset: float = 0.0
-    """For norms whose scale is 1 + weight."""
+    """Number to add to the weight, for norms whose scale is 1 + weight."""
     divisor: Tensor | None = None
     """What each row of the sum is divided by. SmoothQuant divides a norm's output channels through the norm's scale."""
     rounding: Rounding | None = None

@@ -123,7 +123,7 @@ class ScaledRounding:
 
     inner: Rounding
     factors: Tensor
-    """[in]"""
+    """[in], one factor per column."""
 
     @property
     def code_dtype(self) -> torch.dtype:

@@ -134,7 +134,7 @@ TYPED_VALUES: dict[str, Callable[[NodeProto], Sequence[str]]] = {
 """Operator -> values whose dtype is checked, where that is not the dtype of the first input."""
 
 
-# Rules of the whole model.
+# Rules for the whole model.
 
 
 def _opset(model: ModelProto, newest: int) -> Broken:
@@ -153,7 +153,7 @@ def _float64(values: Values) -> Iterator[tuple[str, str, str]]:
             yield name, "float64", "is float64, which TensorRT narrows to float32 in silence"
 
 
-# Rules of every node.
+# Rules for every node.
 
 
 def _check(node: NodeProto, inside: str, values: Values) -> Broken:
@@ -192,7 +192,7 @@ def _subgraph(node: NodeProto, inside: str) -> Broken:
         yield "attention-subgraph", f"stands in a subgraph of {inside}, where TensorRT 10.16 cannot build it"
 
 
-# Rules of one operator each.
+# Rules for one operator each.
 
 
 def _attention_ports(node: NodeProto, values: Values) -> Broken:

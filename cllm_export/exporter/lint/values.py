@@ -80,11 +80,11 @@ class Values:
 
 
 def infer(model: ModelProto) -> tuple[GraphProto, list[tuple[str, str]]]:
-    """The graph with inferred shapes. If inference fails, the unchanged graph and a finding with the error.
+    """Infer the shapes of the graph. If that fails, return the unchanged graph and the error as (rule, message).
 
     Inference first follows the contents of shape vectors (``data_prop``), which gives more shapes. But onnx takes any
-    short int64 vector for a shape vector, and then raises even on some valid graphs, such as [B] -> [B, 1] plus [n].
-    So after a failure, inference runs again without it.
+    short int64 vector for a shape vector. It then raises even on some valid graphs, such as [B] -> [B, 1] plus [n]. So
+    after a failure, inference runs again without it.
     """
     for data_prop in (True, False):
         try:

@@ -1,8 +1,8 @@
 """Compares a bundle with its checkpoint layer by layer, so that neither has to fit in memory as a whole.
 
-The graph is split at the values between its layers. Each part runs on the input of the same layer of the reference, in
-fp32 whatever the bundle's precision, with the bundle's stored weights. So errors do not add up through the depth, and
-the result names a wrong layer.
+The graph is split at the values between its layers. Each part runs on the input that the reference's layer had, with
+the bundle's stored weights, and always in fp32. So errors do not add up through the depth, and the result names a wrong
+layer.
 """
 
 from __future__ import annotations

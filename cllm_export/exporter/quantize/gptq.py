@@ -60,7 +60,7 @@ class Factors:
         try:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
             factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        except RuntimeError as error:  # what torch.linalg raises
+        except RuntimeError as error:  # the type that torch.linalg raises
             raise QuantizationError(
                 f"the Gram matrix of the input of {tensor} has no inverse ({error}): calibrate with more prompts"
             ) from None

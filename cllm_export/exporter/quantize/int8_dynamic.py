@@ -49,7 +49,7 @@ class RowRounding:
     """Rounds rows to integers with one scale per row: codes = round(127 x / a) + 128.
 
     x is [B, n, in], and a = max |x| of a row. 127 x / a takes one Div and one QuantizeLinear with scale 1 / 127. A row
-    of zeros gives 0 / 0 and unknown integers, but the product is later multiplied by a = 0, so the result is 0 again.
+    of zeros gives 0 / 0 and unknown integers. The product is later multiplied by a = 0, so the result is 0 again.
     """
 
     def __init__(self, constants: Constants) -> None:

@@ -164,7 +164,7 @@ class StaticScheme(Scheme):
         return StaticLayers(layers.graph, layers.scales, self.format, layers.chosen, layers.column_maximum)
 
     def fake(self, layer: FakeInput) -> FakeLayer:
-        """Emulate the layer, smoothed on its own whatever produces its rows. A build smooths only outputs of a norm."""
+        """Emulate the layer. It is smoothed even if no norm produces its rows; a build smooths only norm outputs."""
         assert layer.amax is not None
         kind = self.format
         factors = smoothing_factors(layer.amax, layer.weight.abs().amax(dim=0)) if kind.smooth else None

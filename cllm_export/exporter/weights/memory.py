@@ -23,8 +23,8 @@ MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 16 << 20
 """Smallest and largest size of a piece of the checkpoint. Pieces above 16 MiB were no faster."""
 
 PIECE_COPIES = 10
-"""Bytes held for each byte of a piece. They are the piece, its bits for the scan, a copy in fp32 (two times as large),
-the product of an adapter's matrices, and a copy in the engine's dtype."""
+"""Bytes held for each byte of a piece. They are the piece, its bits for the scan, and a copy in fp32 (two times as
+large). An adapter's product and a copy in the engine's dtype are held as well."""
 
 STAGE_BYTES = 256_000_000
 """Memory for staged weights. A weight that fits is assembled in memory and written from start to end. A weight that
