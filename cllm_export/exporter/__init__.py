@@ -1,1 +1,4 @@
-"""Checkpoint to bundle: trace, passes, lint, weights. Needs the ``export`` extra; the runtime never imports it."""
+"""Turns a checkpoint into a bundle: trace, passes, lint, weights. Needs the ``export`` extra.
+
+The runtime never imports this package.
+"""

@@ -1,4 +1,4 @@
-"""What a build may be told."""
+"""The options of a build."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cllm_export.exporter.quantize.options import QuantizeOptions
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What ``cllm-export build`` lets the user choose.
+    """The options of ``cllm-export build``.
 
     Raises:
         OptionError: an option is out of its range.
@@ -34,20 +34,20 @@ class BuildOptions:
     precision: Precision = option(
         "fp32", help="The dtype of what is computed and of the KV cache.", choices=PRECISIONS, hidden=True
     )
-    """The dtype of what is computed and of the KV cache."""
+    """The dtype of the computation and of the KV cache."""
     quantize: QuantizeOptions | None = None
-    """How linear layers are quantised; by default they are not."""
+    """How to quantise linear layers; by default they are not quantised."""
     weights: WeightsMode = option(
         "copy",
         help="Copy the weights into the bundle, or link to the checkpoint, which must then stay there.",
         choices=WEIGHTS_MODES,
     )
-    """``copy`` makes a bundle that stands alone. ``link`` leaves in the checkpoint the tensors that have the engine's
-    dtype already: the bundle then needs the checkpoint where it is."""
+    """``copy`` makes a bundle that does not need the checkpoint. ``link`` leaves tensors that already have the engine's
+    dtype in the checkpoint. The bundle then needs the checkpoint to stay where it is."""
     max_memory: int | None = option(
         None, help="Largest amount of memory that the build may use, such as 1GB.", minimum=1
     )
-    """Bytes of anonymous memory that the build must stay under."""
+    """Limit on the anonymous memory of the build, in bytes."""
     base: Path | None = option(
         None, help="The checkpoint that a LoRA adapter is for; by default the one that it names."
     )
@@ -58,7 +58,7 @@ class BuildOptions:
         False, help="Fix the batch size, block size and KV length in the graph, for compilers that need fixed shapes."
     )
     lookahead: bool = option(False, help="Add the graph that lookahead decoding needs.")
-    """Add the lookahead graph. A model that can have none gets its greedy graph alone, and the report says why."""
+    """Add the lookahead graph. Where the model cannot have one, only the greedy graph is built; the report says why."""
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
 
@@ -83,7 +83,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOptions:
-    """``TrainedWith`` as the command line offers it."""
+    """``TrainedWith`` as options of the command line."""
 
     block_size: int = option(
         help="Block size that the model was tuned with, if its config does not say.",

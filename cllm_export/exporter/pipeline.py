@@ -1,4 +1,4 @@
-"""Checkpoint to bundle, from the first check to the exchange with what was there before."""
+"""Builds a bundle from a checkpoint, from the first check until the new bundle replaces the old one."""
 
 from __future__ import annotations
 
@@ -68,24 +68,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TEXT_BYTES = 1 << 16
-"""What a bundle takes besides its weights, at the least."""
+"""Lower bound on the bytes of a bundle besides its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What a build did and what it took, JSON-ready by ``vars``."""
+    """What a build did, and its cost. ``vars`` of it can be written as JSON."""
 
     weights: WeightsMode
     graphs: tuple[str, ...]
     """Names of the bundle's graphs."""
     lookahead_refused: str | None
-    """Why there is no lookahead graph, where one was asked for."""
+    """Why there is no lookahead graph although one was requested; None otherwise."""
     seconds: dict[str, float]
-    """By stage. Of linked weights, ``scan`` runs alongside ``trace`` and ``passes``."""
+    """Seconds of each stage. With linked weights, ``scan`` runs in parallel with ``trace`` and ``passes``."""
     predicted_peak: int
-    """Bytes of anonymous memory, as predicted before the work."""
+    """Predicted peak of anonymous memory, in bytes."""
     peak: int
-    """As it was; 0 where the system does not say."""
+    """Measured peak of anonymous memory, in bytes; 0 where the system does not report it."""
     bytes_written: int
     bytes_linked: int
 
@@ -106,7 +106,7 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """``export``, for those who need no report."""
+    """Same as ``export``, but returns only the bundle."""
     return export(checkpoint_path, output, options, force=force, progress=progress).bundle
 
 
@@ -119,12 +119,12 @@ def export(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Export:
-    """Export a checkpoint into a bundle; the old bundle at ``output`` stays whole until the new one replaces it.
+    """Export a checkpoint into a bundle. An old bundle at ``output`` stays intact until the new one replaces it.
 
-    ``say`` is told, a line at a time, what was decided and what each stage took.
+    ``say`` receives the decisions and the seconds of each stage, one line per call.
 
     Raises:
-        OutputError: the output exists (and ``force`` is not set), cannot be written or does not fit the disk.
+        OutputError: the output exists (and ``force`` is not set), cannot be written or does not fit on the disk.
         CheckpointError: the checkpoint is missing, damaged or unsupported.
         OptionError: an option is out of range for this model.
         GraphError: the exported graph breaks a rule; nothing is written.
@@ -141,7 +141,7 @@ def export(
 
 
 class _Work:
-    """One build: the state its stages share."""
+    """The state that the stages of one build share."""
 
     def __init__(self, options: BuildOptions, output: Path, stages: Stages) -> None:
         self._options = options
@@ -208,7 +208,7 @@ class _Work:
         )
 
     def _open(self, path: Path) -> tuple[Checkpoint, Adapter | None, Settings, dict[str, TensorInfo]]:
-        """The checkpoint with its adapter and its settled options, and those of its tensors that the model has."""
+        """The checkpoint, its adapter, the settled options, and the checkpoint tensors that the model uses."""
         options = self._options
         with self.stages.stage("checkpoint"):
             checkpoint, adapter = open_source(path, options.base, max_length=options.max_length)
@@ -221,7 +221,7 @@ class _Work:
         return checkpoint, adapter, settings, tensors
 
     def _plan_memory(self, tensors: Mapping[str, TensorInfo]) -> MemoryPlan:
-        """The bytes that each stage may take, and those that quantisation needs for itself."""
+        """The memory that each stage may use, in bytes, including the needs of quantisation."""
         quantize = self._options.quantize
         reads_gram = quantize is not None and quantize.scales is not None and SCHEMES[quantize.scheme].reads_gram
         return plan_memory(
@@ -246,7 +246,7 @@ class _Work:
             graph.drop_unused_weights()
 
     def _add_lookahead(self, graphs: dict[str, DecoderGraph], checkpoint: Checkpoint, settings: Settings) -> str | None:
-        """Derive the lookahead graph where it was asked for; why there is none, where there can be none."""
+        """Derive the lookahead graph if it was requested. Returns the reason if the model cannot have one."""
         if not self._options.lookahead:
             return None
         obstacle = lookahead_obstacle(
@@ -261,7 +261,7 @@ class _Work:
         return None
 
     def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None, max_flips: float) -> None:
-        """Let no quantised bundle take its place that does not compute its model any more."""
+        """Refuse a quantised bundle that no longer computes its model, before it replaces the old bundle."""
         with self.stages.stage("smoke"):
             smoke = require_sound(
                 open_bundle(staging), checkpoint, adapter, max_flips=max_flips, threads=available_threads()
@@ -272,7 +272,11 @@ class _Work:
         )
 
     def _require_early_space(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Before the trace: a copy takes at least what its values take, quantised ones less than any dtype's."""
+        """Check the disk space before the trace, with a lower bound on the size of the bundle.
+
+        Copied weights need at least the bytes of their values. Quantised weights count as 0 bytes here, because their
+        size is below that of any dtype.
+        """
         is_copied = self._options.weights == "copy"
         values = sum(math.prod(info.shape) for info in tensors.values()) if is_copied else 0
         each = 0 if self._options.quantize else BYTES[KV_DTYPE[self._options.precision]]
@@ -281,7 +285,7 @@ class _Work:
 
 
 class _Scan:
-    """The pass over the checkpoint's files: alongside the trace where weights are linked, else as they are copied."""
+    """Reads the checkpoint's files once: in parallel with the trace if weights are linked, else while copying them."""
 
     def __init__(
         self, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], piece_bytes: int, stages: Stages
@@ -310,7 +314,7 @@ class _Scan:
         self._sums = self._read(use)
 
     def result(self) -> dict[Path, str]:
-        """sha256 of every weight file."""
+        """The sha256 of every weight file."""
         if self._running is not None:
             started = perf_counter()
             self._sums = self._running.result()
@@ -334,7 +338,7 @@ class _Scan:
 
 
 def _column_maximum(checkpoint: Checkpoint, adapter: Adapter | None) -> ColumnMaximum:
-    """Reads the largest magnitude of each column of a tensor, merged with the adapter if there is one."""
+    """A function that gives the largest magnitude of each column of a tensor, after any adapter is merged."""
 
     def maximum(name: str) -> Tensor:
         values, info = checkpoint.read(name), checkpoint.tensors[name]
@@ -360,7 +364,7 @@ def _make_graph(checkpoint: Checkpoint, settings: Settings, stages: Stages, *, l
 def _trace(
     config: PretrainedConfig, settings: Settings, num_layers: int, passes: Sequence[Pass], stages: Stages
 ) -> DecoderGraph:
-    """The graph of the first layers, after every pass."""
+    """The graph of the first ``num_layers`` layers, after every pass."""
     with stages.stage("trace"):
         short, geometry = truncated_config(config, num_layers), replace(settings.geometry, num_layers=num_layers)
         trace = trace_greedy(short, geometry, settings.precision)

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of the options of a build."""
+"""Settles the options of a build for one checkpoint."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cllm_export.exporter.weights.weights import ENGINE_DTYPE, is_linkable
 DEFAULT_BLOCK_SIZE = 16
 
 MIN_MAX_BLOCK_SIZE = 64
-"""Decode forwards of up to this many tokens fit the cache of every bundle with symbolic shapes."""
+"""The cache of every bundle with symbolic shapes has room for decode forwards of up to this many tokens."""
 
 MIN_MAX_LENGTH = 2
 
 
 def require_linkable(options: BuildOptions, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse to link where every weight would have to be changed.
+    """Refuse to link weights if every weight would have to change.
 
     Raises:
         OptionError: no tensor has the engine's dtype, or the weights are to be quantised.
@@ -44,7 +44,7 @@ def require_linkable(options: BuildOptions, tensors: Mapping[str, TensorInfo]) -
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options with every default settled for one checkpoint."""
+    """The options for one checkpoint, with every default filled in."""
 
     block_size: int
     max_length: int

@@ -1,4 +1,4 @@
-"""The stages of a build, told and timed."""
+"""Reports and times the stages of a build."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Stages:
-    """Times the stages of a build, and says what each took."""
+    """Times each stage of a build and reports its seconds."""
 
     def __init__(self, say: Callable[[str], None], progress: Progress) -> None:
         self.say = say

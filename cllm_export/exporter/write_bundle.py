@@ -1,4 +1,4 @@
-"""The files of a bundle, but for its weights."""
+"""Writes the files of a bundle, except its weights."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir"
 
 
 def finish_graph(graph: DecoderGraph, settings: Settings, stages: Stages) -> None:
-    """State the contract, and hold the graph to the lint."""
+    """Give the graph the names and shapes of the contract, then lint it."""
     with stages.stage("lint"):
         if settings.fixed:
             pin_shapes(graph, settings.geometry, settings.fixed)
         state_contract(graph, settings.geometry, settings.fixed)
         lint_graph(
             graph, ir.serde.serialize_model(graph.model)
-        )  # the rules need no weights: find out before writing any
+        )  # the lint needs no weights, so it runs before any are written
 
 
 def lint_graph(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
-    """Hold the graph to TensorRT's rules, but for what quantises a graph that is not meant for it."""
+    """Check the graph against TensorRT's rules. In a graph not made for TensorRT, skip its quantising operators."""
     made = graph.quantization
     require_clean(proto, unjudged=SCHEMES[made.scheme].unjudged if made and "tensorrt" not in made.engines else ())
 

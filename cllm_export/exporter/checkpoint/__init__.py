@@ -1,1 +1,1 @@
-"""A checkpoint directory: opened, judged, refused by name."""
+"""Opens a checkpoint directory, checks it, and names the reason if it refuses it."""

@@ -1,6 +1,7 @@
-"""A LoRA adapter as PEFT saves it, merged into its base while the weights are streamed: W + scale * B A, in fp32.
+"""Merges a LoRA adapter, as PEFT saves it, into its base while the weights are streamed: W + scale * B A, in fp32.
 
-What would be merged wrongly or not at all is refused by name. A target that its base has no matrix for is refused too.
+An adapter that uses a feature this merge does not support is refused, and the error names the feature. It is also
+refused if it adapts a matrix that its base does not have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cllm_export.exporter.checkpoint.stream import Piece
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways to start the matrices that leave the base as it is; others (pissa, olora, loftq, ...) change it."""
+"""Initialisations of the matrices that leave the base unchanged; others (pissa, olora, loftq, ...) change it."""
 
 REFUSED = {
     "use_dora": "DoRA",
@@ -38,11 +39,11 @@ REFUSED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal matrices (BD-LoRA)",
 }
-"""Key of ``adapter_config.json`` -> what it asks for, where it is set."""
+"""Key of ``adapter_config.json`` -> the unsupported feature that it turns on."""
 
 
 class Matrices(NamedTuple):
-    """The two matrices on one weight, and the scale of their product."""
+    """The two LoRA matrices of one weight, and the scale of their product."""
 
     down: TensorInfo
     """A [r, in]."""
@@ -53,14 +54,14 @@ class Matrices(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An opened adapter: what it adds to which tensor of its base."""
+    """An opened adapter: the matrices that it adds to the tensors of its base."""
 
     path: Path
     matrices: Mapping[str, Matrices]
-    """Tensor of the base -> what is added to it."""
+    """Tensor of the base -> the matrices whose product is added to it."""
 
     def merge(self, piece: Piece, rows: Tensor) -> Tensor:
-        """Some rows of a tensor of the base, with what the adapter adds to them."""
+        """Rows of a tensor of the base, after the adapter's part is added."""
         matrices = self.matrices.get(piece.name)
         if matrices is None:
             return rows
@@ -72,15 +73,15 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and no checkpoint of its own."""
+    """Whether a directory holds an adapter and not a whole checkpoint."""
     return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
 
 
 def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter | None]:
-    """A checkpoint; or an adapter's base, and the adapter to merge into it.
+    """The checkpoint at ``path``; if ``path`` is an adapter, its base and the adapter to merge into it.
 
     Raises:
-        OptionError: a base was given for what is no adapter.
+        OptionError: a base was given, but ``path`` is not an adapter.
     """
     if is_adapter(path):
         return open_adapter(path, base, max_length=max_length)
@@ -92,11 +93,11 @@ def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tup
 
 
 def open_adapter(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter]:
-    """Open an adapter and its base: the base's checkpoint with the adapter's tokenizer, if it brings one.
+    """Open an adapter and its base. The checkpoint uses the adapter's tokenizer if there is one.
 
     Raises:
         CheckpointError: either is missing or damaged, or they do not fit together.
-        UnsupportedError: it asks for what is not merged.
+        UnsupportedError: the adapter uses a feature that is not supported.
     """
     refuse_links(path)
     config = read_json(path / CONFIG_NAME)
@@ -136,7 +137,7 @@ def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
 def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> dict[str, Matrices]:
     held = read_tensors(path / WEIGHTS_NAME)
     found: dict[str, Matrices] = {}
-    for name in sorted(held, key=lambda each: (each.endswith(".weight"), each)):  # what is no matrix first
+    for name in sorted(held, key=lambda each: (each.endswith(".weight"), each)):  # not matrices: first
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
         if match is None or not name.startswith(PREFIX):
             raise UnsupportedError(
@@ -171,7 +172,7 @@ def _pair(
 
 
 def _setting(config: Mapping[str, Any], key: str, patterns_key: str, module: str, path: Path) -> float:
-    """The value of a module: of the first pattern that its name ends with, else the adapter's own."""
+    """The value for a module: that of the first pattern that its name ends with, else the adapter's default."""
     value, patterns = config.get(key), config.get(patterns_key) or {}
     for pattern, stated in patterns.items():
         if not re.fullmatch(r"[\w.]+", pattern):

@@ -1,4 +1,4 @@
-"""Which model families the graph can express, and what is refused with which reason."""
+"""The model families that the graph can express, and the reasons why others are refused."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FAMILIES = (
     "starcoder2",
     "stablelm",
 )
-"""Model types the exporter has a parity test for."""
+"""Model types that have a parity test in the exporter."""
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
-"""Rotary embeddings whose table depends on the position alone, or on the position and the length built for."""
+"""Rope types whose table depends only on the position, or on the position and the length the bundle is built for."""
 
 
 def truncated_config(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The config of its first layers."""
+    """The config, reduced to its first ``num_layers`` layers."""
     short, total = copy.deepcopy(config), int(config.num_hidden_layers)
     for name, value in vars(short).items():
         if isinstance(value, list) and len(value) == total:
@@ -48,12 +48,12 @@ def truncated_config(config: PretrainedConfig, num_layers: int) -> PretrainedCon
 
 
 def layer_types_of(config: PretrainedConfig) -> list[str] | None:
-    """The type of each layer; None for a family that knows no types, whatever its ``config.json`` says."""
+    """The type of each layer; None if the config class has no layer types, whatever ``config.json`` says."""
     return list(config.layer_types) if hasattr(type(config), "layer_types") else None
 
 
 def window_within(config: PretrainedConfig, max_length: int) -> int | None:
-    """The sliding window, in tokens, of the layers that have one; None where no text of ``max_length`` is longer."""
+    """The sliding window in tokens; None if no layer has one or if ``max_length`` tokens fit in it."""
     layer_types = layer_types_of(config)
     slides = hasattr(type(config), "sliding_window") if layer_types is None else "sliding_attention" in layer_types
     window: int | None = config.sliding_window if slides else None
@@ -83,7 +83,7 @@ def refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 EXPERT_FAMILIES = ("mixtral", "dbrx", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4_text", "jamba")
-"""Model types of mixtures of experts whose name does not say so."""
+"""Model types that are mixtures of experts although their name does not contain ``moe``."""
 
 
 def _has_experts(raw: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which there are, what their headers say, what they may link to."""
+"""The files of a checkpoint: finds them, reads their headers, and checks where links lead."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 LONGEST_NAME = 255
-"""Bytes that a file name may have on any file system in use."""
+"""Largest length of a file name, in bytes, on the file systems in use."""
 
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor of the checkpoint lies, its safetensors dtype (``BF16``, ``F32``, ...) and its shape."""
+    """Where one tensor of the checkpoint is stored, its safetensors dtype (``BF16``, ``F32``, ...) and its shape."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    """Bytes from the start of the file."""
+    """Offset from the start of the file, in bytes."""
     length: int
-    """In bytes."""
+    """Length in bytes."""
 
 
 def refuse_links(path: Path) -> None:
-    """Refuse a file that is a link to elsewhere: what it leads to is no part of the checkpoint, and might be private.
+    """Refuse a file that links to a place outside the checkpoint: the target is not part of it and might be private.
 
-    In a Hugging Face cache, ``MODEL/snapshots/REVISION/FILE`` is a link into ``MODEL/blobs``, which is.
+    In a Hugging Face cache, ``MODEL/snapshots/REVISION/FILE`` links into ``MODEL/blobs``, which counts as inside.
     """
     root = Path(os.path.realpath(path))
     homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
@@ -99,7 +99,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _require_shard_name(path: Path, name: object) -> None:
-    """What stands in the index as a shard must be the plain name of a file beside it."""
+    """Check that a shard name in the index is the plain name of a file in the same directory."""
     index = path / WEIGHTS_INDEX
     if not isinstance(name, str) or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
         raise CheckpointError(f"{index} names a shard {reprlib.repr(name)}, which is no file name; download it again")
@@ -110,7 +110,7 @@ def _require_shard_name(path: Path, name: object) -> None:
 
 
 def layer_of(name: str) -> int:
-    """Number of the layer that a tensor belongs to; -1 for one that belongs to none."""
+    """The number of the layer that a tensor belongs to; -1 if it belongs to none."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
 
@@ -119,7 +119,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file.
 
     Raises:
-        CheckpointError: it is damaged or cut short.
+        CheckpointError: the file is damaged or truncated.
     """
     try:
         places = read_header(file).places
@@ -130,7 +130,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint."""
+    """The JSON object in a file of a checkpoint."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint directory, opened and judged: what it holds, and whether the graph can express it.
+"""Opens a Hugging Face checkpoint directory, and checks that the graph can express it.
 
-Everything here happens before any work: a checkpoint that cannot be exported is refused by name. Nothing is
-unpickled and no code of a checkpoint is ever run, but for its chat template, which renders one message in a sandbox.
+All checks run before any work: a checkpoint that cannot be exported is refused, and the error names the reason.
+Nothing is unpickled, and no code of a checkpoint runs except its chat template, which renders one message in a sandbox.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint whose architecture the exporter supports."""
+    """An opened checkpoint with an architecture that the exporter supports."""
 
     path: Path
     raw_config: Mapping[str, Any]
-    """``config.json`` as it stands."""
+    """The unchanged contents of ``config.json``."""
     config: PretrainedConfig
-    """The same as transformers reads it."""
+    """The config as transformers reads it."""
     tensors: Mapping[str, TensorInfo]
     weight_files: tuple[Path, ...]
     text_path: Path
-    """Where tokenizer and chat template are: ``path``, or an adapter that brings its own."""
+    """Directory of the tokenizer and the chat template: ``path``, or an adapter that has its own tokenizer."""
     adapter_files: tuple[Path, ...] = ()
-    """Config and weights of the adapter that is merged into it."""
+    """Config and weights of the adapter to merge into this checkpoint."""
 
     @property
     def family(self) -> str:
@@ -93,10 +93,10 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_json(self) -> bytes:
-        """``tokenizer.json``, made of ``tokenizer.model`` where that is all there is.
+        """The contents of ``tokenizer.json``; if there is none, ``tokenizer.model`` is converted.
 
         Raises:
-            MissingExtraError: the packages for that are not installed.
+            MissingExtraError: the packages for the conversion are not installed.
         """
         if (self.text_path / TOKENIZER_NAME).is_file():
             return (self.text_path / TOKENIZER_NAME).read_bytes()
@@ -105,7 +105,7 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids; those of ``generation_config.json`` win, as in transformers."""
+        """End-of-sequence ids. Those of ``generation_config.json`` take precedence, as in transformers."""
         for source in (self.generation_config, self.raw_config):
             value = source.get("eos_token_id")
             if value is not None:
@@ -121,10 +121,10 @@ class Checkpoint:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token and the like by name: what chat templates refer to.
+        """Name (bos_token, eos_token and so on) -> token, for chat templates.
 
-        As transformers does, this takes the older ``special_tokens_map.json`` first where ``tokenizer_config.json``
-        lists no added tokens, and not at all where it does.
+        The older ``special_tokens_map.json`` is handled as in transformers. It takes precedence if
+        ``tokenizer_config.json`` lists no added tokens, and is ignored otherwise.
         """
         sources: list[Mapping[str, Any]] = [self.tokenizer_config]
         path = self.text_path / "special_tokens_map.json"
@@ -144,7 +144,7 @@ class Checkpoint:
     def chat_template(self) -> str | None:
         """The text of ``chat_template.jinja``, else the template in ``tokenizer_config.json``.
 
-        Of several named templates it is the one named default, else the first.
+        If there are several named templates, it is the one named ``default``, else the first.
         """
         path = self.text_path / CHAT_TEMPLATE_NAME
         if path.exists():
@@ -157,7 +157,7 @@ class Checkpoint:
         return template if isinstance(template, str) else None
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, read through a memory map; only this tensor enters memory.
+        """One tensor, read through a memory map, so that only this tensor is loaded into memory.
 
         Raises:
             CheckpointError: the file changed since it was opened.
@@ -172,9 +172,9 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {name} from {self.tensors[name].file}: {error}") from None
 
     def fingerprint(self, known: Mapping[Path, str] | None = None) -> str:
-        """sha256 over ``config.json`` and every weight file: equal for equal checkpoints, wherever they lie.
+        """The sha256 over ``config.json`` and every weight file. It does not depend on where the checkpoint is.
 
-        ``known`` are sums of files that were taken already.
+        ``known`` holds checksums of files that were computed already.
         """
         digest = hashlib.sha256()
         for path in sorted({self.path / "config.json", *self.weight_files, *self.adapter_files}):
@@ -182,14 +182,14 @@ class Checkpoint:
         return digest.hexdigest()
 
     def with_adapter(self, files: tuple[Path, ...]) -> Checkpoint:
-        """The same, to be merged with an adapter of these files."""
+        """This checkpoint, with the files of an adapter to merge into it."""
         return replace(self, adapter_files=files)
 
     def with_layers(self, num_layers: int) -> Checkpoint:
-        """The same with its first layers alone.
+        """This checkpoint, reduced to its first ``num_layers`` layers.
 
         Raises:
-            OptionError: it has not that many.
+            OptionError: it has fewer layers.
         """
         total = int(self.config.num_hidden_layers)
         if num_layers > total:
@@ -199,19 +199,19 @@ class Checkpoint:
 
 
 def default_max_length(config: PretrainedConfig) -> int:
-    """The model's own length, capped at 2048."""
+    """The model's own maximum length, but at most 2048."""
     return min(int(config.max_position_embeddings), DEFAULT_MAX_LENGTH_CAP)
 
 
 def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_path: Path | None = None) -> Checkpoint:
-    """Open a checkpoint and refuse, by name, what cannot be exported.
+    """Open a checkpoint. If it cannot be exported, the error names the reason.
 
-    ``max_length`` is the length the bundle is to be built for: a sliding window is accepted where it cannot matter.
-    ``text_path`` is where the tokenizer is, if not beside the weights.
+    ``max_length`` is the length that the bundle will be built for; rope type ``dynamic`` is refused beyond the model's
+    own length. ``text_path`` is the directory of the tokenizer, if it is not the directory of the weights.
 
     Raises:
-        CheckpointError: missing, partial or damaged.
-        UnsupportedError: an architecture the graph cannot express yet.
+        CheckpointError: the checkpoint is missing, incomplete or damaged.
+        UnsupportedError: the graph cannot express the architecture yet.
     """
     path = Path(path)
     if not path.is_dir():
@@ -245,11 +245,12 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
 
 
 def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
-    """Refuse what a bundle can express, but training and decoding in PyTorch cannot: their mask is causal alone,
-    PyTorch's attention has no softcap, and they read ``tokenizer.json``.
+    """Refuse a checkpoint that a bundle can express, but training and decoding in PyTorch cannot.
+
+    In PyTorch the mask is only causal, attention has no softcap, and the tokenizer is read from ``tokenizer.json``.
 
     Raises:
-        UnsupportedError: such a checkpoint would be trained, or decoded, as another model than it is.
+        UnsupportedError: PyTorch would train or decode a different model than the checkpoint holds.
     """
     if (window := window_within(checkpoint.config, max_length)) is not None:
         raise UnsupportedError(
@@ -278,7 +279,7 @@ def _read_config(path: Path) -> PretrainedConfig:
 
 
 def _check_sections(checkpoint: Checkpoint) -> None:
-    """Touch what is read late, so that a bad value is found before any work."""
+    """Access the values that are read late, so that a bad value is found before any work."""
     config = checkpoint.config
     ids = checkpoint.eos_token_ids
     if any(type(token) is not int or not 0 <= token < config.vocab_size for token in ids):
@@ -297,9 +298,9 @@ def _check_sections(checkpoint: Checkpoint) -> None:
 
 
 def _check_chat_template(checkpoint: Checkpoint) -> None:
-    """Render one message of a user, so that a template no message could be rendered with is found before any work.
+    """Render one user message, so that a template that can render nothing is found before any work.
 
-    A template that refuses that message by ``raise_exception`` is sound: it may take other messages.
+    A template that rejects this message with ``raise_exception`` is valid: it may accept other messages.
     """
     try:
         text = checkpoint.chat_template
@@ -324,7 +325,7 @@ def _check_chat_template(checkpoint: Checkpoint) -> None:
 
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:
-    """Refuse a stored head that differs from the table its config ties it to: transformers would then untie them."""
+    """Refuse a stored head that differs from the embedding its config ties it to: transformers would untie them."""
     if not checkpoint.config.tie_word_embeddings or not {HEAD, EMBEDDING} <= set(checkpoint.tensors):
         return
     head, table = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
@@ -336,7 +337,7 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
 
 
 def _same_bytes(first: TensorInfo, second: TensorInfo, *, piece_bytes: int = 1 << 24) -> bool:
-    """Whether two tensors are equal byte for byte, read in pieces: a head may have gigabytes."""
+    """Whether two tensors are equal byte for byte. Reads them in pieces, because a head may have gigabytes."""
     with first.file.open("rb") as a, second.file.open("rb") as b:
         a.seek(first.offset)
         b.seek(second.offset)

@@ -1,4 +1,4 @@
-"""Whether a bundle was built from a checkpoint."""
+"""Checks that a bundle was built from a given checkpoint."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -
     """Check that a bundle was built from this checkpoint, or from this adapter and its ``base``.
 
     Raises:
-        CheckpointError: it cannot be opened.
-        BundleError: the bundle was built from another one.
+        CheckpointError: the checkpoint cannot be opened.
+        BundleError: the bundle was built from another checkpoint.
     """
     from cllm_export.exporter.checkpoint.adapter import open_source
 

@@ -1,8 +1,8 @@
-"""Read a checkpoint once, in pieces: its checksums, the scan for NaN and infinity, and whatever a caller makes of it.
+"""Reads a checkpoint once, in pieces, for its checksums, for the scan for NaN and infinity, and for the caller.
 
-Files are read rather than mapped: a file that shrinks meanwhile then gives an error that names it instead of a signal,
-and nothing of it stays in this process. Each piece is hashed in one thread while another scans and uses it; both leave
-Python's lock for the work itself.
+Files are read rather than memory-mapped. If a file shrinks while it is read, the result is an error that names the
+file, not a signal. No page of the file stays in this process either. One thread hashes each piece while another scans
+and uses it; both release Python's lock for that work.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cllm_export.exporter.checkpoint.files import TensorInfo
 
 UNSIGNED: dict[str, Any] = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 EXPONENT = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
-"""Bits that are all set in infinity and NaN alone, by safetensors dtype."""
+"""Safetensors dtype -> the exponent bits. All of them are set only in infinity and NaN."""
 
 DAMAGED = "is damaged or the training diverged: restore an earlier checkpoint"
 
 
 class Piece(NamedTuple):
-    """Some rows (of the first axis) of one tensor, as they are stored; valid until the call it is given to returns."""
+    """Some rows (of the first axis) of one tensor, as stored. Valid only until the call that receives it returns."""
 
     name: str
     info: TensorInfo
@@ -51,8 +51,10 @@ def stream_files(
     progress: Callable[[int, int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> dict[Path, str]:
-    """Read files from start to end and return the sha256 of each; scan the tensors named, and give each piece to
-    ``use``. ``stop`` ends it early, for a caller that no longer needs the sums.
+    """Read files from start to end and return the sha256 of each.
+
+    Only the tensors in ``scanned`` are scanned; each of their pieces is also passed to ``use``. A caller that no longer
+    needs the checksums sets ``stop`` to end the read early.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, or a file changed while it was read.
@@ -86,7 +88,7 @@ def stream_files(
 
 
 def stream_tensors(tensors: Mapping[str, TensorInfo], names: Sequence[str], *, piece_bytes: int, use: Use) -> None:
-    """Give ``use`` each piece of the tensors named, and read nothing else."""
+    """Pass each piece of the named tensors to ``use``, and read nothing else."""
     for name in names:
         info = tensors[name]
         with info.file.open("rb") as file:
@@ -96,7 +98,7 @@ def stream_tensors(tensors: Mapping[str, TensorInfo], names: Sequence[str], *, p
 
 
 class FiniteScan:
-    """Counts the values of each tensor that are NaN or infinite, by their bits, and refuses the tensor at its end."""
+    """Counts NaN and infinite values of each tensor by their bits. At the end of a tensor, refuses it if it has any."""
 
     def __init__(self, meaning: str) -> None:
         self._meaning = meaning
@@ -105,7 +107,7 @@ class FiniteScan:
         self._scratch: dict[str, NDArray[np.unsignedinteger]] = {}
 
     def add(self, name: str, dtype: str, data: memoryview, *, last: bool) -> None:
-        """Scan some values; the ones after ``last`` belong to another tensor."""
+        """Scan some values of a tensor; ``last`` marks its final ones."""
         bits = np.frombuffer(data, UNSIGNED[dtype])
         exponent = UNSIGNED[dtype](EXPONENT[dtype])
         scratch = self._room(dtype, bits.size)
@@ -125,12 +127,12 @@ class FiniteScan:
 
 
 def rows_of(info: TensorInfo) -> int:
-    """Length of the first axis; 1 for a tensor without axes."""
+    """The length of the first axis; 1 for a tensor without axes."""
     return info.shape[0] if info.shape else 1
 
 
 def _pieces(file: BufferedReader, path: Path, held: Mapping[str, TensorInfo], piece_bytes: int) -> Iterator[Piece]:
-    """Every byte of a file: tensors in pieces of whole rows, what lies around them as pieces without a name."""
+    """Every byte of a file: tensors in pieces of whole rows, and the bytes between them in pieces without a name."""
     room = bytearray(max([piece_bytes, *(_buffer_size(info, piece_bytes) for info in held.values())]))
     for name, info in sorted(held.items(), key=lambda item: (item[1].offset, item[1].length)):
         yield from _gap(file, path, info.offset - file.tell(), room)

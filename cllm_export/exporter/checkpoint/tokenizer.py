@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint that has only a sentencepiece model, converted to what the runtime reads."""
+"""Converts the tokenizer of a checkpoint that has only a sentencepiece model to the form that the runtime reads."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SENTENCEPIECE_NAME = "tokenizer.model"
 def convert_tokenizer(path: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that ``tokenizer.model`` and ``tokenizer_config.json`` describe, in the form of ``tokenizer.json``.
 
-    transformers converts it, except for two things that its sentencepiece tokenizer did and its converted one does not:
-    a Llama tokenizer puts the beginning of sequence first unless told otherwise, and, where it is a ``legacy`` one,
-    sentencepiece puts a space before a text even where that begins with one.
+    transformers does the conversion but loses two behaviours of its sentencepiece tokenizer; they are restored here.
+    A Llama tokenizer adds the beginning-of-sequence token unless its settings say otherwise. If it is ``legacy``,
+    sentencepiece adds a space before a text even if the text already begins with a space.
 
     Args:
-        path: the checkpoint.
-        settings: its ``tokenizer_config.json``.
+        path: the checkpoint directory.
+        settings: the contents of its ``tokenizer_config.json``.
 
     Raises:
-        MissingExtraError: sentencepiece or protobuf is not installed; prints what to install.
+        MissingExtraError: sentencepiece or protobuf is not installed; the error says what to install.
         CheckpointError: the model is damaged.
     """
     with needs_extra("sentencepiece"):

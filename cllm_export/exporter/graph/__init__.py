@@ -1,1 +1,1 @@
-"""The graph: traced, rewritten, without weights."""
+"""Traces and rewrites the graph, without weights."""

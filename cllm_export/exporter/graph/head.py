@@ -1,4 +1,4 @@
-"""What families do to their logits after the head."""
+"""The operations that some model families apply to their logits after the head."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from transformers import PretrainedConfig
 
 
 def as_returned(logits: Tensor, config: PretrainedConfig) -> Tensor:
-    """The head's output as the stock model returns it: it changes no argmax, but a distribution.
+    """The logits as the stock model returns them. The argmax stays the same, but the distribution changes.
 
-    Granite divides it (``logits_scaling``), Gemma 2 bends it (``final_logit_softcapping``).
+    Granite divides the logits (``logits_scaling``); Gemma 2 passes them through tanh (``final_logit_softcapping``).
     """
     if scaling := getattr(config, "logits_scaling", None):
         logits = logits / scaling

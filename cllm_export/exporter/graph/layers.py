@@ -1,10 +1,12 @@
-"""A few layers traced, the others repeated: a decoder's graph without tracing each of its layers.
+"""Builds a decoder's graph from a few traced layers by repeating them.
 
-Tracing and the passes take half a second a layer, and layers of one kind come out alike. So three periods of layers
-are traced (a period is what repeats: one layer, or the six of which one attends to everything), and the middle one is
-repeated. That this is the graph that tracing every layer gives is not assumed: the first period must be the second one
-node for node, and the second the third, in operators, attributes, constants and in what each takes from the one
-before; if not, or if a layer's weights have other shapes, every layer is traced.
+Tracing and the passes take half a second per layer, and layers of one kind give the same nodes. So only three periods
+of layers are traced, and the middle one is repeated. A period is the unit that repeats: one layer, or for example six
+layers of which one has full attention.
+
+The result must equal the graph of tracing every layer; this is checked, not assumed. The first period must match the
+second node for node, and the second the third. They must agree in operators, attributes, constants and the inputs that
+each takes from the period before. If they do not, or if a layer's weights have other shapes, every layer is traced.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from cllm_export.exporter.graph.model import DecoderGraph
 MAX_PERIOD = 8
 TRACED_PERIODS = 3
 LAYER = re.compile(r"(?<=^model\.layers\.)(\d+)(?=\.)|(?<=^past_key\.)(\d+)$|(?<=^past_value\.)(\d+)$")
-"""The number of a layer in the name of a weight or of a cache input."""
+"""Matches the layer number in the name of a weight or of a cache input."""
 
 
 def repeated_period(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many layers repeat, as far as config and weights tell; None where too few do for it to be worth it."""
+    """The period in layers, judged by config and weight shapes; None if none fits or it repeats too few times."""
     total = int(config.num_hidden_layers)
     kinds = [
         (tuple(values), by_layer)
@@ -40,7 +42,7 @@ def repeated_period(config: PretrainedConfig, shapes: Mapping[str, tuple[int, ..
 
 
 def repeat_layers(graph: DecoderGraph, period: int, total: int) -> bool:
-    """Repeat the middle one of three traced periods until there are ``total`` layers; False if they are not alike."""
+    """Repeat the middle of three traced periods until there are ``total`` layers; False if the periods differ."""
     periods = [_nodes_of(graph, range(index * period, (index + 1) * period)) for index in range(TRACED_PERIODS)]
     after = _nodes_of(graph, range(period * TRACED_PERIODS, period * TRACED_PERIODS + 1))
     bodies = [
@@ -55,7 +57,7 @@ def repeat_layers(graph: DecoderGraph, period: int, total: int) -> bool:
 
 
 class _Origin(NamedTuple):
-    """What an input of a node is, told so that it reads alike in layers that are alike."""
+    """Describes an input of a node, so that equal layers have equal descriptions."""
 
     kind: str
     where: Any
@@ -63,7 +65,7 @@ class _Origin(NamedTuple):
 
 def _alike(graph: DecoderGraph, bodies: list[list[ir.Node]], period: int) -> bool:
     told = [_told(graph, body, bodies[index - 1] if index else [], index * period) for index, body in enumerate(bodies)]
-    # The first period takes the embedding where others take the layer before; the last one has the tail behind it.
+    # The first period reads the embedding where the others read the layer before. The last one includes the tail.
     size = len(told[1])
     same_end = len(told[2]) >= size and told[2][:size] == told[1]
     same_start = len(told[0]) == size and all(
@@ -101,7 +103,7 @@ def _told(
 
 
 class _Repeater:
-    """Puts copies of the middle period between it and the last one, and numbers the layers anew."""
+    """Inserts copies of the middle period between it and the last period, and renumbers the layers."""
 
     def __init__(self, graph: DecoderGraph, period: int, bodies: list[list[ir.Node]], copies: int) -> None:
         self._graph = graph
@@ -139,7 +141,7 @@ class _Repeater:
     def _copy(
         self, template: list[ir.Node], before: list[ir.Node], previous: list[ir.Node], shift: int
     ) -> list[ir.Node]:
-        """The template's nodes, some layers on: what it takes from the period before, they take from ``previous``."""
+        """Copy the template ``shift`` layers later. Values from the period before it are read from ``previous``."""
         values = {
             a: b for x, y in zip(before, previous, strict=True) for a, b in zip(x.outputs, y.outputs, strict=True)
         }
@@ -168,7 +170,7 @@ class _Repeater:
         return copied
 
     def _input(self, value: ir.Value, shift: int) -> ir.Value:
-        """The input of a later layer that stands where this one does; one that is shared is itself."""
+        """The matching input of the layer ``shift`` layers later. An input that layers share is returned unchanged."""
         name = _shifted(str(value.name), shift)
         if name == value.name or value.producer() is not None or value.const_value is not None:
             return value
@@ -181,7 +183,7 @@ class _Repeater:
         return self._inputs[name]
 
     def _renumber_last(self) -> None:
-        """Layers of the last period get their final numbers, highest first so that no two have one name."""
+        """Give layers of the last period their final numbers, highest first so that no two names collide."""
         shift, first = self._copies * self._period, (TRACED_PERIODS - 1) * self._period
         for value in [output for node in self._bodies[-1] for output in node.outputs if is_hidden(str(output.name))]:
             value.name = _shifted_hidden(str(value.name), shift)
@@ -197,7 +199,7 @@ class _Repeater:
                     self._graph.weights[new] = replace(source, tensors=tensors)
 
     def _order(self) -> None:
-        """Inputs and outputs as the contract has them: what is no layer's, then each layer's; weights behind."""
+        """Order inputs and outputs as in the contract: first those of no layer, then each layer's, then weights."""
         total = 1 + max(_number(name) or 0 for name in self._outputs)
         pairs = list(cache_names(total))
         _reorder(self._graph.graph.inputs, self._inputs, [past for past, _ in pairs])
@@ -205,7 +207,7 @@ class _Repeater:
 
 
 def _reorder(values: Any, named: dict[str, ir.Value], caches: list[str]) -> None:
-    """Cache values in the order of the layers, where the first of them stood."""
+    """Put cache values in layer order, from the position of the first one on."""
     names = [str(value.name) for value in values]
     start = min(names.index(name) for name in caches if name in names)
     head = names[:start]
@@ -252,7 +254,7 @@ def _shifted_hidden(name: str, shift: int) -> str:
 
 
 def _lists(config: PretrainedConfig, total: int) -> Iterable[tuple[Any, ...]]:
-    """What the config says of each layer: the entries of its lists that are as long as there are layers."""
+    """The config's entries for each layer, taken from its lists with one entry per layer."""
     lists = [value for _, value in sorted(config.to_dict().items()) if isinstance(value, list) and len(value) == total]
     return [tuple(repr(values[layer]) for values in lists) for layer in range(total)]
 

@@ -1,9 +1,9 @@
-"""The passes of a graph whose weights stay in the checkpoint's files: it has to take them as they are stored.
+"""The passes for a graph whose weights stay in the checkpoint's files: the graph must take them as stored.
 
-A checkpoint stores a linear layer as [out, in] and a graph wants [in, out]. Gemm(transB=1) takes it as it is; Transpose
-and Concat nodes that the session folds at load were measured as fast in a forward, but slower to load and with a
-second copy of every matrix in memory (ARCHITECTURE.md). Gemm wants rows [B n, in], so the block's two axes are merged
-before it and told apart after it.
+A checkpoint stores a linear layer as [out, in], but MatMul needs [in, out]. Gemm(transB=1) takes the stored form. The
+alternative is Transpose and Concat nodes that the session folds at load. Measured forwards were as fast, but loading
+was slower and kept a second copy of every matrix in memory (ARCHITECTURE.md). Gemm needs rows [B n, in], so the two
+axes of the block are merged before it and split after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.passes import PASSES, Pass, pack_qkv, transpose_weights
 
 ELEMENTWISE = frozenset({"Add", "Mul", "Sigmoid", "Tanh", "Gelu", "Relu"})
-"""Operators between two linear layers for which merged rows are as good as a block's."""
+"""Operators between two linear layers that give the same result on merged rows as on a block."""
 
 
 def use_stored_matrices(graph: DecoderGraph) -> None:
@@ -37,19 +37,19 @@ def use_stored_matrices(graph: DecoderGraph) -> None:
 LINKED_PASSES: tuple[Pass, ...] = tuple(
     use_stored_matrices if step is transpose_weights else step for step in PASSES if step is not pack_qkv
 )
-"""``PASSES`` for linked weights: nothing is packed, because three matrices in a file are not one."""
+"""``PASSES`` for linked weights. Nothing is packed, because three matrices in a file cannot be read as one."""
 
 
 class _Rows:
-    """Merges [B, n, E] into rows [B n, E] and tells the axes apart again, each once for all who want it."""
+    """Merges [B, n, E] into rows [B n, E] and splits the axes again. All readers of a value share one such node."""
 
     def __init__(self, graph: DecoderGraph) -> None:
         self._graph = graph
         self._merged: dict[ir.Value, ir.Value] = {}
         self._apart: dict[ir.Value, ir.Value] = {}
-        """Value told apart -> the merged rows it is made of."""
+        """Value with split axes -> the merged rows it is made from."""
         self._targets: dict[tuple[int, ...], ir.Value] = {}
-        """Sizes of the last axes -> [B, n, *sizes] as a value of the graph."""
+        """Sizes of the last axes -> the graph value that holds the shape [B, n, *sizes]."""
         self._block: ir.Value | None = None
 
     def make_gemm(self, matmul: ir.Node, weight: ir.Value) -> None:
@@ -87,7 +87,7 @@ class _Rows:
         return node.outputs[0]
 
     def stay_merged(self) -> None:
-        """Keep rows merged through elementwise nodes, from one Gemm to the next, and drop what then cancels out."""
+        """Keep rows merged through elementwise nodes between Gemms, and bypass Reshapes that cancel each other."""
         for node in list(self._graph.graph):
             inputs = [value for value in node.inputs if value is not None]
             if node.op_type in ELEMENTWISE and all(value in self._apart for value in inputs):
@@ -100,7 +100,7 @@ class _Rows:
                 self._reshape_at_once(user, merged)
 
     def _move_inside(self, node: ir.Node, inputs: list[ir.Value]) -> None:
-        """apart(a) op apart(b) -> apart(a op b)."""
+        """split(a) op split(b) -> split(a op b), where split makes [B, n, E] from rows [B n, E]."""
         result = node.outputs[0]
         assert result.shape is not None
         width, shape = int(result.shape[2]), result.shape  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ class _Rows:
             self._merged[apart] = self._merged.pop(result)
 
     def _reshape_at_once(self, node: ir.Node, rows: ir.Value) -> None:
-        """Reshape of a block told apart, by heads -> one Reshape of the merged rows."""
+        """Split axes, then Reshape by heads -> one Reshape of the merged rows."""
         target = node.inputs[1]
         sizes = target.const_value.numpy().tolist() if target is not None and target.const_value is not None else []
         if len(sizes) > 2 and sizes[:2] == [0, 0] and min(sizes[2:]) > 0:
@@ -124,7 +124,10 @@ class _Rows:
             node.replace_input_with(1, self._target(tuple(sizes[2:])))
 
     def _bias(self, result: ir.Value) -> tuple[ir.Value | None, ir.Value]:
-        """The bias that is added to a product and nothing else, if there is one, and the value that replaces both."""
+        """The bias added to a product, or None, and the value that the Gemm replaces.
+
+        An Add counts as a bias only if it is the product's only reader and its other input is a stored vector.
+        """
         users = [use.node for use in result.uses()]
         if len(users) != 1 or users[0].op_type != "Add":
             return None, result
@@ -133,7 +136,7 @@ class _Rows:
         return (other, users[0].outputs[0]) if is_bias and len(other.shape) == 1 else (None, result)  # type: ignore[union-attr, arg-type]
 
     def _target(self, sizes: tuple[int, ...]) -> ir.Value:
-        """[B, n, *sizes] as a shape, made once at the head of the graph."""
+        """The shape [B, n, *sizes] as a value, computed once at the start of the graph."""
         if sizes not in self._targets:
             block = self._block_shape()
             node = ir.node("Concat", [block, self._constant(list(sizes))], {"axis": 0})

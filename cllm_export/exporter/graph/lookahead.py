@@ -1,7 +1,7 @@
 """The lookahead graph: the finished greedy graph with other positions and another mask (arXiv 2402.02057).
 
-Nothing is traced anew and no weight is named a second time: two values of the greedy graph, which carry names for this,
-are computed from two more inputs instead. What the inputs mean stands in ``contract.py``.
+Nothing is traced again, and no weight is duplicated. Two named values of the greedy graph are computed from two
+additional inputs instead. ``contract.py`` explains these inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IR_DTYPE = {"int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
 
 
 def lookahead_obstacle(config: PretrainedConfig, *, max_length: int, fixed_shapes: bool) -> str | None:
-    """Why a model can have no lookahead graph; None where it can."""
+    """The reason why a model cannot have a lookahead graph; None if it can."""
     if fixed_shapes:
         return "its block grows and shrinks by what was accepted, and fixed_shapes pins the block"
     if (window := window_within(config, max_length)) is not None:
@@ -32,10 +32,10 @@ def lookahead_obstacle(config: PretrainedConfig, *, max_length: int, fixed_shape
 
 
 def derive_lookahead(greedy: DecoderGraph, geometry: Geometry) -> DecoderGraph:
-    """The lookahead graph of a greedy graph that states its contract; the greedy graph stays as it is.
+    """Derive the lookahead graph from a finished greedy graph, which stays unchanged.
 
     Raises:
-        GraphError: a value that has to be replaced is not there by its name.
+        GraphError: a value that has to be replaced has no name in the greedy graph.
     """
     graph = DecoderGraph(
         model=greedy.model.clone(),
@@ -59,10 +59,10 @@ def derive_lookahead(greedy: DecoderGraph, geometry: Geometry) -> DecoderGraph:
 
 
 def _insert_visible(graph: DecoderGraph, values: dict[str, ir.Value], by_slot: ir.Node) -> ir.Value:
-    """Which cache rows a row sees [B, 1, n, S]: those below the write index, and those of the block by ``row_mask``.
+    """The cache rows that each row sees [B, 1, n, S]: those below the write index, and the block's by ``row_mask``.
 
-    A cache row s is row s - write_index of the block. Rows outside it look up column 0, which counts for none of them:
-    Clip of integers is not for TensorRT, and a Gather outside its axis for nobody.
+    Cache row s is row s - write_index of the block. Cache rows outside the block look up column 0, and the result is
+    then masked out. This avoids a Gather outside its axis, which is invalid. TensorRT has no Clip for integers.
     """
     nodes: list[ir.Node] = []
 
@@ -83,7 +83,7 @@ def _insert_visible(graph: DecoderGraph, values: dict[str, ir.Value], by_slot: i
 
 
 def _add_inputs(graph: DecoderGraph, specs: list[TensorSpec]) -> dict[str, ir.Value]:
-    """Inputs of the graph by name, the contract's in its order and new ones among them; weights behind."""
+    """Add missing inputs and put all inputs in the order of the contract, weights last. Returns inputs by name."""
     present = {str(value.name): value for value in graph.graph.inputs}
     for spec in specs:
         if spec.name not in present:
@@ -105,7 +105,7 @@ def _require_value(graph: DecoderGraph, name: str) -> ir.Value:
 
 
 def _replace(value: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads a value read another one, under the same name."""
+    """Make all readers of a value read another value, which takes over its name."""
     name = value.name
     ir.convenience.replace_all_uses_with(value, new)
     value.name, new.name = f"{name}.replaced", name

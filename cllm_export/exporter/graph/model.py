@@ -1,4 +1,4 @@
-"""The graph in memory while passes work on it: an ONNX model without data, and where each weight will come from."""
+"""The graph in memory while passes work on it: an ONNX model without data, and the source of each weight."""
 
 from __future__ import annotations
 
@@ -36,32 +36,35 @@ COMPUTE_DTYPE: dict[Precision, ir.DataType] = {
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
-    """How one weight of the graph is made of checkpoint tensors: stacked along their first axis, ``offset`` added in
-    fp32, rounded if it is quantised, then transposed."""
+    """How one weight of the graph is made from checkpoint tensors.
+
+    They are stacked along their first axis, ``offset`` is added in fp32, and the sum is divided by ``divisor``. The
+    result is rounded if it is quantised, and then transposed.
+    """
 
     tensors: tuple[str, ...]
     transposed: bool = False
     offset: float = 0.0
-    """For norms whose scale is 1 + weight."""
+    """Number to add to the weight, for norms whose scale is 1 + weight."""
     divisor: Tensor | None = None
-    """What the sum is divided by, row by row: the channels that a norm makes are smoothed in its own scale."""
+    """What each row of the sum is divided by. SmoothQuant divides a norm's output channels through the norm's scale."""
     rounding: Rounding | None = None
     holds: Holds = "values"
-    """Which part of what the rounding gives; ``values`` where there is none."""
+    """The part of the rounding's result that this weight holds; ``values`` if there is no rounding."""
 
 
 @dataclass(kw_only=True)
 class DecoderGraph:
-    """A decoder's ONNX model whose weights are still graph inputs, with a source for each."""
+    """A decoder's ONNX model. Its weights are still graph inputs, and each has a source."""
 
     model: ir.Model
     precision: Precision
     weights: dict[str, WeightSource] = field(default_factory=dict)
-    """Graph input -> checkpoint tensors it is made of."""
+    """Graph input -> how it is made from checkpoint tensors."""
     constants: dict[str, Tensor] = field(default_factory=dict)
-    """Graph input -> value that no checkpoint holds (RoPE tables, row numbers)."""
+    """Graph input -> value that is not in a checkpoint (RoPE tables, row numbers)."""
     quantization: Quantization | None = None
-    """What was quantised, once that is done."""
+    """What was quantised; None before quantisation."""
 
     @property
     def graph(self) -> ir.Graph:
@@ -69,11 +72,11 @@ class DecoderGraph:
 
     @property
     def dtype(self) -> ir.DataType:
-        """Of activations, and of the scales that make integers activations' equals."""
+        """The dtype of activations and of quantisation scales."""
         return COMPUTE_DTYPE[self.precision]
 
     def add_weight(self, name: str, source: WeightSource, *, shape: tuple[int, ...], like: ir.Value) -> ir.Value:
-        """Add a weight as a graph input, of the dtype of ``like``; the one there is if the name is taken."""
+        """Add a weight as a graph input with the dtype of ``like``. If the name exists, return that input instead."""
         for value in self.graph.inputs:
             if value.name == name:
                 return value
@@ -99,7 +102,7 @@ class DecoderGraph:
             self.constants.pop(str(value.name), None)
 
     def add_constant(self, values: list[int]) -> ir.Value:
-        """A small int64 constant of the graph itself, shared by equal values."""
+        """A small int64 constant stored in the graph. Equal values share one constant."""
         name = "const_" + "_".join(str(value).replace("-", "m") for value in values)
         if name in self.graph.initializers:
             return self.graph.initializers[name]
@@ -111,7 +114,7 @@ class DecoderGraph:
         return value
 
     def add_scalar(self, name: str, number: np.generic) -> ir.Value:
-        """A constant without axes of the graph itself, by its name."""
+        """A constant without axes stored in the graph. Equal names share one constant."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         tensor = ir.tensor(np.asarray(number), name=name)
@@ -120,7 +123,7 @@ class DecoderGraph:
         return value
 
     def count(self, op_type: str) -> int:
-        """Number of nodes of one operator type."""
+        """The number of nodes of one operator type."""
         return sum(node.op_type == op_type for node in self.graph)
 
     def _is_stored(self, value: ir.Value) -> bool:

@@ -1,7 +1,7 @@
-"""Passes: each takes the graph of a decoder a step nearer to the contract, and checks its own post-condition.
+"""Passes that rewrite a decoder's graph step by step until it meets the contract. Each checks its post-condition.
 
-Order matters and stands in ``PASSES``. A pass works on structure alone: weights are graph inputs without data, and a
-change to a weight is a change to its ``WeightSource``, carried out when weights are streamed to disk.
+The order matters; ``PASSES`` defines it. A pass works only on the structure, because weights are graph inputs without
+data. To change a weight, a pass changes its ``WeightSource``; the change is applied when weights are streamed to disk.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ log = logging.getLogger(__name__)
 Pass = Callable[[DecoderGraph], None]
 
 _UNNAMED = re.compile(r"(val|constant)_\d+")
-"""How the tracer and the graph's own authority name what nobody named, by a count of everything so far; and how it was
-numbered here before, where a graph is folded once more and gets its numbers anew."""
+"""Matches names that carry only a running number. The tracer and onnx_ir name unnamed values this way. So does
+``_number_constants``, which runs again when a graph is folded again."""
 
 
 def run_passes(graph: DecoderGraph, passes: Sequence[Pass] | None = None) -> None:
-    """Run every pass in order (``PASSES`` if none are given), removing what each leaves unused.
+    """Run every pass in order (by default ``PASSES``), and remove unused nodes and weights after each.
 
     Raises:
-        GraphError: a pass did not reach its post-condition; names it.
+        GraphError: a pass did not reach its post-condition; the error names it.
     """
     for step in passes or PASSES:
         step(graph)
@@ -54,7 +54,7 @@ def run_passes(graph: DecoderGraph, passes: Sequence[Pass] | None = None) -> Non
 
 
 def fold_constants(graph: DecoderGraph) -> None:
-    """Evaluate what does not depend on any input, and collapse what the tracer wrote step by step."""
+    """Evaluate values that depend on no input, and simplify the nodes that the tracer wrote."""
     level = logging.getLogger("onnxscript").level
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
@@ -64,7 +64,7 @@ def fold_constants(graph: DecoderGraph) -> None:
 
 
 def store_offsets(graph: DecoderGraph) -> None:
-    """weight + number -> a weight stored with that number added: Gemma's norms are scaled by 1 + weight."""
+    """weight + number -> a weight stored with the number added. Gemma's norms scale by 1 + weight."""
     for add in [node for node in graph.graph if node.op_type == "Add"]:
         for value, other in (add.inputs, reversed(add.inputs)):
             weight, number = _behind_cast(value), _number(other)
@@ -74,7 +74,7 @@ def store_offsets(graph: DecoderGraph) -> None:
 
 
 def _store_sum(graph: DecoderGraph, add: ir.Node, value: ir.Value | None, weight: ir.Value, number: float) -> None:
-    """Let what reads ``add`` read a weight with the number in it, cast as ``value``, which may be ``weight`` itself."""
+    """Make readers of ``add`` read a weight that includes the number, cast if ``value`` is a cast of ``weight``."""
     assert value is not None and weight.shape is not None
     source = graph.weights[str(weight.name)]
     shape = tuple(int(dim) for dim in weight.shape.dims)  # type: ignore[arg-type]
@@ -108,7 +108,10 @@ def fuse_rms_norm(graph: DecoderGraph) -> None:
 
 
 def _drop_casts(norm: ir.Node) -> None:
-    """A norm of halves whose scale is widened before, and whose result is narrowed after: the operator does both."""
+    """Drop the casts around a half-precision norm: of its scale before it, and of its result after it.
+
+    The operator does both casts itself.
+    """
     rows, scale, result = norm.inputs[0], norm.inputs[1], norm.outputs[0]
     narrow = _behind_cast(scale)
     assert rows is not None
@@ -150,8 +153,11 @@ class _RotaryRule(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def fuse_rotary(graph: DecoderGraph) -> None:
-    """Marker operators and the rotation around them -> RotaryEmbedding. Post: one for each use of a marker's cos and
-    sin, at least one, and no marker. Layers may have none, or turn a part of the columns alone."""
+    """Marker operators and the rotation around them -> RotaryEmbedding.
+
+    Post: one RotaryEmbedding for each use of a marker's cos and sin, at least one in total, and no marker. Some layers
+    may have no rotation, or rotate only some of the columns.
+    """
     expected = sum(_num_rotations(node) for node in graph.graph if _is_marker(node, "Rotary")) // 2
     rewrite(graph.model, pattern_rewrite_rules=pattern.RewriteRuleSet([_RotaryRule.rule()]))
     optimizer.remove_unused_nodes(graph.model)
@@ -167,12 +173,12 @@ def _is_marker(node: ir.Node, kind: str) -> bool:
 
 
 def _num_rotations(marker: ir.Node) -> int:
-    """Products that a marker's output goes into, each through an Unsqueeze."""
+    """The number of products that read a marker's output through an Unsqueeze."""
     return sum(len(use.node.outputs[0].uses()) for use in marker.outputs[0].uses())
 
 
 def make_reshapes_static(graph: DecoderGraph) -> None:
-    """Write each Reshape's target as constants, 0 for an axis it keeps; one that takes another's whole shape stays."""
+    """Make each Reshape's target constant, with 0 for a kept axis. A target that is another value's shape stays."""
     for node in graph.graph:
         if node.op_type == "Reshape" and _computes_target(node):
             target = _static_target(node)
@@ -181,7 +187,7 @@ def make_reshapes_static(graph: DecoderGraph) -> None:
 
 
 def transpose_weights(graph: DecoderGraph) -> None:
-    """Transpose(weight) -> a weight stored transposed, or a Gemm where the table is shared. Post: no such Transpose."""
+    """Transpose(weight) -> a weight stored transposed, or a Gemm if the table is shared. Post: no such Transpose."""
     stored = set(graph.weights)
     transposes = [node for node in graph.graph if node.op_type == "Transpose"]
     for node in [node for node in transposes if node.inputs[0] is not None and node.inputs[0].name in stored]:
@@ -203,8 +209,9 @@ def transpose_weights(graph: DecoderGraph) -> None:
 def pack_qkv(graph: DecoderGraph) -> None:
     """The three projections of each attention -> one MatMul, one Reshape and one Split by heads.
 
-    On a model of a few million parameters the node count is what a forward costs (benchmarks/graph_passes.py). Gate
-    and up stay apart: packing them saves a MatMul and adds a Split that copies, so the count stays as it is.
+    On a model of a few million parameters the node count determines the cost of a forward
+    (benchmarks/graph_passes.py). Gate and up are not packed: that would save a MatMul but add a Split that copies, so
+    the count would stay the same.
     """
     for attention in [node for node in graph.graph if node.op_type == "Attention"]:
         chains = [_projection_of(graph, attention.inputs[index]) for index in (0, 1, 2)]
@@ -213,10 +220,11 @@ def pack_qkv(graph: DecoderGraph) -> None:
 
 
 def fold_query_groups(graph: DecoderGraph) -> None:
-    """Grouped queries: the g heads that share a key/value head become rows of one head, [B, K, g n, D].
+    """Grouped queries: make the g heads that share a key/value head rows of one head, [B, K, g n, D].
 
-    The same numbers in the same order, but every key and value is read once instead of g times: leaving it out costs
-    the demo model (g = 3) about a tenth of a one-token forward (benchmarks/graph_passes.py).
+    The computation has the same numbers in the same order, but reads every key and value once instead of g times.
+    Without this pass a one-token forward of the demo model (g = 3) is about a tenth slower
+    (benchmarks/graph_passes.py).
     """
     folded: dict[tuple[ir.Value, int], ir.Value] = {}
     for attention in [node for node in graph.graph if node.op_type == "Attention"]:
@@ -241,9 +249,10 @@ def fold_query_groups(graph: DecoderGraph) -> None:
 
 
 def name_replaceable_values(graph: DecoderGraph) -> None:
-    """Markers of positions and of the causal mask -> names, so that a variant of the graph finds what it replaces.
+    """Replace the markers of positions and of the causal mask by names, which a variant of the graph looks up.
 
-    Post: one value of positions, one mask at most (a graph with a window has several and names none), no marker left.
+    Post: at most one value of each has the name, and no marker is left. A graph with a window has several masks and
+    names none.
     """
     for kind, name in (("Positions", POSITIONS), ("Visible", VISIBLE)):
         markers = [node for node in graph.graph if _is_marker(node, kind)]
@@ -254,9 +263,9 @@ def name_replaceable_values(graph: DecoderGraph) -> None:
 
 
 def name_hidden_states(graph: DecoderGraph) -> None:
-    """Markers between layers -> names: ``hidden.0`` enters the first layer, ``hidden.L`` leaves the last.
+    """Replace the markers between layers by names: ``hidden.0`` enters the first layer, ``hidden.L`` leaves the last.
 
-    So that a tool can take the graph apart at its layers. Post: one for each layer and one, no marker left.
+    With these names a tool can split the graph at its layers. Post: L + 1 names for L layers, and no marker left.
     """
     markers = [node for node in graph.graph if _is_marker(node, "Hidden")]
     for index, marker in enumerate(markers):
@@ -268,7 +277,7 @@ def name_hidden_states(graph: DecoderGraph) -> None:
 
 
 def _unmark(marker: ir.Node, name: str) -> None:
-    """Let what reads a marker read what it marks, by that name."""
+    """Make readers of a marker read the marked value, and give the value this name."""
     value = marker.inputs[0]
     assert value is not None
     ir.convenience.replace_all_uses_with(marker.outputs[0], value)
@@ -296,9 +305,9 @@ def state_contract(
     *,
     inputs: Sequence[TensorSpec] | None = None,
 ) -> None:
-    """Give inputs and outputs the shapes of the contract; drop the tracer's shapes and names of everything between.
+    """Give inputs and outputs the shapes of the contract. Drop the tracer's shapes and names of all values between.
 
-    ``inputs`` are those of a variant; by default the greedy graph's.
+    ``inputs`` are the inputs of a variant of the graph; the default is those of the greedy graph.
     """
     inputs = inputs or graph_inputs(geometry, graph.precision, fixed)
     specs = {spec.name: spec for spec in (*inputs, *graph_outputs(geometry, graph.precision, fixed))}
@@ -321,7 +330,7 @@ def state_contract(
 
 
 def _number_constants(graph: ir.Graph) -> None:
-    """Number the constants that the tracer or a pass left unnamed as nodes first read them."""
+    """Number the unnamed constants of the tracer and the passes in the order in which nodes first read them."""
     unnamed = {name: value for name, value in graph.initializers.items() if _UNNAMED.fullmatch(name)}
     read = dict.fromkeys(value for node in graph for value in node.inputs if value in set(unnamed.values()))
     for name in unnamed:
@@ -332,7 +341,7 @@ def _number_constants(graph: ir.Graph) -> None:
 
 
 def pin_shapes(graph: DecoderGraph, geometry: Geometry, fixed: FixedShapes) -> None:
-    """Make B, n and S numbers: every Shape folds away, and so does a Slice that keeps the whole cache."""
+    """Make B, n and S fixed numbers. Every Shape is folded, and a Slice that keeps the whole cache is removed."""
     state_contract(graph, geometry, fixed)
     fold_constants(graph)
     if fixed.kv_length == geometry.cache_length:
@@ -373,7 +382,7 @@ def _static_target(node: ir.Node) -> list[int]:
 
 
 def _use_gemm(graph: DecoderGraph, transpose: ir.Node, table: ir.Value) -> None:
-    """MatMul of rows [B h, E] with a transposed shared table [V, E] -> Gemm(transB), so that the file holds it once."""
+    """MatMul of rows [B h, E] with a transposed shared table [V, E] -> Gemm(transB). The file then holds it once."""
     for matmul in [use.node for use in transpose.outputs[0].uses()]:
         rows = matmul.inputs[0]
         _require(
@@ -387,7 +396,7 @@ def _use_gemm(graph: DecoderGraph, transpose: ir.Node, table: ir.Value) -> None:
 
 
 def _projection_of(graph: DecoderGraph, value: ir.Value | None) -> list[ir.Node] | None:
-    """The nodes from MatMul to Reshape (and Transpose, if it follows at once) behind an Attention input, or None."""
+    """The nodes from MatMul to Reshape behind an Attention input, plus a Transpose that follows directly; or None."""
     chain: list[ir.Node] = []
     while value is not None and (node := value.producer()) is not None:
         chain.insert(0, node)
@@ -403,7 +412,7 @@ def _projection_of(graph: DecoderGraph, value: ir.Value | None) -> list[ir.Node]
 
 
 def _data_input(graph: DecoderGraph, node: ir.Node) -> ir.Value | None:
-    """The input of a node that carries activations: the block of a TensorScatter, what is not a weight of an Add."""
+    """The input of a node that carries activations: the block of a TensorScatter, else the first non-weight input."""
     if node.op_type == "TensorScatter":
         return node.inputs[1]
     return next((value for value in node.inputs if value is not None and value.name not in graph.weights), None)
@@ -457,7 +466,7 @@ def _bias(graph: DecoderGraph, chain: list[ir.Node]) -> ir.Value | None:
 
 
 def _packed(graph: DecoderGraph, values: list[ir.Value | None], *, axis: int) -> ir.Value:
-    """One weight made of several, side by side along their output axis (which checkpoints store first)."""
+    """One weight that joins several along their output axis (the first axis in checkpoints)."""
     present = [value for value in values if value is not None and value.shape is not None]
     sources = [graph.weights[str(value.name)] for value in present]
     tensors = tuple(name for source in sources for name in source.tensors)

@@ -1,7 +1,7 @@
-"""Rotary embeddings as tables: cos and sin at every position, from the stock module itself.
+"""Rotary embeddings as tables: cos and sin at every position, computed by the stock module.
 
-Most rope types depend on the position alone. Longrope and dynamic scaling look at the length of what they are given as
-well; a graph has one table, so such a module is settled for the length that a bundle is built for, once.
+Most rope types depend only on the position. Longrope and dynamic scaling also depend on the length of their input. A
+graph has one table, so the frequencies of such a module are fixed for the length that a bundle is built for.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from transformers import PretrainedConfig
 from cllm_export.errors import UnsupportedError
 
 Tables = Mapping[str | None, tuple[Tensor, Tensor]]
-"""Layer type, None where all layers share a table -> cos and sin [C, R/2] in fp32, for R rotated columns a head."""
+"""Layer type (None if all layers share a table) -> cos and sin [C, R/2] in fp32, for R rotated columns per head."""
 
 
 def settle_rope(rotary: nn.Module, max_length: int) -> None:
-    """Fix the frequencies of a stock rotary embedding: those it has for a text of ``max_length`` hold for any."""
+    """Fix the frequencies of a stock rotary embedding to those it uses for an input of ``max_length`` tokens."""
     positions = torch.arange(max_length)[None]
     for layer_type in _layer_types(rotary):
         _cos_sin(rotary, positions, layer_type)
     rope_type: Any = rotary.rope_type
-    settled = "default"  # the one type whose frequencies no forward touches
+    settled = "default"  # the only type whose frequencies no forward changes
     rotary.rope_type = dict.fromkeys(rope_type, settled) if isinstance(rope_type, dict) else settled  # type: ignore[assignment]
 
 
 def rotary_tables(rotary_type: type[nn.Module], config: PretrainedConfig, *, max_length: int, length: int) -> Tables:
-    """The tables of positions 0..length - 1, as they are for texts of ``max_length``.
+    """The tables of positions 0..length - 1, with the frequencies for inputs of ``max_length`` tokens.
 
     Raises:
-        UnsupportedError: the rotation is not of the half-split form.
+        UnsupportedError: the rotation does not have the half-split form.
     """
     rotary = rotary_type(config)
     settle_rope(rotary, max_length)

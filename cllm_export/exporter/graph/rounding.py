@@ -1,6 +1,6 @@
-"""How the rows of a matrix become integers and scales. A row is an output channel, as checkpoints store them.
+"""Rounds the rows of a matrix to integers and scales. A row is an output channel, as in checkpoints.
 
-Rows are rounded on their own, so that a weight can be streamed: no rounding here needs more of it than some rows.
+Each row is rounded independently, so a weight can be streamed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -12,50 +12,51 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-"""Symmetric: -128 is left out."""
+"""Largest magnitude of an 8-bit integer. The range is symmetric and does not use -128."""
 
 MAX_PAIR = 128
-"""What the magnitudes of two neighbouring integers may come to. x86 processors without VNNI multiply an unsigned by a
-signed byte and add two such products in 16 bits, where more saturates without a word: 255 * 128 fits, 255 * 129 does
-not."""
+"""Largest sum of the magnitudes of two paired integers. x86 processors without VNNI multiply unsigned by signed bytes
+and add two such products in 16 bits. A larger sum saturates silently: 255 * 128 fits, 255 * 129 does not."""
 PAIRED = 4
-"""Input channels of which kernels pair any two: they take so many at a time, from the first on."""
+"""Kernels take this many consecutive input channels at a time, and may pair any two of them."""
 BELOW_PAIR = 1 - 2.0**-12
-"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, that an error of the division rounds neither too far up."""
+"""Share of ``MAX_PAIR`` that two magnitudes are scaled to, so that a division error rounds neither of them up."""
 
 
 class Rounded(NamedTuple):
-    """Some rows as they are stored."""
+    """Some rows in their stored form."""
 
     codes: Tensor
     scales: Tensor
 
 
 class Rounding(Protocol):
-    """Makes rows [r, in] into codes and scales."""
+    """Rounds rows [r, in] to codes and scales."""
 
     @property
     def code_dtype(self) -> torch.dtype: ...
 
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of what a row of this width becomes: of its codes and of its scales."""
+        """The shapes of the codes and of the scales of one row of this width."""
         ...
 
     def __call__(self, rows: Tensor) -> Rounded:
-        """Round rows in fp32, which it may change."""
+        """Round fp32 rows. May change ``rows`` in place."""
         ...
 
 
 def restored(rounded: Rounded, width: int) -> Tensor:
-    """The rows [r, in] of this width, in fp32, that codes and scales stand for: with a scale a row, or with a scale a
-    group and two codes a byte."""
+    """The fp32 rows [r, in] that codes and scales represent, for in = ``width``.
+
+    Codes have either one scale per row, or one scale per group and two codes per byte.
+    """
     codes, scales = rounded
     whole = unpacked(codes) if codes.dtype == torch.uint8 else codes
     return (whole.float() * scales[..., None]).flatten(1)[:, :width]
 
 
 class _SignedChannels:
-    """What is stored of 8 bits with a sign and one scale for each row."""
+    """The stored form of signed 8-bit integers with one scale per row."""
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -67,8 +68,10 @@ class _SignedChannels:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRounding(_SignedChannels):
-    """8 bits with a sign, round to nearest, one scale for each row: its largest magnitude is 127. A row of zeros has
-    scale 1, since TensorRT takes positive scales alone."""
+    """Signed 8-bit integers, rounded to nearest. Each row has one scale, which maps its largest magnitude to 127.
+
+    A row of zeros has scale 1, since TensorRT takes only positive scales.
+    """
 
     def __call__(self, rows: Tensor) -> Rounded:
         scales = positive(rows.abs().amax(dim=1).div_(INT8_MAX))
@@ -77,15 +80,15 @@ class ChannelRounding(_SignedChannels):
 
 @dataclass(frozen=True, kw_only=True)
 class PairRounding(_SignedChannels):
-    """8 bits with a sign, one scale for each row, that no processor's kernel saturates at, whatever the activations.
+    """Signed 8-bit integers, one scale per row, for which no processor's kernel saturates, whatever the activations.
 
-    The scale is that of ``ChannelRounding``, or larger where two magnitudes that a kernel adds would exceed
-    ``MAX_PAIR``: by half in rows of a normal distribution, since two of the largest seldom meet. Halving the range,
-    which rules out the same, doubles it.
+    The scale is that of ``ChannelRounding``, or larger if two magnitudes that a kernel adds would exceed ``MAX_PAIR``.
+    For normally distributed rows it grows by half, since two of the largest magnitudes seldom meet. Halving the range
+    would also prevent saturation, but doubles the scale.
     """
 
     scale_factor: float = 1.0
-    """What scales are multiplied by: another factor of the product, which then needs no node of its own."""
+    """A constant factor of the product that is folded into the scales, so that it needs no node of its own."""
 
     def __call__(self, rows: Tensor) -> Rounded:
         magnitudes = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % PAIRED))
@@ -97,7 +100,7 @@ class PairRounding(_SignedChannels):
 
 @dataclass(frozen=True, kw_only=True)
 class Float8Rounding:
-    """8-bit floats (E4M3), one scale for each row: its largest magnitude is the largest number of the format."""
+    """8-bit floats (E4M3). Each row has one scale, which maps its largest magnitude to the format's largest number."""
 
     largest: float
 
@@ -116,11 +119,11 @@ class Float8Rounding:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScaledRounding:
-    """Another rounding, of rows whose columns are multiplied first: by what the activation was divided by."""
+    """Multiplies the columns of rows by the factors that the activation was divided by, then applies ``inner``."""
 
     inner: Rounding
     factors: Tensor
-    """[in]"""
+    """[in], one factor per column."""
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -134,19 +137,22 @@ class ScaledRounding:
 
 
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # PyTorch's own stubs lack it
-"""Two values a byte along the last axis, where they are stored; PyTorch itself computes nothing in it."""
+"""4-bit integers. They are stored as two values per byte along the last axis. PyTorch cannot compute with them."""
 
 INT4_ZERO = 8
-"""What stands for 0 where 4-bit integers are stored without a sign; they reach from -8 to 7."""
+"""The code of 0 in unsigned 4-bit storage. The values range from -8 to 7."""
 
 STEPS = (7.0, 7.5, 8.0, 8.5)
-"""Steps from 0 to the largest magnitude of a group: of these, the one with the least squared error is taken."""
+"""Candidate numbers of steps from 0 to a group's largest magnitude. The one with the least squared error is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRounding:
-    """4 bits, round to nearest, one scale for each group of a row. As ONNX Runtime's MatMulNBits takes them: codes
-    [r, groups, group / 2], two in a byte, the first one low; scales [r, groups]. Zeros fill the last group."""
+    """4-bit integers, rounded to nearest, one scale per group of a row, in the layout of ONNX Runtime's MatMulNBits.
+
+    Codes are [r, groups, group / 2], two per byte, the first in the low half. Scales are [r, groups]. The last group is
+    padded with zeros.
+    """
 
     group_size: int
 
@@ -166,10 +172,10 @@ class GroupRounding:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SignedGroups:
-    """Another rounding of 4 bits in groups, stored with a sign, as ONNX's DequantizeLinear takes them: codes [r, in],
-    from -8 to 7, a byte each until they are written, and scales [r, groups].
+    """Stores the result of another 4-bit group rounding with a sign, as ONNX's DequantizeLinear takes it.
 
-    A group of zeros has scale 1: TensorRT takes positive scales alone.
+    Codes are [r, in], from -8 to 7, one byte each until they are written. Scales are [r, groups]. A group of zeros has
+    scale 1, since TensorRT takes only positive scales.
     """
 
     inner: Rounding
@@ -192,18 +198,18 @@ def _signed_codes(rows: Tensor, scales: Tensor) -> Tensor:
 
 
 def positive(scales: Tensor) -> Tensor:
-    """Scales with 1 where there is nothing to scale."""
+    """The scales, with 1 in place of 0."""
     return torch.where(scales > 0, scales, 1.0)
 
 
 def in_groups(rows: Tensor, group_size: int) -> Tensor:
-    """Rows [r, in] as [r, groups, group], with zeros at the end."""
+    """Rows [r, in] as [r, groups, group], padded with zeros."""
     padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
     return padded.view(rows.shape[0], -1, group_size)
 
 
 def group_scales(groups: Tensor) -> Tensor:
-    """The scale of each group [..., group] -> [...], 0 where it is zeros."""
+    """The scale of each group, [..., group] -> [...]; 0 for a group of zeros."""
     largest = groups.abs().amax(dim=-1)
     best, least = largest / STEPS[0], torch.full_like(largest, torch.inf)
     for steps in STEPS:
@@ -226,6 +232,6 @@ def packed(codes: Tensor) -> Tensor:
 
 
 def unpacked(codes: Tensor) -> Tensor:
-    """Bytes [..., group / 2] as integers from -8 to 7 [..., group], in 8 bits."""
+    """Bytes [..., group / 2] as 8-bit integers from -8 to 7 [..., group]."""
     halves = torch.stack([codes & 15, codes >> 4], dim=-1)
     return halves.flatten(-2).to(torch.int8) - INT4_ZERO

@@ -1,9 +1,9 @@
-"""Checkpoint config to raw ONNX graph: the stock transformers decoder, traced over fake tensors.
+"""Turns a checkpoint config into a raw ONNX graph: traces the stock transformers decoder over fake tensors.
 
-No model is re-implemented and no weight is read. The decoder is told, through transformers' attention registry and
-its cache argument, to emit ONNX Attention and TensorScatter; its rotary embedding is swapped for a table look-up.
-Around it stands what the contract adds: positions, mask, argmax and match length. Tensors that hold weights come out
-as graph inputs named after their checkpoint tensors, so that every later pass works without data.
+No model is re-implemented, and no weight is read. transformers' attention registry and cache argument make the decoder
+emit ONNX Attention and TensorScatter. A table look-up replaces its rotary embedding. The wrapper adds what the contract
+needs: positions, mask, argmax and the number of accepted tokens. Weights become graph inputs named after their
+checkpoint tensors, so every later pass works without data.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from cllm_export.exporter.graph.rotary import Tables, rotary_tables
 
 ATTENTION_NAME = "cllm_export_onnx"
 TRACE_DOMAIN = "cllm_export.trace"
-"""Domain of the marker operators: Rotary stands for cos and sin until the rotary pass removes it, Hidden for the value
-between two layers until the last pass names it, and Positions and Visible for the two values that a variant of the
-graph replaces."""
+"""Domain of the marker operators. Rotary marks cos and sin until the rotary pass removes it. Hidden marks the value
+between two layers until the last pass names it. Positions and Visible mark the two values that a variant of the graph
+replaces."""
 
 HARMLESS = frozenset({"dropout", "sliding_window", "position_ids", "use_cache"})
-"""What stock layers tell their attention and the graph says elsewhere, in its mask above all."""
+"""Arguments of stock attention that can be ignored: the graph expresses them elsewhere, mostly in its mask."""
 
 STORED_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias)$")
-"""Buffers that older checkpoints store and every model computes: frequencies, rotation tables and causal masks."""
+"""Buffers that older checkpoints store although the model computes them: frequencies, rotary tables, causal masks."""
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A traced decoder: its graph, and what each graph input that is no contract input stands for."""
+    """A traced decoder: its graph, and the meaning of each graph input that is not in the contract."""
 
     model: ir.Model
     checkpoint_tensors: tuple[str, ...]
-    """Graph inputs that stand for the checkpoint tensor of their name."""
+    """Graph inputs that are named after the checkpoint tensor they take."""
     constants: dict[str, Tensor]
-    """Graph input -> value computed here (RoPE tables, row numbers)."""
+    """Graph input -> its computed value (RoPE tables, row numbers)."""
 
 
 def geometry_of(config: PretrainedConfig, *, max_length: int, max_block_size: int) -> Geometry:
@@ -73,7 +73,7 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
     """Trace the greedy graph of ``contract.py`` with symbolic B, n, S and h.
 
     Raises:
-        UnsupportedError: the modelling code does not go through the attention registry or half-split rotation.
+        UnsupportedError: the modelling code does not use the attention registry or half-split rotation.
     """
     AttentionInterface.register(ATTENTION_NAME, _attention)
     max_length = geometry.cache_length - geometry.max_block_size + 1
@@ -108,10 +108,10 @@ def trace_greedy(config: PretrainedConfig, geometry: Geometry, precision: Precis
 
 @dataclass(frozen=True, kw_only=True)
 class Masks:
-    """Which mask the decoder wants: causal, or with a window, for all of its layers or for those of a type."""
+    """The masks that the decoder needs: causal, or with a sliding window, for all layers or per layer type."""
 
     window: int | None
-    """Tokens that a sliding layer sees; None if no layer slides within the length that the graph is for."""
+    """Tokens that a sliding layer sees; None if no layer has a window below the maximum length of the graph."""
     by_layer_type: bool
 
     @classmethod
@@ -119,7 +119,7 @@ class Masks:
         return cls(window=window_within(config, max_length), by_layer_type=layer_types_of(config) is not None)
 
     def make(self, kv_positions: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """Bool masks [B, 1, n, S] in the form that the stock modelling code takes as ready-made."""
+        """Bool masks [B, 1, n, S] in the form that the stock modelling code uses without changes."""
         rows = positions[:, None, :, None]
         causal = kv_positions <= rows
         if self.window is None:
@@ -129,10 +129,10 @@ class Masks:
 
 
 class GreedyGraph(nn.Module):
-    """The decoder wrapped in the greedy contract. Shapes are those of ``contract.py``.
+    """Wraps the decoder in the greedy contract. Shapes are those of ``contract.py``.
 
-    The argmax is taken before what some families do to logits after the head (Granite divides them, Gemma squeezes
-    them through tanh): it grows with the logit, so it changes no argmax but where rounding makes two logits equal.
+    Some families change logits after the head: Granite divides them, Gemma passes them through tanh. The argmax is
+    taken before that. Both functions are increasing, so the argmax is the same unless rounding makes two logits equal.
     """
 
     row_numbers: Tensor
@@ -173,7 +173,7 @@ class GreedyGraph(nn.Module):
 
 
 def _mark_hidden_states(layers: nn.ModuleList) -> None:
-    """Mark what each layer takes, and what the last one gives."""
+    """Mark the input of each layer and the output of the last one."""
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (_marked("Hidden", inputs[0]), *inputs[1:])
@@ -196,11 +196,11 @@ def _marked(kind: str, value: Tensor) -> Tensor:
 
 
 class RotaryTable(nn.Module):
-    """Stands for the decoder's rotary embedding: cos and sin [B, n, R] as marker operators over tables [C, R/2].
+    """Replaces the decoder's rotary embedding: gives cos and sin [B, n, R] as marker operators over tables [C, R/2].
 
     Args:
-        shapes: of a table, for each layer type that has its own; under None where all layers share one.
-        dtype: of the tables.
+        shapes: layer type -> shape of its table; the key is None if all layers share one table.
+        dtype: the dtype of the tables.
     """
 
     def __init__(self, shapes: Mapping[str | None, Sequence[int]], dtype: torch.dtype) -> None:
@@ -224,7 +224,7 @@ def _table_name(kind: str, layer_type: str | None) -> str:
 
 
 class ScatterCache:
-    """What the decoder sees as its cache: each update writes a block at the write index and shows rows 0..S-1."""
+    """The cache that the decoder uses. Each update writes a block at the write index and returns rows 0..S-1."""
 
     is_compileable = False
 
@@ -258,10 +258,10 @@ class ScatterCache:
 def _num_accepted(
     input_ids: Tensor, num_committed: Tensor, head_rows: Tensor, drafted: Tensor, next_ids: Tensor
 ) -> Tensor:
-    """Number of leading rows that are right, [B]: the first row that is neither committed nor predicted, else n.
+    """The number of leading rows that are right, [B]: the index of the first wrong row, else n.
 
     Row i is right if i < num_committed or if its token equals the prediction after row i - 1. An idle slot has no
-    committed row, so its first wrong row is 0. In prefill only row 0 is looked at.
+    committed row, so its first wrong row is 0. In prefill only row 0 is checked.
     """
     before = nn.functional.pad(next_ids, (1, -1), value=-1)
     right = (head_rows < num_committed[:, None]) | (drafted == before)
@@ -279,7 +279,7 @@ def _attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of the registry: query [B, H, n, D], key and value [B, K, S, D], bool mask [B, 1, n, S]."""
+    """The attention function for the registry: query [B, H, n, D], key and value [B, K, S, D], mask [B, 1, n, S]."""
     if mask is None:
         raise UnsupportedError(f"{type(module).__name__} drops the attention mask it is given")
     if unknown := sorted(name for name, given in others.items() if given is not None and name not in HARMLESS):
@@ -294,10 +294,10 @@ def _attention(
 def _capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
 ) -> Tensor:
-    """Attention whose scores pass through softcap * tanh(score / softcap), [B, H, n, D], in primitive operators.
+    """Attention with scores softcap * tanh(score / softcap), [B, H, n, D], in primitive operators.
 
-    TensorRT's Attention has no softcap. The g heads that share a key/value head become rows of one head, as in
-    ``fold_query_groups``, so that no key or value is repeated.
+    TensorRT's Attention has no softcap. As in ``fold_query_groups``, the g heads that share a key/value head become
+    rows of one head, so no key or value is repeated.
     """
     b, heads, n, width = query.shape
     kv_heads = key.shape[1]
@@ -341,16 +341,16 @@ def decoder_from(
 
 
 def _rotary_tables(config: PretrainedConfig, *, max_length: int, length: int) -> Tables:
-    """cos and sin of positions 0..length - 1, by the decoder's own rotary embedding, whatever its rope type."""
+    """The cos and sin tables of positions 0..length - 1, computed by the decoder's own rotary embedding."""
     with torch.device("meta"):
         rotary_type = type(decoder_from(config).model.rotary_emb)
     return rotary_tables(rotary_type, config, max_length=max_length, length=length)
 
 
 def _keep_scalars(decoder: PreTrainedModel) -> None:
-    """Give buffers that are a computed number (Gemma's embedding scale) that number: no checkpoint holds them.
+    """Replace fake buffers that hold a computed number (Gemma's embedding scale) by that number.
 
-    Fake tensors made of Python numbers remember what they were made of.
+    No checkpoint holds these buffers. A fake tensor made from a Python number keeps the number.
     """
     for module in decoder.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
@@ -359,7 +359,7 @@ def _keep_scalars(decoder: PreTrainedModel) -> None:
 
 
 def checkpoint_names(decoder: PreTrainedModel) -> dict[str, str]:
-    """Parameter name in the trace -> tensor name in a checkpoint; tied parameters share the first one's."""
+    """Parameter name in the trace -> tensor name in a checkpoint. Tied parameters share the name of the first."""
     first: dict[int, str] = {}
     names = {}
     for name, parameter in decoder.named_parameters(remove_duplicate=False):
@@ -429,21 +429,21 @@ def _detach_weights(model: ir.Model, names: dict[str, str]) -> None:
 
 
 def _require_data(model: ir.Model) -> None:
-    """A fake tensor that is neither a checkpoint's nor computed here would be written as noise."""
+    """Refuse a fake tensor that has no data: it would be written as noise."""
     for name, value in model.graph.initializers.items():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             raise GraphError(f"the trace holds a buffer {name} of which no data is known; it is not supported yet")
 
 
 def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -> frozenset[str]:
-    """Compare the checkpoint's tensors, before any work, with what its config asks for; the names of those it asks for.
+    """Compare the checkpoint's tensors with those that its config needs. Returns the names of the latter.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape; names it.
+        CheckpointError: a tensor is missing, unexpected or has another shape; names it.
     """
     with torch.device("meta"):
         decoder = decoder_from(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}  # tied ones once
+    expected = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}  # lists tied ones once
     for name, shape in sorted(expected.items()):
         if name not in found:
             raise CheckpointError(f"the checkpoint has no tensor {name}, which its config asks for; it is incomplete")
@@ -462,7 +462,7 @@ def check_tensors(config: PretrainedConfig, found: dict[str, tuple[int, ...]]) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from writing about optional packages and its own internals."""
+    """Silence messages of torch's exporter about optional packages and its internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,1 +1,1 @@
-"""TensorRT's parser rules, as a lint."""
+"""A lint that checks a graph against the rules of TensorRT's parser."""

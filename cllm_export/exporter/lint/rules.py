@@ -1,10 +1,10 @@
-"""Lint: the rules of TensorRT's ONNX parser (10.15 to 11.x) and of KVCacheUpdate, stated over a graph without TensorRT.
+"""Checks a graph, without TensorRT, against the rules of TensorRT's ONNX parser (10.15 to 11.x) and of KVCacheUpdate.
 
-It finds at export time, on any machine, what a build on the GPU would refuse or, worse, accept and compute wrongly.
-It does not prove that a graph builds, nor that it is sound ONNX (onnx.checker) or holds the contract (the passes).
-Of weights only dims and dtype are looked at: their data may be on no disk yet.
+The lint runs at export time on any machine. It finds graphs that an engine build on the GPU would refuse, or would
+accept and then compute wrongly. It does not prove that a graph builds. onnx.checker checks for valid ONNX, and the
+passes check the contract. The lint reads only dims and dtype of weights, because their data may not be written yet.
 
-The rules come from onnx-tensorrt's docs/operators.md and importers; a rule stricter than the parser says why.
+The rules come from onnx-tensorrt's docs/operators.md and importers. A rule that is stricter than the parser says why.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from cllm_export.exporter.lint.values import (
 )
 
 Broken = Iterator[tuple[str, str]]
-"""(rule, message) of each rule that a node breaks."""
+"""A (rule, message) pair for each rule that a node breaks."""
 
 MAX_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One rule that one node, value or the model itself breaks."""
+    """One rule that a node, a value or the model breaks."""
 
     node: str
-    """Operator type and name; ``value`` and name; or ``model``."""
+    """The operator type and name of a node; ``value`` and a name; or ``model``."""
     rule: str
     message: str
 
@@ -52,9 +52,9 @@ class Finding:
 
 
 def lint(model: ModelProto, *, max_opset: int = OPSET, unjudged: Collection[str] = ()) -> list[Finding]:
-    """Every rule that the graph breaks, in graph order; an empty list if it is clean.
+    """Every rule that the graph breaks, in graph order; an empty list if there is none.
 
-    ``unjudged`` are operators, of any domain, for which the graph is meant for another engine than TensorRT.
+    ``unjudged`` names operators, of any domain, to skip because the graph is made for another engine than TensorRT.
     """
     described, failure = infer(_without_data(model))
     values = Values.of(model, described)
@@ -72,7 +72,7 @@ def require_clean(model: ModelProto, *, unjudged: Collection[str] = ()) -> None:
     """Check that the graph breaks no rule; see ``lint``.
 
     Raises:
-        GraphError: it does; lists the first findings and says how many there are.
+        GraphError: it breaks a rule; lists the first findings and their number.
     """
     findings = lint(model, unjudged=unjudged)
     if not findings:
@@ -86,7 +86,7 @@ def require_clean(model: ModelProto, *, unjudged: Collection[str] = ()) -> None:
     )
 
 
-# What each operator takes. An operator that is not here is refused, whether TensorRT knows it or not.
+# The dtypes that each operator takes. Any other operator is refused, even if TensorRT knows it.
 
 DTYPES: dict[str, frozenset[int]] = {
     operator: dtypes
@@ -96,7 +96,7 @@ DTYPES: dict[str, frozenset[int]] = {
             "QuantizeLinear RMSNormalization Reciprocal RotaryEmbedding Round Sigmoid Sin Softmax Softplus Sqrt Tanh",
             FLOATS,
         ),
-        # The parser's table adds int32, but TensorScatter becomes KVCacheUpdate, which takes floats alone.
+        # The parser's table adds int32, but TensorScatter becomes KVCacheUpdate, which takes only floats.
         ("TensorScatter", FLOATS),
         (
             "Abs Add ArgMax ArgMin Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mod Mul Neg Pad Pow Range "
@@ -121,7 +121,7 @@ REFUSED: dict[str, str] = {
     "DynamicQuantizeLinear": "is not in TensorRT, and its one scale per tensor lets the rows of a block see each other",
     "MatMulInteger": "is not in TensorRT: quantise with QuantizeLinear and DequantizeLinear",
 }
-"""Operators that are easily met, and what to do instead."""
+"""Refused operators that occur often -> the reason, and what to use instead."""
 
 TYPED_VALUES: dict[str, Callable[[NodeProto], Sequence[str]]] = {
     "Where": lambda node: node.input[1:2],
@@ -131,14 +131,14 @@ TYPED_VALUES: dict[str, Callable[[NodeProto], Sequence[str]]] = {
     "If": lambda node: node.output,
     "OneHot": lambda node: node.input[2:3],
 }
-"""Values that the dtype of an operator is about, where that is not its first input."""
+"""Operator -> values whose dtype is checked, where that is not the dtype of the first input."""
 
 
-# Rules of the whole model.
+# Rules for the whole model.
 
 
 def _opset(model: ModelProto, newest: int) -> Broken:
-    """The parser of 10.15 and of 11.1 ends at opset 24."""
+    """The parsers of 10.15 and 11.1 support opsets up to 24."""
     versions = [entry.version for entry in model.opset_import if _is_default(entry.domain)]
     if not versions:
         yield "opset", "imports no opset of the default domain"
@@ -153,11 +153,11 @@ def _float64(values: Values) -> Iterator[tuple[str, str, str]]:
             yield name, "float64", "is float64, which TensorRT narrows to float32 in silence"
 
 
-# Rules of every node.
+# Rules for every node.
 
 
 def _check(node: NodeProto, inside: str, values: Values) -> Broken:
-    """The rules of every node, then those of its operator; of an unknown operator there is nothing more to say."""
+    """Apply the rules of every node, then those of its operator. An unknown operator gives one finding only."""
     if not _is_default(node.domain):
         yield "domain", f"operator of domain {node.domain!r}: TensorRT would look for a plugin of that name"
     elif node.op_type not in DTYPES:
@@ -174,8 +174,8 @@ def _is_default(domain: str) -> bool:
 
 
 def _dtype(node: NodeProto, values: Values) -> Broken:
-    """TensorRT 11 is strongly typed: what the ONNX says is what a layer gets, and each layer takes its own set."""
-    allowed = DTYPES[node.op_type] | {TensorProto.UNDEFINED, TensorProto.DOUBLE}  # float64 has a rule of its own
+    """TensorRT 11 is strongly typed: a layer gets the dtype in the ONNX graph, and each layer takes its own set."""
+    allowed = DTYPES[node.op_type] | {TensorProto.UNDEFINED, TensorProto.DOUBLE}  # float64 has its own rule
     names = TYPED_VALUES.get(node.op_type, _first_input)(node)
     for dtype in sorted({values.dtypes.get(name, TensorProto.UNDEFINED) for name in names} - allowed):
         known = ", ".join(dtype_name(other) for other in sorted(DTYPES[node.op_type]))
@@ -192,11 +192,11 @@ def _subgraph(node: NodeProto, inside: str) -> Broken:
         yield "attention-subgraph", f"stands in a subgraph of {inside}, where TensorRT 10.16 cannot build it"
 
 
-# Rules of one operator each.
+# Rules for one operator each.
 
 
 def _attention_ports(node: NodeProto, values: Values) -> Broken:
-    """IAttention has query, key, value and mask, each 4-D, and one output; a past is KVCacheUpdate's affair."""
+    """IAttention takes a 4-D query, key, value and mask, and has one output. KVCacheUpdate handles the past."""
     for index, port in enumerate(("Q", "K", "V", "attn_mask")):
         name = input_name(node, index)
         if name and values.rank(name) != 4:
@@ -209,7 +209,7 @@ def _attention_ports(node: NodeProto, values: Values) -> Broken:
 
 
 def _attention_attributes(node: NodeProto, _: Values) -> Broken:
-    """IAttention has no such settings. The parser of 10.15 refuses softmax_precision whatever its value."""
+    """IAttention does not have these settings. The parser of 10.15 refuses softmax_precision with any value."""
     if attribute(node, "softcap", 0.0) != 0:
         yield "attention-softcap", f"softcap is unsupported, and it is {attribute(node, 'softcap', 0.0)}"
     if attribute(node, "qk_matmul_output_mode", 0) != 0:
@@ -219,7 +219,7 @@ def _attention_attributes(node: NodeProto, _: Values) -> Broken:
 
 
 def _attention_mask(node: NodeProto, values: Values) -> Broken:
-    """A mask is bool or of the dtype of the query; IAttention refuses it together with is_causal."""
+    """A mask must be bool or have the dtype of the query. IAttention refuses a mask together with is_causal."""
     mask, query = input_name(node, 3), values.dtypes.get(input_name(node, 0), TensorProto.UNDEFINED)
     if not mask:
         return
@@ -230,7 +230,7 @@ def _attention_mask(node: NodeProto, values: Values) -> Broken:
 
 
 def _attention_causal(node: NodeProto, values: Values) -> Broken:
-    """TensorRT's causal mask is upper-left: with more keys than queries a row misses keys, and nothing complains."""
+    """TensorRT's causal mask is upper-left: with more keys than queries a row misses keys, without an error."""
     if not attribute(node, "is_causal", 0):
         return
     queries, keys = (values.length(input_name(node, index), 2) for index in (0, 1))
@@ -239,7 +239,7 @@ def _attention_causal(node: NodeProto, values: Values) -> Broken:
 
 
 def _scatter_form(node: NodeProto, values: Values) -> Broken:
-    """KVCacheUpdate writes linearly along axis -2 of a 4-D cache; operators.md wants the axis spelled so."""
+    """KVCacheUpdate writes linearly along axis -2 of a 4-D cache. operators.md requires the spelling -2."""
     if (axis := attribute(node, "axis", -2)) != -2:
         yield "kv-axis", f"axis must be spelled -2, it is {axis}"
     if (mode := attribute(node, "mode", b"linear")) != b"linear":
@@ -252,7 +252,7 @@ def _scatter_form(node: NodeProto, values: Values) -> Broken:
 
 
 def _scatter_binding(node: NodeProto, values: Values) -> Broken:
-    """Past and present share one address; the write has no order against another reader of the past."""
+    """Past and present share one address. The order of the write and of another reader of the past is undefined."""
     past, present = input_name(node, 0), node.output[0] if node.output else ""
     if past not in values.inputs:
         yield "kv-past", f"past_cache must be a network input, {past} is not"
@@ -263,34 +263,34 @@ def _scatter_binding(node: NodeProto, values: Values) -> Broken:
 
 
 def _rotary(node: NodeProto, values: Values) -> Broken:
-    """TensorRT RotaryEmbedding takes int64 positions alone. So does ONNX, but shape inference does not check it."""
+    """TensorRT RotaryEmbedding takes only int64 positions. So does ONNX, but shape inference does not check it."""
     positions = input_name(node, 3)
     if positions and (dtype := values.dtypes.get(positions)) != TensorProto.INT64:
         yield "rotary-positions", f"position_ids must be INT64, {positions} is {dtype_name(dtype or 0)}"
 
 
 def _cumsum(node: NodeProto, values: Values) -> Broken:
-    """TensorRT CumSum is floating-point only (see DTYPES) with a constant axis."""
+    """TensorRT CumSum takes only floats (see DTYPES) and needs a constant axis."""
     if input_name(node, 1) not in values.constants:
         yield "cumsum-axis", f"axis must be a constant, {input_name(node, 1)} is computed"
 
 
 def _reduce(node: NodeProto, values: Values) -> Broken:
-    """The axes of a reduce layer are a bit mask, fixed at build time."""
+    """The axes of a reduce layer are a bit mask that is fixed at build time."""
     axes = input_name(node, 1)
     if axes and axes not in values.constants:
         yield "reduce-axes", f"axes must be an initializer, {axes} is computed"
 
 
 def _unsqueeze(node: NodeProto, values: Values) -> Broken:
-    """The rank of a tensor is fixed at build time, so the axes that change it must be."""
+    """The rank of a tensor is fixed at build time, so the axes that change it must be constant."""
     axes = input_name(node, 1)
     if axes and axes not in values.constants:
         yield "axes-constant", f"axes must be a constant, {axes} is computed"
 
 
 def _squeeze(node: NodeProto, values: Values) -> Broken:
-    """As Unsqueeze; and without axes the parser must see every length to know which are 1."""
+    """The rule of Unsqueeze applies. Without axes, the parser must know every length to find those that are 1."""
     yield from _unsqueeze(node, values)
     shape = values.shapes.get(input_name(node, 0), (None,))
     if not input_name(node, 1) and not all(isinstance(dim, int) for dim in shape):
@@ -298,13 +298,13 @@ def _squeeze(node: NodeProto, values: Values) -> Broken:
 
 
 def _scatter_nd(node: NodeProto, _: Values) -> Broken:
-    """TensorRT's scatter layer overwrites and cannot accumulate."""
+    """TensorRT's scatter layer overwrites values; it cannot accumulate."""
     if (reduction := attribute(node, "reduction", b"none")) != b"none":
         yield "scatter-reduction", f"reduction must be none, it is {reduction.decode()}"
 
 
 def _reshape(node: NodeProto, values: Values) -> Broken:
-    """Under allowzero a 0 is an empty axis, not a kept one; the parser takes it, but no graph of ours means it."""
+    """With allowzero a 0 is an empty axis, not a kept one. The parser takes it, but the exporter never intends it."""
     target = values.constants.get(input_name(node, 1))
     if attribute(node, "allowzero", 0) and (target is None or 0 in target):
         shown = "computed" if target is None else list(target)
@@ -312,7 +312,7 @@ def _reshape(node: NodeProto, values: Values) -> Broken:
 
 
 def _top_k(node: NodeProto, values: Values) -> Broken:
-    """TensorRT's TopK layer returns sorted values, and fewer than 3840 of them."""
+    """TensorRT's TopK layer returns sorted values and supports K below 3840."""
     if not attribute(node, "sorted", 1):
         yield "topk-sorted", "sorted must be 1"
     if (count := values.constants.get(input_name(node, 1))) and count[0] >= 3840:
@@ -320,13 +320,13 @@ def _top_k(node: NodeProto, values: Values) -> Broken:
 
 
 def _symmetric(node: NodeProto, values: Values) -> Broken:
-    """TensorRT quantises symmetrically: a zero point may be there, but must be 0."""
+    """TensorRT quantises symmetrically: a zero point is allowed, but must be 0."""
     if any(values.constants.get(input_name(node, 2)) or ()):
         yield "zero-point", f"the zero point must be 0, {input_name(node, 2)} is not"
 
 
 def _blocked(node: NodeProto, values: Values) -> Broken:
-    """A block lies along one of the last two axes; its size is inferred by a division that must leave nothing."""
+    """A block must lie along one of the last two axes. The parser infers its size by a division without remainder."""
     codes, scales, size = input_name(node, 0), input_name(node, 1), attribute(node, "block_size", 0)
     shape, scale_shape = values.shapes.get(codes), values.shapes.get(scales)
     if values.dtypes.get(codes) == TensorProto.INT4 and codes not in values.constants.keys() | values.inputs:

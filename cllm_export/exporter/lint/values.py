@@ -1,4 +1,4 @@
-"""What is known of the values of a graph: their types, shapes and constants."""
+"""Collects facts about the values of a graph: their dtypes, shapes and constants."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, shape_inference
 
 Dim = int | str | None
-"""A length: known, symbolic or unknown."""
+"""The length of an axis: known (int), symbolic (str) or unknown (None)."""
 
 MAX_MESSAGE = 500
 
 MAX_INLINE = 1024
-"""Elements up to which a constant stays in the model that shapes are inferred from: targets and axes, not weights."""
+"""Largest constant, in elements, that shape inference sees. Reshape targets and axes stay; weights do not."""
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
@@ -27,27 +27,27 @@ BOOL = frozenset({TensorProto.BOOL})
 QUANTIZED = frozenset({TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1})
 
 
-# What is known of the graph.
+# Facts about the graph.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """Facts about every value, those of subgraphs included: ONNX keeps their names apart."""
+    """Facts about every value, including values of subgraphs. In ONNX their names do not collide."""
 
     inputs: frozenset[str]
-    """What the network is fed with: no initializer is among them."""
+    """Inputs that a caller feeds; initializers are not among them."""
     outputs: frozenset[str]
     readers: Counter[str]
-    """Times a value is read, by nodes of any depth and as a network output."""
+    """Number of times each value is read: by nodes at any depth, and as a graph output."""
     constants: dict[str, tuple[int, ...] | None]
-    """Constants; the integers they hold, or None for others and for data that is not at hand."""
+    """Constant -> its integers; None if it holds other data, or if its data is not in the model."""
     dtypes: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
-    """A value of unknown rank is absent."""
+    """Value -> shape. A value of unknown rank is absent."""
 
     @classmethod
     def of(cls, model: ModelProto, described: GraphProto) -> Values:
-        """Facts about ``model``; dtypes and shapes as ``described``, which inference has filled in."""
+        """Facts about ``model``. Dtypes and shapes come from ``described``, the graph after shape inference."""
         stored = {tensor.name for tensor in model.graph.initializer}
         read = Counter(value.name for graph in graphs_of(model.graph) for value in graph.output)
         read.update(name for node, _ in nodes_of(model.graph) for name in node.input)
@@ -80,10 +80,11 @@ class Values:
 
 
 def infer(model: ModelProto) -> tuple[GraphProto, list[tuple[str, str]]]:
-    """The graph with inferred shapes; as it is, and what went wrong, where inference fails.
+    """Infer the shapes of the graph. If that fails, return the unchanged graph and the error as (rule, message).
 
-    Following the contents of shape vectors tells more, but onnx takes any short int64 vector for one and then raises on
-    a sound graph, [B] -> [B, 1] plus [n] among them: a failure with it proves nothing.
+    Inference first follows the contents of shape vectors (``data_prop``), which gives more shapes. But onnx takes any
+    short int64 vector for a shape vector. It then raises even on some valid graphs, such as [B] -> [B, 1] plus [n]. So
+    after a failure, inference runs again without it.
     """
     for data_prop in (True, False):
         try:
@@ -94,7 +95,7 @@ def infer(model: ModelProto) -> tuple[GraphProto, list[tuple[str, str]]]:
 
 
 def _without_data(model: ModelProto) -> ModelProto:
-    """A copy whose weights are inputs: inference asks for the data of any int64 vector that is an initializer."""
+    """A copy in which weights are inputs: shape inference needs the data of any initializer that is an int64 vector."""
     graph = model.graph
     inline = [tensor for tensor in graph.initializer if _is_inline(tensor)]
     fed = {value.name for value in graph.input}
@@ -113,7 +114,7 @@ def _without_data(model: ModelProto) -> ModelProto:
 
 
 def _inferable(node: NodeProto) -> tuple[NodeProto, list[ValueInfoProto]]:
-    """The node, or for an operator that shape inference does not know, one with the same output and what it takes."""
+    """The node and its extra inputs. MatMulNBits, which shape inference does not know, becomes a MatMul."""
     if node.op_type != "MatMulNBits":
         return node, []
     dense, shape = f"{node.output[0]}.dense", [attribute(node, "K", 0), attribute(node, "N", 0)]
@@ -130,7 +131,7 @@ def _info_of(tensor: TensorProto) -> ValueInfoProto:
 
 
 def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and every subgraph, at any depth."""
+    """The graph and all subgraphs, at any depth."""
     yield graph
     for node in graph.node:
         for subgraph in subgraphs(node):
@@ -138,7 +139,7 @@ def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def nodes_of(graph: GraphProto, inside: str = "") -> Iterator[tuple[NodeProto, str]]:
-    """Every node, each with the operator whose subgraph it stands in ("" at the top)."""
+    """Every node, with the type of the operator whose subgraph contains it ("" at the top level)."""
     for node in graph.node:
         yield node, inside
         for subgraph in subgraphs(node):
@@ -151,7 +152,7 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def constants(graph: GraphProto) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """Initializers and outputs of Constant, which the parser takes for the same thing."""
+    """Initializers and outputs of Constant nodes; the parser treats them alike."""
     for scope in graphs_of(graph):
         yield from ((tensor.name, _integers(tensor)) for tensor in scope.initializer)
         for node in scope.node:
@@ -175,7 +176,7 @@ def _integers(tensor: TensorProto) -> tuple[int, ...] | None:
 
 
 def attributes(node: NodeProto, name: str) -> list[Any]:
-    """The value of an attribute in a list, empty if the node does not set it."""
+    """A list with the value of an attribute; empty if the node does not set it."""
     return [helper.get_attribute_value(attribute) for attribute in node.attribute if attribute.name == name]
 
 
@@ -184,7 +185,7 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
 
 
 def input_name(node: NodeProto, index: int) -> str:
-    """Name of an input, "" if it is absent."""
+    """The name of an input; "" if it is absent."""
     name: str = node.input[index] if index < len(node.input) else ""
     return name
 

@@ -1,1 +1,1 @@
-"""A bundle compared with its checkpoint."""
+"""Compares a bundle with its checkpoint."""

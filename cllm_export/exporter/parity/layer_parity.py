@@ -1,8 +1,8 @@
-"""Compare a bundle with its checkpoint layer by layer, so that neither has to fit in memory whole.
+"""Compares a bundle with its checkpoint layer by layer, so that neither has to fit in memory as a whole.
 
-The graph is taken apart at the values between its layers. Each part runs on what the reference's own layer took, in
-fp32 whatever the bundle's precision, with the bundle's weights as they are stored: errors do not add up through the
-depth, and a wrong layer is named.
+The graph is split at the values between its layers. Each part runs on the input that the reference's layer had, with
+the bundle's stored weights, and always in fp32. So errors do not add up through the depth, and the result names a wrong
+layer.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from cllm_export.progress import Progress
 from cllm_export.runtime.engines.onnxruntime import QDQ_AS_WRITTEN
 
 NUM_TOKENS = 24
-"""Tokens compared, at most; two forwards take them, the second one over the cache that the first one wrote."""
+"""Largest number of tokens to compare. Two forwards take them; the second one uses the cache of the first."""
 
 TOLERANCE = 1e-3
-"""Largest error of a layer's output, against the value itself or the row's root mean square, whichever is larger.
+"""Largest accepted error of a layer's output, relative to the value or the row's root mean square (the larger one).
 
-Both sides compute in fp32 from the same rounded weights, and differ in the order of sums: 1e-6 to 1e-5 for a layer as
-wide as 4096. A wrong layer (a rotation, a mask, a transposed square matrix) is off by 0.1 or more.
+Both sides compute in fp32 from the same rounded weights and differ only in the order of sums: by 1e-6 to 1e-5 for a
+layer of width 4096. A wrong layer (a rotation, a mask, a transposed square matrix) has an error of 0.1 or more.
 """
 
 TIE = 1e-3
-"""Margin, in standard deviations of the logits, under which another token than the reference's counts as a tie."""
+"""Margin, in standard deviations of the logits, up to which a token that differs from the reference's is a tie."""
 
 WIDENED = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
-    """How far one part of the graph is from the checkpoint."""
+    """The error of one part of the graph, compared with the checkpoint."""
 
     part: str
     """``embedding``, ``layer 3``, ``head``."""
     error: float
-    """Largest error, see ``TOLERANCE``; for the head the largest margin of a differing token."""
+    """Largest error, see ``TOLERANCE``. For the head: the largest margin of a differing token, see ``TIE``."""
 
     @property
     def passed(self) -> bool:
@@ -60,7 +60,7 @@ class LayeredGraph:
     """The greedy graph of a bundle, run part by part in fp32. Shapes are those of ``contract.py``, B = 1 shown.
 
     Raises:
-        GraphError: the graph has no values between layers: an older tool made it.
+        GraphError: the graph has no named values between layers, because an older version made it.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
@@ -80,19 +80,19 @@ class LayeredGraph:
         self.block_sizes = (half, half)
 
     def embed(self, token_ids: Sequence[int]) -> Float32Array:
-        """What enters the first layer, [T, hidden size]."""
+        """The input of the first layer, [T, hidden size]."""
         embedded: Float32Array = self._run([hidden_name(0)], token_ids, {})
         return embedded
 
     def layer(self, index: int, token_ids: Sequence[int], before: Float32Array) -> Float32Array:
-        """What one layer makes of ``before`` [T, hidden size]."""
+        """The output of one layer for the input ``before`` [T, hidden size]."""
         caches = list(cache_names(self._manifest.geometry.num_layers))[2 * index : 2 * index + 2]
         outputs = [hidden_name(index + 1), *(present for _, present in caches)]
         after: Float32Array = self._run(outputs, token_ids, {hidden_name(index): before}, caches)
         return after
 
     def head(self, token_ids: Sequence[int], before: Float32Array) -> NDArray[np.int64]:
-        """Greedy tokens [T] from what leaves the last layer."""
+        """Greedy tokens [T] for ``before``, the output of the last layer."""
         last = hidden_name(self._manifest.geometry.num_layers)
         tokens: NDArray[np.int64] = self._run(["next_ids"], token_ids, {last: before})
         return tokens
@@ -104,7 +104,7 @@ class LayeredGraph:
         hidden: dict[str, Float32Array],
         caches: Sequence[tuple[str, str]] = (),
     ) -> Any:
-        """The first output, row by row, over as many forwards as there are block sizes."""
+        """The rows of the first output, from one forward for each block size."""
         part, stored = self._part(outputs, list(hidden))
         session = self._session(part)
         names = {value.name for value in part.graph.input}
@@ -131,7 +131,7 @@ class LayeredGraph:
         options.add_session_config_entry(*QDQ_AS_WRITTEN)
         try:
             return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own types, unrelated to each other
+        except Exception as error:  # onnxruntime raises several unrelated types of its own
             raise EngineError(f"ONNX Runtime does not take a part of {self._directory}: {error}") from error
 
     def _feeds(self, token_ids: Sequence[int], start: int, size: int) -> dict[str, NDArray[np.int64]]:
@@ -149,7 +149,7 @@ class LayeredGraph:
         return np.repeat(rows[None], self._num_slots, axis=0)
 
     def _part(self, outputs: list[str], cut: list[str]) -> tuple[ModelProto, list[str]]:
-        """The nodes between ``cut`` and ``outputs`` as a model in fp32, and the stored tensors that it takes."""
+        """The nodes between ``cut`` and ``outputs`` as an fp32 model, and the names of stored tensors to feed it."""
         nodes, read = self._between(outputs, cut)
         graph = self._model.graph
         given = [value for value in graph.input if value.name in read]
@@ -171,7 +171,7 @@ class LayeredGraph:
         return model, stored
 
     def _between(self, outputs: list[str], cut: list[str]) -> tuple[list[NodeProto], list[str]]:
-        """Nodes in graph order, and every name they read that none of them makes."""
+        """The nodes in graph order, and every name that they read but do not produce."""
         wanted, seen, ids = list(outputs), set(cut), set()
         read = dict.fromkeys(cut)
         while wanted:
@@ -194,14 +194,14 @@ class LayeredGraph:
         return name in self._stored and self._stored[name].data_type == TensorProto.INT4
 
     def _packed(self, name: str) -> TensorProto:
-        """A tensor of 4-bit integers with its bytes: a session takes no array of them as an input."""
+        """A tensor of 4-bit integers that contains its bytes: a session cannot take an array of them as an input."""
         tensor = self._stored[name]
         path, offset = self._place(tensor)
         data = np.memmap(path, np.uint8, mode="r", offset=offset, shape=(math.prod(tensor.dims) // 2,))
         return TensorProto(name=name, dims=tensor.dims, data_type=tensor.data_type, raw_data=data.tobytes())
 
     def _feedable(self, name: str) -> Any:
-        """A stored tensor as a session takes it: numpy has no 8-bit floats, so those go as bytes with their type."""
+        """A stored tensor as a session takes it. numpy has no 8-bit floats, so they go as bytes with their type."""
         import onnxruntime
 
         values, data_type = widened(self._read(name)), self._stored[name].data_type
@@ -210,7 +210,7 @@ class LayeredGraph:
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint8), data_type)
 
     def _read(self, name: str) -> NDArray[Any]:
-        """A stored tensor, memory-mapped; bf16 as its bits in uint16."""
+        """A stored tensor, memory-mapped; bf16 values as their bits in uint16."""
         tensor = self._stored[name]
         is_bf16 = tensor.data_type == TensorProto.BFLOAT16
         kind = np.dtype(np.uint16) if is_bf16 else helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -218,7 +218,7 @@ class LayeredGraph:
         return np.memmap(path, kind, mode="r", offset=offset, shape=tuple(tensor.dims))
 
     def _place(self, tensor: TensorProto) -> tuple[Path, int]:
-        """The file that a stored tensor lies in, and its offset there."""
+        """The file of a stored tensor, and the tensor's offset in it."""
         where = {entry.key: entry.value for entry in tensor.external_data}
         linked = self._manifest.linked_files.get(where["location"])
         path = Path(linked.path) if linked else self._directory / where["location"]
@@ -236,10 +236,10 @@ def compare_layers(
     """The error of every part of the bundle's graph, in order.
 
     Args:
-        token_ids: what to compare on; repeated or cut to what ``LayeredGraph.block_sizes`` add up to.
+        token_ids: the tokens to compare on; repeated or cut to the sum of ``LayeredGraph.block_sizes``.
 
     Raises:
-        GraphError: the graph cannot be taken apart.
+        GraphError: the graph cannot be split into parts.
         EngineError: ONNX Runtime does not take a part.
         CheckpointError: the checkpoint cannot be read.
     """
@@ -263,7 +263,7 @@ def compare_layers(
 
 
 def largest_error(actual: Float32Array, expected: Float32Array) -> float:
-    """See ``TOLERANCE``; infinite where something is not finite."""
+    """The largest error as in ``TOLERANCE``; infinite if any value of ``actual`` is not finite."""
     if not np.isfinite(actual).all():
         return float("inf")
     scale = np.sqrt(np.mean(np.square(expected), axis=-1, keepdims=True))
@@ -271,13 +271,13 @@ def largest_error(actual: Float32Array, expected: Float32Array) -> float:
 
 
 def largest_margin(tokens: NDArray[np.int64], logits: Float32Array) -> float:
-    """How far below the best token the given ones [T] are in logits [T, V], in standard deviations, at most."""
+    """The largest gap in logits [T, V] between the best token and the given one [T], in standard deviations."""
     margins = logits.max(axis=-1) - np.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return float(np.max(margins / logits.std(axis=-1)))
 
 
 def describe(errors: Sequence[LayerError]) -> tuple[str, list[dict[str, Any]]]:
-    """A sentence, and the table behind it."""
+    """A sentence that sums up the errors, and the table of all errors."""
     wrong = [entry for entry in errors if not entry.passed]
     worst = max(errors[:-1], key=lambda entry: entry.error)
     detail = f"{len(errors)} parts, largest error {worst.error:.1e} ({worst.part})"
@@ -287,7 +287,7 @@ def describe(errors: Sequence[LayerError]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def widened(array: NDArray[Any]) -> NDArray[Any]:
-    """fp16, and bf16 given as its bits in uint16, to fp32; anything else as it is."""
+    """The array in fp32 if it holds fp16, or bf16 as bits in uint16. Other arrays are returned unchanged."""
     if array.dtype == np.float16:
         return array.astype(np.float32)
     if array.dtype == np.uint16:
@@ -313,7 +313,7 @@ def widened_tensor(tensor: TensorProto) -> TensorProto:
 
 
 def widened_node(node: NodeProto) -> NodeProto:
-    """The node with fp32 where it names a narrower type: as a Cast's target or a constant's value."""
+    """The node with fp32 in place of fp16 and bf16 in a Cast's target and in tensor attributes."""
     copy = NodeProto()
     copy.CopyFrom(node)
     for attribute in copy.attribute:

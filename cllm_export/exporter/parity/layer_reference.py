@@ -1,4 +1,4 @@
-"""The checkpoint in PyTorch, one layer in memory at a time: the reference for bundles that do not fit there whole."""
+"""The checkpoint in PyTorch, with one layer in memory at a time: the reference for bundles too large for memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Float32Array = NDArray[np.float32]
 
 
 class LayerRecord(NamedTuple):
-    """What one layer took and gave, [T, hidden size] each."""
+    """The input and the output of one layer, [T, hidden size] each."""
 
     layer: int
     before: Float32Array
@@ -32,17 +32,17 @@ class LayerRecord(NamedTuple):
 
 
 class Visitor(Protocol):
-    """Takes each layer's record while the next layer has not been read yet."""
+    """Receives each layer's record before the next layer is read."""
 
     def __call__(self, record: LayerRecord) -> None: ...
 
 
 class LayerReference:
-    """The stock transformers decoder, whose modules get their weights when a forward reaches them and lose them after.
+    """The stock transformers decoder. Each module loads its weights when a forward reaches it and drops them after.
 
-    Weights and rotary tables are rounded to ``precision`` and computed with in fp32: what is left between this and
-    an engine that does the same is the graph, not the precision. ``max_length`` and
-    ``num_layers`` are the bundle's. An ``adapter`` is merged into each layer.
+    Weights and rotary tables are rounded to ``precision``, and the computation is in fp32. Any difference from an
+    engine that does the same then comes from the graph, not from the precision. ``max_length`` and ``num_layers`` are
+    the bundle's. An ``adapter`` is merged into each layer.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class LayerReference:
         self._visit: Visitor | None = None
         self._before: Tensor | None = None
         self._empty_ones: list[tuple[nn.Module, str, nn.Parameter]] = []
-        """Where a parameter stood that has its data now: owner, name and the one without data."""
+        """Parameters that have data now: owner, name, and the parameter without data to put back."""
         self._hook()
 
     @torch.inference_mode()
     def run(self, token_ids: Sequence[int], visit: Visitor) -> Float32Array:
-        """Logits [T, V] of one sequence; ``visit`` is called with each layer's record as soon as it is there.
+        """Logits [T, V] of one sequence. Calls ``visit`` with each layer's record as soon as it is computed.
 
         Raises:
             CheckpointError: a tensor cannot be read.
@@ -139,12 +139,15 @@ def _named(decoder: PreTrainedModel) -> Iterator[tuple[nn.Parameter, str]]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside have no data, buffers do: rotary frequencies and scales are no part of a checkpoint."""
+    """Create parameters without data inside the context, but buffers with data.
+
+    Rotary frequencies and scales are buffers, and no checkpoint holds them.
+    """
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # one that is there already is being tied
+        if parameter is not None and not parameter.is_meta:  # one on meta already is being tied
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]

@@ -1,4 +1,4 @@
-"""The checkpoint in PyTorch, as the reference that an exported bundle is compared with."""
+"""The checkpoint in PyTorch: the reference for comparing an exported bundle."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from cllm_export.exporter.graph.rotary import settle_rope
 
 
 class Prediction(NamedTuple):
-    """What the reference predicts at one position, given what stands before it."""
+    """The reference's prediction at one position, given the tokens before it."""
 
     token: int
     margin: float
-    """Top logit minus that of the token that stands there: 0 where the two agree, tiny where they tie."""
+    """Top logit minus the logit of the actual token: 0 if they are the same token, tiny if they tie."""
     scale: float
-    """Standard deviation of the logits there: what a margin is small or large against."""
+    """Standard deviation of the logits at this position, to which a margin is compared."""
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -45,15 +45,16 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 class Reference:
-    """The stock transformers model of a checkpoint, in fp32 on the CPU; of an adapter, merged by PEFT into its base.
+    """The stock transformers model of a checkpoint, in fp32 on the CPU. PEFT merges an adapter into its base.
 
     Args:
         checkpoint_path: a checkpoint, or an adapter.
         max_length: see ``open_checkpoint``.
-        base: of an adapter, if not the one that it names.
-        num_layers: the first so many layers alone.
+        base: the base of an adapter, if it is not the one that the adapter names.
+        num_layers: use only this many layers, from the first.
 
-    Frequencies that transformers chooses anew for every length (longrope) are those of ``max_length``, as in a bundle.
+    Some rotary frequencies depend on the input length in transformers (longrope). They are fixed to those of
+    ``max_length``, as in a bundle.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or unsupported.
@@ -96,7 +97,7 @@ class Reference:
         return tokenizer
 
     def encode(self, content: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a prompt, text or messages, as transformers' own tokenizer of the checkpoint gives them."""
+        """Token ids of a prompt (text or messages) by transformers' tokenizer of the checkpoint."""
         if isinstance(content, str):
             return list(self._tokenizer(content)["input_ids"])
         text = self._tokenizer.apply_chat_template(list(content), add_generation_prompt=True, tokenize=False)
@@ -104,7 +105,7 @@ class Reference:
 
     @torch.inference_mode()
     def predict(self, prompt: Sequence[int], new: Sequence[int]) -> list[Prediction]:
-        """The greedy prediction at each of the new positions, given everything before it, in one forward."""
+        """The greedy prediction at each new position, given all tokens before it. Uses one forward."""
         ids = torch.tensor([[*prompt, *new][:-1]])
         logits = self._model(input_ids=ids).logits[0, len(prompt) - 1 :].float()
         best, tokens = logits.max(dim=-1)
@@ -114,7 +115,7 @@ class Reference:
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> tuple[int, float]:
-        """Greedy ``generate`` of transformers: number of new tokens, and seconds with prefill."""
+        """Run greedy ``generate`` of transformers. Returns the number of new tokens, and seconds including prefill."""
         ids = torch.tensor([list(prompt)])
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(eos_token_ids) or None, pad_token_id=0

@@ -1,8 +1,9 @@
-"""Does a quantised bundle still compute its model? Asked before it takes its place, of every build.
+"""Checks in every build that a quantised bundle still computes its model, before it replaces the old bundle.
 
-A few forwards through the bundle's graph, layer upon layer with its own errors, against the unquantised weights in
-PyTorch: one layer of either in memory at a time. It finds what is broken (scales of another model, a damaged weight,
-an outlier that leaves nothing of the rest); how good a sound bundle is, is for prompts to tell, in ``verify``.
+A few forwards run through the bundle's graph, layer after layer, so errors accumulate. The result is compared with the
+unquantised weights in PyTorch. Each side has one layer in memory at a time. The check finds broken bundles: scales of
+another model, a damaged weight, an outlier that destroys all other values. ``verify`` measures on prompts how good a
+sound bundle is.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from cllm_export.exporter.parity.layer_parity import LayeredGraph
 from cllm_export.exporter.parity.layer_reference import Float32Array, LayerRecord, LayerReference
 
 MAX_DISTANCE = 1.0
-"""Root mean square of a layer's error against that of its output: at 1 nothing is left of the model."""
+"""Largest ratio of root mean squares, a layer's error to its output. At 1 nothing is left of the model."""
 
 HELD = 4
-"""Bytes in fp32, for each byte of a layer in fp32, that the comparison holds: the reference's own, the bundle's, what
-both work with."""
+"""Bytes that the comparison holds for each byte of a layer in fp32. They are the reference's weights, the bundle's
+weights, and the working memory of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke:
-    """How far a quantised bundle is from its unquantised model on a few random tokens."""
+    """The distance of a quantised bundle from its unquantised model, on a few random tokens."""
 
     tokens: int
     flips: int
-    """Greedy tokens that differ."""
+    """Number of greedy tokens that differ."""
     distance: float
-    """Root mean square of the error after the last layer, against that of the output."""
+    """Root mean square of the error after the last layer, divided by that of the output."""
 
 
 def smoke_bytes(tensors: Mapping[str, TensorInfo]) -> int:
-    """Anonymous memory that the comparison takes: that of the largest layer, or of the table."""
+    """Anonymous memory that the comparison needs, in bytes, for the largest layer or tensor outside the layers."""
     sizes: dict[str, int] = {}
     for name, info in tensors.items():
         layer = ".".join(name.split(".")[:3]) if ".layers." in name else name
@@ -52,14 +53,14 @@ def smoke_bytes(tensors: Mapping[str, TensorInfo]) -> int:
 def require_sound(
     bundle: Bundle, checkpoint: Checkpoint, adapter: Adapter | None, *, max_flips: float, threads: int
 ) -> Smoke:
-    """Compare a few forwards of the bundle with the checkpoint, merged with its adapter if it has one.
+    """Compare a few forwards of the bundle with the checkpoint, after any adapter is merged.
 
     Args:
-        max_flips: share of greedy tokens that may differ from the checkpoint's.
+        max_flips: largest accepted share of greedy tokens that differ from the checkpoint's.
 
     Raises:
-        QuantizationError: a layer's output is not finite or has nothing of the model's left, or too many greedy tokens
-            differ; names the first such layer.
+        QuantizationError: a layer's output is not finite or its error reaches ``MAX_DISTANCE`` (names the first such
+            layer), or too many greedy tokens differ.
     """
     manifest = bundle.manifest
     graph = LayeredGraph(bundle, threads=threads)
@@ -92,7 +93,7 @@ def require_sound(
 
 
 def _distance(actual: Float32Array, expected: Float32Array) -> float:
-    """Infinite where something is not finite."""
+    """Root mean square of the error, divided by that of ``expected``; infinite if ``actual`` is not finite."""
     if not np.isfinite(actual).all():
         return float("inf")
     scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64)))

@@ -1,4 +1,4 @@
-"""fp8: 8-bit floats (E4M3), activations with one scale of a calibration."""
+"""fp8: 8-bit floats (E4M3). Each activation has one scale from a calibration."""
 
 from __future__ import annotations
 

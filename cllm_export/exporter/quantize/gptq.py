@@ -1,8 +1,8 @@
-"""GPTQ: a weight is rounded channel by channel, and what rounding one does to the output is undone by the next ones.
+"""GPTQ (arXiv 2210.17323): rounds a weight channel by channel; later channels compensate the error of earlier ones.
 
-arXiv 2210.17323. The rows of a matrix have nothing to do with each other once the Gram matrix of the layer's input is
-known, so they are rounded as they are streamed. Written here because the libraries that have it (neural-compressor,
-nvidia-modelopt, optimum) calibrate a PyTorch model or a whole ONNX model in memory, on samples of text.
+Given the Gram matrix of the layer's input, the rows of a matrix are independent, so they are rounded while they are
+streamed. The libraries that implement GPTQ (neural-compressor, nvidia-modelopt, optimum) are not used: they calibrate a
+PyTorch model or a whole ONNX model in memory, on samples of text.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.graph.rounding import Rounded, group_scales, int4_codes, packed
 
 DAMPING = 0.01
-"""Share of the mean of the Gram matrix's diagonal that is added to it, as in the paper."""
+"""Share of the mean of the Gram matrix's diagonal that is added to the diagonal, as in the paper."""
 
 MATRICES = 4
-"""Matrices as large as the Gram matrix that are held while one is factored."""
+"""Number of matrices of the Gram matrix's size that are held while one is factored."""
 
 
 def factor_bytes(tensors: Mapping[str, TensorInfo]) -> int:
-    """Anonymous memory that factors take, by the widest layer of a checkpoint."""
+    """Anonymous memory that the factors need, in bytes, judged by the widest layer of a checkpoint."""
     widest = max((info.shape[1] for name, info in tensors.items() if ".layers." in name and len(info.shape) == 2))
     return MATRICES * torch.float32.itemsize * widest**2
 
 
 class Factors:
-    """The factor that compensation needs of each layer's input, the last one kept: [in, in] is large."""
+    """Makes the factor that GPTQ needs of each layer's input. Keeps only the last one, because [in, in] is large."""
 
     def __init__(self, scales: Scales) -> None:
         self._scales = scales
@@ -43,24 +43,24 @@ class Factors:
         """Upper Cholesky factor [in, in] of the inverse of the damped Gram matrix of this checkpoint tensor's input.
 
         Raises:
-            ScalesError: the scales have no Gram matrix of it.
+            ScalesError: the scales have no Gram matrix of this input.
             QuantizationError: the matrix has no inverse, even damped.
         """
         name = self._scales.of(tensor).name
         if self._factor is None or name != self._name:
-            self._factor = None  # the old one goes before the new one comes
+            self._factor = None  # frees the old one before the new one is made
             self._factor, self._name = self._make(tensor), name
         return self._factor
 
     def _make(self, tensor: str) -> Tensor:
         gram = torch.from_numpy(self._scales.gram(tensor).copy())
         diagonal = gram.diagonal()
-        diagonal[diagonal == 0] = 1  # a channel that was always 0: nothing depends on how it is rounded
+        diagonal[diagonal == 0] = 1  # the channel was always 0, so its rounding has no effect
         diagonal += DAMPING * diagonal.mean()
         try:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
             factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-        except RuntimeError as error:  # what torch.linalg raises
+        except RuntimeError as error:  # the type that torch.linalg raises
             raise QuantizationError(
                 f"the Gram matrix of the input of {tensor} has no inverse ({error}): calibrate with more prompts"
             ) from None
@@ -69,11 +69,11 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GptqRounding:
-    """4 bits in groups as ``GroupRounding`` stores them, each column chosen in view of those before it."""
+    """4-bit integers in groups, stored as by ``GroupRounding``. Each column compensates errors of those before it."""
 
     group_size: int
     tensor: str
-    """A checkpoint tensor that reads the same input."""
+    """Name of a checkpoint tensor that reads the same input."""
     factors: Factors
 
     @property
@@ -99,7 +99,7 @@ class GptqRounding:
 
     @staticmethod
     def _columns(rows: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of a group [r, columns], and the error of each column over its diagonal entry of the factor."""
+        """The codes of a group [r, columns], and each column's error divided by its diagonal entry of the factor."""
         codes, errors = torch.empty_like(rows), torch.empty_like(rows)
         for column in range(rows.shape[1]):
             values = rows[:, column]

@@ -1,6 +1,6 @@
-"""int4: 4-bit weights in groups of input channels that share a scale. Each engine has a graph of its own.
+"""int4: 4-bit weights in groups of input channels that share a scale. Each engine has its own graph form.
 
-Both have the same integers and scales, rounded to nearest, or by GPTQ where there are scales of a calibration.
+Both forms have the same integers and scales. Rounding is by GPTQ if there are scales of a calibration, else to nearest.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from cllm_export.exporter.quantize.scheme import (
 
 DOMAIN = "com.microsoft"
 INT8_ACTIVATIONS = 4
-"""The operator's own number for what it computes in (``accuracy_level``)."""
+"""Value of the operator's attribute ``accuracy_level``: it computes with 8-bit activations."""
 
 INPUT_CHANNELS = 0
 """Axis of a weight [in, out] along which a group shares a scale."""
 
 
 class Int4Layers:
-    """What both forms share: how the weight of a layer becomes 4 bits.
+    """The common part of both forms: rounds the weight of a layer to 4 bits.
 
     Args:
-        factors: those of a calibration, for GPTQ; without them weights are rounded to nearest.
+        factors: the factors of a calibration, for GPTQ. Without them weights are rounded to nearest.
     """
 
     def __init__(self, graph: DecoderGraph, group_size: int, factors: Factors | None = None) -> None:
@@ -52,11 +52,10 @@ class Int4Layers:
 
 
 class Int4ForOnnxRuntime(Int4Layers):
-    """x [B, n, in] times a weight whose ``group_size`` input channels of an output channel share a scale, by ONNX
-    Runtime's fused operator.
+    """x [B, n, in] times a 4-bit weight, by ONNX Runtime's fused operator.
 
-    The operator rounds what it takes to 8 bits, group by group of each row, which is twice as fast as multiplying in
-    fp32 and keeps rows apart.
+    In each output channel, ``group_size`` input channels share a scale. The operator rounds its input to 8 bits, group
+    by group in each row. This is twice as fast as multiplying in fp32, and rows do not affect each other.
     """
 
     def replace(self, linear: Linear) -> None:
@@ -75,15 +74,14 @@ class Int4ForOnnxRuntime(Int4Layers):
 
 
 class Int4ForTensorRT(Int4Layers):
-    """x [B, n, in] times a weight [in, out] of signed 4-bit integers, with scales [in / group_size, out], by ONNX's own
-    DequantizeLinear before a MatMul.
+    """x [B, n, in] times a weight [in, out] of signed 4-bit integers, by DequantizeLinear before a MatMul.
 
-    TensorRT fuses the two into a kernel that reads 4 bits. Rows are multiplied as they are: nothing at run time has a
-    scale. ONNX Runtime dequantises once, when it loads the graph, and then multiplies in fp32: as right, and as large
-    and slow as an unquantised bundle.
+    Scales are [in / group_size, out]. TensorRT fuses the two operators into a kernel that reads 4 bits. Activations are
+    not quantised. ONNX Runtime dequantises the weight once, at load, and multiplies in fp32. There the result is as
+    correct, and the graph as large and slow, as in an unquantised bundle.
 
     Raises:
-        QuantizationError: a layer's input channels are no whole number of groups, or its output channels are odd.
+        QuantizationError: a layer's input channels do not divide into whole groups, or its output channels are odd.
     """
 
     def replace(self, linear: Linear) -> None:
@@ -95,7 +93,7 @@ class Int4ForTensorRT(Int4Layers):
         put_in_place(self._graph, linear.node, [weight, ir.node("MatMul", [linear.rows, weight.outputs[0]])])
 
     def _require_whole(self, linear: Linear) -> None:
-        """TensorRT infers the size of a group by a division; a byte of two rows could not be mapped by row."""
+        """Check the shape. TensorRT infers the group size by a division, and a byte must not span two rows."""
         (out, width), keep = linear.shape, " ".join(f"keep='{tensor}'" for tensor in linear.source.tensors)
         if width % self._group_size:
             raise QuantizationError(
@@ -109,7 +107,7 @@ class Int4ForTensorRT(Int4Layers):
 
 
 class Int4(Scheme):
-    """4-bit weights, a scale for each group of input channels."""
+    """4-bit weights, with one scale for each group of input channels."""
 
     def quantizer(self, layers: Layers) -> LayerQuantizer:
         assert layers.group_size is not None
@@ -117,7 +115,7 @@ class Int4(Scheme):
         return make(layers.graph, layers.group_size, Factors(layers.scales) if layers.scales else None)
 
     def fake(self, layer: FakeInput) -> FakeLayer:
-        """Rounded to nearest even where there are scales: GPTQ takes too long to try every layer."""
+        """Round to nearest, even if there are scales: GPTQ would take too long to try on every layer."""
         assert layer.group_size is not None
         return FakeLayer(layer.rounded(GroupRounding(group_size=layer.group_size)), [])
 

@@ -1,4 +1,4 @@
-"""int8: 8-bit integers, activations with one scale of a calibration; outliers of channels move into the weight."""
+"""int8: 8-bit integers. Each activation has one scale from a calibration; channel outliers move into the weight."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""int8-dynamic: 8-bit layers that quantise what they take at run time, row by row. For ONNX Runtime's CPU provider.
+"""int8-dynamic: 8-bit layers that quantise their input at run time, row by row. For ONNX Runtime's CPU provider.
 
-Rows must not see each other except through attention, or Jacobi decoding is not lossless any more. So an activation
-has a scale of its own in every row; ONNX's DynamicQuantizeLinear has one for the whole tensor, and with it the later
-rows of a block and other slots change the first ones.
+Rows may affect each other only through attention; otherwise Jacobi decoding is no longer lossless. So every row of an
+activation has its own scale. ONNX's DynamicQuantizeLinear has one scale for the whole tensor. With it, later rows of a
+block and other slots would change the first rows.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from cllm_export.exporter.quantize.scheme import (
 )
 
 MAX_WIDTH = (2**31 - 1) // INT8_MAX**2
-"""Input channels of an 8-bit layer, at most: one more and a sum of products might not fit 32 bits."""
+"""Largest number of input channels of an 8-bit layer. With more, a sum of products might not fit in 32 bits."""
 
 ROW_ZERO = 128
-"""What stands for 0 in an activation: ONNX Runtime's kernels for activations without a sign are the fast ones."""
+"""Zero point of an activation. Activations are unsigned because ONNX Runtime's kernels for them are faster."""
 
 SCALED_OVER = [-1]
-"""Axes that share a scale of an activation: its channels, and no axis of rows or slots."""
+"""Axes over which an activation shares a scale: only its channels, not rows or slots."""
 
 
 class RowCodes(NamedTuple):
-    """Rows as integers, and the nodes that make them."""
+    """Rows as integers, and the nodes that compute them."""
 
     nodes: list[ir.Node]
     codes: ir.Value
@@ -46,10 +46,10 @@ class RowCodes(NamedTuple):
 
 
 class RowRounding:
-    """Rows as integers with a scale a row: codes = round(127 x / a) + 128, for x [B, n, in] with a = max |x| of a row.
+    """Rounds rows to integers with one scale per row: codes = round(127 x / a) + 128.
 
-    127 x / a is one Div and one QuantizeLinear with scale 1 / 127. A row of zeros gives 0 / 0, whatever integers that
-    becomes, and then times 0: so 0 again.
+    x is [B, n, in], and a = max |x| of a row. 127 x / a takes one Div and one QuantizeLinear with scale 1 / 127. A row
+    of zeros gives 0 / 0 and unknown integers. The product is later multiplied by a = 0, so the result is 0 again.
     """
 
     def __init__(self, constants: Constants) -> None:
@@ -67,10 +67,9 @@ class RowRounding:
 
 
 class Int8DynamicLayers:
-    """8-bit weights, and activations with a scale a row. The product of their integers is exact on every processor.
+    """8-bit weights, and activations with one scale per row. Their integer product is exact on every processor.
 
-    The product of codes, in integers, is multiplied by w_scale / 127 of its column and by the largest magnitude of its
-    row.
+    The integer product is multiplied by w_scale / 127 of its column and by the largest magnitude of its row.
 
     Raises:
         QuantizationError: a layer is too wide.
@@ -82,7 +81,7 @@ class Int8DynamicLayers:
         self._graph = graph
         self._round = RowRounding(graph)
         self._rounded: dict[ir.Value, RowCodes] = {}
-        """Activation -> its codes, made once for all layers that take it."""
+        """Activation -> its codes. All layers that read it share them."""
 
     def replace(self, linear: Linear) -> None:
         if linear.shape[1] > MAX_WIDTH:
@@ -97,13 +96,13 @@ class Int8DynamicLayers:
         weight, scales = add_rounded(self._graph, linear, rounding, transposed=True)
         product = ir.node("MatMulInteger", [codes, weight, self._round.zero])
         cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
-        scaled = ir.node("Mul", [cast.outputs[0], scales])  # a DequantizeLinear does both and takes longer
+        scaled = ir.node("Mul", [cast.outputs[0], scales])  # one DequantizeLinear would do both, but is slower
         result = ir.node("Mul", [scaled.outputs[0], largest])
         put_in_place(self._graph, linear.node, [product, cast, scaled, result])
 
 
 class Int8Dynamic(Scheme):
-    """8-bit integers, activations with a scale a row that is found at run time."""
+    """8-bit integers. Each row of an activation has a scale that is computed at run time."""
 
     def quantizer(self, layers: Layers) -> LayerQuantizer:
         return Int8DynamicLayers(layers.graph)

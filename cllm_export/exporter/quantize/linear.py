@@ -1,4 +1,4 @@
-"""The linear layers of a finished graph, as quantisation finds and replaces them."""
+"""Finds and replaces the linear layers of a finished graph, for quantisation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cllm_export.exporter.graph.rounding import Rounding
 
 
 class Linear(NamedTuple):
-    """One linear layer: rows times a weight, without its bias."""
+    """One linear layer without its bias: rows times a weight."""
 
     node: ir.Node
     name: str
-    """Of its weight."""
+    """Name of its weight."""
     source: WeightSource
-    """Its rows are output channels, [out, in], before it is transposed."""
+    """Source of the weight. Its rows are output channels, [out, in], before any transpose."""
     shape: tuple[int, int]
     """[out, in]"""
 
     @property
     def rows(self) -> ir.Value:
-        """What it takes, [B, n, in] or [B h, in]."""
+        """The input of the layer, [B, n, in] or [B h, in]."""
         value = self.node.inputs[0]
         assert value is not None
         return value
@@ -37,7 +37,7 @@ def linear_layers(graph: DecoderGraph) -> Iterator[Linear]:
     """Every MatMul or Gemm with a stored weight of two axes, in graph order.
 
     Raises:
-        GraphError: one has a form that no pass of ours leaves.
+        GraphError: a layer has a form that no pass of the exporter produces.
     """
     for node in list(graph.graph):
         weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
@@ -54,7 +54,7 @@ def linear_layers(graph: DecoderGraph) -> Iterator[Linear]:
 
 
 def nodes_of_head(graph: DecoderGraph, num_layers: int) -> set[ir.Node]:
-    """Nodes behind the value that leaves the last layer."""
+    """The nodes after the output of the last layer."""
     nodes = iter(graph.graph)
     last = hidden_name(num_layers)
     for node in nodes:
@@ -66,7 +66,7 @@ def nodes_of_head(graph: DecoderGraph, num_layers: int) -> set[ir.Node]:
 def add_rounded(
     graph: DecoderGraph, linear: Linear, rounding: Rounding, *, transposed: bool
 ) -> tuple[ir.Value, ir.Value]:
-    """The codes and the scales of a layer's weight, as weights of the graph; ``transposed`` if they have two axes."""
+    """Add the codes and scales of a layer's weight to the graph. ``transposed`` applies only to those with two axes."""
     out, width = linear.shape
     code_shape, scale_shape = rounding.row_shapes(width)
     made = []
@@ -80,7 +80,7 @@ def add_rounded(
 
 
 def put_in_place(graph: DecoderGraph, node: ir.Node, nodes: list[ir.Node]) -> None:
-    """Put nodes in the place of one; the last of them gives its result."""
+    """Replace one node by several; the last one gives the result."""
     result, old = nodes[-1].outputs[0], node.outputs[0]
     result.shape, result.type = old.shape, old.type
     graph.graph.insert_before(node, nodes)

@@ -1,4 +1,4 @@
-"""What quantisation may be told. Checked before torch is imported."""
+"""The options of quantisation. They are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from cllm_export.errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeOptions:
-    """Options that some schemes have."""
+    """Options that only some schemes take."""
 
     group_size: int | None = option(
         None, help="For int4: how many input channels share a scale: 32, 64 or 128.", minimum=1
     )
-    """Input channels that share a scale of a weight; by default the first of the scheme's sizes."""
+    """Number of input channels that share a scale of a weight; by default the first of the scheme's sizes."""
     engine: Engine | None = option(
         None,
         help="For int4: the engine that runs the graph; by default onnxruntime.",
         choices=ENGINES,
         flag="--quantize-for",
     )
-    """Engine that the graph is for, where a scheme has a form for each: int4, by default for ONNX Runtime."""
+    """Engine that will run the graph. Only int4 takes it, with one graph form per engine; by default ONNX Runtime."""
     scales: Path | None = option(
         None, help="The scales file that `calibrate` wrote. int8 and fp8 need it; int4 uses GPTQ with it."
     )
-    """File of a calibration: int8 and fp8 need one, with one int4 is rounded by GPTQ, int8-dynamic takes none."""
+    """File of a calibration. int8 and fp8 need one; with one, int4 is rounded by GPTQ; int8-dynamic takes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions(SchemeOptions):
-    """Those, and which layers are quantised: all that stands beside a scheme's name."""
+    """The options of a scheme, and the choice of layers: all options except the scheme's name."""
 
     head: bool = option(False, help="Quantise the head (lm_head) too.", flag="--quantize-head")
     """Quantise the head too."""
@@ -60,7 +60,7 @@ class QuantizeOptions(LayerOptions):
     """How linear layers are quantised.
 
     Raises:
-        OptionError: the scheme is none, needs an option that is not given, or takes none of one that is.
+        OptionError: the scheme is unknown, lacks an option that it needs, or got one that it does not take.
     """
 
     scheme: SchemeName = option(
@@ -107,22 +107,22 @@ class QuantizeOptions(LayerOptions):
 
     @property
     def form(self) -> GraphForm:
-        """The graph that is made."""
+        """The form of the graph that will be made."""
         form = self.spec.form(self.engine)
         assert form is not None
         return form
 
     @property
     def settled_group_size(self) -> int | None:
-        """Input channels that share a scale; None where the scheme has no groups."""
+        """Number of input channels that share a scale; None if the scheme has no groups."""
         return self.group_size or next(iter(self.spec.group_sizes), None)
 
 
 def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> QuantizeOptions | None:
-    """Options of a scheme; None where nothing is quantised.
+    """The options of a scheme; None if nothing is quantised.
 
     Raises:
-        OptionError: an option of quantisation was given for nothing to quantise, or is out of range.
+        OptionError: a quantisation option was given without a scheme, or is out of range.
     """
     if scheme is not None:
         return QuantizeOptions(scheme=scheme, **vars(layers))
@@ -135,7 +135,7 @@ def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> Quantiz
 
 
 def require_takers(name: SchemeOption, given: object, schemes: Collection[SchemeName]) -> None:
-    """Raise OptionError unless an option that was given is for one of the schemes."""
+    """Raise OptionError unless at least one of the schemes takes the given option."""
     takers = schemes_that_take(name)
     if not set(takers) & set(schemes):
         raise OptionError(

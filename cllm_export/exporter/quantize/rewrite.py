@@ -1,4 +1,4 @@
-"""Quantisation as a pass: chosen linear layers of a finished graph take integers, and the rest stays as it is."""
+"""Quantises chosen linear layers of a finished graph. The rest of the graph stays unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLES = {
     "LayerNormalization": "norm",
     "Add": "bias",
 }
-"""What a weight is for, by the operator that reads it."""
+"""Operator that reads a weight -> role of the weight."""
 
 
 def quantize(
@@ -32,17 +32,17 @@ def quantize(
     scales: Scales | None,
     maximum: ColumnMaximum,
 ) -> None:
-    """Rewrite every linear layer but those that are kept; ``graph.quantization`` says what was done.
+    """Rewrite every linear layer except the kept ones, and record the result in ``graph.quantization``.
 
     Args:
-        scales: those of ``options``, opened.
-        maximum: reads the largest magnitude of each column of a checkpoint tensor.
+        scales: the opened scales file of ``options``.
+        maximum: gives the largest magnitude of each column of a checkpoint tensor.
 
     Raises:
         OptionError: a layer to keep is not in the model.
-        ScalesError: the scales are of another model, or lack what the scheme needs.
-        QuantizationError: no layer is left to quantise, or one cannot be.
-        GraphError: a linear layer has a form that no pass of ours leaves.
+        ScalesError: the scales belong to another model, or lack data that the scheme needs.
+        QuantizationError: no layer is left to quantise, or a layer cannot be quantised.
+        GraphError: a linear layer has a form that no pass of the exporter produces.
     """
     linears = list(linear_layers(graph))
     reasons = _reasons(graph, linears, options, num_layers)
@@ -76,7 +76,7 @@ def quantize(
 
 
 def _require_scales(scales: Scales, chosen: Sequence[Linear], scheme: Scheme) -> None:
-    """Find out before the work that the scales lack what a layer needs."""
+    """Check before any work that the scales have the data that each layer needs."""
     scales.require_tensors({tensor: linear.shape[1] for linear in chosen for tensor in linear.source.tensors})
     if scheme.reads_gram:
         for linear in chosen:
@@ -84,7 +84,7 @@ def _require_scales(scales: Scales, chosen: Sequence[Linear], scheme: Scheme) ->
 
 
 def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOptions, num_layers: int) -> dict[str, str]:
-    """Weight of a linear layer that is kept -> why."""
+    """Weight of a linear layer that is kept -> the reason."""
     known = {tensor for linear in linears for tensor in linear.source.tensors}
     if unknown := sorted(set(options.keep) - known):
         raise OptionError(
@@ -98,7 +98,7 @@ def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOption
 
 
 def _kept(graph: DecoderGraph, reasons: dict[str, str]) -> dict[str, str]:
-    """Every weight that no rounding changes, and why."""
+    """Every weight that is not rounded -> the reason, or the role of the weight."""
     kept = {}
     for value in graph.graph.inputs:
         source = graph.weights.get(str(value.name))

@@ -1,6 +1,6 @@
-"""What a quantisation scheme is to the exporter: how layers are replaced, judged, and stood in for.
+"""The interface of a quantisation scheme in the exporter: it replaces layers, sets their tolerance, and emulates them.
 
-Each scheme is one object in a file of its own; ``schemes.py`` lists them.
+Each scheme is one object in its own file; ``schemes.py`` lists them.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from cllm_export.exporter.quantize.linear import Linear
 ROUND_TO_NEAREST = "round to nearest"
 
 ColumnMaximum = Callable[[str], Tensor]
-"""Largest magnitude [in] of each column of a checkpoint tensor."""
+"""Gives the largest magnitude [in] of each column of a checkpoint tensor, by its name."""
 
 
 class Constants(Protocol):
-    """A graph that takes constants. Equal names are one constant."""
+    """A graph that constants can be added to. Equal names share one constant."""
 
     def add_scalar(self, name: str, number: np.generic) -> ir.Value: ...
 
     def add_constant(self, values: list[int]) -> ir.Value:
-        """Of int64."""
+        """Add an int64 constant."""
         ...
 
 
 class FakeConstants(Constants, Protocol):
-    """The constants of an fp32 graph that keeps any of them itself."""
+    """The constants of an fp32 graph, which may also be fp32 arrays."""
 
     def add_values(self, name: str, values: NDArray[np.float32]) -> ir.Value: ...
 
 
 class LayerQuantizer(Protocol):
-    """Puts quantised layers in the place of others, by one scheme."""
+    """Replaces linear layers by quantised ones, by one scheme."""
 
     @property
     def method(self) -> str:
-        """What the manifest calls the way weights are rounded."""
+        """The name of the rounding method in the manifest."""
         ...
 
     def replace(self, linear: Linear) -> None: ...
@@ -56,62 +56,62 @@ class LayerQuantizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The layers of a graph that a scheme replaces, and what it may know of them."""
+    """The layers of a graph that a scheme replaces, and the data it may use."""
 
     graph: DecoderGraph
     chosen: Sequence[Linear]
     engines: tuple[Engine, ...]
-    """Engines that the graph is for."""
+    """The engines that will run the graph."""
     group_size: int | None
-    """None where the scheme has no groups."""
+    """None if the scheme has no groups."""
     scales: Scales | None
-    """Of a calibration, with statistics of every chosen layer; None where none were given."""
+    """The scales of a calibration, with statistics of every chosen layer; None if none were given."""
     column_maximum: ColumnMaximum
 
 
 class FakeLayer(NamedTuple):
-    """What one layer of an fp32 graph computes with, instead of the quantised layer that it stands for."""
+    """The weight and the nodes with which one layer of an fp32 graph emulates its quantised form."""
 
     weight: Tensor
-    """[out, in], fp32: what codes and scales stand for."""
+    """[out, in], fp32: the values that codes and scales represent."""
     nodes: list[ir.Node]
-    """What is put before the layer: the last of them gives its rows as the scheme rounds them. Empty where it rounds
-    none."""
+    """Nodes to insert before the layer; the last one gives the rows, rounded by the scheme. Empty if the scheme does
+    not round rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeInput:
-    """A layer of an fp32 graph that is to compute as if it were quantised."""
+    """A layer of an fp32 graph that has to emulate its quantised form."""
 
     constants: FakeConstants
     name: str
-    """A prefix of names that nothing else in the graph has."""
+    """A name prefix that is unique in the graph."""
     rows: ir.Value
-    """What the layer takes, [B, n, in] or [B h, in]."""
+    """The input of the layer, [B, n, in] or [B h, in]."""
     weight: Tensor
-    """[out, in], fp32; left as it is."""
+    """[out, in], fp32; not changed."""
     group_size: int | None
     amax: Tensor | None
-    """[in]: the largest magnitude of each channel of the rows in a calibration; None where there was none."""
+    """[in]: the largest magnitude of each channel of the rows in a calibration; None without a calibration."""
 
     def rounded(self, rounding: Rounding) -> Tensor:
-        """The weight as a rounding stores it, in fp32 again."""
+        """The weight after rounding, converted back to fp32."""
         return restored(rounding(self.weight.clone()), self.weight.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
-    """One way to quantise linear layers. What must be known of it before torch is imported is its ``spec``."""
+    """One way to quantise linear layers. Its ``spec`` holds the facts that are needed before torch is imported."""
 
     name: SchemeName
     max_flips: float
-    """Share of greedy tokens that may differ from the unquantised model's on random tokens, where margins are small.
-    Sound 8-bit bundles of tiny random models differ in a fifth of them, 4-bit ones in more than half; a broken layer
-    leaves next to none alike."""
+    """Largest accepted share of greedy tokens that differ from the unquantised model's on random tokens, where margins
+    are small. For tiny random models a fifth differ in sound 8-bit bundles, and more than half in 4-bit bundles. With a
+    broken layer almost all differ."""
     unjudged: frozenset[str] = frozenset()
-    """Operators of its graphs that TensorRT does not know. The lint passes over them in a graph that is not for it."""
+    """Operators of its graphs that TensorRT does not know. The lint skips them in a graph that is not for TensorRT."""
     reads_gram: bool = False
-    """Whether it rounds with the Gram matrix of each layer's input, where it has scales."""
+    """Whether rounding uses the Gram matrix of each layer's input, if there are scales."""
 
     @property
     def spec(self) -> SchemeSpec:
@@ -119,7 +119,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def quantizer(self, layers: Layers) -> LayerQuantizer:
-        """What replaces the chosen layers of a graph.
+        """The object that replaces the chosen layers of a graph.
 
         Raises:
             QuantizationError: a layer cannot be quantised.
@@ -127,4 +127,4 @@ class Scheme(ABC):
 
     @abstractmethod
     def fake(self, layer: FakeInput) -> FakeLayer:
-        """The stand-in of a layer in an fp32 graph: the same roundings of its weight and of its rows."""
+        """The emulation of a layer in an fp32 graph: it rounds the weight and the rows in the same way."""

@@ -1,5 +1,5 @@
-"""The table of schemes: a new one is a file of its own, an entry here, and its name and spec in the bundle's terms
-(``bundle/quantization.py``)."""
+"""The table of schemes. A new scheme needs its own file, an entry here, and a name and spec in
+``bundle/quantization.py``."""
 
 from __future__ import annotations
 

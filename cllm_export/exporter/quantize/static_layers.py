@@ -1,7 +1,8 @@
-"""Layers whose activations have one scale, known before they run: what int8 and fp8 have in common.
+"""Layers whose activations have one scale that is known before run time: the common part of int8 and fp8.
 
-QuantizeLinear and DequantizeLinear around a MatMul, symmetric, weights by output channel: the explicit form that
-TensorRT takes and ONNX Runtime runs. A scale that nothing at run time changes cannot let rows see each other.
+QuantizeLinear and DequantizeLinear surround a MatMul. They are symmetric, and weights have a scale per output channel.
+TensorRT takes this explicit form, and ONNX Runtime runs it. The scale is fixed at run time, so rows cannot affect each
+other through it.
 """
 
 from __future__ import annotations
@@ -31,37 +32,37 @@ from cllm_export.exporter.quantize.scheme import (
 )
 
 SMOOTHING = 0.5
-"""Share of an activation's range that moves into the weight, on a scale of powers (arXiv 2211.10438)."""
+"""Exponent that sets how much of an activation's range moves into the weight (arXiv 2211.10438)."""
 
 NORMS = frozenset({"RMSNormalization", "LayerNormalization"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What activations and weights become."""
+    """The number format of activations and weights."""
 
     largest: float
     zero: np.generic
     rounding: Rounding
     smooth: bool
-    """Whether outliers of channels are worth moving into the weight: integers have evenly spaced steps, floats not."""
+    """Whether channel outliers move into the weight. It helps integers, whose steps are even, but not floats."""
 
     def step(self, amax: Tensor, factors: Tensor | None) -> float:
-        """What the largest number of the format stands for one of: 0 where the activation was 0 in every row.
+        """The scale of an activation; 0 if the activation was 0 in every row.
 
         Args:
             amax: [in], the largest magnitude of each channel of the activation.
-            factors: [in], what each of them is divided by.
+            factors: [in], the divisor of each channel; None if the channels are not divided.
         """
         return float((amax if factors is None else amax / factors).max()) / self.largest
 
     def rounding_of(self, factors: Tensor | None) -> Rounding:
-        """Rounds a weight whose columns are first multiplied by what the activation was divided by."""
+        """The rounding of a weight. It first multiplies the columns by the divisors of the activation, if any."""
         return self.rounding if factors is None else ScaledRounding(inner=self.rounding, factors=factors)
 
 
 def rounded_rows(rows: ir.Value, step: ir.Value, zero: ir.Value) -> list[ir.Node]:
-    """Nodes of which the last gives the rows, rounded to multiples of a step."""
+    """Nodes that round the rows to multiples of a step; the last one gives the result."""
     codes = ir.node("QuantizeLinear", [rows, step, zero])
     return [codes, ir.node("DequantizeLinear", [codes.outputs[0], step, zero])]
 
@@ -83,7 +84,7 @@ class StaticLayers:
         self._zero = graph.add_scalar("activation_zero", kind.zero)
         self._quantized: dict[ir.Value, ir.Value] = {}
         self._factors = self._smooth(linears, maximum) if kind.smooth else {}
-        """Activation -> what each of its channels was divided by."""
+        """Activation -> the divisor of each of its channels."""
 
     @property
     def method(self) -> str:
@@ -118,7 +119,7 @@ class StaticLayers:
         return torch.from_numpy(self._scales.of(linear.source.tensors[0]).amax.copy())
 
     def _smooth(self, linears: Sequence[Linear], maximum: ColumnMaximum) -> dict[ir.Value, Tensor]:
-        """Divide the channels of each norm that feeds quantised layers alone, in its own stored scale."""
+        """Divide the channels of each norm that feeds only quantised layers, through the stored scale of the norm."""
         readers: dict[ir.Value, list[Linear]] = {}
         for linear in linears:
             readers.setdefault(linear.rows, []).append(linear)
@@ -146,7 +147,7 @@ class StaticLayers:
 
 
 def smoothing_factors(amax: Tensor, weight_amax: Tensor) -> Tensor:
-    """amax ** a / weight_amax ** (1 - a) for each channel, 1 where either is 0."""
+    """amax ** a / weight_amax ** (1 - a) for each channel, with a = ``SMOOTHING``; 1 where either amax is 0."""
     usable = (amax > 0) & (weight_amax > 0)
     factors: Any = amax.clamp(min=1e-30) ** SMOOTHING / weight_amax.clamp(min=1e-30) ** (1 - SMOOTHING)
     return torch.where(usable, factors, 1.0)
@@ -154,7 +155,7 @@ def smoothing_factors(amax: Tensor, weight_amax: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class StaticScheme(Scheme):
-    """Weights and activations in one format, activations with one scale of a calibration for all rows."""
+    """Weights and activations in one format. Each activation has one scale from a calibration for all rows."""
 
     format: Format
 
@@ -163,7 +164,7 @@ class StaticScheme(Scheme):
         return StaticLayers(layers.graph, layers.scales, self.format, layers.chosen, layers.column_maximum)
 
     def fake(self, layer: FakeInput) -> FakeLayer:
-        """Smoothed on its own, whatever makes its rows: a graph that is built smooths only what a norm makes."""
+        """Emulate the layer. It is smoothed even if no norm produces its rows; a build smooths only norm outputs."""
         assert layer.amax is not None
         kind = self.format
         factors = smoothing_factors(layer.amax, layer.weight.abs().amax(dim=0)) if kind.smooth else None

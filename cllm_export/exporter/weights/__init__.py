@@ -1,1 +1,1 @@
-"""Weights, streamed from the checkpoint into the bundle."""
+"""Streams weights from the checkpoint into the bundle."""

@@ -1,7 +1,6 @@
-"""What a build needs of memory: a prediction, and what it really took.
+"""Predicts and measures the memory of a build.
 
-Anonymous memory is what counts: pages of mapped files are the system's to drop, and so are those of the file that is
-written.
+Only anonymous memory counts: the system can drop pages of mapped files and of the file that is being written.
 """
 
 from __future__ import annotations
@@ -15,27 +14,27 @@ from pathlib import Path
 from cllm_export.errors import OptionError
 
 TRACE_BYTES = 180_000_000
-"""What tracing, passes and lint add to the imported libraries: 110 MB were measured on models of 16 to 32 layers."""
+"""Memory for tracing, passes and lint, besides the imported libraries. Models of 16 to 32 layers measured 110 MB."""
 
 LIBRARY_BYTES = 400_000_000
-"""What the imported libraries take where the system does not say."""
+"""Assumed memory of the imported libraries where the system does not report it."""
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 16 << 20
-"""Bytes of a checkpoint in work at once. More than 16 MiB were no faster."""
+"""Smallest and largest size of a piece of the checkpoint. Pieces above 16 MiB were no faster."""
 
 PIECE_COPIES = 10
-"""Bytes held for each byte of a piece: itself, its bits for the scan, itself in fp32 (two times as large), with an
-adapter's product beside it, and in the engine's dtype."""
+"""Bytes held for each byte of a piece. They are the piece, its bits for the scan, and a copy in fp32 (two times as
+large). An adapter's product and a copy in the engine's dtype are held as well."""
 
 STAGE_BYTES = 256_000_000
-"""For weights in the making: a matrix is transposed in memory and written from start to end where it fits. One that
-does not fit is put into the file's own pages a piece at a time, which is slower."""
+"""Memory for staged weights. A weight that fits is assembled in memory and written from start to end. A weight that
+does not fit is written piece by piece into the mapped file, which is slower."""
 
 SAMPLE_SECONDS = 0.02
 
 
 def anonymous_bytes() -> int | None:
-    """Anonymous memory of this process now; None where the system does not say."""
+    """Current anonymous memory of this process, in bytes; None where the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
@@ -45,23 +44,24 @@ def anonymous_bytes() -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """How a build spends its memory, in bytes."""
+    """How a build divides its memory, in bytes."""
 
     piece: int
-    """Of the checkpoint in work at once."""
+    """Size of one piece of the checkpoint."""
     stage: int
-    """For weights in the making."""
+    """Memory for staged weights, see ``STAGE_BYTES``."""
     peak: int
-    """What the whole build comes to."""
+    """Predicted peak of the whole build."""
 
 
 def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> MemoryPlan:
-    """Spend what the bound leaves, from what is taken already: on pieces first, then on weights in the making.
+    """Divide the part of ``max_memory`` that is not used yet: pieces get theirs first, staged weights the rest.
 
-    ``needed`` is what a later stage takes, when pieces and weights are gone; ``beside`` is what is held beside them.
+    ``needed`` is the memory of a later stage, which starts after pieces and staged weights are freed. ``beside`` is
+    memory that is held at the same time as pieces and staged weights.
 
     Raises:
-        OptionError: the smallest pieces do not fit ``max_memory``; says what would.
+        OptionError: ``max_memory`` is too small for the smallest pieces; names the smallest value that works.
     """
     base = (anonymous_bytes() or LIBRARY_BYTES) + TRACE_BYTES + beside
     if max_memory is None:
@@ -76,7 +76,7 @@ def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> 
 
 
 class PeakMemory:
-    """The most anonymous memory that was seen; 0 where the system does not say."""
+    """The largest sample of anonymous memory, in bytes; 0 where the system does not report it."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -87,7 +87,7 @@ class PeakMemory:
 
 @contextmanager
 def watched_memory() -> Iterator[PeakMemory]:
-    """Sample this process's anonymous memory every 20 ms meanwhile. The system keeps no peak of it."""
+    """Sample the anonymous memory of this process every 20 ms inside the context: the system records no peak of it."""
     memory, done = PeakMemory(), threading.Event()
 
     def watch() -> None:

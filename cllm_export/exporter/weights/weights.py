@@ -1,8 +1,9 @@
-"""Where each weight of a graph lies, and the one pass over the checkpoint that puts it there.
+"""Plans where each weight of a graph is stored, and writes the weights in one pass over the checkpoint.
 
-A weight either stays in the checkpoint's file, if the engine can take it as it is stored, or goes to ``weights.bin``.
-Every offset is known before a byte is written, so tensors are read in the order they are stored, a piece at a time:
-checked, cast, and put at their place through a map of the output, which needs no memory of its own.
+A weight stays in the checkpoint's file if the engine can take it as stored; otherwise it goes to ``weights.bin``.
+Every offset is known before a byte is written, so tensors are read in the order in which they are stored. Each piece
+is checked, cast and put at its offset. A weight that does not fit in memory is written through a map of the output
+file, which needs no anonymous memory.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from cllm_export.exporter.graph.rounding import INT4, Rounded
 from cllm_export.exporter.graph.trace import TORCH_DTYPE
 
 ALIGNMENT = 4096
-"""Bytes a weight is aligned to: a page, so that engines can map it."""
+"""Alignment of a weight in bytes: one page, so that engines can map it."""
 
 STORED_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 ENGINE_DTYPE: dict[Precision, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-"""How safetensors spells the dtype of an engine's weights."""
+"""Precision -> the safetensors name of the dtype of the engine's weights."""
 
 Change = Callable[[Piece, Tensor], Tensor]
-"""Makes the rows of a tensor, as they are stored, into what is exported: merges an adapter, say."""
+"""Turns stored rows of a tensor into the rows to export; for example, merges an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one weight or constant lies in ``weights.bin``."""
+    """Where one weight or constant is stored in ``weights.bin``."""
 
     offset: int
     shape: tuple[int, ...]
@@ -56,7 +57,7 @@ class Place:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of its bytes, where they hold two values each along the last axis, else of its values."""
+        """The shape of the stored array. For 4-bit integers it counts bytes, each of which holds two values."""
         return (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == INT4 else self.shape
 
     @property
@@ -69,7 +70,7 @@ class Place:
 
 
 class Part(NamedTuple):
-    """One checkpoint tensor's share of a weight: from which row on it stands in it, before it is transposed."""
+    """The part of a weight that one checkpoint tensor fills. ``first_row`` is its first row before any transpose."""
 
     weight: str
     first_row: int
@@ -78,16 +79,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Every weight's place, settled before anything is written."""
+    """The place of every weight, planned before anything is written."""
 
     written: dict[str, Place]
     linked: dict[str, LinkedWeight]
     parts: dict[str, list[Part]]
-    """Checkpoint tensor -> the written weights it is part of."""
+    """Checkpoint tensor -> its parts of written weights."""
 
     @cached_property
     def size(self) -> int:
-        """Bytes of ``weights.bin``."""
+        """Size of ``weights.bin`` in bytes."""
         return max((place.offset + place.length for place in self.written.values()), default=0)
 
 
@@ -95,7 +96,7 @@ def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse tensors that are not floating point.
 
     Raises:
-        CheckpointError: one is not; names it.
+        CheckpointError: names the first tensor that is not.
     """
     for name, info in sorted(tensors.items()):
         if info.dtype not in STORED_DTYPE:
@@ -103,7 +104,7 @@ def check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def is_linkable(info: TensorInfo, precision: Precision) -> bool:
-    """Whether an engine of this precision can take the tensor as it is stored."""
+    """Whether an engine of this precision can take the tensor as stored."""
     aligned = info.length and info.offset % (info.length // max(1, math.prod(info.shape))) == 0
     return info.dtype == ENGINE_DTYPE[precision] and bool(aligned)
 
@@ -111,10 +112,10 @@ def is_linkable(info: TensorInfo, precision: Precision) -> bool:
 def plan_weights(
     graph: DecoderGraph, tensors: Mapping[str, TensorInfo], *, link: bool, changed: Iterable[str] = ()
 ) -> Layout:
-    """Give every weight its place: in the order in which the checkpoint stores it, so that sums can follow.
+    """Give every weight its place, in the order of the checkpoint, so that the checksum can follow the writes.
 
     Args:
-        link: leave what can be linked where it is.
+        link: leave tensors that can be linked in the checkpoint.
         changed: tensors that an adapter changes.
     """
     written: dict[str, Place] = {}
@@ -147,7 +148,7 @@ def plan_weights(
 
 
 def attach_weights(graph: DecoderGraph, layout: Layout) -> None:
-    """Turn the graph's weight inputs into initializers that point into their files."""
+    """Replace the graph's weight inputs by initializers that point into the weight files."""
     stored = set(graph.weights) | set(graph.constants)
     for value in [value for value in graph.graph.inputs if value.name in stored]:
         name = str(value.name)
@@ -161,10 +162,10 @@ def attach_weights(graph: DecoderGraph, layout: Layout) -> None:
 
 
 def require_space(directory: Path, needed: int, target: Path) -> None:
-    """Find out before writing that the disk has no room.
+    """Check that the disk has enough space.
 
     Raises:
-        OutputError: it has not; says what is needed and what is free.
+        OutputError: it does not; says how much is needed and how much is free.
     """
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -176,13 +177,13 @@ def require_space(directory: Path, needed: int, target: Path) -> None:
 
 
 class WeightsFile:
-    """``weights.bin`` while it is filled, piece by piece in any order; its checksum follows in a thread of its own."""
+    """``weights.bin`` while it is filled. Pieces may come in any order; a separate thread computes the checksum."""
 
     def __init__(self, path: Path, layout: Layout, stage_bytes: int, change: Change | None = None) -> None:
         self._layout = layout
         self._free = stage_bytes
         self._staged: dict[str, Tensor] = {}
-        """Weights in the making that fit the memory for them; others grow in the file's own pages."""
+        """Weights that are assembled in memory; the others are assembled in the mapped file."""
         self._change = change
         self._file = path.open("w+b", buffering=0)
         _allocate(self._file.fileno(), layout.size)
@@ -195,7 +196,7 @@ class WeightsFile:
 
     @contextmanager
     def filled(self) -> Iterator[None]:
-        """Follow what is put into the file meanwhile with its checksum."""
+        """Compute the checksum in parallel with the writes inside the context."""
         with ThreadPoolExecutor(1, thread_name_prefix="checksum") as pool:
             self._sum = pool.submit(self._checksum)
             try:
@@ -209,7 +210,7 @@ class WeightsFile:
                 self._file.close()
 
     def sha256(self) -> str:
-        """Checksum of the file, once it is whole."""
+        """The checksum of the file. Waits until it is complete."""
         assert self._sum is not None
         return self._sum.result()
 
@@ -218,7 +219,7 @@ class WeightsFile:
         self._count(name, value.numel())
 
     def put(self, piece: Piece) -> None:
-        """Cast or round some rows of a tensor and put them wherever they belong.
+        """Cast or round some rows of a tensor and write them into every weight that uses them.
 
         Raises:
             CheckpointError: a value does not fit the engine's dtype.
@@ -231,31 +232,31 @@ class WeightsFile:
             if self._layout.written[part.weight].dtype == INT4:
                 put_pairs(target, rows.t(), first)
             elif part.source.transposed:
-                turned = rows.t().contiguous()  # in blocks, three times as fast as straight into strided rows
+                turned = rows.t().contiguous()  # in blocks: three times as fast as copying to strided rows
                 target[:, first : first + rows.shape[0]].copy_(turned)
             else:
                 target[first : first + rows.shape[0]].copy_(rows)
             self._count(part.weight, rows.numel())
 
     def _rows(self, piece: Piece, part: Part, rounded: dict[int, Rounded]) -> Tensor:
-        """The rows of a piece as they are stored; each rounding of them is done once for its codes and its scales."""
+        """The rows of a piece in the form to store. Each rounding runs once for both its codes and its scales."""
         rounding = part.source.rounding
         if rounding is None:
             return self._cast(piece, part.source, self._layout.written[part.weight].dtype)
         if id(rounding) not in rounded:
             values = self._cast(piece, part.source, torch.float32)
             stored = piece.info.dtype == "F32" and self._change is None and not part.source.offset
-            rounded[id(rounding)] = rounding(values.clone() if stored else values)  # the piece is hashed meanwhile
+            rounded[id(rounding)] = rounding(values.clone() if stored else values)  # another thread hashes the piece
         return rounded[id(rounding)].codes if part.source.holds == "codes" else rounded[id(rounding)].scales
 
     def _cast(self, piece: Piece, source: WeightSource, dtype: torch.dtype) -> Tensor:
-        """The rows of a piece in a dtype; what is added to them is added in fp32."""
+        """The rows of a piece, cast to a dtype. Any change, offset or divisor is applied in fp32 before the cast."""
         shape = (piece.stop - piece.start, *piece.info.shape[1:])
         rows = stored = torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
         if self._change:
             rows = self._change(piece, rows)
         if source.offset:
-            rows = rows.float() + source.offset  # never in place: the piece is hashed meanwhile
+            rows = rows.float() + source.offset  # never in place: another thread hashes the piece now
         if source.divisor is not None:
             rows = rows.float() / source.divisor[piece.start : piece.stop]
         cast = rows.to(dtype)
@@ -272,7 +273,7 @@ class WeightsFile:
         self._overflow[cast.dtype].add(piece.name, dtype, bits, last=piece.stop == rows_of(piece.info))
 
     def _target(self, name: str) -> Tensor:
-        """Where a weight grows: in memory if there is room, else over the file's own pages."""
+        """The tensor that a weight is assembled in: in memory if there is room, else in the mapped file."""
         place = self._layout.written[name]
         if name in self._staged:
             return self._staged[name]
@@ -306,16 +307,17 @@ class WeightsFile:
                     return ""
                 end = place.offset + place.length
                 digest.update(view[at:end])
-                if hasattr(self._map, "madvise"):  # written pages stay in the system's cache, not in this process
+                if hasattr(self._map, "madvise"):  # keep written pages only in the system's cache
                     self._map.madvise(mmap.MADV_DONTNEED, at - at % mmap.PAGESIZE, end - at + at % mmap.PAGESIZE)
                 at = end
         return digest.hexdigest()
 
 
 def put_pairs(target: Tensor, columns: Tensor, first: int) -> None:
-    """Put 4-bit integers [in, r] into bytes [in, out / 2] from column ``first`` on, two in a byte, the even one low.
+    """Put 4-bit integers [in, r] into bytes [in, out / 2] from column ``first`` on.
 
-    A piece may end between the two of a byte, so each is put beside what stands there.
+    A byte holds two columns, the even one in its low half. A piece may end in the middle of a byte, so each write keeps
+    the other half of the byte.
     """
     for odd in (0, 1):
         skipped = (odd - first) % 2
@@ -331,7 +333,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserve the file's bytes, so that a full disk is an error here and not a signal when a page is written."""
+    """Reserve the file's bytes, so that a full disk raises an error here instead of a signal when a page is written."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -344,7 +346,7 @@ def _stays(source: WeightSource, info: TensorInfo, precision: Precision) -> bool
 
 
 def _row_shape(source: WeightSource, info: TensorInfo) -> tuple[int, ...]:
-    """Shape of what one row of a tensor becomes."""
+    """The stored shape of one row of a tensor."""
     if source.rounding is None:
         return info.shape[1:]
     codes, scales = source.rounding.row_shapes(info.shape[1])
