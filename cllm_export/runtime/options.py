@@ -309,7 +309,7 @@ class ResolvedRequest:
 
     @property
     def needs_sampler(self) -> bool:
-        """Whether a token may differ from the graph's argmax: with a grammar or a temperature."""
+        """Whether a token may differ from the graph's argmax: with a grammar, or if its sampling is not greedy."""
         return self.grammar is not None or not self.sampling.is_greedy
 
     @property
