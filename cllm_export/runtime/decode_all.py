@@ -1,4 +1,4 @@
-"""A list of prompts decoded with the same options, one after the other or in an engine's slots."""
+"""Decode a list of prompts with the same options, one after the other or in an engine's slots."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cllm_export.runtime.service import Service
 Content = str | Sequence[int] | Messages
 """A prompt as ``Model.generate`` takes it."""
 Refused = Callable[[int, PromptError], None]
-"""Is told the number of a prompt, from 0, and why it cannot be decoded. It may raise."""
+"""Called with the number of a prompt, from 0, and the reason why it cannot be decoded. It may raise."""
 Result = Callable[[], Generation]
-"""Waits for what a request gives."""
+"""Waits for a request and returns its generation."""
 Start = Callable[[list[int], dict[str, Any]], Result]
-"""Starts a request: its token ids, and the options that are its own."""
+"""Starts a request from its token ids and the options that this request alone has."""
 
 
 class DecodedPrompt(NamedTuple):
@@ -47,20 +47,21 @@ def decode_all(
     progress: Callable[[int], None] | None = None,
     **overrides: Any,
 ) -> Iterator[DecodedPrompt]:
-    """Decode prompts with the same options. What they give comes in their order.
+    """Decode prompts with the same options. Results come in the order of the prompts.
 
     Args:
-        options: of every prompt; ``overrides`` are options by name, as ``Model.generate`` takes them.
-        in_slots: decode as many at once as the engine has slots; else one after the other, each when it is asked for.
-        at_most: new tokens of a prompt, fewer where the model holds no more. The option ``max_new_tokens`` is exact
-            instead: it refuses a prompt that does not leave room for it.
+        options: options of every prompt. ``overrides`` are options by name, as ``Model.generate`` takes them.
+        in_slots: decode as many prompts at once as the engine has slots. By default they run one after the other,
+            each when its result is asked for.
+        at_most: upper limit of new tokens per prompt; lower where the model's max length leaves less room. The option
+            ``max_new_tokens`` is exact instead: it refuses a prompt that leaves too little room.
         first_seed: the seed of prompt 0. Each later prompt has the next number.
-        refused: is called for a prompt that cannot be decoded, which is then left out.
-        progress: is called with the number of prompts that are done.
+        refused: called for each prompt that cannot be decoded. That prompt gives no result.
+        progress: called with the number of prompts that are done.
 
     Raises:
-        PromptError: a prompt cannot be decoded, and there is no ``refused``.
-        OptionError: an option is out of range, or is for a request alone while ``in_slots`` is set.
+        PromptError: a prompt cannot be decoded, and ``refused`` is not given.
+        OptionError: an option is out of range, or ``in_slots`` is set and an option cannot be shared among slots.
         EngineError: the engine failed.
     """
     every = override(options, overrides)
@@ -103,7 +104,7 @@ def _one_by_one(model: Model, options: GenerateOptions) -> Iterator[tuple[Start,
 
 @contextmanager
 def _in_slots(model: Model, options: GenerateOptions) -> Iterator[tuple[Start, int]]:
-    """All requests of a service share one n. Prompts are handed to it early, so that no slot waits for the next."""
+    """All requests of a service share one n. Prompts are submitted ahead, so that no slot waits for the next one."""
     each = replace(options, block_size=None, deterministic=False)
     with Service(model, block_size=options.block_size) as service:
         yield lambda ids, own: service.submit(ids, each, **own).result, 2 * model.engine.num_slots

@@ -1,4 +1,4 @@
-"""Who has a model's engine: one user at a time."""
+"""Exclusive use of a model's engine: one user at a time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Lease:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.is_closed = False
-        """Set by the user that closed the engine: it is never lent again."""
+        """True once a user has closed the engine. The engine is then never lent again."""
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Have the engine as long as the ``with`` lasts.
+        """Hold the engine until the ``with`` ends.
 
         Raises:
-            EngineError: another user has it, or it is closed.
+            EngineError: another user holds it, or it is closed.
         """
         if not self._lock.acquire(blocking=False):
             raise EngineError("another request is running on this model: finish or close its stream first")

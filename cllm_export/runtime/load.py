@@ -1,4 +1,4 @@
-"""Load a bundle: its engine on a device, its tokenizer, what it keeps of prompts."""
+"""Load a bundle: its engine on a device, its tokenizer and its prefix cache."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def load(
 
     Args:
         path: a directory that ``cllm-export build`` wrote.
-        num_slots: B, the requests that a ``Service`` decodes at once; by default the bundle's batch size, which one
-            with fixed shapes is pinned to.
-        threads: processor threads inside ONNX Runtime; by default as many as the process may use.
-        draft_model: another bundle with the same tokenizer, smaller or a CLLM, for requests with the ``model``
-            proposer.
-        prefix_cache_bytes: KV to keep of texts that were read and given, in the host's memory, so that a prompt that
-            begins alike is read from where they part; 0 reads every prompt anew. By default 256 MiB.
+        num_slots: B, the number of requests that a ``Service`` decodes at once. By default it is the bundle's batch
+            size. A bundle with fixed shapes allows no other number.
+        threads: CPU threads inside ONNX Runtime; by default as many as the process may use.
+        draft_model: another bundle with the same tokenizer, for requests with the ``model`` proposer. It is a smaller
+            model or a CLLM.
+        prefix_cache_bytes: host memory for the KV of earlier prompts and their new tokens. A prompt with the same
+            beginning is prefilled only from the first token that differs. 0 keeps nothing. By default 256 MiB.
         provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
-        cuda_graphs: of ``cuda`` alone: ONNX Runtime records the forward of each n and KV length, and replays it.
+        cuda_graphs: only for ``cuda``: ONNX Runtime records the forward of each n and KV length, and replays it.
 
     Raises:
-        OptionError: an option is out of range, or the draft model does not fit the model: which and how is told.
+        OptionError: an option is out of range, or the draft model does not fit the model. The message says which and
+            how.
         GpuError, PlanError: no GPU, or no plan that runs on it.
         BundleError: not a bundle, or damaged (sizes are checked; ``cllm-export verify`` checks checksums).
         EngineError: the engine does not take the graph.
@@ -119,10 +120,11 @@ def open_engine(
     threads: int | None = None,
     cuda_graphs: bool = False,
 ) -> Engine:
-    """A bundle's engine on a device, with as many slots as the bundle or the plan was built for unless told otherwise.
+    """A bundle's engine on a device. By default it has as many slots as the bundle or the plan was built for.
 
     Raises:
-        OptionError: no such provider, slots that the plan has not, or ONNX Runtime's CUDA graphs elsewhere.
+        OptionError: there is no such provider, the plan has another number of slots, or ``cuda_graphs`` is set for a
+            provider other than ``cuda``.
         GpuError, PlanError, EngineError, MissingExtraError: see the engine.
     """
     require_one_of("provider", provider, PROVIDERS)

@@ -1,4 +1,4 @@
-"""What runs requests on one engine: a scheduler, the lookahead loop, or the loop on the device."""
+"""The loops that run requests on one engine: a scheduler, the lookahead loop, or the loop on the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Loop(Protocol):
-    """Runs what it was given, a forward a step."""
+    """Runs the tasks that it was given, one forward per step."""
 
     @property
     def is_idle(self) -> bool: ...
@@ -32,21 +32,21 @@ class Loop(Protocol):
     def step(self) -> object: ...
 
     def cancel(self, task: Task) -> object:
-        """End what runs, as where nobody reads on."""
+        """End a task early, as when its reader has gone."""
         ...
 
 
 class LoopMaker:
-    """Makes what runs requests on one engine, and keeps what outlives a request. Not thread-safe.
+    """Makes the loops for one engine. Not thread-safe.
 
-    What it keeps is the chooser of n and the loops on the device, each made when it is first asked for.
+    It keeps two things across requests: the chooser of n and the loops on the device. Each is made at its first use.
 
     Args:
         engine: runs the forwards.
-        limits: of its model.
-        draft_model: answers the ``model`` proposer.
+        limits: the limits of the model.
+        draft_model: serves the ``model`` proposer.
         prefix_cache: keeps the KV of prompts.
-        forward_seconds: seconds of a forward by block size, where they are known.
+        forward_seconds: seconds of a forward by block size, if they are known.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class LoopMaker:
         self._device_loops: DeviceLoops | None = None
 
     def require(self, request: ResolvedRequest) -> None:
-        """See that the engine can run a request, and make it ready.
+        """Check that the engine can run a request, and prepare the engine for it.
 
         Raises:
-            OptionError: it cannot.
+            OptionError: the engine cannot run it.
         """
         if request.lookahead:
             self._engine.require_lookahead()
@@ -78,7 +78,7 @@ class LoopMaker:
             self._device_engine(request)
 
     def make(self, request: ResolvedRequest, task: Task, decoder: Decoder) -> Loop:
-        """What runs one task, with the engine for itself.
+        """The loop that runs one task. The task has the engine for itself.
 
         Raises:
             OptionError: the engine cannot run it.
@@ -122,7 +122,7 @@ class LoopMaker:
             self._device_loops.close()
 
     def _size_policy(self, block_size: BlockSize) -> SizePolicy:
-        """Who says n. The chooser is one for all requests; where T(n) is not known, it is measured here, once."""
+        """The policy that gives n. All requests share one chooser. If T(n) is not known, it is measured here, once."""
         if isinstance(block_size, int):
             return PinnedSize(block_size)
         if self._chooser is None:

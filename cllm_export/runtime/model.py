@@ -27,24 +27,24 @@ from cllm_export.runtime.request_run import Generation, RequestMaker, RequestRun
 class Model:
     """A loaded model, of a bundle or of a checkpoint: one engine, one request at a time.
 
-    What its engine holds is free after ``close``, or where a ``with`` ends: on a device, memory that nobody else gets
-    meanwhile. A second request while one runs (another thread, or a stream that is not exhausted) is refused with
-    EngineError rather than queued: queueing is a scheduler's work.
+    The engine holds memory, on a GPU the device's. ``close``, or the end of a ``with``, frees it. While a request runs,
+    a second one is refused with EngineError. It is not queued: queueing is a scheduler's work. A stream that is not
+    exhausted counts as running.
 
     Attributes:
-        facts: its defaults and limits.
-        engine: what runs the forwards.
+        facts: the model's defaults and limits.
+        engine: runs the forwards.
         codec: tokenizer and chat template.
-        draft_model: what answers the ``model`` proposer, with as many lanes as the engine has slots.
+        draft_model: serves the ``model`` proposer. It has at least as many lanes as the engine has slots.
         pool: n-grams that requests with the ``pool`` proposer share.
-        prompt_state: what it keeps of the prompts it has read; None where it reads each anew.
-        limits: what it makes of the options of a request.
-        requests: makes the runs of its requests.
-        loops: makes what runs them on its engine.
-        lease: lends its engine, to one user at a time.
+        prompt_state: the kept KV of earlier prompts; None if every prompt is prefilled in full.
+        limits: the limits that the options of a request are resolved against.
+        requests: makes the runs of the model's requests.
+        loops: makes the loops that run them on the engine.
+        lease: lends the engine to one user at a time.
 
     Args:
-        forward_seconds: seconds of a forward by block size, where they are known; else they are measured before the
+        forward_seconds: seconds of a forward by block size, if they are known. Otherwise they are measured before the
             first request for which n is chosen.
     """
 
@@ -81,11 +81,13 @@ class Model:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(EngineError) if kind else nullcontext():  # a stream that the error left open hides no error
+        with suppress(EngineError) if kind else nullcontext():  # an open stream must not hide the first error
             self.close()
 
     def close(self) -> None:
-        """Free what its engine holds, and a draft model's. It cannot run afterwards; closing it again does nothing.
+        """Free the memory of the engine and of the draft model. The model cannot run afterwards.
+
+        Closing it again does nothing.
 
         Raises:
             EngineError: a request is running, or a service is open.
@@ -104,15 +106,15 @@ class Model:
     ) -> Generation:
         """Decode one prompt.
 
-        At every fixed n each method and proposer gives the tokens that autoregressive decoding gives at that n: the
-        model's greedy ones, or with a ``temperature`` those that the seed draws. Another n may round a near tie
-        otherwise, and so may ``auto``, the default of ``jacobi``, on a processor where this was not checked.
+        At every fixed n each method and proposer gives the tokens that autoregressive decoding gives at that n. These
+        are the model's greedy tokens, or with a ``temperature`` the tokens that the seed draws. Another n may round a
+        near tie differently. So may ``auto``, the default of ``jacobi``, on a processor where this was not checked.
 
         Args:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.
-            options: of the request; by default ``GenerateOptions()``.
-            overrides: single options by name, as ``temperature=0.8``. Names and values are those of
-                ``GenerateOptions``, which checks them; None is the same as nothing said.
+            options: options of the request; by default ``GenerateOptions()``.
+            overrides: single options by name, such as ``temperature=0.8``. Names and values are those of
+                ``GenerateOptions``, which checks them. None means not given.
 
         Raises:
             PromptError: the prompt is empty, or does not fit together with its new tokens.
@@ -128,7 +130,10 @@ class Model:
     def stream(
         self, prompt: str | Sequence[int] | Messages, options: GenerateOptions | None = None, **overrides: Any
     ) -> Stream:
-        """Like ``generate``, but an iterator of text deltas that never split a character; ``result`` has the rest."""
+        """Like ``generate``, but returns an iterator of text deltas, which never split a character.
+
+        Its ``result`` returns the whole generation.
+        """
         return Stream(self._make_run(prompt, options, overrides), self.loops, self.lease)
 
     def _make_run(
@@ -141,18 +146,18 @@ class Model:
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
-        """The KV of texts that were read before; its ``statistics`` tell what it is worth."""
+        """The cache of the KV of earlier texts. Its ``statistics`` show how much it saves."""
         return self.prompt_state.cache if self.prompt_state else None
 
     def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
-        """Write the KV of a prompt to a file, for ``load_prefix`` of the same bundle; the number of its tokens.
+        """Write the KV of a prompt to a file, for ``load_prefix`` of the same bundle. Returns its number of tokens.
 
-        What is kept of it is used, the rest is computed. A snapshot that is there is replaced, in one step.
+        KV rows that the prefix cache has are used; the rest is computed. An existing snapshot is replaced atomically.
 
         Raises:
             PromptError: the prompt is empty or too long.
-            OptionError: the model keeps no prompts, or not as much as this one.
-            OutputError: the file is something else, or cannot be written.
+            OptionError: the model has no prefix cache, or a cache too small for this prompt.
+            OutputError: the file exists and is no snapshot, or it cannot be written.
             EngineError: the engine failed, or another request is running.
         """
         state = require_prompt_state(self.prompt_state)
@@ -165,13 +170,14 @@ class Model:
         return len(tokens)
 
     def load_prefix(self, path: str | Path) -> int:
-        """Keep the KV that ``save_prefix`` wrote, so that prompts that begin so need not read it; the number of tokens.
+        """Load KV that ``save_prefix`` wrote into the prefix cache. Returns the number of tokens.
 
-        It is dropped for room like everything else in the prefix cache: the least recently used first.
+        Prompts that begin with these tokens are then prefilled only from their end on. The entry can be evicted like
+        every other entry of the cache: the least recently used goes first.
 
         Raises:
-            SnapshotError: missing, damaged, or of another bundle or version.
-            OptionError: the model keeps no prompts, or not as much as this one.
+            SnapshotError: the file is missing, damaged, or of another bundle or version.
+            OptionError: the model has no prefix cache, or a cache too small for this prompt.
             EngineError: another request is running.
         """
         state = require_prompt_state(self.prompt_state)
@@ -184,7 +190,7 @@ class Model:
         """Token ids of a prompt in any of its forms.
 
         Raises:
-            PromptError: empty, or holds something that is neither text, token ids nor messages.
+            PromptError: the prompt is empty, or is neither text, token ids nor messages.
         """
         if isinstance(prompt, str):
             ids = self.codec.encode(prompt) if prompt else []
@@ -211,5 +217,5 @@ class Model:
 
 
 def _is_indexed(prompt: object) -> bool:
-    """Whether it has items from 0 on; an array without axes has none."""
+    """Whether a prompt can be indexed from 0. An array without axes cannot."""
     return hasattr(prompt, "__getitem__") and getattr(prompt, "ndim", 1) > 0

@@ -19,10 +19,10 @@ from cllm_export.runtime.decoding.shared_options import max_new_tokens_option
 from cllm_export.runtime.engines.base import Engine
 
 BlockSize = int | Literal["auto"]
-"""n, or n chosen forward by forward."""
+"""n, or ``auto``: n is chosen for each forward."""
 
 PREFIX_CACHE_BYTES = 256 << 20
-"""KV that a loaded bundle keeps by default: some ten thousand tokens of a small model, two thousand of one of 7 B."""
+"""Default size of the prefix cache: about ten thousand tokens of a small model, or two thousand of a 7 B model."""
 
 GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 
@@ -31,37 +31,37 @@ SHAPE = ("window", "ngram", "guesses")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Sampling):
-    """What a request may say beside its prompt. The options of ``Sampling`` are among them.
+    """All options of a request. Those of ``Sampling`` are among them.
 
     Raises:
-        OptionError: an option is out of its range, or excludes another one.
+        OptionError: an option is out of range, or excludes another one.
     """
 
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
-    """The length limit, exact. By default whatever still fits into the model's max length."""
+    """The length limit, exact. By default as many tokens as still fit into the model's max length."""
     method: Method | None = option(
         None,
         choices=(*METHODS, LOOKAHEAD),
         help="The decoding method; by default the loop that the model was trained with.",
     )
-    """``jacobi`` is the sliding loop, ``jacobi-block`` the paper's. In ``speculative`` every block is what ``proposer``
-    guesses, none of it the model's own. ``autoregressive`` decodes token by token. ``lookahead`` is for greedy
-    requests, one at a time, and for a bundle that has a graph for it.
+    """``jacobi`` is the sliding loop, ``jacobi-block`` the loop of the paper. ``speculative`` takes every draft from
+    ``proposer`` and reuses none of the model's own predictions. ``autoregressive`` decodes token by token.
+    ``lookahead`` is for greedy requests, runs one at a time, and needs a bundle with a lookahead graph.
 
-    By default it is the loop the model was trained with, else ``jacobi``; and ``jacobi`` where ``block_size`` is
-    ``auto``."""
+    By default it is the loop that the model was trained with, else ``jacobi``. If ``block_size`` is ``auto``, the
+    default is ``jacobi``."""
     block_size: BlockSize | None = option(
         None, help="Block size n, in tokens, or auto, which chooses n forward by forward and is the default of jacobi."
     )
-    """n, 1 to the model's largest, or ``auto``. ``auto`` chooses n forward by forward, 1 included, to make most tokens
-    a second. What it learns of the model serves all later requests.
+    """n, from 1 to the model's largest, or ``auto``. ``auto`` chooses n for each forward, for the most tokens per
+    second; n may be 1. Later requests profit from what it has learned about the model.
 
-    By default it is ``auto`` for ``jacobi``, 1 for ``autoregressive``, and the model's own for ``jacobi-block`` and
-    ``speculative``. A block of ``jacobi-block`` keeps its size, so ``auto`` is refused there. An engine that is pinned
-    to one shape has one n, and ``auto`` means that n.
+    By default it is ``auto`` for ``jacobi``, 1 for ``autoregressive``, and the model's own n for ``jacobi-block`` and
+    ``speculative``. A block of ``jacobi-block`` keeps its size, so ``auto`` is refused there. An engine with fixed
+    shapes has one n, and ``auto`` means that n.
 
-    At every fixed n tokens are those of autoregressive decoding at that n. ``auto`` may round a near tie otherwise on a
-    processor where this was not checked."""
+    At every fixed n the tokens are those of autoregressive decoding at that n. ``auto`` may round a near tie
+    differently on a processor where this was not checked."""
     window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
     """W of ``lookahead``. ``window``, ``ngram`` and ``guesses`` give the size of its block: see ``LookaheadShape``."""
     ngram: int | None = option(None, help="For lookahead: N, the number of tokens of an n-gram.")
@@ -71,41 +71,41 @@ class GenerateOptions(Sampling):
     deterministic: bool = option(
         False, help="Use the bundle's own block size instead of auto, so that a request gives its tokens again."
     )
-    """n is the model's own (1 for ``autoregressive``) unless a number is given, so that a request runs the same
-    forwards again. Where n is chosen, a near tie may round to another token at another time."""
+    """Use the model's own n (1 for ``autoregressive``) unless a number is given. A repeated request then runs the same
+    forwards. If n is chosen, a near tie may round to another token on another run."""
     proposer: str | None = option(
         None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}."
     )
-    """The draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` or ``model``. ``pool`` has the n-grams of
-    the texts and rejected drafts of all requests that name it. ``model`` has a draft model's tokens. Several are joined
-    by ``+`` and asked in order: ``pool+lookup``.
+    """The draft source: ``pad``, ``repeat``, ``prompt``, ``lookup``, ``pool`` or ``model``. ``pool`` drafts from the
+    n-grams of the texts and rejected drafts of all requests that use it. ``model`` drafts with a draft model. Several
+    sources are joined by ``+`` and asked in order: ``pool+lookup``.
 
-    By default it is what the model was trained with, else ``pad``. For ``speculative`` it is ``model`` where there is
-    one, else ``lookup``. For ``lookahead``, whose window it fills once, it is ``prompt``."""
+    By default it is the one that the model was trained with, else ``pad``. For ``speculative`` it is ``model`` if a
+    draft model is loaded, else ``lookup``. For ``lookahead``, which fills its window once, it is ``prompt``."""
     stop: Sequence[str] = option((), help="Stop before this text; repeat the option for several.")
     """Strings to stop at. The text is cut before the first one."""
     ignore_eos: bool = option(False, help="Decode on past an end-of-sequence token, up to the limit.", hidden=True)
-    """Decode on past an end-of-sequence token, up to the limit: for measuring."""
+    """Continue after an end-of-sequence token, up to the limit. For measurements."""
     logprobs: int | None = option(
         None,
         minimum=0,
         maximum=MAX_LOGPROBS,
         help="With --json: add the log-probability of each token, and of this many alternatives.",
     )
-    """Log-probabilities of each new token, and of this many of the most probable ones beside it."""
+    """Return the log-probability of each new token, and of this many of the most probable alternatives."""
     forwards_per_sync: int | None = option(
         None, minimum=1, help="For tensorrt: decode on the device, and let the host look once in this many forwards."
     )
-    """k: the loop stays on the device, and the host asks once in k forwards what they gave. The text of a stream then
-    comes in steps of that.
+    """k: the loop runs on the device, and the host reads results once in k forwards. The text of a stream then comes in
+    steps of k forwards.
 
-    It is for greedy requests of a TensorRT engine, one at a time, with the method ``jacobi`` and the proposer ``pad``
-    or ``repeat``. ``block_size`` is one of the plan's, by default the model's own, never ``auto``."""
+    It is for greedy requests on a TensorRT engine, one at a time, with the method ``jacobi`` and the proposer ``pad``
+    or ``repeat``. ``block_size`` must be one of the plan's. It is by default the model's own, and never ``auto``."""
     json_schema: str | Mapping[str, Any] | None = option(
         None, help="A file with a JSON schema that the text must match."
     )
-    """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request follows one grammar
-    at most. A text that a limit or a stop string cuts is a beginning of a match."""
+    """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request can have at most one
+    grammar. If a limit or a stop string cuts the text, it is only the beginning of a match."""
     regex: str | None = option(None, help="A regular expression that the whole text must match.")
     """The expression that the whole text must match (extra ``grammar``)."""
     grammar: str | None = option(None, help="A file with a Lark grammar that the text must match.")
@@ -129,7 +129,7 @@ class GenerateOptions(Sampling):
 
     @property
     def lookahead_shape(self) -> LookaheadShape:
-        """W, N and G, each its default where it is not given."""
+        """W, N and G. Each one that is not given has its default."""
         given = {name: value for name in SHAPE if (value := getattr(self, name)) is not None}
         return LookaheadShape(**given)
 
@@ -187,7 +187,7 @@ class GenerateOptions(Sampling):
             raise OptionError(f"{given} is for the method lookahead, and the method is {method}", fields=(given,))
 
     def _require_greedy(self, what: str, instead: str) -> None:
-        """Refuse what none but a loop that asks for logits can do."""
+        """Refuse options that need logits: sampling, logprobs and grammars."""
         if not self.is_greedy:
             raise OptionError(f"{what} is for greedy requests and excludes sampling: {instead}", fields=(what,))
         if self.logprobs is not None:
@@ -206,14 +206,14 @@ class GenerateOptions(Sampling):
 
 
 PREFILL_ONLY = GenerateOptions(max_new_tokens=1, method="autoregressive", ignore_eos=True)
-"""Options of a request whose last forward writes the KV of the prompt's last token, and nothing beyond it."""
+"""Options of a request that only prefills: its last forward writes the KV of the prompt's last token, and no more."""
 
 
 def override(options: GenerateOptions | None, overrides: Mapping[str, Any]) -> GenerateOptions:
-    """Options with others in their place, by name. An override of None is the same as none.
+    """The options, with single ones replaced by name. An override of None replaces nothing.
 
     Raises:
-        OptionError: there is no such option, or one is out of its range.
+        OptionError: there is no such option, or one is out of range.
     """
     if not isinstance(options, GenerateOptions | None):
         raise OptionError(
@@ -229,7 +229,7 @@ def override(options: GenerateOptions | None, overrides: Mapping[str, Any]) -> G
 
 
 class ModelFacts(Protocol):
-    """What a model must be known by besides its engine and codec. A bundle's manifest has it all."""
+    """The facts about a model that its engine and codec do not have. A bundle's manifest has them all."""
 
     @property
     def block_size(self) -> int: ...
@@ -249,19 +249,19 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """What a model, on the engine that runs it, makes of the options of a request."""
+    """Limits and defaults of a model on its engine. The options of a request are resolved against them."""
 
     block_size: int
     """The model's own n."""
     max_block_size: int
     fixed_block_size: int | None
-    """n of an engine that is pinned to one shape."""
+    """n of an engine with fixed shapes, else None."""
     max_length: int
-    """Tokens of a prompt and what it gives."""
+    """Largest number of tokens of a prompt and its new tokens together."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    """What fills rows that nobody uses."""
+    """Fills unused rows."""
     trained_with: TrainedWith | None
     has_draft_model: bool
 
@@ -283,14 +283,14 @@ class ModelLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """A request of one model: every option has its value, and all are in range."""
+    """A request for one model. Every option has a value that is in range."""
 
     prompt: list[int]
     method: Method
     block_size: BlockSize
-    """n of every forward, or where ``lookahead`` is set, rows of the largest."""
+    """n of every forward, or ``auto``. For ``lookahead`` it is the number of rows of the largest forward."""
     lookahead: LookaheadShape | None
-    """W, N and G where that is the method."""
+    """W, N and G if the method is ``lookahead``, else None."""
     proposer: str
     sampling: Sampling
     logprobs: int | None
@@ -298,32 +298,32 @@ class ResolvedRequest:
     max_new_tokens: int
     stop: tuple[str, ...]
     eos_token_ids: frozenset[int]
-    """The tokens that end it; none where it ignores them."""
+    """The tokens that end the request. Empty with ``ignore_eos``."""
     forwards_per_sync: int | None
-    """Where the loop stays on the device."""
+    """k if the loop runs on the device, else None."""
 
     @property
     def seed(self) -> int:
-        """What it is drawn with."""
+        """The seed of the sampler; 0 if none was given."""
         return self.sampling.seed or 0
 
     @property
     def needs_sampler(self) -> bool:
-        """Whether its tokens are others than the graph's own argmax may be."""
+        """Whether a token may differ from the graph's argmax: with a grammar, or if its sampling is not greedy."""
         return self.grammar is not None or not self.sampling.is_greedy
 
     @property
     def draft_kind(self) -> str | None:
-        """What kind of drafts it decodes with: those of a kind are worth much the same. None for no drafts."""
+        """The kind of drafts that it decodes with; None without drafts. Drafts of one kind gain about the same."""
         if self.method == "autoregressive":
             return None
         return f"{self.method}, {self.proposer}, {'drawn' if self.needs_sampler else 'greedy'}"
 
 
 def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) -> ResolvedRequest:
-    """The request that these options make of a prompt, for a model with these limits.
+    """The request for a prompt, with all options resolved against the model's limits.
 
-    A pure function: a seed that is not given is 0.
+    This is a pure function: a missing seed is not drawn here, it counts as 0.
 
     Raises:
         OptionError: an option is out of range for the model.
@@ -364,10 +364,10 @@ def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) ->
 def resolve_block_size(
     block_size: BlockSize | None, limits: ModelLimits, *, method: Method = "jacobi", deterministic: bool = False
 ) -> BlockSize:
-    """n of a request's forwards, or that it is to be chosen.
+    """n of a request's forwards, or ``auto``.
 
     Raises:
-        OptionError: out of range for the model.
+        OptionError: n is out of range for the model.
     """
     if block_size is not None and block_size != "auto":
         return check_block_size(block_size, largest=limits.max_block_size, pinned=limits.fixed_block_size)
@@ -381,7 +381,7 @@ def resolve_block_size(
 
 
 def _default_method(options: GenerateOptions, limits: ModelLimits) -> Method:
-    """The loop that the model was trained with; a block of the block loop keeps its size, which is never chosen."""
+    """The loop that the model was trained with; with ``auto`` the sliding loop, as the block loop needs a fixed n."""
     trained = limits.trained_with
     return METHOD_OF_LOOP[trained.loop if trained and options.block_size != "auto" else "sliding"]
 
@@ -403,7 +403,7 @@ def _resolve_proposer(options: GenerateOptions, method: Method, limits: ModelLim
 
 
 def _check_on_device(method: Method, proposer: str) -> None:
-    """Refuse what a loop on the device does not have."""
+    """Refuse a method or proposer that the loop on the device does not support."""
     from cllm_export.tensorrt.loop.device_request import PROPOSERS
 
     if method != "jacobi":
@@ -419,7 +419,7 @@ def _check_on_device(method: Method, proposer: str) -> None:
 
 
 def pad_token(facts: ModelFacts) -> int:
-    """Any token fills a block safely: the pad token, else an end-of-sequence token, else token 0."""
+    """The token that fills blocks: the pad token, else an end-of-sequence token, else 0. Any token would be safe."""
     if facts.pad_token_id is not None:
         return facts.pad_token_id
     return facts.eos_token_ids[0] if facts.eos_token_ids else 0

@@ -1,4 +1,4 @@
-"""One request on its way: its tokens, its text, its status, and what it gave."""
+"""One running request: its tokens, its text, its status and its result."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from cllm_export.runtime.options import GenerateOptions, ModelLimits, ResolvedRe
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What one request gave."""
+    """The result of one request."""
 
     text: str
-    """Decoded text, special tokens left out, cut before a stop string."""
+    """Decoded text without special tokens, cut before a stop string."""
     token_ids: tuple[int, ...]
-    """New tokens, the end-of-sequence token included where one was reached."""
+    """New tokens, including the end-of-sequence token if one was reached."""
     finish_reason: FinishReason
-    """``eos``, ``length``, ``stop`` for a stop string, or ``cancelled`` for a request that was ended before its end."""
+    """``eos``, ``length``, ``stop`` for a stop string, or ``cancelled``."""
     statistics: Statistics
     seed: int
-    """What it was drawn with; the same request with it and the same n gives the same tokens."""
+    """The seed of the sampler. The same request with this seed and the same n gives the same tokens."""
     logprobs: tuple[Logprob, ...] | None = field(repr=False)
-    """One for each of ``token_ids``, where they were asked for."""
+    """One for each of ``token_ids``; None if the request did not ask for them."""
     forwards: tuple[ForwardRecord, ...] = field(repr=False)
-    """Every decode forward: its block, its predictions and what it made known."""
+    """Every decode forward: its block, its predictions and its new tokens."""
 
 
 class RequestRun:
-    """One request on its way, whoever runs it.
+    """One running request, for ``Model`` and ``Service`` alike.
 
-    One thread runs its task, another one may read its text. ``changed`` guards what they share.
+    One thread runs its task, and another one may read its text. ``changed`` guards the state that they share.
 
     Args:
-        request: what to run.
+        request: the request to run.
         decoder: the policy that decodes it.
-        codec: the model's.
-        sampler: what draws its tokens; None takes the graph's own.
-        ended: called once when it ends, before its status says so.
+        codec: the model's tokenizer and chat template.
+        sampler: draws the tokens; None takes the graph's argmax.
+        ended: called once when the request ends, before its status changes.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RequestRun:
         self.status = RequestStatus.WAITING
         self.changed = threading.Condition()
         self.watchers: list[Callable[[], None]] = []
-        """Called, in the thread that runs it, when there is something new to read."""
+        """Called in the thread that runs the request, when there is something new to read."""
         self._codec = codec
         self._ended = ended
         self._new: list[int] = []
@@ -90,11 +90,11 @@ class RequestRun:
 
     @property
     def has_news(self) -> bool:
-        """Whether ``read`` has something to tell. Ask with ``changed`` held."""
+        """Whether ``read`` would return something new. Hold ``changed`` when you ask."""
         return bool(self._new) or self.status.has_ended
 
     def read(self) -> tuple[str, bool]:
-        """The text that has come since it was last read, and whether that is all of it."""
+        """The text since the last ``read``, and whether the request has ended, so that no more will come."""
         with self.changed:
             new, self._new = self._new, []
             has_ended = self.status.has_ended
@@ -102,10 +102,10 @@ class RequestRun:
         return (delta + self._text.flush(), True) if has_ended else (delta, False)
 
     def drive(self, loops: LoopMaker) -> Generator[None]:
-        """Run it on an engine that has nothing else to do, a forward a turn. Where this is closed, it is cancelled.
+        """Run the request on an otherwise idle engine, one forward per turn. Closing the generator cancels it.
 
         Raises:
-            CllmExportError: what it failed with, EngineError where the engine did.
+            CllmExportError: the error of the request; EngineError if the engine failed.
         """
         loop = loops.make(self.request, self.task, self.decoder)
         self.task.begin()
@@ -118,20 +118,20 @@ class RequestRun:
             self.task.end(error)
             raise
         finally:
-            loop.cancel(self.task)  # nothing where it has ended
+            loop.cancel(self.task)  # does nothing if the task has ended
             self.task.end()
 
     def raise_failure(self) -> None:
-        """Raise what it failed with, if it did."""
+        """Raise the error of the request, if it failed."""
         if self.task.error:
             raise self.task.error
 
     def result(self) -> Generation:
-        """What it gave, once it has ended.
+        """The result, once the request has ended.
 
         Raises:
-            EngineError: it never ran.
-            CllmExportError: what it failed with.
+            EngineError: the request never ran.
+            CllmExportError: the error of the request.
         """
         self.raise_failure()
         decode = self.task.decode
@@ -175,7 +175,7 @@ class RequestRun:
             watcher()
 
     def _make_stop_cut(self) -> StopCut:
-        """Where a stop string ends the request among new tokens; reads them one by one."""
+        """A function that counts the new tokens up to the end of a stop string. It reads them one by one."""
         text = TextStream(self._codec, self.request.stop)
 
         def cut(new: list[int]) -> int | None:
@@ -188,14 +188,14 @@ class RequestRun:
         return cut
 
     def _without_eos(self, tokens: Sequence[int]) -> list[int]:
-        """An end-of-sequence token is no text."""
+        """The tokens that are text: end-of-sequence tokens are not."""
         return [token for token in tokens if token not in self.request.eos_token_ids]
 
 
 class Stream(Iterator[str]):
-    """Text deltas of one request, which starts with the first one read.
+    """Text deltas of one request. The request starts when the first delta is read.
 
-    Close it (or use it in a ``with``) to stop early; ``result`` reads what is left and gives the whole.
+    Close it (or use it in a ``with``) to stop early. ``result`` reads the rest and returns the whole generation.
     """
 
     def __init__(self, run: RequestRun, loops: LoopMaker, lease: Lease) -> None:
@@ -216,11 +216,11 @@ class Stream(Iterator[str]):
         self._deltas.close()
 
     def result(self) -> Generation:
-        """The whole generation; runs what was not yet read.
+        """The whole generation. Runs the request to its end first.
 
         Raises:
             EngineError: the request never ran, because the model was busy or the stream was closed first.
-            CllmExportError: what it failed with.
+            CllmExportError: the error of the request.
         """
         for _ in self._deltas:
             pass
@@ -228,7 +228,7 @@ class Stream(Iterator[str]):
 
 
 def _deltas(run: RequestRun, loops: LoopMaker, lease: Lease) -> Generator[str]:
-    """Closing it ends the run, and gives the engine back."""
+    """Text deltas of a run that holds the engine. Closing the generator ends the run and releases the engine."""
     with lease.hold(), closing(run.drive(loops)) as forwards:
         for _ in forwards:
             if delta := run.read()[0]:
@@ -238,11 +238,11 @@ def _deltas(run: RequestRun, loops: LoopMaker, lease: Lease) -> Generator[str]:
 
 
 class RequestMaker:
-    """Makes the runs of one model's requests, and keeps what they share.
+    """Makes the runs of one model's requests, and keeps what they share: the n-gram pool and the grammar compiler.
 
     Args:
-        limits: the model's.
-        codec: its tokenizer.
+        limits: the model's limits.
+        codec: the model's tokenizer and chat template.
         pool: n-grams that requests with the ``pool`` proposer share.
     """
 
@@ -254,7 +254,7 @@ class RequestMaker:
     def make(
         self, prompt: list[int], options: GenerateOptions, *, ended: Callable[[], None] | None = None
     ) -> RequestRun:
-        """The run of a request, which waits to be run. A sampled request without a seed gets a fresh one.
+        """A run that has not started yet. A sampled request without a seed gets a fresh one.
 
         Raises:
             OptionError: an option is out of range for the model, or a grammar does not compile.

@@ -1,7 +1,7 @@
 """A service around one engine: requests from any thread or event loop, decoded together in the engine's slots.
 
-One worker thread owns scheduler and engine; callers share nothing with it but a queue, and what each handle has been
-given. Readers never hold up decoding: a request's tokens wait in its handle, which its own length limit bounds.
+One worker thread owns the scheduler and the engine. Callers share only queues with it, and the new tokens in each
+handle. Readers never delay decoding: the tokens of a request wait in its handle, and its length limit bounds them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Watcher = Callable[[StepReport], None]
 
 
 class Handle:
-    """One submitted request. Iterate it (or ``async for``) for text deltas, or take the whole ``result``.
+    """One submitted request. Iterate it (or use ``async for``) for text deltas, or wait for the whole ``result``.
 
-    Reading ends with the request, a cancelled one's too, and raises what made it fail.
-    Safe from any thread; but one reader at a time, since each delta is handed out once.
+    Iteration ends when the request ends or is cancelled. If the request failed, iteration raises its error. A handle
+    is safe to use from any thread, but it can be iterated only once: each delta is returned once.
     """
 
     def __init__(self, run: RequestRun, *, cancel: Callable[[], None], check_reader: Callable[[], None]) -> None:
-        """``check_reader`` raises EngineError in a thread that must not wait."""
+        """``check_reader`` raises EngineError in a thread that must not wait: the service's worker."""
         self._run = run
         self._cancel = cancel
         self._check_reader = check_reader
@@ -58,19 +58,20 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, however it ended."""
+        """Whether the request has ended: finished, failed or cancelled."""
         return self._run.status.has_ended
 
     def cancel(self) -> None:
-        """Stop it; its slot is free for the next forward. What it has given so far stays. Nothing if it has ended."""
+        """Stop the request; its slot is free for the next forward. Tokens so far are kept. No effect after its end."""
         self._cancel()
 
     def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the end and give the whole; ``finish_reason`` is ``cancelled`` where it was.
+        """Wait for the end and return the whole generation. If it was cancelled, ``finish_reason`` is ``cancelled``.
 
         Raises:
-            TimeoutError: it has not ended within ``timeout`` seconds; it goes on.
-            CllmExportError: what it failed with, EngineError where the engine did; or a watcher asks before its end.
+            TimeoutError: the request has not ended within ``timeout`` seconds. It continues.
+            EngineError: the engine failed, or a watcher called this before the request ended.
+            CllmExportError: the error of the request.
         """
         self._require_reader()
         with self._run.changed:
@@ -94,7 +95,7 @@ class Handle:
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop was closed, with a reader still in it
+            with suppress(RuntimeError):  # the event loop was closed while a reader was still waiting
                 loop.call_soon_threadsafe(event.set)
 
         with self._run.changed:
@@ -102,7 +103,7 @@ class Handle:
         try:
             has_ended = False
             while not has_ended:
-                event.clear()  # before what it tells of is read: what comes in between sets it again
+                event.clear()  # before the read: text that arrives in between sets the event again
                 delta, has_ended = self._run.read()
                 if delta:
                     yield delta
@@ -126,18 +127,19 @@ class Handle:
 
 
 class Service:
-    """Decodes many requests at once on a loaded model, each as it would decode alone.
+    """Decodes many requests at once on a loaded model. A request's result does not depend on the other requests.
 
-    With one n for all forwards, as by default, a request gives bit for bit what it gives alone in this service,
-    whatever else is running. With ``auto`` n is chosen for the batch, forward by forward, to make most tokens a second:
-    a request then gives the same tokens, but where rounding turns a near tie on a processor where this was not checked.
+    By default all forwards have one n. A request's result is then bit-identical to its result alone in this service.
+    With ``auto``, n is chosen for the batch before each forward, for the most tokens per second. A request then gives
+    the same tokens, except that a near tie may round differently on a processor where this was not checked.
+
     Use it in a ``with``, or ``close`` it. While it is open, ``Model.generate`` is refused.
 
     Args:
-        model: loaded with as many slots as requests should run at once (``load(path, num_slots=8)``).
-        block_size: n of every forward, by default the model's; or ``auto``.
-        queue_size: requests that may wait for a slot.
-        watch: called after each forward, in the worker thread, for metrics; must be quick and not raise.
+        model: a model with as many slots as requests should run at once (``load(path, num_slots=8)``).
+        block_size: n of every forward, or ``auto``. By default it is the model's own n.
+        queue_size: number of requests that may wait for a slot.
+        watch: called in the worker thread after each forward, for metrics. It must be quick and must not raise.
 
     Raises:
         OptionError: an option is out of range for the model.
@@ -183,7 +185,7 @@ class Service:
 
     @property
     def num_open(self) -> int:
-        """Requests that were submitted and have not ended."""
+        """Number of requests that were submitted and have not ended."""
         return self._num_open
 
     def submit(
@@ -191,12 +193,12 @@ class Service:
     ) -> Handle:
         """Queue a request and return at once.
 
-        Options and overrides are those of ``Model.generate``, less ``block_size`` and ``deterministic``, which are the
-        service's. Safe from any thread.
+        Options and overrides are those of ``Model.generate``, except ``block_size`` and ``deterministic``: the service
+        has one n for all requests. Safe from any thread.
 
         Raises:
             PromptError, OptionError: the request is refused before it is queued.
-            QueueFullError: as many requests wait as may.
+            QueueFullError: the queue is full.
             EngineError: the service is closed.
         """
         run = self._make_run(prompt, self._override(options, overrides))
@@ -213,13 +215,14 @@ class Service:
         options: GenerateOptions | None = None,
         **overrides: Any,
     ) -> list[Generation]:
-        """Decode prompts together and wait for all; results in their order. Where the queue is full it waits for room.
+        """Decode prompts together and wait for all of them. Results come in the order of the prompts.
 
-        Options and overrides are those of ``submit``, for all prompts.
+        If the queue is full, it waits for room. Options and overrides are those of ``submit``, and hold for all
+        prompts.
 
         Raises:
-            PromptError, OptionError: a request is refused; none has been queued then.
-            EngineError: the engine failed, or the service is closed; or a watcher calls.
+            PromptError, OptionError: a request is refused. In this case none was queued.
+            EngineError: the engine failed, the service is closed, or a watcher called this.
         """
         self._require_caller()
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
@@ -234,7 +237,7 @@ class Service:
         return [self._handle_of(run).result() for run in runs]
 
     def warm_up(self) -> None:
-        """Run a forward of the service's shape, so that the first request does not pay for what engines do once.
+        """Run a forward of the service's shape, so that the first request does not pay for one-time work of the engine.
 
         Raises:
             EngineError: the engine failed.
@@ -243,13 +246,13 @@ class Service:
         self.submit([self.model.limits.pad_token_id], method="jacobi", max_new_tokens=1, ignore_eos=True).result()
 
     def save_prefix(self, path: str | Path, prompt: str | Sequence[int] | Messages) -> int:
-        """Like ``Model.save_prefix``, beside whatever is running: the prompt is read as a request.
+        """Like ``Model.save_prefix``, while other requests run: the prompt is prefilled as a request of its own.
 
-        Safe from any thread but the worker's, which a watcher runs in.
+        Safe from any thread but the worker, in which watchers run.
 
         Raises:
-            PromptError, OptionError, OutputError: as there.
-            QueueFullError: as many requests wait as may.
+            PromptError, OptionError, OutputError: as in ``Model.save_prefix``.
+            QueueFullError: the queue is full.
             EngineError: the engine failed, or the service is closed.
         """
         self._require_caller()
@@ -261,12 +264,12 @@ class Service:
         return len(tokens)
 
     def load_prefix(self, path: str | Path) -> int:
-        """Like ``Model.load_prefix``, between two forwards of whatever is running.
+        """Like ``Model.load_prefix``, but between two forwards of the running requests.
 
-        Safe from any thread but the worker's, which a watcher runs in.
+        Safe from any thread but the worker, in which watchers run.
 
         Raises:
-            SnapshotError, OptionError: as there.
+            SnapshotError, OptionError: as in ``Model.load_prefix``.
             EngineError: the service is closed.
         """
         state = require_prompt_state(self.model.prompt_state)
@@ -275,7 +278,7 @@ class Service:
         return len(snapshot.tokens)
 
     def close(self) -> None:
-        """Cancel what runs and waits, stop the worker, and free the model. Safe to call again."""
+        """Cancel all running and waiting requests, stop the worker, and release the model. Safe to call again."""
         with self._work:
             self._is_closed = True
             self._work.notify_all()
@@ -306,7 +309,7 @@ class Service:
         self._work.notify_all()
 
     def _call(self, function: Callable[[], T]) -> T:
-        """What a function gives that the worker runs between two forwards."""
+        """Let the worker run a function between two forwards, and return its result."""
         self._require_caller()
         future: Future[T] = Future()
         with self._work:
@@ -316,7 +319,7 @@ class Service:
         return future.result()
 
     def _require_caller(self) -> None:
-        """Refuse to wait in the worker, which would be for itself and for ever."""
+        """Refuse to wait in the worker thread: it would wait for itself, forever."""
         if threading.current_thread() is self._worker:
             raise EngineError("a watcher must not wait for the service whose worker it runs in: ask in another thread")
 
@@ -335,7 +338,7 @@ class Service:
             self._room.notify_all()
 
     def _run(self) -> None:
-        """The worker: everything that touches scheduler and engine."""
+        """Body of the worker thread, the only one that uses the scheduler and the engine."""
         while self._collect():
             report = self._scheduler.step()
             if report and self._watch:
@@ -350,7 +353,7 @@ class Service:
             self._watch = None
 
     def _collect(self) -> bool:
-        """Wait for work and take it in; False once the service is closed."""
+        """Wait for work and hand it to the scheduler. Returns False once the service is closed."""
         with self._work:
             self._work.wait_for(
                 lambda: self._is_closed or self._inbox or self._cancelled or self._calls or not self._scheduler.is_idle
@@ -373,13 +376,17 @@ class Service:
 def _run_call(function: Callable[[], T], future: Future[T]) -> None:
     try:
         future.set_result(function())
-    except Exception as error:  # it is the caller's, in whose thread it is raised
+    except Exception as error:  # it is raised in the caller's thread
         future.set_exception(error)
 
 
 def _make_scheduler(model: Model, block_size: BlockSize) -> Scheduler:
-    """One n reads prompts in chunks of it, but a small one in turn with wider forwards; a chosen one, which may be
-    1, in chunks of some more."""
+    """A scheduler whose prefill width follows from n.
+
+    A fixed n prefills in chunks of n. If n is at most half of MIN_PREFILL_WIDTH, wider prefill-only forwards alternate
+    with decode-only forwards. With ``auto``, where n may be 1, chunks have up to MIN_PREFILL_WIDTH tokens. The model's
+    largest n is an upper limit of this width.
+    """
     wide = min(MIN_PREFILL_WIDTH, model.limits.max_block_size)
     if block_size == "auto":
         return model.loops.make_scheduler(block_size, prefill_width=wide)

@@ -1,1 +1,1 @@
-"""TensorRT: plans, the engine, the loop on the device."""
+"""TensorRT: plans, the engine and the loop on the device."""

@@ -1,8 +1,8 @@
-"""Bundle to TensorRT plan, on the machine that will run it. Needs TensorRT and a GPU, and neither torch nor onnx.
+"""Build a TensorRT plan from a bundle, on the machine that will run it. Needs TensorRT and a GPU, not torch or onnx.
 
-The network is the bundle's own graph, parsed as it is and strongly typed: precision is what the ONNX says. There is
-one optimization profile for chunks of the prompt and one for each block size n, since a kernel that is right for one
-row is wrong for sixteen. Success means that the plan lies in its place, deserializes and runs.
+The network is the bundle's own graph, parsed unchanged and strongly typed, so precision is that of the ONNX file. There
+is one optimization profile for prefill chunks and one for each block size n: the best kernel for one row is not the
+best for sixteen. On success the plan is in its place, deserializes and runs.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from cllm_export.tensorrt.plan_files import (
 )
 
 DEFAULT_CHUNK = 128
-"""Tokens a prefill forward takes: wide enough to be bound by arithmetic on most GPUs, narrow enough to need little
-scratch."""
+"""Tokens per prefill forward. This is wide enough to be compute-bound on most GPUs, and narrow enough to need little
+scratch memory."""
 SMALLEST_KV_LENGTH = 256
 MEGABYTE = 1_000_000
 BFLOAT16_SINCE = 8
-"""Major compute capability of Ampere, the first with bf16 matrix units."""
+"""Major compute capability of Ampere, the first generation with bf16 matrix units."""
 
 Say = Callable[[str], None]
 Shape = tuple[int, ...]
@@ -62,7 +62,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What ``cllm-export plan`` lets the user choose; None and () stand for what the bundle suggests."""
+    """The options of ``cllm-export plan``. None and () mean the value that the bundle suggests."""
 
     batch_size: int | None = option(
         None, help="Number of slots: prompts that are decoded at once; by default the bundle's.", minimum=1
@@ -73,7 +73,7 @@ class PlanOptions:
         minimum=1,
         flag="--block-size",
     )
-    """n of each decode profile; by default 1, the bundle's block size, and 16, with which batches read prompts."""
+    """n of each decode profile. By default 1, the bundle's block size, and 16, which batches use for prefill."""
     prefill_chunk: int | None = option(
         None, help="Number of prompt tokens that one forward reads; by default 128.", minimum=1
     )
@@ -83,7 +83,7 @@ class PlanOptions:
         minimum=1,
         flag="--kv-length",
     )
-    """KV lengths; by default 256 and each double of it, up to the whole cache."""
+    """KV lengths. By default they double from 256 up to the whole cache."""
     workspace: int | None = option(
         None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
     )
@@ -105,10 +105,10 @@ class PlanOptions:
 
 
 def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
-    """Options with every default settled for one bundle.
+    """The settings for one bundle: the options, with every default filled in.
 
     Raises:
-        OptionError: an option is out of range for it.
+        OptionError: an option is out of range for the bundle.
     """
     fixed, geometry = manifest.graphs[GREEDY_GRAPH].fixed_shapes, manifest.geometry
     sizes = tuple(sorted(set(options.block_sizes))) or _default_sizes(manifest)
@@ -137,7 +137,7 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
 
 
 def _default_sizes(manifest: Manifest) -> tuple[int, ...]:
-    """1 for autoregressive decoding, the bundle's own, and what a batch reads prompts with."""
+    """Default block sizes: 1 for autoregressive decoding, the bundle's own, and the prefill width of a batch."""
     prefill = min(max(manifest.block_size, MIN_PREFILL_WIDTH), manifest.geometry.max_block_size)
     return tuple(sorted({1, manifest.block_size, prefill}))
 
@@ -154,7 +154,10 @@ def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> N
 
 
 def default_kv_lengths(cache_length: int) -> tuple[int, ...]:
-    """Each doubled, so that a forward reads less than twice what it needs, and captured graphs stay few."""
+    """Default KV lengths. Each is double the last, so a forward reads less than twice what it needs (or 256 rows).
+
+    This keeps the number of captured graphs small.
+    """
     kv_lengths, kv_length = [], SMALLEST_KV_LENGTH
     while kv_length < cache_length:
         kv_lengths.append(kv_length)
@@ -170,14 +173,15 @@ def build_plan(
     force: bool = False,
     say: Say | None = None,
 ) -> Plan:
-    """Build the plan of a bundle for this machine, or give the one that is there already.
+    """Build the plan of a bundle for this machine, or return the existing one.
 
-    ``say`` is told, a line at a time, what memory the build is expected to take and what each stage took.
+    ``say`` is called with single lines: the predicted memory of the build, and the time that each stage took.
 
     Raises:
-        GpuError: no GPU, or one that lacks the bundle's precision; TensorRT is missing or too old.
+        GpuError: there is no GPU, or it lacks the bundle's precision. Or TensorRT is too old or does not load.
+        MissingExtraError: TensorRT or cuda-python is not installed.
         OptionError: an option is out of range for the bundle.
-        PlanError: TensorRT refused the graph, could not build it, or what it built does not run.
+        PlanError: TensorRT refused the graph, could not build a plan, or the plan does not run.
         OutputError: the plan cannot be written.
     """
     _require_graph(bundle)
@@ -199,7 +203,7 @@ def build_plan(
 
 
 def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
-    """What the build is expected to take, in lines."""
+    """The predicted memory of a build, one line per figure."""
     figures = memory_figures(
         bundle,
         MemoryOptions(
@@ -213,7 +217,7 @@ def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
 
 
 def _require_graph(bundle: Bundle) -> None:
-    """Refuse a graph of operators that TensorRT has not, before anything is started."""
+    """Refuse a graph with operators that TensorRT does not have, before any work is done."""
     quantization = bundle.manifest.quantization
     if quantization and "tensorrt" not in quantization.engines:
         raise PlanError(
@@ -231,7 +235,7 @@ def _require_precision(bundle: Bundle, platform: Platform) -> None:
 
 
 def _write_plan(bundle: Bundle, settings: PlanSettings, platform: Platform, gpu: Gpu, staging: Path, say: Say) -> None:
-    """Parse, configure, build, and write plan and manifest."""
+    """Parse the graph, configure and build the plan, and write the plan and its manifest."""
     log = Log(gpu.tensorrt)
     builder = gpu.tensorrt.Builder(log.logger)
     started = perf_counter()
@@ -258,11 +262,11 @@ def _write_plan(bundle: Bundle, settings: PlanSettings, platform: Platform, gpu:
         sha256=sha256_of(path),
     )
     (staging / PLAN_MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    del parser  # it holds the weights that the network refers to, until here, and reads some from the source's maps
+    del parser  # until here it must hold the network's weights; it reads some from the source's maps
 
 
 def _parse(source: GraphSource, tensorrt: Any, builder: Any, log: Log) -> tuple[Any, Any]:
-    """(network, the parser that holds its weights) of the bundle's graph."""
+    """The network of the bundle's graph, and the parser that holds its weights."""
     strongly_typed = 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed)
     parser = tensorrt.OnnxParser(network, log.logger)
@@ -273,7 +277,7 @@ def _parse(source: GraphSource, tensorrt: Any, builder: Any, log: Log) -> tuple[
 
 
 def _check_network(bundle: Bundle, network: Any) -> None:
-    """The network has the contract's inputs and outputs, none of which TensorRT would want in host memory."""
+    """Check that the network has the contract's inputs and outputs, and that TensorRT wants no input in host memory."""
     manifest = bundle.manifest
     tensors = {
         "inputs": [network.get_input(index) for index in range(network.num_inputs)],
@@ -302,7 +306,7 @@ def _configure(bundle: Bundle, settings: PlanSettings, tensorrt: Any, builder: A
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
     if settings.workspace is not None:
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, settings.workspace)
-    config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 is a promise of precision; who wants speed builds fp16 or bf16
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 promises its precision; for speed there are fp16 and bf16
     for flag in _flags(settings):
         config.set_flag(getattr(tensorrt.BuilderFlag, flag))
     if settings.hardware != "same":
@@ -321,8 +325,11 @@ _LEVELS: dict[Hardware, str] = {"compute-capability": "SAME_COMPUTE_CAPABILITY",
 
 
 def _flags(settings: PlanSettings) -> list[str]:
-    """REFIT_IDENTICAL, not REFIT: the weights put back are the ones built with, and TensorRT's notes know REFIT to lose
-    biases."""
+    """Names of the builder flags that the settings need.
+
+    A stripped plan uses REFIT_IDENTICAL, not REFIT: it gets the same weights back that it was built with. According to
+    TensorRT's notes, REFIT is known to lose biases.
+    """
     wanted = {
         "WEIGHT_STREAMING": settings.weight_streaming,
         "STRIP_PLAN": settings.strip_weights,
@@ -333,7 +340,7 @@ def _flags(settings: PlanSettings) -> list[str]:
 
 
 def profiles_of(manifest: Manifest, settings: PlanSettings) -> list[dict[str, Range]]:
-    """Shapes of every input in each profile: chunks of the prompt, then each n. None where shapes are fixed."""
+    """Shapes of every input in each profile: the prefill profile, then one per n. No profile if shapes are fixed."""
     if manifest.graphs[GREEDY_GRAPH].fixed_shapes:
         return []
     specs = graph_inputs(manifest.geometry, manifest.precision)
@@ -353,12 +360,12 @@ def _ranges(specs: list[TensorSpec], settings: PlanSettings, *, n: Shape, h: int
 
 @contextlib.contextmanager
 def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[None]:
-    """Let the build use what earlier ones measured on the same GPU and version, and keep what it measures."""
+    """Let the build use kernel timings of earlier builds on the same GPU and TensorRT version, and save its own."""
     name = f"{platform.gpu}-{platform.compute_capability}-{platform.tensorrt}"
     path = directory / f"timing-{''.join(letter if letter.isalnum() else '-' for letter in name)}.cache"
     known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another machine under the same name: start anew
+    if not config.set_timing_cache(cache, ignore_mismatch=False):  # a mismatch: start with an empty cache
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     yield
     measured = bytes(config.get_timing_cache().serialize())
@@ -369,7 +376,7 @@ def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[
 
 
 def _smoke(bundle: Bundle, plan: Plan, gpu: Gpu, say: Say) -> None:
-    """Load the plan and run it: a chunk of a prompt, and a block of every size."""
+    """Load the plan, and run one prefill chunk and one block of each size."""
     started = perf_counter()
     try:
         with TrtEngine(bundle, plan=plan, gpu=gpu) as engine:

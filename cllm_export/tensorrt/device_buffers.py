@@ -1,4 +1,4 @@
-"""Memory of the device and page-locked memory of the host, freed when whoever owns it is closed."""
+"""Device memory and page-locked host memory, freed when their owner is closed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HostBuffer(NamedTuple):
 
 
 class DeviceMemory:
-    """Allocates what is freed when a stack unwinds."""
+    """Allocates memory that is freed when the ``owned`` stack unwinds."""
 
     def __init__(self, cuda: Cuda, owned: contextlib.ExitStack) -> None:
         self._cuda = cuda
@@ -32,7 +32,7 @@ class DeviceMemory:
         return address
 
     def host(self, count: int, dtype: np.dtype[Any]) -> HostBuffer:
-        """Page-locked memory for so many items."""
+        """Page-locked host memory for ``count`` items."""
         size = count * dtype.itemsize
         address = self._cuda.allocate_host(size)
         self._owned.callback(self._cuda.free_host, address)

@@ -1,7 +1,7 @@
-"""What of the GPU stack is on this machine, what is missing or mismatched, and the line that fixes each.
+"""Report which parts of the GPU stack this machine has, which are missing or mismatched, and how to fix each.
 
-Works on a machine with nothing: packages are looked up, not imported, until the driver was probed. It builds and runs
-nothing; that a plan runs here is shown by building one.
+It works on a machine without any of them: before the driver is found, packages are looked up, not imported. It builds
+and runs nothing. Only building a plan shows that a plan runs here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Finding:
     state: State
     detail: str
     fix: str | None = None
-    """The line that mends it."""
+    """The command or instruction that fixes it."""
 
 
 def examine() -> list[Finding]:
-    """Every finding, from the driver up."""
+    """All findings, starting with the driver."""
     driver = _driver()
     facts = _facts() if driver.state == "ok" else None
     findings = [driver, _gpu(driver, facts), _cuda_python(facts), _tensorrt(facts), _onnxruntime(driver.state == "ok")]
@@ -46,7 +46,7 @@ def examine() -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> dict[str, Any]:
-    """The findings, JSON-ready, and which engines they leave."""
+    """The findings in JSON form, and which engines can run."""
     state = {finding.name: finding.state for finding in findings}
     gpu = state["driver"] == "ok" and state["GPU"] == "ok"
     plan = gpu and state["cuda-python"] == state["TensorRT"] == "ok"
@@ -161,7 +161,8 @@ def _providers() -> list[str]:
 
 
 def _cudnn() -> Finding:
-    """Only ONNX Runtime's CUDA provider needs it; this project's graphs have no convolution for TensorRT to give it."""
+    """cuDNN is needed only by ONNX Runtime's CUDA provider. TensorRT would use it for convolutions, of which this
+    project's graphs have none."""
     version = _version("nvidia-cudnn-cu13") or _version("nvidia-cudnn-cu12")
     if version is None and _loads(CUDNN):
         version = "of the system"

@@ -1,8 +1,8 @@
-"""The TensorRT engine: a plan, static device buffers, the KV cache updated in place, one CUDA graph for each shape.
+"""The TensorRT engine: a plan, static device buffers, a KV cache updated in place, and one CUDA graph for each shape.
 
-Needs ``tensorrt`` and cuda-python and no torch. What stays on the device: weights, cache, positions, logits unless a
-slot samples. What crosses the bus in a forward: the block and two numbers a slot in, its predictions and one number a
-slot out. Contexts share one scratch buffer, since one stream runs one forward at a time.
+It needs ``tensorrt`` and cuda-python, and no torch. Weights, cache and positions stay on the device, and so do logits
+unless a slot samples. In each forward the block and two numbers per slot are copied in. Its predictions and one number
+per slot are copied out. Contexts share one scratch buffer, since one stream runs one forward at a time.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from cllm_export.tensorrt.plan_files import Plan, Platform, find_plan, require_f
 
 INT64 = 8
 PREFILL = 0
-"""Index of the profile for chunks of the prompt; those of block sizes follow."""
+"""Index of the prefill profile. The profiles of the block sizes follow."""
 DTYPE_NAMES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
 class _Shape(NamedTuple):
-    """What a forward's kernels follow from."""
+    """The shape of a forward, which determines its kernels."""
 
     profile: int
     block_size: int
@@ -51,7 +51,7 @@ class _Shape(NamedTuple):
 
 
 def platform_of(gpu: Gpu) -> Platform:
-    """What a plan that is built or run here is tied to."""
+    """The platform of this machine. A plan that is built or run here is tied to it."""
     facts = gpu.facts
     return Platform(
         gpu=facts.name, compute_capability=facts.compute_capability, tensorrt=gpu.version, driver=facts.driver
@@ -59,18 +59,19 @@ def platform_of(gpu: Gpu) -> Platform:
 
 
 class TrtEngine(EngineBase):
-    """Runs a bundle's plan. See ``Engine`` for the calls. Not thread-safe; close it, or use it in a ``with``.
+    """Runs a bundle's plan. See ``Engine`` for the calls. Not thread-safe. Close it, or use it in a ``with``.
 
     Args:
         bundle: an opened bundle.
-        plan: which of its plans; by default the one that fits this machine.
+        plan: one of the bundle's plans; by default the one that fits this machine.
         gpu: the GPU; by default the first.
-        cuda_graphs: replay captured forwards; without, every forward is enqueued kernel by kernel, for comparison.
+        cuda_graphs: replay captured forwards. If False, every forward is enqueued kernel by kernel, for comparison.
 
     Raises:
-        GpuError: no GPU, or TensorRT is missing or too old.
-        PlanError: no plan of this bundle for this machine.
-        EngineError: TensorRT does not load the plan, or it breaks the contract.
+        GpuError: there is no GPU, or TensorRT is too old or does not load.
+        MissingExtraError: TensorRT or cuda-python is not installed.
+        PlanError: the bundle has no plan for this machine.
+        EngineError: TensorRT does not load the plan, or the plan breaks the contract.
     """
 
     can_copy_rows = True
@@ -95,11 +96,11 @@ class TrtEngine(EngineBase):
         self._cuda_graphs = cuda_graphs
         self._log = Log(self._trt)
         self.num_syncs = 0
-        """Times the host waited for the device, one a forward."""
+        """How often the host has waited for the device: once per forward."""
         self._graphs: dict[_Shape, Any] = {}
         self._contexts: dict[int, Any] = {}
         self._bound: dict[int, _Shape] = {}
-        """Profile -> the shape that its context is set to."""
+        """The shape that each profile's context is set to, by profile."""
         with contextlib.ExitStack() as owned:
             self._stream = self._cuda.make_stream()
             owned.callback(self._cuda.destroy_stream, self._stream)
@@ -124,7 +125,7 @@ class TrtEngine(EngineBase):
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Every n that the plan has a profile for."""
+        """Each n that the plan has a profile for."""
         return self._settings.block_sizes
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
@@ -147,8 +148,11 @@ class TrtEngine(EngineBase):
         return Forward(next_ids.tolist(), num_accepted.tolist(), logits)
 
     def _padded_size(self, size: int) -> int:
-        """n of the profile that runs a block: its own, or the next larger one, filled up with tokens that count for
-        nothing. Their rows lie above the block's and are dead, and the cache has room for the largest block."""
+        """n of the profile that runs a block: the block's own n, or the next larger one.
+
+        A larger block is padded with tokens that have no effect. Their rows lie above the block's rows and are dead.
+        The cache has room for the largest block.
+        """
         found = next((each for each in self.block_sizes if each >= size), None)
         if found is None or (self.fixed_shapes and found != size):
             raise EngineError(
@@ -168,7 +172,7 @@ class TrtEngine(EngineBase):
 
     @property
     def gpu(self) -> Gpu:
-        """What it runs on."""
+        """The GPU that the engine runs on."""
         return self._gpu
 
     @property
@@ -177,19 +181,19 @@ class TrtEngine(EngineBase):
 
     @property
     def stream(self) -> Any:
-        """What every forward is enqueued on."""
+        """The stream that every forward is enqueued on."""
         return self._stream
 
     @property
     def addresses(self) -> dict[str, int]:
-        """Where on the device every input and output lies, by name."""
+        """Device address of every input and output, by name."""
         return dict(self._addresses)
 
     def kv_length_for(self, needed: int) -> int:
-        """The bucket S that holds so many rows.
+        """The smallest KV length S of the plan that holds ``needed`` rows.
 
         Raises:
-            EngineError: the cache has fewer.
+            EngineError: the plan's largest KV length holds fewer.
         """
         found = next((each for each in self._settings.kv_lengths if each >= needed), None)
         if found is None:
@@ -199,8 +203,10 @@ class TrtEngine(EngineBase):
         return found
 
     def enqueue_decode(self, block_size: int, kv_length: int) -> None:
-        """Enqueue a decode forward over what the buffers on the device hold, with no copy and no wait: for a loop that
-        stays there. The caller sees to it that every slot's rows lie inside the KV length."""
+        """Enqueue a decode forward over the device buffers, without a copy or a wait, for a loop on the device.
+
+        The caller must ensure that every slot's rows lie inside the KV length.
+        """
         self._require_open()
         profile = PREFILL if self.fixed_shapes else 1 + self.block_sizes.index(block_size)
         self._execute(_Shape(profile=profile, block_size=block_size, head_size=block_size, kv_length=kv_length))
@@ -217,7 +223,7 @@ class TrtEngine(EngineBase):
         self._copy_rows(np.ascontiguousarray(rows), slot, start, "to device")
 
     def _copy_rows(self, rows: KvRows, slot: int, start: int, direction: Direction) -> None:
-        """Copy rows [2L, K, rows, D] from or to a slot: those of a head lie together on both sides."""
+        """Copy rows [2L, K, rows, D] from or to a slot. The rows of a head are contiguous on both sides."""
         self._require_open()
         geometry, row_bytes = self.geometry, self.geometry.head_dim * rows.itemsize
         size = rows.shape[2] * row_bytes
@@ -239,7 +245,7 @@ class TrtEngine(EngineBase):
 
     @property
     def _cache_dtype(self) -> np.dtype[Any]:
-        """As the host sees it: numpy has no bf16, so that its bits stand for it."""
+        """Dtype of the cache on the host. numpy has no bf16, so uint16 holds its bits."""
         spec = next(spec for spec in self._inputs if spec.name.startswith("past"))
         return np.dtype("uint16" if spec.dtype == "bfloat16" else spec.dtype)
 
@@ -248,7 +254,7 @@ class TrtEngine(EngineBase):
     def _load(self, bundle: Bundle, plan: Plan) -> Any:
         self._runtime = self._trt.Runtime(self._log.logger)
         if self._settings.version_compatible:
-            self._runtime.engine_host_code_allowed = True  # such a plan carries the runtime that it needs
+            self._runtime.engine_host_code_allowed = True  # such a plan contains the runtime that it needs
         with (
             plan.file.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -264,17 +270,17 @@ class TrtEngine(EngineBase):
         return engine
 
     def _refit(self, engine: Any, bundle: Bundle) -> None:
-        """Put the bundle's weights into a plan that was built without."""
+        """Put the bundle's weights into a plan that was built without weights."""
         refitter = self._trt.Refitter(engine, self._log.logger)
         reader = self._trt.OnnxParserRefitter(refitter, self._log.logger)
         source = GraphSource(bundle)
         if not source.refit(reader) or not refitter.refit_cuda_engine():
             reason = errors_of(reader) or "it misses " + ", ".join(refitter.get_missing_weights()[:3])
             raise EngineError(self._log.explain(f"the weights of {source.path} do not fit the plan: {reason}"))
-        del reader, refitter  # before the maps that they read from
+        del reader, refitter  # they must go before the maps that they read from
 
     def _check_engine(self) -> None:
-        """The plan's tensors are the contract's, all on the device, and the cache is updated in place."""
+        """Check that the plan has the contract's tensors, all on the device, and updates the cache in place."""
         engine = self._engine
         found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         specs = [spec for spec in (*self._inputs, *self._outputs) if spec.name != LOGITS or self._settings.logits]
@@ -324,7 +330,7 @@ class TrtEngine(EngineBase):
         self._cuda.synchronize(self._stream)
 
     def _allocate_cache(self, memory: DeviceMemory) -> None:
-        """Zeroed once: a NaN in a dead row would leak, 0 * NaN being NaN."""
+        """Allocate the cache and zero it once. A NaN in a dead row would leak, since 0 * NaN is NaN."""
         specs = {spec.name: spec for spec in self._inputs}
         for past, present in cache_names(self.geometry.num_layers):
             size = int(np.prod(self._cache_shape())) * BYTES[specs[past].dtype]
@@ -348,7 +354,7 @@ class TrtEngine(EngineBase):
     # Running.
 
     def _kv_length(self, block_size: int, write_index: Sequence[int]) -> int:
-        """The bucket S of a forward, its bounds checked: TensorRT ignores a write outside the cache in silence."""
+        """The KV length S of a forward. Checks its bounds: TensorRT silently ignores a write outside the cache."""
         needed = max(write_index) + block_size
         kv_length = next((each for each in self._settings.kv_lengths if each >= needed), self._settings.kv_lengths[-1])
         check_forward(block_size=block_size, write_index=write_index, kv_length=kv_length, geometry=self.geometry)
@@ -374,14 +380,14 @@ class TrtEngine(EngineBase):
         slots, size, vocabulary = self.num_slots, shape.block_size, self.geometry.vocab_size
         blocks = np.zeros((slots, size), np.int64)
         blocks[:, : len(batch.input_ids[0])] = batch.input_ids
-        if blocks.min() < 0 or blocks.max() >= vocabulary:  # a row of the table that is not there would be read
+        if blocks.min() < 0 or blocks.max() >= vocabulary:  # it would read outside the embedding table
             raise EngineError(f"tokens must be 0 to {vocabulary - 1}, got {blocks.min()} to {blocks.max()}")
         self._host["input_ids"].array[: slots * size] = blocks.ravel()
         self._host["num_committed"].array[:] = batch.num_committed
         self._host["write_index"].array[:] = batch.write_index
 
     def _enqueue(self, shape: _Shape) -> None:
-        """Copies in, the forward, copies out, in the order of the stream."""
+        """Enqueue on the stream, in this order: the copies in, the forward, the copies out."""
         slots = self.num_slots
         sizes = {"input_ids": slots * shape.block_size, "num_committed": slots, "write_index": slots}
         for name, count in sizes.items():
@@ -393,14 +399,14 @@ class TrtEngine(EngineBase):
             self._cuda.copy(host, device, count * INT64, "to host", self._stream)
 
     def _execute(self, shape: _Shape) -> None:
-        """The forward alone, over what its buffers on the device will hold by then."""
+        """Enqueue the forward alone. It uses the values that the device buffers have when it runs."""
         if not self._context(shape).execute_async_v3(int(self._stream)):
             raise EngineError(self._log.explain(f"TensorRT failed in a forward of {shape}"))
 
     def _capture(self, shape: _Shape) -> None:
-        """Record the forward that was just enqueued, which TensorRT must have done once before.
+        """Record the forward that was just enqueued. TensorRT must have run it once before.
 
-        Chunks of the prompt are wide enough to hide their launches, and come in every length.
+        Prefill chunks are not recorded. They are wide enough to hide their launches, and they have many lengths.
         """
         if not self._cuda_graphs or (shape.profile == PREFILL and not self.fixed_shapes):
             return

@@ -1,7 +1,7 @@
-"""A bundle's graph as TensorRT's parser and refitter read it: from its file, with linked weights handed over in memory.
+"""A bundle's graph for TensorRT's parser and refitter: read from its file, with linked weights passed in memory.
 
-The parser looks for external data by plain name in the graph's own directory. What a bundle is linked to lies in the
-checkpoint, so such weights are handed over one by one, as maps of the checkpoint's files, and nothing is copied here.
+The parser looks for external data by plain name in the graph's directory. But linked weights lie in the checkpoint. So
+they are passed one by one, from memory maps of the checkpoint's files. Nothing is copied here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cllm_export.errors import EngineError
 
 
 class GraphSource:
-    """Gives a graph to a parser or refitter, and must be kept for as long as that is."""
+    """Passes a graph to a parser or refitter, and must be kept as long as that parser or refitter."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.path = bundle.graph_path()
@@ -29,13 +29,13 @@ class GraphSource:
                 raise EngineError(f"{file.path} cannot be mapped into memory: {error}") from None
 
     def parse(self, parser: Any) -> bool:
-        """Whether an ``OnnxParser`` takes it."""
+        """Parse the graph with an ``OnnxParser``. Returns whether it succeeded."""
         if not self._maps:
             return bool(parser.parse_from_file(str(self.path)))
         return self._hand_over(parser) and bool(parser.parse_model_proto())
 
     def refit(self, refitter: Any) -> bool:
-        """Whether an ``OnnxParserRefitter`` takes it."""
+        """Refit from the graph with an ``OnnxParserRefitter``. Returns whether it succeeded."""
         if not self._maps:
             return bool(refitter.refit_from_file(str(self.path)))
         return self._hand_over(refitter) and bool(refitter.refit_model_proto())
@@ -51,5 +51,5 @@ class GraphSource:
 
 
 def errors_of(reader: Any) -> str:
-    """What a parser or refitter complains of."""
+    """The errors of a parser or refitter, joined."""
     return "; ".join(str(reader.get_error(index)) for index in range(reader.num_errors))

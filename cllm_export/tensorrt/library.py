@@ -1,6 +1,6 @@
-"""TensorRT's Python module where there is one, and its log kept for error messages.
+"""Import of TensorRT's Python module, and its log, which is kept for error messages.
 
-Loaded only after the driver was probed: TensorRT's own libraries crash on a machine without one.
+TensorRT is imported only after a driver was found: its libraries crash on a machine without one.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from cllm_export.errors import GpuError, MissingExtraError
 from cllm_export.runtime.engines.cuda import ADVICE, Cuda, GpuFacts, open_cuda
 
 OLDEST = (10, 15)
-"""The first TensorRT with KVCacheUpdate, which the graph's TensorScatter becomes."""
+"""The first TensorRT version with KVCacheUpdate, which implements the graph's TensorScatter."""
 KEPT_LINES, SHOWN_LINES = 64, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU and what drives it: what a plan is built with, and an engine runs on."""
+    """A GPU with its libraries. Plans are built with it, and engines run on it."""
 
     tensorrt: Any
     cuda: Cuda
     facts: GpuFacts
     compiler: tuple[Any, Any] | None = None
-    """``nvrtc`` and ``driver`` of cuda-python; None imports them where a kernel is first made."""
+    """``nvrtc`` and ``driver`` of cuda-python. With None they are imported when the first kernel is compiled."""
 
     @property
     def version(self) -> str:
-        """Of TensorRT."""
+        """Version of TensorRT."""
         return str(self.tensorrt.__version__)
 
 
@@ -38,7 +38,7 @@ def open_gpu(device: int = 0) -> Gpu:
     """TensorRT and CUDA on a device of this machine.
 
     Raises:
-        GpuError: no GPU, or a TensorRT that is too old or does not load.
+        GpuError: there is no GPU, or TensorRT is too old or does not load.
         MissingExtraError: TensorRT or cuda-python is not installed.
     """
     cuda = open_cuda(device)
@@ -46,7 +46,7 @@ def open_gpu(device: int = 0) -> Gpu:
 
 
 def import_tensorrt() -> Any:
-    """The module ``tensorrt``; to be called on a machine with a GPU."""
+    """The module ``tensorrt``. Call this only on a machine with a GPU."""
     try:
         import tensorrt
     except ModuleNotFoundError:
@@ -58,10 +58,10 @@ def import_tensorrt() -> Any:
 
 
 def require_version(version: str) -> None:
-    """Check that this TensorRT can run our graphs.
+    """Check that this TensorRT version can run the graphs of a bundle.
 
     Raises:
-        GpuError: it is older than the first that can.
+        GpuError: it is older than the first version that can.
     """
     if version_numbers(version)[:2] < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -72,19 +72,19 @@ def require_version(version: str) -> None:
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """(10, 15, 1, 29) of 10.15.1.29."""
+    """The numbers in a version: (10, 15, 1, 29) for 10.15.1.29."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 class Log:
-    """The last warnings and errors of TensorRT. ``logger`` is what its factories take; it must outlive them."""
+    """The last warnings and errors of TensorRT. Pass ``logger`` to its factories; it must outlive their objects."""
 
     def __init__(self, tensorrt: Any) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.logger = _make_logger(tensorrt, self._lines)
 
     def explain(self, message: str) -> str:
-        """A message with TensorRT's own words behind it, and no line of them twice in a later one."""
+        """A message followed by TensorRT's last log lines. Each line is used in one message only."""
         lines = list(self._lines)[-SHOWN_LINES:]
         self._lines.clear()
         return message + ("; TensorRT says: " + " | ".join(lines) if lines else "; TensorRT says nothing of it")
@@ -95,7 +95,7 @@ def _make_logger(tensorrt: Any, lines: deque[str]) -> Any:
     kept = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
 
     class Logger(tensorrt.ILogger):  # type: ignore[misc]
-        """Called from TensorRT's own threads too; appending to a deque is safe there."""
+        """TensorRT also calls this from its own threads. Appending to a deque is thread-safe."""
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in kept:

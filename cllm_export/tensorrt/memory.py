@@ -1,7 +1,8 @@
-"""What a bundle needs of a device's memory, and what building a plan of it needs: each figure with how it is computed.
+"""Memory that a bundle needs on a device, and that the build of its plan needs. Each figure says how it is computed.
 
-From the manifest alone, on any machine. Weights and KV cache are exact; activations are an upper bound from the widest
-forward; what TensorRT's builder takes is an estimate that no run has confirmed yet, and says so.
+The figures come from the manifest alone, on any machine. Weights and KV cache are exact. Activations are an upper
+bound, from the widest forward. The memory of TensorRT's builder is an estimate that no run has confirmed yet, and the
+figure says so.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from cllm_export.checks import check_options, option
 from cllm_export.runtime.decoding.shared_options import block_size_option
 
 LIVE_ROWS = 4
-"""Values of the hidden size that a row holds at once: the residual, the normed input, what goes into attention's
-output projection and what comes out."""
+"""Vectors of the hidden size that a row holds at once: the residual, the normed input, and the input and output of
+attention's output projection."""
 FLOAT32 = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """What the figures are for; None stands for the bundle's own."""
+    """The case that the figures are for. None means the bundle's own value."""
 
     precision: Precision | None = option(
         None, help="Number format to plan for; by default the bundle's own.", choices=PRECISIONS
@@ -40,7 +41,7 @@ class MemoryOptions:
     workspace: int | None = option(
         None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
     )
-    """Bytes that the builder may let a kernel have; without, all that the device has."""
+    """Bytes that the builder may give to a kernel; None for all memory of the device."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -48,16 +49,16 @@ class MemoryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure."""
+    """One figure of memory, in bytes."""
 
     name: str
     bytes: int
     how: str
-    """How it is computed, in numbers."""
+    """The computation, in numbers."""
 
 
 def memory_figures(bundle: Bundle, options: MemoryOptions) -> list[Figure]:
-    """Weights, KV cache, activations, what a running engine comes to, and what a build takes on host and device.
+    """Memory of weights, KV cache and activations, of a running engine, and of a build on host and device.
 
     Raises:
         OptionError: an option is out of range for the bundle.
@@ -102,7 +103,7 @@ def _parameters(bundle: Bundle) -> int:
 
 
 def _activations(geometry: Geometry, precision: Precision, *, rows: int, head_rows: int, parameters: int) -> Figure:
-    """The widest forward's rows through one layer, whose memory the next one takes over, and the head's logits."""
+    """Memory of the widest forward's rows in one layer, plus the head's logits. Each layer reuses this memory."""
     projected = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
     inner = _inner_width(geometry, parameters)
     width = LIVE_ROWS * geometry.hidden_size + projected + 2 * inner
@@ -117,7 +118,7 @@ def _activations(geometry: Geometry, precision: Precision, *, rows: int, head_ro
 
 
 def _inner_width(geometry: Geometry, parameters: int) -> int:
-    """Width of the MLP, from what a layer's weights come to without attention; a table for tokens and no second one."""
+    """Width of the MLP, from the number of a layer's weights without attention. It counts one embedding table only."""
     hidden, width = geometry.hidden_size, geometry.num_heads * geometry.head_dim
     attention = hidden * (2 * width + 2 * geometry.num_kv_heads * geometry.head_dim)
     layer = (parameters - geometry.vocab_size * hidden) // geometry.num_layers - attention

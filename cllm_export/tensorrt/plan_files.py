@@ -1,11 +1,11 @@
-"""TensorRT plans on disk: what one depends on, its manifest, and finding the plan that fits this machine.
+"""TensorRT plans on disk: their dependencies, their manifests, and the search for the plan that fits this machine.
 
     BUNDLE/plans/KEY/model.plan    the serialized engine, tied to a GPU, a TensorRT version and a driver
-    BUNDLE/plans/KEY/plan.json     the manifest: all that it was built from and with, and its sha256
-    BUNDLE/plans/timing-*.cache    what kernels took on a GPU, for the next build on it
+    BUNDLE/plans/KEY/plan.json     the manifest: the bundle, platform and settings of the build, and the plan's sha256
+    BUNDLE/plans/timing-*.cache    kernel timings on a GPU, for the next build on it
 
-The key is the sha256 of all that a plan depends on, so that another GPU, version or option gets a plan of its own.
-This module neither builds nor runs a plan, and needs no TensorRT.
+The key is the start of the sha256 of everything that a plan depends on. So another GPU, version or option gets another
+plan. This module neither builds nor runs a plan, and needs no TensorRT.
 """
 
 from __future__ import annotations
@@ -31,33 +31,34 @@ KEY_LENGTH = 16
 
 Hardware = Literal["same", "compute-capability", "ampere+"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
-"""Which GPUs a plan runs on: the model it was built on, all of its compute capability, or all from Ampere on."""
+"""The GPUs that a plan runs on: the same GPU model, all of its compute capability, or all from Ampere on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """How a plan was built, every default settled."""
+    """The settings of a plan's build, with no default left open."""
 
     batch_size: int
     """B, the slots of the engine."""
     block_sizes: tuple[int, ...]
-    """One optimization profile for each n, ascending."""
+    """Each n that has an optimization profile, ascending."""
     prefill_chunk: int
-    """Tokens that a prefill forward takes at most."""
+    """Largest number of tokens of a prefill forward."""
     kv_lengths: tuple[int, ...]
-    """KV lengths S that forwards run with, ascending; the last is the whole cache."""
+    """KV lengths S that forwards run with, ascending. The last is the whole cache."""
     workspace: int | None
-    """Bytes of scratch memory that the builder may let a kernel have; None for all that the device has."""
+    """Bytes of scratch memory that the builder may give to a kernel; None for all memory of the device."""
     optimization_level: int
     """0 to 5: how long TensorRT looks for faster kernels."""
     logits: bool
-    """Whether logits can be fetched. Without, sampled and constrained requests are refused."""
+    """Whether logits can be fetched. If not, sampled and constrained requests are refused."""
     weight_streaming: bool
-    """Weights may stay in host memory and come over the bus in every forward."""
+    """Weights may stay in host memory and cross the bus in every forward."""
     strip_weights: bool
-    """The plan holds no weights; they are put in from the bundle at load."""
+    """The plan holds no weights. They are taken from the bundle when the plan is loaded."""
     version_compatible: bool
-    """Runs on later TensorRT versions of the same major one; costs the kernels that are not in all of them."""
+    """The plan also runs on later TensorRT versions with the same major number. It can use only kernels that all of
+    them have."""
     hardware: Hardware
 
     def __post_init__(self) -> None:
@@ -92,18 +93,18 @@ class PlanSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """What a plan is tied to besides its bundle and settings."""
+    """The machine and software that a plan is tied to, besides its bundle and settings."""
 
     gpu: str
     compute_capability: str
     tensorrt: str
     driver: str
-    """The newest CUDA that the driver takes."""
+    """The newest CUDA version that the driver supports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanManifest:
-    """What stands in ``plan.json``."""
+    """The content of ``plan.json``."""
 
     bundle_fingerprint: str
     platform: Platform
@@ -123,10 +124,10 @@ class PlanManifest:
 
     @classmethod
     def from_json(cls, text: str, *, source: Path) -> PlanManifest:
-        """Parse a manifest; unknown and missing keys are errors.
+        """Parse a manifest. Unknown and missing keys are errors.
 
         Raises:
-            PlanError: not the manifest of a plan, or of another schema or contract version.
+            PlanError: it is not the manifest of a plan, or it has another schema or contract version.
         """
         try:
             raw = json.loads(text)
@@ -142,7 +143,7 @@ class PlanManifest:
             raise PlanError(f"{source} is damaged: {error}; build the plan again") from None
 
     def differences(self, fingerprint: str, here: Platform) -> list[str]:
-        """Everything in which a bundle and a machine differ from what the plan was built for, as far as it matters."""
+        """All relevant differences between this bundle and machine and those that the plan was built for."""
         built, hardware = self.platform, self.settings.hardware
         compared = [("bundle", self.bundle_fingerprint, fingerprint, self.bundle_fingerprint == fingerprint)]
         if hardware == "same":
@@ -166,7 +167,7 @@ class PlanManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A plan on disk, of the size that its manifest says."""
+    """A plan on disk. Its file has the size that its manifest gives."""
 
     path: Path
     """Its directory."""
@@ -190,7 +191,7 @@ class Plan:
 
 
 def plan_key(fingerprint: str, platform: Platform, settings: PlanSettings) -> str:
-    """Name of a plan's directory: the same for the same bundle, machine and settings, and for no other."""
+    """Name of a plan's directory. It is unique for a bundle, machine and settings."""
     depends: dict[str, Any] = {
         "bundle": fingerprint,
         "platform": asdict(platform),
@@ -201,7 +202,7 @@ def plan_key(fingerprint: str, platform: Platform, settings: PlanSettings) -> st
 
 
 def plans_of(bundle: Bundle) -> Path:
-    """The directory that a bundle's plans lie in."""
+    """The directory of a bundle's plans."""
     return bundle.path / PLANS_DIRECTORY
 
 
@@ -226,8 +227,8 @@ def find_plan(bundle: Bundle, here: Platform) -> Plan:
     """The plan of a bundle that runs on this machine.
 
     Raises:
-        PlanError: there is none; says of each that there is what differs, and the command that builds it anew. Or there
-            are several, which differ in their settings.
+        PlanError: no plan fits, or several do, with different settings. If none fits, the message lists each plan's
+            differences and the command that rebuilds it.
     """
     plans = [open_plan(path) for path in _plan_directories(bundle)]
     if not plans:
@@ -250,7 +251,7 @@ def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
     """Check that a plan is this bundle's and runs on this machine.
 
     Raises:
-        PlanError: it does not; says exactly what differs, and the command that builds it anew.
+        PlanError: it does not. The message lists the differences and the command that rebuilds the plan.
     """
     if differences := plan.manifest.differences(bundle.fingerprint, here):
         raise PlanError(

@@ -1,1 +1,1 @@
-"""What runs a forward over a static KV cache."""
+"""Engines. Each runs forwards over a static KV cache."""

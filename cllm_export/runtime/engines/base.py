@@ -1,7 +1,7 @@
-"""The seam between loops and what runs a forward: ONNX Runtime, TensorRT, the reference, or a fake.
+"""The interface between loops and engines. An engine is ONNX Runtime, TensorRT, the reference, or a fake.
 
-Loops hold policy, engines hold tensors. Shapes are those of ``contract.py``; lists at this seam cost a microsecond a
-forward and keep every loop testable without an engine.
+Loops hold policy, engines hold tensors. Shapes are those of ``contract.py``. The interface passes lists: they cost a
+microsecond per forward, and every loop can be tested without an engine.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from cllm_export.bundle.contract import Batch, FixedShapes, Geometry, check_rows
 from cllm_export.errors import EngineError, OptionError
 
 KvRows = NDArray[np.generic]
-"""KV rows of one slot [2L, K, rows, D], key and value of layer 0, of layer 1, ...: every tensor of the cache has one
-shape, so one array holds all. In the engine's dtype; bfloat16, which numpy lacks, as its bits in uint16."""
+"""KV rows of one slot [2L, K, rows, D]: key and value of layer 0, of layer 1, and so on. One array holds all, since
+every tensor of the cache has the same shape. The dtype is the engine's; numpy has no bfloat16, so uint16 holds its
+bits."""
 
 
 class Forward(NamedTuple):
-    """What one forward gives: ``next_ids`` [B, h], ``num_accepted`` [B], and ``logits`` [B, h, V] if asked for."""
+    """Outputs of one forward: ``next_ids`` [B, h], ``num_accepted`` [B], and ``logits`` [B, h, V] if asked for."""
 
     next_ids: list[list[int]]
     num_accepted: list[int]
     logits: NDArray[np.float32] | None = None
-    """The engine's own buffer, good until its next forward."""
+    """The engine's own buffer, valid until its next forward."""
 
 
 class Engine(Protocol):
-    """Runs one forward at a time over its static KV cache. What it can do is an attribute of it. Not thread-safe."""
+    """Runs one forward at a time over its static KV cache. Attributes tell what it supports. Not thread-safe."""
 
     run_seconds: float
-    """Seconds spent inside the engine proper so far, the rest of a loop's time being its overhead."""
+    """Seconds spent inside the engine proper so far. The rest of a loop's time is overhead."""
 
     @property
     def geometry(self) -> Geometry: ...
@@ -48,58 +49,58 @@ class Engine(Protocol):
 
     @property
     def prefill_chunk(self) -> int:
-        """Tokens of the prompt that one prefill forward should take; fixed shapes take their block."""
+        """Number of prompt tokens per prefill forward. With fixed shapes it is their block size."""
         ...
 
     @property
     def can_copy_rows(self) -> bool:
-        """Whether ``read_rows`` and ``write_rows`` work: what prefix reuse rests on."""
+        """Whether ``read_rows`` and ``write_rows`` work. The prefix cache needs them."""
         ...
 
     @property
     def has_device_loop(self) -> bool:
-        """Whether a loop can stay on its device: it is a ``TrtEngine``, see ``device_loop.py``."""
+        """Whether a loop can run on its device. Then it is a ``TrtEngine``, see ``device_loop.py``."""
         ...
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         """Run a block [B, n] through every slot; see ``contract.py`` for the meaning of each argument.
 
-        ``with_logits`` fetches them; the forward computes them anyway, and its other outputs do not change.
+        ``with_logits`` fetches the logits. The forward computes them anyway, and its other outputs do not change.
 
-        Nothing is retained of a rejected draft: the caller moves its write index by what it accepts, and the rows
-        above stay hidden by the mask until a later forward overwrites them.
+        Rejected drafts need no cleanup. The caller moves its write index by the number of tokens that it accepts. The
+        mask hides the rows above, until a later forward overwrites them.
 
         Raises:
-            EngineError: the forward leaves the cache, has the wrong shape, or fails.
+            EngineError: a row of the forward lies outside the cache, the shape is wrong, or the engine failed.
         """
         ...
 
     def prefill(self, batch: Batch) -> None:
-        """Write the KV of a chunk of the prompt [B, n]; the head is computed for one row and its output discarded."""
+        """Write the KV of a chunk of the prompt [B, n]. The head is computed for one row, and its output discarded."""
         ...
 
     def close(self) -> None:
-        """Let go of what it holds, on a device above all. It cannot run afterwards; closing it again does nothing."""
+        """Free its memory, above all on a device. It cannot run afterwards. Closing it again does nothing."""
         ...
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         """A copy of the KV rows ``start`` to ``stop`` of one slot.
 
         Raises:
-            EngineError: no such slot, rows outside the cache, or the engine failed or cannot copy rows.
+            EngineError: there is no such slot, rows lie outside the cache, or the engine failed or cannot copy rows.
         """
         ...
 
     def write_rows(self, slot: int, start: int, stop: int, rows: KvRows) -> None:
-        """Put rows that ``read_rows`` gave into a slot, at the positions that they were read at: keys are rotated.
+        """Write rows from ``read_rows`` into a slot. They keep their positions, because the keys are rotated.
 
         Raises:
-            EngineError: as ``read_rows``, or the rows have another shape or dtype.
+            EngineError: as for ``read_rows``, or the rows have another shape or dtype.
         """
         ...
 
     def require_lookahead(self) -> None:
-        """Make ready for ``forward_rows``; what takes time in it is done here.
+        """Prepare for ``forward_rows``. The slow one-time work is done here.
 
         Raises:
             OptionError: the engine or its bundle has no lookahead graph.
@@ -107,28 +108,29 @@ class Engine(Protocol):
         ...
 
     def forward_rows(self, batch: Batch, row_offsets: NDArray[np.int64], row_mask: NDArray[np.bool_]) -> Forward:
-        """Run a block [B, n] through the lookahead graph, over the same KV cache. Row i sits at
-        ``write_index + row_offsets[i]`` and sees, of the block, row j where ``row_mask[i, j]``. Offsets [n] and mask
-        [n, n] hold for every slot.
+        """Run a block [B, n] through the lookahead graph, over the same KV cache.
 
-        KV is written row by row, as in ``forward``: of the leading rows whose offsets are 0, 1, 2, ... it lies where
-        later forwards look for it, of all others it is dead.
+        Row i has the position ``write_index + row_offsets[i]``. Within the block it sees row j if ``row_mask[i, j]``.
+        Offsets [n] and mask [n, n] hold for every slot.
+
+        KV is written row by row, as in ``forward``. Leading rows with the offsets 0, 1, 2, ... lie where later forwards
+        read them. All other rows are dead.
 
         Raises:
-            OptionError: as ``require_lookahead``.
-            EngineError: as ``forward``.
+            OptionError: as for ``require_lookahead``.
+            EngineError: as for ``forward``.
         """
         ...
 
 
 class EngineBase:
-    """What engines have in common: their facts, the checks before a forward, and what none can do unless it says so.
+    """Base of all engines: their facts, the checks before a forward, and errors for calls that they do not support.
 
     Args:
-        geometry: the model's.
+        geometry: the geometry of the model.
         num_slots: B.
-        prefill_chunk: tokens of the prompt that one prefill forward should take.
-        fixed_shapes: the shapes that every forward must have.
+        prefill_chunk: number of prompt tokens per prefill forward.
+        fixed_shapes: the shapes that every forward must have, or None where n may vary.
     """
 
     can_copy_rows = False
@@ -170,10 +172,10 @@ class EngineBase:
         check_rows(slot=slot, start=start, stop=stop, num_slots=self.num_slots, geometry=self.geometry)
 
     def _check_batch(self, batch: Batch) -> int:
-        """n of a forward of an open engine, which has a block of one size and two numbers for each slot.
+        """Check that the engine is open and that each slot has a block of one size and two numbers. Returns n.
 
         Raises:
-            EngineError: it is closed, or the forward has another shape.
+            EngineError: the engine is closed, or the forward has another shape.
         """
         self._require_open()
         input_ids, num_committed, write_index = batch
@@ -189,9 +191,10 @@ class EngineBase:
 
 
 def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
-    """Write the KV of the prompt minus its last token into slot 0, chunk by chunk; the other slots are empty.
+    """Write the KV of ``tokens``, a prompt without its last token, into slot 0. The other slots are empty.
 
-    In an engine with fixed shapes the last chunk is padded; the rows of the padding are dead, as a rejected draft's.
+    It runs chunk by chunk. With fixed shapes the last chunk is padded. The padding's rows are dead, like those of a
+    rejected draft.
     """
     fixed = engine.fixed_shapes
     size = engine.prefill_chunk

@@ -1,8 +1,8 @@
-"""The few calls of the CUDA runtime that engines and plans make, each checked, and what GPU there is.
+"""The calls of the CUDA runtime that engines and plans need, each checked, and the facts about the GPU.
 
-A wrapper of ``cuda.bindings.runtime`` (cuda-python 12.8 or newer), which needs no CUDA toolkit. It knows nothing of
-TensorRT and allocates nothing by itself: whoever allocates frees. A machine without a GPU is told so in a sentence,
-before any library is loaded that would crash there.
+This wraps ``cuda.bindings.runtime`` (cuda-python 12.8 or newer), which needs no CUDA toolkit. It does not depend on
+TensorRT. It allocates nothing by itself, and callers free what they allocate. If there is no GPU, an error says so in
+one sentence. This happens before any library is loaded that would crash there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ADVICE = "see what this machine has with: cllm-export doctor"
 Direction = Literal["to device", "to host", "on device"]
 
 CUDA_13 = 13000
-"""From this version of the runtime on, the bindings' ``cudaGraphAddNode`` takes the data of edges too."""
+"""From this version of the runtime on, ``cudaGraphAddNode`` of the bindings also takes edge data."""
 _NODE_KIND = "cudaGraphNodeType"
 
 _KINDS = {
@@ -32,29 +32,29 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class GpuFacts:
-    """The GPU that work runs on, as its driver describes it."""
+    """The GPU in use, as its driver describes it."""
 
     name: str
     compute_capability: str
     """``major.minor``."""
     memory: int
-    """Bytes; on a Jetson those of the memory that it shares with the processor."""
+    """Bytes. A Jetson shares this memory with the CPU."""
     driver: str
-    """The newest CUDA that the driver takes, ``major.minor``."""
+    """The newest CUDA version that the driver supports, ``major.minor``."""
 
 
 class WhileNode(NamedTuple):
-    """A graph of one WHILE node that is not launchable yet, and what its body is recorded into."""
+    """A graph of one WHILE node, not launchable yet, and the graph that its body is recorded into."""
 
     graph: Any
     """Owns the node and the body."""
     handle: int
-    """What device code sets: 0 ends the loop, anything else runs the body again."""
+    """Device code sets the value of this handle: 0 ends the loop, any other value runs the body again."""
     body: Any
 
 
 def probe_driver() -> str | None:
-    """Why no GPU can be used, in a clause, or None where the driver finds one. Loads the driver's library alone."""
+    """The reason why no GPU can be used, as a clause, or None if there is one. Loads only the driver's library."""
     try:
         driver = ctypes.CDLL(DRIVER_LIBRARY)
         status, count = driver.cuInit(0), ctypes.c_int(0)
@@ -70,7 +70,7 @@ def require_gpu() -> None:
     """Check that there is a GPU.
 
     Raises:
-        GpuError: there is none; one sentence that says why.
+        GpuError: there is none. The message is one sentence that says why.
     """
     if reason := probe_driver():
         raise GpuError(f"this needs an NVIDIA GPU, and {reason}; {ADVICE}")
@@ -80,7 +80,7 @@ def open_cuda(device: int = 0) -> Cuda:
     """CUDA on a device of this machine.
 
     Raises:
-        GpuError: no GPU.
+        GpuError: there is no GPU.
         MissingExtraError: cuda-python is not installed.
     """
     require_gpu()
@@ -94,15 +94,15 @@ def open_cuda(device: int = 0) -> Cuda:
 
 
 def version_text(number: int) -> str:
-    """``12.8`` of 12080, as CUDA numbers its versions."""
+    """A CUDA version number as text: ``12.8`` for 12080."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 class Cuda:
-    """Checked calls. Addresses and handles are integers or the bindings' own; sizes are bytes.
+    """Checked calls. Addresses and handles are integers or types of the bindings. Sizes are bytes.
 
     Raises:
-        EngineError: of every method, with CUDA's own name and words for what went wrong.
+        EngineError: any method failed. The message has CUDA's name and description of the error.
     """
 
     def __init__(self, runtime: Any) -> None:
@@ -122,18 +122,18 @@ class Cuda:
         )
 
     def versions(self) -> tuple[int, int]:
-        """The newest CUDA that the driver takes, and the runtime's own; 12040 is 12.4."""
+        """The newest CUDA version that the driver supports, and the runtime's own version. 12040 is 12.4."""
         return int(self._call("cudaDriverGetVersion")), int(self._call("cudaRuntimeGetVersion"))
 
     def allocate(self, size: int) -> int:
-        """Address of device memory; not cleared."""
+        """Address of new device memory, not cleared."""
         return int(self._call("cudaMalloc", size))
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
 
     def allocate_host(self, size: int) -> int:
-        """Address of page-locked host memory, which copies reach without staging."""
+        """Address of new page-locked host memory. Copies need no staging buffer for it."""
         return int(self._call("cudaMallocHost", size))
 
     def free_host(self, address: int) -> None:
@@ -143,7 +143,7 @@ class Cuda:
         self._call("cudaMemsetAsync", address, 0, size, stream)
 
     def copy(self, target: int, source: int, size: int, direction: Direction, stream: Any) -> None:
-        """Copy in the order of the stream; done when the stream is synchronized."""
+        """Enqueue a copy on the stream. It is done when the stream is synchronized."""
         kind = getattr(self.runtime.cudaMemcpyKind, _KINDS[direction])
         self._call("cudaMemcpyAsync", target, source, size, kind, stream)
 
@@ -157,23 +157,23 @@ class Cuda:
         self._call("cudaStreamDestroy", stream)
 
     def make_event(self) -> Any:
-        """A mark that a stream can carry; it takes no time, so that it costs none."""
+        """An event without timing, which makes it cheap."""
         return self._call("cudaEventCreateWithFlags", self.runtime.cudaEventDisableTiming)
 
     def make_clock(self) -> Any:
-        """A mark that takes the time when a stream comes to it: for measuring."""
+        """An event with timing, for measurements: it records when a stream reaches it."""
         return self._call("cudaEventCreate")
 
     def seconds_between(self, first: Any, last: Any) -> float:
-        """Of the device, from one clock's mark to another's; both must have been waited for."""
+        """Device seconds between two clocks of ``make_clock``. Wait for both first."""
         return float(self._call("cudaEventElapsedTime", first, last)) / 1e3
 
     def mark(self, event: Any, stream: Any) -> None:
-        """Put an event behind everything that a stream was given so far."""
+        """Enqueue an event behind all work that the stream has so far."""
         self._call("cudaEventRecord", event, stream)
 
     def wait_for(self, event: Any) -> None:
-        """Wait until a stream has come to where the event was last put; what was enqueued later may still run."""
+        """Wait until the stream has reached the event's last mark. Work that was enqueued later may still run."""
         self._call("cudaEventSynchronize", event)
 
     def destroy_event(self, event: Any) -> None:
@@ -181,13 +181,13 @@ class Cuda:
 
     @contextmanager
     def capture(self, stream: Any) -> Iterator[list[Any]]:
-        """Record what the block enqueues instead of running it; the list holds the launchable graph when it ends."""
+        """Record what the ``with`` enqueues, without running it. The list gets the launchable graph at its end."""
         captured: list[Any] = []
         self._call("cudaStreamBeginCapture", stream, self._capture_mode)
         try:
             yield captured
         except BaseException:
-            self.runtime.cudaStreamEndCapture(stream)  # the stream must leave capture, whatever became of it
+            self.runtime.cudaStreamEndCapture(stream)  # the stream must leave capture mode in any case
             raise
         graph = self._call("cudaStreamEndCapture", stream)
         try:
@@ -197,7 +197,7 @@ class Cuda:
 
     @contextmanager
     def capture_into(self, stream: Any, graph: Any) -> Iterator[None]:
-        """Record what the block enqueues into a graph that is there already, and whose owner discards it."""
+        """Record what the ``with`` block enqueues into an existing graph. The graph's owner discards it."""
         self._call("cudaStreamBeginCaptureToGraph", stream, graph, [], [], 0, self._capture_mode)
         try:
             yield
@@ -211,7 +211,7 @@ class Cuda:
         return self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 
     def make_while(self) -> WhileNode:
-        """A graph of one WHILE node, whose handle is 1 at every launch; its owner discards the graph."""
+        """A graph of one WHILE node. Its handle is 1 at every launch. The caller discards the graph."""
         runtime, graph = self.runtime, self._call("cudaGraphCreate", 0)
         try:
             at_launch = int(runtime.cudaGraphConditionalHandleFlags.cudaGraphCondAssignDefault)
@@ -229,7 +229,7 @@ class Cuda:
             raise
 
     def node_kinds(self, graph: Any) -> set[str]:
-        """What kinds of nodes a graph holds, those of its child graphs included: ``Kernel``, ``Memcpy``, ``Host``..."""
+        """The kinds of nodes in a graph and its child graphs: ``Kernel``, ``Memcpy``, ``Host`` and so on."""
         kinds: set[str] = set()
         _, count = self._call("cudaGraphGetNodes", graph)
         nodes, _ = self._call("cudaGraphGetNodes", graph, count) if count else ((), 0)
@@ -241,7 +241,7 @@ class Cuda:
         return kinds
 
     def instantiate(self, graph: Any) -> Any:
-        """The launchable form of a graph, which needs the graph no more."""
+        """The launchable form of a graph. The graph itself is no longer needed then."""
         return self._call("cudaGraphInstantiate", graph, 0)
 
     def discard(self, graph: Any) -> None:
@@ -255,7 +255,7 @@ class Cuda:
         self._call("cudaGraphExecDestroy", graph)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """What a function gives beside its error code: nothing, one value, or a tuple of them."""
+        """Call a function and check its error code. Returns its other values: an empty tuple, one value, or a tuple."""
         code, *values = getattr(self.runtime, name)(*arguments)
         if code != self.runtime.cudaError_t.cudaSuccess:
             raise EngineError(f"{name} failed: {self._describe(code)}")

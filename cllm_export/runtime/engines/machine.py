@@ -11,12 +11,12 @@ from cllm_export.errors import MissingExtraError
 
 
 def available_threads() -> int:
-    """CPUs this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(threads: int | None) -> dict[str, Any]:
-    """What a figure depends on besides the bundle."""
+    """The facts that a measured figure depends on besides the bundle."""
     try:
         import onnxruntime
     except ImportError:

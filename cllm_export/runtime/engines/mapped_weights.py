@@ -1,9 +1,9 @@
-"""Linked weights as ONNX Runtime sees them: memory maps of the checkpoint's files, which nothing copies.
+"""Linked weights for ONNX Runtime: memory maps of the checkpoint's files, without a copy.
 
-ONNX Runtime refuses external data outside the model's directory, by absolute path, by link and even where the data is
-handed over, unless the whole file is: so it gets both. The map of the file satisfies its check of the graph, which
-records the file's plain name, and a tensor over the same map is what it takes for each weight. With the map alone it
-would copy every weight that it does not repack. Measured by ``benchmarks/export_size.py``.
+ONNX Runtime refuses external data outside the model's directory, by absolute path and by link. It refuses it even if
+the weights are passed in memory, unless the whole file is passed too. So it gets both. The map of the file satisfies
+its check of the graph, which records the file's plain name. A tensor over the same map becomes the weight. With the map
+alone, it would copy every weight that it does not repack. ``benchmarks/export_size.py`` measures this.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class MappedWeights:
         self._weights = manifest.linked_weights
         self._maps: dict[str, Any] = {}
         self._values: dict[str, onnxruntime.OrtValue] = {}
-        """Tensors over the maps: the session owns neither."""
+        """Tensors over the maps. The session owns neither tensors nor maps."""
         paths = {name: Path(file.path) for name, file in manifest.linked_files.items()}
-        if paths:  # handed one file, a session wants every file that its graph records
+        if paths:  # a session that gets one file in memory needs every file that its graph records
             paths[WEIGHTS_NAME] = bundle.file(WEIGHTS_NAME)
         for name, path in paths.items():
             try:
@@ -42,7 +42,7 @@ class MappedWeights:
                 raise EngineError(f"{path} cannot be mapped into memory: {error}") from None
 
     def hand_to(self, options: onnxruntime.SessionOptions) -> None:
-        """Make a session take these weights instead of reading files; any number of sessions share them."""
+        """Make a session use these weights instead of reading files. Any number of sessions can share them."""
         if not self._maps:
             return
         import onnxruntime
@@ -57,7 +57,7 @@ class MappedWeights:
             options.add_initializer(name, self._values[name])
 
     def release_pages(self) -> None:
-        """Say that what was read while loading need not stay: a session has packed its matrices, and reads few rows of
-        the embedding table."""
+        """Tell the system that pages read during loading may be dropped. By then a session has packed its matrices, and
+        it reads only a few rows of the embedding table."""
         for each in self._maps.values():
             each._mmap.madvise(mmap.MADV_DONTNEED)

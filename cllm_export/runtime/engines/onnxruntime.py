@@ -1,12 +1,15 @@
-"""The ONNX Runtime engine: a session for each graph in use, static buffers bound once for each shape, one KV cache that
-all of them update in place, on the processor or on a CUDA device. On CUDA it has not run yet.
+"""The ONNX Runtime engine, on the CPU or on a CUDA device. On CUDA it has not run yet.
 
-On the processor sessions read and write the arrays of numpy themselves. On a device every buffer is a value there: the
-block is copied in and the predictions out, and cache, positions and logits stay.
+It has a session for each graph in use, and static buffers that are bound once for each shape. All sessions update one
+KV cache in place.
 
-With CUDA graphs ONNX Runtime records each binding's forward and replays it: a graph has one set of shapes and
-addresses, which is what a binding is. To record, it runs a forward several times over; that changes nothing, since a
-forward writes the same rows again. Chunks of the prompt come in every length, and are not recorded.
+On the CPU, sessions read and write numpy arrays directly. On a device, every buffer is a value there. The block is
+copied in and the predictions are copied out. Cache and positions stay on the device. Logits are copied out only if
+asked for.
+
+With CUDA graphs, ONNX Runtime records each binding's forward and replays it: a graph has one set of shapes and
+addresses, and so has a binding. To record, it runs a forward several times. This is harmless, since a forward writes
+the same rows again. Prefill chunks have many lengths, so they are not recorded.
 """
 
 from __future__ import annotations
@@ -39,47 +42,47 @@ Device = Literal["cpu", "cuda"]
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 CACHE_RESIDENT_BYTES = 32 << 20
-"""Weights up to this size live in a processor's last-level cache while decoding, unless something turns them out."""
+"""Weights up to this size stay in a CPU's last-level cache while decoding, unless something evicts them."""
 
 SMALL_CHUNK, CHUNK = 16, 128
-"""Tokens a prefill forward takes. A wide forward reads the weights less often, which pays where they come from memory;
-where they live in cache it pays nothing, and turns them out for the next ten decode forwards or so: on the demo model
-128 instead of 16 costs an autoregressive request 20 % of its decode and wins the same time in prefill."""
+"""Tokens per prefill forward. A wide forward reads the weights less often, which pays if they come from memory. If they
+stay in the CPU's cache, it gains nothing. It also evicts them, which slows about the next ten decode forwards. On the
+demo model, 128 instead of 16 costs an autoregressive request 20 % of its decode, and saves the same time in prefill."""
 
 QDQ_AS_WRITTEN = ("session.disable_quant_qdq", "1")
-"""Session setting: multiply what was dequantised, in fp32. The fused kernels of signed bytes that would take its place
-add products in 16 bits on x86 without VNNI and saturate without a word: half of a tiny model's logits moved by a
-tenth of their spread."""
+"""Session setting: dequantise and then multiply in fp32, as the graph says. The alternative is a fused kernel of signed
+bytes. On x86 without VNNI, that kernel adds products in 16 bits and saturates silently. On a tiny model, half of the
+logits moved by a tenth of their spread."""
 
 ENABLE_GRAPHS = ("enable_cuda_graph", "1")
-"""The provider's option for CUDA graphs."""
+"""Option of the CUDA provider that enables CUDA graphs."""
 
 GRAPH_ID = "gpu_graph_id"
-"""Entry of a run's options: which graph is recorded or replayed. 0 is ONNX Runtime's own."""
+"""Entry of a run's options: the id of the graph to record or replay. 0 is ONNX Runtime's own graph."""
 
 NO_GRAPH = "-1"
 
 ADVICE = "; it was asked for CUDA graphs: leave cuda_graphs out"
-"""What to try where ONNX Runtime fails that was asked for graphs."""
+"""Added to errors of ONNX Runtime if CUDA graphs were enabled."""
 
 COUNTS = ("num_committed", "write_index")
 
 BFLOAT16 = 16
-"""Its number in ONNX; numpy has none."""
+"""ONNX number of this dtype, which numpy does not have."""
 
 
 class Buffer(Protocol):
-    """A tensor in memory that sessions are bound to, zeros at first."""
+    """A tensor that sessions are bound to. It is zeroed at first."""
 
     value: onnxruntime.OrtValue
-    """Over the memory itself."""
+    """A value over the tensor's memory."""
 
     def put(self, values: ArrayLike) -> None:
-        """Fill all of it."""
+        """Fill the whole tensor."""
         ...
 
     def get(self) -> NDArray[Any]:
-        """All of it: the memory itself where the host reaches it, else a copy."""
+        """The whole tensor: its memory if the host can address it, else a copy."""
         ...
 
     def read_rows(self, slot: int, start: int, rows: NDArray[Any]) -> None:
@@ -92,7 +95,7 @@ class Buffer(Protocol):
 
 
 class HostBuffer:
-    """An array that sessions read and write where it lies."""
+    """A numpy array that sessions read and write in place."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
         self._array: NDArray[Any] = np.zeros(shape, dtype)
@@ -112,13 +115,14 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """A value on a device, which is copied to and from. On the device ``cpu`` it works alike, for tests.
+    """A value on a device, with copies to and from it. It also works on the device ``cpu``, for tests.
 
-    ONNX Runtime has no slice of a value. An output that is bound to an address is a value over what lies there, though,
-    so that rows are copied head by head and nothing else is; and bf16, which numpy lacks, is seen as its bits.
+    ONNX Runtime cannot slice a value. But an output bound to an address is a value over the memory there. So rows are
+    copied head by head, and nothing else is copied. In the same way bf16, which numpy does not have, is seen as its
+    bits.
 
     Args:
-        io: a binding for that, of any session.
+        io: a binding of any session, to make such values with.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: DType, *, device: Device, io: onnxruntime.IOBinding) -> None:
@@ -148,12 +152,12 @@ class DeviceBuffer:
             self._rows(slot, head, start, len(source)).update_inplace(np.ascontiguousarray(source))
 
     def _rows(self, slot: int, head: int, start: int, count: int) -> onnxruntime.OrtValue:
-        """Rows [rows, D] of a head, which lie together."""
+        """Rows [rows, D] of one head, which are contiguous."""
         _, heads, length, width = self._shape
         return self._view(((slot * heads + head) * length + start) * width, (count, width))
 
     def _view(self, first: int, shape: tuple[int, ...]) -> onnxruntime.OrtValue:
-        """A value over some of this one, from its element ``first`` on."""
+        """A value of this shape over part of this buffer, from element ``first`` on."""
         address = self.value.data_ptr() + first * self._dtype.itemsize
         self._io.bind_output("num_accepted", self.value.device_name(), 0, self._dtype.type, shape, address)
         (view,) = self._io.get_outputs()
@@ -162,18 +166,18 @@ class DeviceBuffer:
 
 
 class _Buffers(NamedTuple):
-    """What bindings of one graph and block size read and write, besides the cache and what every forward has."""
+    """Buffers of the bindings of one graph and block size, without the cache and what all forwards share."""
 
     input_ids: Buffer
     next_ids: Buffer
     logits: Buffer | None
     row_offsets: Buffer | None
-    """With ``row_mask``, what the rows of a block are to each other: inputs of the lookahead graph."""
+    """Input of the lookahead graph, as is ``row_mask``: offsets of the block's rows, and which rows see which."""
     row_mask: Buffer | None
 
 
 class _Key(NamedTuple):
-    """What a binding is made for."""
+    """Identifies a binding."""
 
     graph: str
     block_size: int
@@ -183,34 +187,34 @@ class _Key(NamedTuple):
 
 
 class _Binding(NamedTuple):
-    """One ``IOBinding`` of a session and the buffers behind it."""
+    """One ``IOBinding`` of a session and its buffers."""
 
     session: Any
     io: Any
     buffers: _Buffers
     run_options: Any
-    """None where nothing is recorded."""
+    """None without CUDA graphs."""
 
 
 class OrtEngine(EngineBase):
     """Runs a bundle on ONNX Runtime. See ``Engine`` for the calls. Not thread-safe.
 
-    The lookahead graph is loaded when it is first asked for: its session packs the weights a second time.
+    The lookahead graph is loaded at its first use, because its session packs the weights a second time.
 
     Args:
         bundle: an opened bundle.
         device: ``cpu``, or ``cuda``, which needs onnxruntime-gpu and a GPU.
-        num_slots: B; by default the bundle's batch size. A graph with fixed shapes has its own.
+        num_slots: B; by default the bundle's batch size. A graph with fixed shapes allows no other number.
         threads: intra-op threads; by default as many as the process may use.
-        cuda_graphs: have ONNX Runtime record the forward of each n, KV length and set of outputs, in each thread that
-            runs one, and replay it. It refuses a graph of which a node runs on the host.
-        copies: keep values on the device and copy to and from them, as every device but ``cpu`` needs it. There it is
-            for tests of that path.
-        log_severity: ONNX Runtime's own level, 2 to see its warnings.
+        cuda_graphs: ONNX Runtime records the forward of each n, KV length and set of outputs, in each thread that runs
+            one, and replays it. It refuses a graph with a node that runs on the host.
+        copies: keep values on the device and copy to and from them. Every device but ``cpu`` does so anyway; on ``cpu``
+            it is for tests of that path.
+        log_severity: ONNX Runtime's log level; 2 shows its warnings.
 
     Raises:
-        OptionError: CUDA graphs on another device.
-        GpuError: no GPU, or an ONNX Runtime without its CUDA provider.
+        OptionError: ``cuda_graphs`` is set for a device other than ``cuda``.
+        GpuError: there is no GPU, or ONNX Runtime has no CUDA provider.
         EngineError: ONNX Runtime does not take the graph.
         MissingExtraError: ONNX Runtime is not installed.
     """
@@ -250,11 +254,11 @@ class OrtEngine(EngineBase):
         self._device: Device = device
         self._threads = threads or available_threads()
         self._log_severity = log_severity
-        self._linked = MappedWeights(bundle)  # sessions read them through this map
+        self._linked = MappedWeights(bundle)  # must live as long as the sessions, which read through its maps
         self._graph_ids = itertools.count(1) if cuda_graphs else None
         self._sessions = {GREEDY_GRAPH: self._load(GREEDY_GRAPH)}
         self._views = self._sessions[GREEDY_GRAPH].io_binding() if copies or device != "cpu" else None
-        """For buffers on a device; None where they are the host's own."""
+        """Makes the views of buffers on a device; None if buffers are host arrays."""
         self._cache = allocate(self.geometry, manifest.precision, self.num_slots, self._make_buffer)
         self._common = {name: self._make_buffer((self.num_slots,)) for name in (*COUNTS, "num_accepted")}
         self._common["positions"] = self._make_buffer((self.geometry.cache_length,))
@@ -264,7 +268,7 @@ class OrtEngine(EngineBase):
 
     @property
     def cache_addresses(self) -> dict[str, int]:
-        """Where each cache tensor lies, by past name: the address of past and present."""
+        """Address of each cache tensor, by past name. Past and present share it."""
         return {past: buffer.value.data_ptr() for past, buffer in self._cache.items()}
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
@@ -331,18 +335,18 @@ class OrtEngine(EngineBase):
                 buffer.write_rows(slot, start, tensor_rows)
 
     def read_cache(self, past: str) -> NDArray[Any]:
-        """A copy of a cache tensor [B, K, C, D]; bf16 comes as its bits, uint16. For tests and diagnosis."""
+        """A copy of a cache tensor [B, K, C, D]. The bits of bf16 come as uint16. For tests and diagnosis."""
         self._require_open()
         return self._cache[past].get().copy()
 
     def write_cache(self, past: str, values: ArrayLike) -> None:
-        """Replace a cache tensor, as ``read_cache`` gives it, or fill it with a number."""
+        """Replace a cache tensor with values in the format of ``read_cache``, or fill it with a number."""
         self._require_open()
         self._cache[past].put(values)
 
     @property
     def _cache_dtype(self) -> np.dtype[Any]:
-        """As the host sees it."""
+        """Dtype of the cache on the host."""
         return host_dtype(KV_DTYPE[self._bundle.manifest.precision])
 
     def _outcome(self, buffers: _Buffers) -> Forward:
@@ -367,7 +371,7 @@ class OrtEngine(EngineBase):
         self.run_seconds += perf_counter() - started
 
     def _binding(self, graph: str, size: int, head_size: int, batch: Batch, *, with_logits: bool = False) -> _Binding:
-        """What runs a forward whose rows lie inside the cache: its own, or one made for it."""
+        """The binding for a forward, made at its first use. Checks that the forward's rows lie inside the cache."""
         key = (graph, size, head_size, self._kv_length(size, batch.write_index), with_logits)
         binding = self._bindings.get(key)
         if binding is None:
@@ -377,7 +381,7 @@ class OrtEngine(EngineBase):
         return binding
 
     def _kv_length(self, size: int, write_index: Sequence[int]) -> int:
-        """S of a forward. Its bounds are checked here: on CUDA nobody else does."""
+        """S of a forward. Its bounds are checked here, because on CUDA nothing else checks them."""
         if self.fixed_shapes:
             kv_length = self.fixed_shapes.kv_length
         else:
@@ -411,7 +415,7 @@ class OrtEngine(EngineBase):
         return _Binding(session, io, buffers, self._run_options(is_recorded=key.head_size == key.block_size))
 
     def _buffers_of(self, key: _Key) -> _Buffers:
-        """Those of a binding, which all KV lengths share."""
+        """Buffers of a binding. Bindings that differ only in KV length share them."""
         shared = (key.graph, key.block_size, key.head_size, key.with_logits)
         if shared not in self._buffers:
             slots, size, head_size = self.num_slots, key.block_size, key.head_size
@@ -432,7 +436,7 @@ class OrtEngine(EngineBase):
         return DeviceBuffer(shape, dtype, device=self._device, io=self._views)
 
     def _run_options(self, *, is_recorded: bool) -> Any:
-        """Which graph a binding's runs are: its own, or none where it is a chunk of the prompt, which reads one row."""
+        """Options of a binding's runs: its own graph id, or no graph for a prefill chunk, whose head has one row."""
         if self._graph_ids is None:
             return None
         import onnxruntime
@@ -450,15 +454,15 @@ class OrtEngine(EngineBase):
         return session
 
     def _open_session(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-        """A session of the graph in a file."""
+        """A session of the graph in this file."""
         return make_session(str(path), options, name=path, device=self._device, cuda_graphs=self._graph_ids is not None)
 
 
 def settle_slots(fixed: FixedShapes | None, num_slots: int | None, batch_size: int) -> int:
-    """B of an engine: what was asked for, else the bundle's; a pinned graph has its own.
+    """B of an engine: the given number, else the bundle's batch size. A graph with fixed shapes has its own B.
 
     Raises:
-        OptionError: not a number of slots.
+        OptionError: ``num_slots`` is no valid number of slots.
         EngineError: the graph is pinned to another number.
     """
     if num_slots is not None:
@@ -469,12 +473,12 @@ def settle_slots(fixed: FixedShapes | None, num_slots: int | None, batch_size: i
 
 
 def element_type(dtype: DType) -> Any:
-    """A dtype as ONNX Runtime's Python takes it."""
+    """A dtype as ONNX Runtime's Python API takes it."""
     return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
 
 
 def host_dtype(dtype: DType) -> np.dtype[Any]:
-    """A dtype as the host sees it: numpy has no bf16, so that its bits stand for it."""
+    """The numpy dtype for a dtype on the host. numpy has no bf16, so uint16 holds its bits."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
@@ -499,11 +503,11 @@ def make_session(
     device: Device = "cpu",
     cuda_graphs: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """A session of a graph, from its file or from memory; ``name`` is what errors call it.
+    """A session of a graph, from its file or from memory. Errors call the graph ``name``.
 
     Raises:
         GpuError: ONNX Runtime has no CUDA provider, or does not start it.
-        EngineError: ONNX Runtime does not take the graph.
+        EngineError: ONNX Runtime does not load the graph.
     """
     import onnxruntime
 
@@ -523,7 +527,7 @@ def make_session(
         ) from error
     if (
         device == "cuda" and provider not in session.get_providers()
-    ):  # it goes on with the CPU, and only its log says so
+    ):  # ONNX Runtime falls back to the CPU, and only its log says so
         raise GpuError(f"ONNX Runtime did not start its {provider}; see what is missing with: cllm-export doctor")
     return session
 

@@ -1,1 +1,1 @@
-"""The loop that stays on the device."""
+"""The decoding loop that runs on the device."""

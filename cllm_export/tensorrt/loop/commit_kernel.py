@@ -1,9 +1,9 @@
-"""What sliding Jacobi decoding does between two forwards, as a CUDA kernel: tell, accept, cut, make the next block.
+"""CUDA kernel for sliding Jacobi decoding between two forwards: record, accept, cut, and make the next block.
 
-The rules are those of ``SlidingJacobi`` and ``Decode`` in ``docs/loop.md``, for one slot a thread. What it tells is
-what the host would have had from the forward: an entry [1 + n] of the slot's ring, ``num_accepted`` and then
-``next_ids``, so that a host that comes later takes every step as the kernel did. Plain C but for two words, so that
-tests compile the very same source for the CPU.
+The rules are those of ``SlidingJacobi`` and ``Decode`` in ``docs/loop.md``, with one thread per slot. First the kernel
+writes the forward's outputs into an entry [1 + n] of the slot's ring: ``num_accepted``, then ``next_ids``. From it the
+host later repeats every step of the kernel. The source is plain C except for two words, so tests compile it unchanged
+for the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 
 NAME = b"commit_blocks"
 REPEAT = -1
-"""As the proposer: the token before the proposer, repeated. Else the token itself."""
+"""Value of ``proposer`` that fills unknown rows with the token before them. Other values are the token to fill with."""
 
 POINTERS = (
     "next_ids",
@@ -25,7 +25,7 @@ POINTERS = (
     "ring",
     "eos",
 )
-"""The buffers that it takes, in its order; the first five are the engine's own."""
+"""The kernel's buffers, in the order of its parameters. The first five are the engine's own."""
 NUMBERS = ("num_eos", "n", "ring_size", "proposer", "num_slots")
 KINDS = (ctypes.c_void_p,) * len(POINTERS) + (ctypes.c_int,) * len(NUMBERS)
 

@@ -1,7 +1,8 @@
-"""Whether a loop on the device goes on after a forward, as a CUDA kernel: it sets the handle of the loop's WHILE node.
+"""CUDA kernel that decides after a forward whether the device loop goes on. It sets the handle of the WHILE node.
 
-A kernel of its own, behind the commit: slots may be committed by several blocks, which do not wait for each other, and
-a compiler or device without WHILE nodes still takes the commit. One thread reads two numbers a slot.
+It is a separate kernel, behind the commit kernel, for two reasons. Several CUDA blocks may commit slots, and they do
+not wait for each other. And a compiler or device without WHILE nodes can still use the commit kernel. One thread reads
+two numbers per slot.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ NAME = b"repeat_or_end"
 POINTERS = ("write_index", "left", "forwards")
 NUMBERS = ("n", "kv_length", "most", "num_slots")
 KINDS = (ctypes.c_void_p,) * len(POINTERS) + (ctypes.c_int,) * len(NUMBERS) + (ctypes.c_ulonglong,)
-"""The last is the handle."""
+"""ctypes of the kernel's parameters. The last one is the handle."""
 
 SET_CONDITIONAL = b"""
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 """
-"""To be put before a kernel that sets a handle: NVRTC knows the function and does not declare it."""
+"""Declaration for kernels that set a handle. NVRTC knows this function but does not declare it."""
 
 SOURCE = (
     SET_CONDITIONAL

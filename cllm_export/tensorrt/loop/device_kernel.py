@@ -1,6 +1,6 @@
-"""A kernel of ours on the device: compiled by NVRTC when it is made, loaded and launched by the driver.
+"""A custom CUDA kernel. NVRTC compiles it when it is made, and the driver loads and launches it.
 
-What a device takes is known only where it runs, so that no machine code is shipped. It knows nothing of loops or of
+No machine code is shipped, because the device is known only at run time. This module does not depend on loops or
 TensorRT.
 """
 
@@ -17,7 +17,7 @@ Compiler = tuple[Any, Any]
 
 
 def import_compiler() -> Compiler:
-    """(``nvrtc``, ``driver``) of cuda-python.
+    """The modules (``nvrtc``, ``driver``) of cuda-python.
 
     Raises:
         MissingExtraError: cuda-python is not installed.
@@ -33,7 +33,7 @@ def compile_kernel(nvrtc: Any, source: bytes, compute_capability: str) -> bytes:
     """A kernel's machine code for devices of a compute capability.
 
     Raises:
-        EngineError: NVRTC does not compile it; its own words follow.
+        EngineError: NVRTC does not compile it. The message contains NVRTC's log.
     """
     program = _checked(nvrtc, "nvrtcCreateProgram", source, b"loop.cu", 0, [], [])
     try:
@@ -44,21 +44,21 @@ def compile_kernel(nvrtc: Any, source: bytes, compute_capability: str) -> bytes:
             _checked(nvrtc, "nvrtcGetProgramLog", program, words)
             raise EngineError(f"NVRTC does not compile the loop's kernel: {words.decode(errors='replace')}")
         image = b" " * int(_checked(nvrtc, "nvrtcGetCUBINSize", program))
-        _checked(nvrtc, "nvrtcGetCUBIN", program, image)  # written into the very bytes, as cuda-python has it
+        _checked(nvrtc, "nvrtcGetCUBIN", program, image)  # cuda-python writes into these bytes in place
         return image
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
 class DeviceKernel:
-    """A kernel that can be launched until the stack that owns it unwinds.
+    """A kernel that can be launched until the ``owned`` stack unwinds.
 
     Args:
         compiler: ``nvrtc`` and ``driver`` of cuda-python.
-        source: CUDA C++ that needs no header, with one ``extern "C"`` kernel.
-        name: the kernel's.
+        source: CUDA C++ without includes, with one ``extern "C"`` kernel.
+        name: name of the kernel.
         kinds: ctypes of its parameters, in order.
-        compute_capability: of the device, as ``GpuFacts`` has it.
+        compute_capability: that of the device, in the form of ``GpuFacts``.
         owned: unloads the kernel.
 
     Raises:
@@ -82,12 +82,12 @@ class DeviceKernel:
         self._function = self._drive("cuModuleGetFunction", module, name)
 
     def launch(self, stream: Any, values: Sequence[int], *, blocks: int = 1, threads: int = 1) -> None:
-        """Enqueue it over a line of blocks; addresses and numbers as its parameters have them."""
+        """Enqueue the kernel over a one-dimensional grid. ``values`` are addresses and numbers, one per parameter."""
         arguments = (tuple(values), self._kinds)
         self._drive("cuLaunchKernel", self._function, blocks, 1, 1, threads, 1, 1, 0, int(stream), arguments, 0)
 
     def _drive(self, name: str, *arguments: Any) -> Any:
-        """A call of the driver, checked."""
+        """Call a function of the driver, and check its error code."""
         code, *values = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise EngineError(f"{name} failed: {code!r}")

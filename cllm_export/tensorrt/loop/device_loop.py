@@ -1,10 +1,12 @@
-"""Sliding Jacobi decoding that stays on the device: several forwards for one wait of the host, which lags behind.
+"""Sliding Jacobi decoding on the device: several forwards per wait of the host.
 
-Between two forwards a kernel accepts, tells the host through a ring, cuts at the limit and at an end of sequence, and
-writes the next block where the next forward reads it. The host launches CUDA graphs of up to k forwards, one ahead of
-the one that it waits for, and takes from the ring what each gave: the device is at work while the host reads. A graph
-is a WHILE node around one forward, which ends with the last request, or where CUDA does not take that, k forwards in a
-row, the slots that ended idling for the rest. Greedy requests alone, one a slot.
+Between two forwards a kernel accepts tokens and records the outputs in a ring. It cuts at the length limit and at an
+end-of-sequence token, and writes the next block where the next forward reads it.
+
+The host launches CUDA graphs of up to k forwards. One launch runs ahead of the launch that the host waits for, so the
+device works while the host reads outputs from the ring. A graph is a WHILE node around one forward, and ends with the
+last request. If CUDA does not support that, it is k forwards in a row, in which slots that have ended are idle. It is
+for greedy requests only, one per slot.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from cllm_export.tensorrt.loop.while_graph import WhileGraph, require_while_node
 
 INT32 = 4
 THREADS = 32
-"""Slots a thread block commits: they are few, and none waits for another."""
+"""Slots per CUDA thread block of the commit kernel. Slots are few, and none waits for another."""
 MOST_EOS = 256
-"""End-of-sequence tokens that there is room for."""
+"""Largest number of end-of-sequence tokens."""
 LAUNCHES = 2
-"""Under way at once: the one that the host waits for, and the one that the device goes on with meanwhile."""
+"""Launches in flight: the one that the host waits for, and the next one, which keeps the device busy."""
 
 Form = Literal["conditional", "unrolled"]
 AskedForm = Literal["auto", "conditional", "unrolled"]
@@ -45,18 +47,18 @@ AskedForm = Literal["auto", "conditional", "unrolled"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoopResult:
-    """What a run gave."""
+    """The result of a run."""
 
     token_ids: list[list[int]]
-    """New tokens of each slot, the end of sequence included where one was reached."""
+    """New tokens of each slot, including the end-of-sequence token if one was reached."""
     num_forwards: int
-    """Enqueued; those in which every request had ended already included."""
+    """Number of forwards, including those that ran after every request had ended."""
     num_syncs: int
-    """Times the host waited for the device while decoding."""
+    """How often the host waited for the device while decoding."""
     form: Form
-    """What the graphs were that ran: a WHILE node around a forward, or k forwards in a row."""
+    """Form of the graphs: a WHILE node around a forward, or k forwards in a row."""
     form_reason: str | None
-    """Why ``auto`` came to the unrolled form; None where the form is the one that was asked for."""
+    """The reason why ``auto`` chose the unrolled form; None otherwise."""
 
     @property
     def syncs_per_token(self) -> float:
@@ -64,7 +66,7 @@ class LoopResult:
 
 
 class LoopGraph(Protocol):
-    """What was recorded of a loop."""
+    """A recorded graph of the loop."""
 
     def launch(self) -> None: ...
 
@@ -72,7 +74,7 @@ class LoopGraph(Protocol):
 
 
 class UnrolledGraph:
-    """What a function enqueues, recorded once and launched as one."""
+    """The work that a function enqueues, recorded once and launched as one graph."""
 
     def __init__(self, cuda: Cuda, stream: Any, enqueue: Callable[[], None]) -> None:
         self._cuda, self._stream = cuda, stream
@@ -88,54 +90,56 @@ class UnrolledGraph:
 
 
 class _Recording(NamedTuple):
-    """What a recorded graph follows from."""
+    """The key of a recorded graph: the values that determine it."""
 
     form: Form
     length: int
-    """Forwards: all of them, or the most that a WHILE node runs."""
+    """Number of forwards. For a WHILE node it is the largest number."""
     kv_length: int
     num_eos: int
     proposer: int
 
 
 class _Flight(NamedTuple):
-    """A launch that is under way."""
+    """A launch in flight."""
 
     copy: LaunchCopy
     least: int
-    """Forwards that a slot has whose request does not end in them."""
+    """Number of forwards that a slot surely gets if its request does not end in this launch."""
     most_rows: int
-    """KV rows that it adds to a slot at the most."""
+    """Largest number of KV rows that the launch adds to a slot."""
     num_forwards: int | None
-    """None where the device counts them."""
+    """None if the device counts the forwards."""
 
 
 class _Rules(NamedTuple):
-    """What ends and fills the requests of a run."""
+    """The end-of-sequence tokens and the fill rule of a run."""
 
     num_eos: int
     proposer: int
 
 
 class DeviceLoop:
-    """Decodes one prompt a slot with an engine's own buffers. Close it before the engine, or use it in a ``with``.
+    """Decodes one prompt per slot in the engine's own buffers. Close it before the engine, or use it in a ``with``.
 
     Attributes:
-        num_forwards, num_syncs: as ``LoopResult`` has them, of all runs so far.
+        num_forwards, num_syncs: as in ``LoopResult``, summed over all runs so far.
 
     Args:
-        engine: a TensorRT engine; nobody else may use it meanwhile.
-        block_size: n, one of the plan's.
-        compute_capability: of the device, as ``GpuFacts`` has it.
-        forwards_per_sync: k, at most; fewer are run where k blocks would not fit the cache.
-        form: ``conditional`` is a WHILE node around one forward, ``unrolled`` k forwards in a row, ``auto`` the former
-            where driver, runtime and the recorded forward allow it. ``form_reason`` says why not.
+        engine: a TensorRT engine. Nothing else may use it during a run.
+        block_size: n, one of the plan's block sizes.
+        compute_capability: that of the device, in the form of ``GpuFacts``.
+        forwards_per_sync: k, the largest number of forwards per launch. It is smaller if k blocks do not fit into the
+            cache.
+        form: ``conditional`` is a WHILE node around one forward. ``unrolled`` is k forwards in a row. ``auto`` is the
+            former if driver, runtime and the recorded forward allow it. If not, ``form_reason`` says why.
         compiler: ``nvrtc`` and ``driver`` of cuda-python.
 
     Raises:
-        OptionError: no such form.
+        OptionError: there is no such form.
         EngineError: the plan has no such block size, or a kernel does not compile or load.
-        WhileGraphError: ``conditional``, and CUDA is too old for it; from ``run``, or does not take the forward.
+        WhileGraphError: the form is ``conditional``, and CUDA is too old for it. ``run`` raises it if CUDA refuses the
+            forward.
     """
 
     def __init__(
@@ -186,7 +190,7 @@ class DeviceLoop:
         self.close()
 
     def close(self) -> None:
-        """Free what the loop holds; the engine stays."""
+        """Free the memory of the loop. The engine stays open."""
         self._owned.close()
 
     def run(
@@ -197,10 +201,12 @@ class DeviceLoop:
         eos_token_ids: Collection[int],
         proposed_token: int | None,
     ) -> LoopResult:
-        """Decode a prompt in each slot; ``fill_token`` None repeats the token before the proposer.
+        """Decode a prompt in each slot.
+
+        ``proposed_token`` fills unknown rows of a block. None fills them with the token before them.
 
         Raises:
-            EngineError: not one prompt a slot, one that does not fit, or the engine failed.
+            EngineError: there is not one prompt per slot, a prompt is empty or does not fit, or the engine failed.
         """
         if not all(prompts):
             raise EngineError("a run needs a prompt of a token or more for each slot, and one is empty")
@@ -230,7 +236,7 @@ class DeviceLoop:
         )
 
     def read(self, prompts: Sequence[Sequence[int]], *, num_known: int = 0) -> None:
-        """Write the KV of every prompt less its last token, slot by slot, but for what is there of each already.
+        """Write the KV of every prompt without its last token, slot by slot. ``num_known`` rows are already there.
 
         Raises:
             EngineError: the engine failed.
@@ -252,12 +258,13 @@ class DeviceLoop:
         eos_token_ids: Collection[int],
         proposed_token: int | None,
     ) -> Generator[list[list[Turn]]]:
-        """Decode prompts that ``read`` has read, an empty one leaving its slot idle; what each launch gave each slot.
+        """Decode prompts that ``read`` has prefilled. An empty prompt leaves its slot idle.
 
-        To end it early, close it: the device then goes through what it was given, and nobody takes it.
+        It yields the outputs of each launch, for each slot. To stop early, close the generator: it waits for the
+        launches in flight and discards their outputs.
 
         Raises:
-            EngineError: not one prompt a slot, one that does not fit, or the engine failed.
+            EngineError: there is not one prompt per slot, a prompt does not fit, or the engine failed.
         """
         self._check(prompts, max_new_tokens, eos_token_ids)
         self._start(prompts, max_new_tokens, sorted(eos_token_ids), proposed_token)
@@ -285,11 +292,11 @@ class DeviceLoop:
 
     @property
     def form_reason(self) -> str | None:
-        """As ``LoopResult.form_reason``."""
+        """See ``LoopResult.form_reason``."""
         return self._form_reason
 
     def _prepare_while(self, load: Callable[[], DeviceKernel]) -> None:
-        """Take the conditional form if this CUDA has it; what the forward holds is known when it is recorded."""
+        """Choose the conditional form if this CUDA supports it. The forward itself is checked when it is recorded."""
         try:
             require_while_nodes(self._engine.cuda)
             self._condition_kernel = load()
@@ -338,7 +345,7 @@ class DeviceLoop:
         eos_token_ids: list[int],
         proposed_token: int | None,
     ) -> None:
-        """Have the first blocks, and what else the device keeps of the requests, copied there."""
+        """Enqueue copies of the first blocks, and of the other state of the requests, to the device."""
         given, size, is_running = self._given, self._size, [bool(prompt) for prompt in prompts]
         lasts = [prompt[-1] if prompt else 0 for prompt in prompts]
         blocks = [[last] + [last if proposed_token is None else proposed_token] * (size - 1) for last in lasts]
@@ -356,19 +363,20 @@ class DeviceLoop:
         self._end = int(given["write_index"].array.max())
 
     def _try_launch(self, flights: Collection[_Flight], rules: _Rules) -> _Flight | None:
-        """Enqueue a graph of as many forwards as may be, unless what is under way ends every request, or leaves no
-        rows of the cache that are free for certain, or the graph is none of those that are recorded.
+        """Enqueue a graph of as many forwards as possible.
 
-        Not recorded is what no forward had that shape, and a context takes another shape only where it does not run.
+        It returns None if every request has ended, or surely ends in the launches in flight. It also returns None if
+        these launches may fill the cache, or if the graph is not recorded yet while they run. A graph is recorded only
+        after one eager forward of the same shape: a TensorRT context may change its shape only while it is idle.
         """
-        left = self._left - sum(flight.least for flight in flights)  # a forward gives a token at least
+        left = self._left - sum(flight.least for flight in flights)  # a forward gives at least one token
         if left <= 0:
             return None
         start = self._end + sum(flight.most_rows for flight in flights)
         count = min(self._most, (self._engine.geometry.cache_length - start) // self._size)
         if flights and count < 1:
             return None
-        if self._form == "conditional":  # its length is no part of the graph, and it ends with the last request
+        if self._form == "conditional":  # the graph's length is always k; it ends with the last request
             length, count = self._most, min(count, left)
         else:
             length = count
@@ -387,7 +395,10 @@ class DeviceLoop:
         return _Flight(self._copy_out(), count, recording.length * self._size, None if is_counted else count)
 
     def _enqueue_new(self, recording: _Recording) -> _Flight:
-        """Run what is recorded for the next time, since TensorRT must have: of a WHILE node, the forward it holds."""
+        """Run the work eagerly, then record it for the next time. TensorRT must run a shape once before it is recorded.
+
+        For a WHILE node this runs the one forward of its body.
+        """
         count = 1 if recording.form == "conditional" else recording.length
         self._enqueue_all(recording._replace(length=count))
         flight = _Flight(self._copy_out(), count, count * self._size, count)
@@ -401,7 +412,7 @@ class DeviceLoop:
         return copy
 
     def _collect(self, flight: _Flight) -> list[list[Turn]]:
-        """Wait for a launch; what its forwards gave each slot."""
+        """Wait for a launch, and return the outputs of its forwards for each slot."""
         copy = flight.copy
         copy.wait()
         self.num_syncs += 1
@@ -412,12 +423,12 @@ class DeviceLoop:
             copy.read_turns(slot, first, ring_size=self._most, block_size=self._size) for slot, first in enumerate(read)
         ]
         self._num_read = [first + len(of_slot) for first, of_slot in zip(read, turns, strict=True)]
-        if self._left and not any(turns):  # what makes no headway must not be launched for ever
+        if self._left and not any(turns):  # without progress, launches would go on forever
             raise EngineError("the device tells of requests that go on, and of no forward that was for them")
         return turns
 
     def _record(self, recording: _Recording) -> None:
-        """Record what a later launch replays, running nothing. A forward that no WHILE node takes leaves nothing."""
+        """Record a graph for later launches, without running it. If a WHILE node refuses the forward, fall back."""
         cuda, stream = self._engine.cuda, self._engine.stream
         if recording.form == "unrolled":
             self._graphs[recording] = UnrolledGraph(cuda, stream, lambda: self._enqueue_all(recording))
@@ -438,7 +449,7 @@ class DeviceLoop:
         self._condition_kernel.launch(self._engine.stream, (*pointers, *numbers, handle))
 
     def _enqueue_forward(self, recording: _Recording) -> None:
-        """A forward and its commit."""
+        """Enqueue a forward and its commit kernel."""
         slots = self._engine.num_slots
         self._engine.enqueue_decode(self._size, recording.kv_length)
         pointers = (self._addresses[name] for name in commit_kernel.POINTERS)
@@ -454,9 +465,10 @@ class DeviceLoop:
 
 
 def follow(decode: Decode, turns: Sequence[Turn], block_size: int) -> list[int]:
-    """Let a request's decode take what forwards on the device gave it, as if it had asked for them; its new tokens.
+    """Let a request's decode process the outputs of device forwards, as if it had asked for them.
 
-    What comes after its end (a stop string, which the device does not know) is nobody's.
+    Returns the new tokens. Outputs after the request's end are discarded: the device does not know stop strings, so it
+    may run on.
     """
     new: list[int] = []
     for turn in turns:

@@ -1,7 +1,7 @@
-"""Runs one greedy request whose loop stays on the device: the host takes late what each forward gave, and all of it.
+"""Runs one greedy request with the loop on the device. The host reads the outputs of every forward, but later.
 
-The request's own decode goes through every forward as if it had asked for it, so that its tokens, records and end are
-those of the loop on the host, a stop string's included, which the device does not know. TensorRT engines alone.
+The request's own decode processes every forward as if it had asked for it. So its tokens, records and end are those of
+the loop on the host. This includes stop strings, which the device does not know. It is for TensorRT engines only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from cllm_export.tensorrt.engine import TrtEngine
 
 PROPOSERS = ("pad", "repeat")
-"""Draft sources that the kernel has."""
+"""Draft sources that the kernel supports."""
 
 
 def require_device_loop(given: Engine, *, block_size: int, num_eos: int) -> TrtEngine:
-    """The engine, if a loop of these blocks can stay on its device.
+    """The engine, if a loop with this block size can run on its device.
 
     Raises:
-        OptionError: it is none of TensorRT's, or its plan has no such block size, or there are too many ends.
+        OptionError: it is no TensorRT engine, its plan lacks this block size, or there are too many end-of-sequence
+            tokens.
     """
     if not given.has_device_loop:
         raise OptionError(
@@ -48,17 +49,17 @@ def require_device_loop(given: Engine, *, block_size: int, num_eos: int) -> TrtE
 
 
 class DeviceLoops:
-    """The loops of one engine, each made when it is first asked for. Close it before the engine."""
+    """The device loops of one engine, each made at its first use. Close it before the engine."""
 
     def __init__(self) -> None:
         self._loops: dict[tuple[int, int], DeviceLoop] = {}
 
     def find(self, engine: TrtEngine, *, block_size: int, forwards_per_sync: int) -> DeviceLoop:
-        """The loop of this n and k.
+        """The loop for this n and k.
 
         Raises:
             MissingExtraError: cuda-python is not installed.
-            EngineError: its kernels do not compile or load.
+            EngineError: the kernels of the loop do not compile or load.
         """
         key = (block_size, forwards_per_sync)
         if key not in self._loops:
@@ -77,15 +78,15 @@ class DeviceLoops:
 
 
 class DeviceRequest:
-    """One task in slot 0; all other slots are idle. A step is a launch of the device loop. Not thread-safe.
+    """One task in slot 0; all other slots are idle. Not thread-safe.
 
     Args:
-        loop: of the engine that has the slot.
-        num_slots: of that engine.
-        task: its decode is a sliding Jacobi one, greedy, with the proposer ``pad`` or ``repeat``.
-        max_new_tokens, eos_token_ids: as its decode has them.
-        fill_token: None repeats the token before the proposer.
-        memory: what the slot takes from a prefix cache, and gives to it.
+        loop: the device loop of the engine.
+        task: a greedy sliding Jacobi task with the proposer ``pad`` or ``repeat``.
+        num_slots: number of slots of the engine.
+        max_new_tokens, eos_token_ids: the values of the task's decode.
+        proposed_token: fills unknown rows of a block. None fills them with the token before them.
+        memory: restores the slot's KV from a prefix cache, and keeps it there; None without a cache.
     """
 
     def __init__(
@@ -112,14 +113,14 @@ class DeviceRequest:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing to do."""
+        """Whether the task has finished."""
         return self._task.decode.is_finished
 
     def step(self) -> None:
-        """Read the prompt; from then on, wait for a launch and take what it gave.
+        """The first step prefills the prompt. Each later step waits for a launch and takes its outputs.
 
         Raises:
-            EngineError: the engine failed, or the device ended the request and the host did not.
+            EngineError: the engine failed, or the device ended the request but the host did not.
         """
         self._is_sound = False
         if self._has_read:
@@ -148,7 +149,7 @@ class DeviceRequest:
             task.give(new)
 
     def cancel(self, task: Task) -> None:
-        """Let the device go through what it was given, and keep the rows of the text."""
+        """Wait until the device has run the launches in flight, and store the text's KV rows in the prefix cache."""
         started = perf_counter()
         self._launches.close()
         task.decode_seconds += perf_counter() - started

@@ -1,9 +1,9 @@
-"""A loop that ends on the device: a CUDA graph of one WHILE node around whatever a function enqueues.
+"""A loop that ends on the device: a CUDA graph of one WHILE node around the work that a function enqueues.
 
-It knows nothing of TensorRT or of decoding: the body is any work on a stream, the last kernel of which sets the node's
-handle (``cudaGraphSetConditional`` in device code). What a body may hold is checked before anything is launched, and
-what nodes do not show, as a kernel that launches others, is left to CUDA: what it refuses when the graph is made
-launchable is told. Nothing of this has run on a GPU yet.
+It does not depend on TensorRT or on decoding. The body is any work on a stream. Its last kernel sets the node's handle
+(``cudaGraphSetConditional`` in device code). The kinds of nodes in the body are checked before anything is launched.
+Nodes do not show everything, for example a kernel that launches others. CUDA checks this when the graph is
+instantiated, and its refusal is reported. None of this has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from cllm_export.errors import EngineError, WhileGraphError
 from cllm_export.runtime.engines.cuda import Cuda, version_text
 
 OLDEST = 12040
-"""CUDA 12.4, of driver and runtime."""
+"""CUDA 12.4, for driver and runtime."""
 ALLOWED = frozenset({"Kernel", "Empty", "Memcpy", "Memset", "Graph", "Conditional"})
-"""The kinds of nodes that CUDA documents for the body of a conditional node, child graphs likewise: no host function,
-no event, no semaphore, no allocation."""
+"""The kinds of nodes that CUDA's documentation allows in the body of a conditional node and its child graphs. There are
+no host functions, events, semaphores or allocations."""
 
 
 def require_while_nodes(cuda: Cuda) -> None:
-    """Check that driver and runtime have WHILE nodes.
+    """Check that driver and runtime support WHILE nodes.
 
     Raises:
         WhileGraphError: one of them is older than CUDA 12.4.
@@ -36,16 +36,16 @@ def require_while_nodes(cuda: Cuda) -> None:
 
 
 class WhileGraph:
-    """Runs its body once, and again as long as the body leaves its handle other than 0. Close it after its last run.
+    """Runs its body once, and again as long as the body leaves its handle nonzero. Close it after its last run.
 
     Args:
-        cuda: of the device.
-        stream: what the body is recorded on and the graph launched on.
-        enqueue_body: enqueues the body on that stream; it takes the handle, which its last kernel must set. Called
-            once, while the stream records. Allocates nothing and waits for nothing.
+        cuda: CUDA on the device.
+        stream: the stream that records the body and runs the graph.
+        enqueue_body: enqueues the body on that stream. Its argument is the handle, which its last kernel must set. It
+            is called once, while the stream records. It must not allocate or wait.
 
     Raises:
-        WhileGraphError: this CUDA has no WHILE nodes, or the body holds what no such body may hold.
+        WhileGraphError: this CUDA has no WHILE nodes, or the body has nodes that are not allowed.
     """
 
     def __init__(self, cuda: Cuda, stream: Any, enqueue_body: Callable[[int], None]) -> None:
@@ -63,7 +63,7 @@ class WhileGraph:
             cuda.discard(node.graph)
 
     def launch(self) -> None:
-        """Enqueue a whole run of the loop."""
+        """Enqueue one run of the whole loop."""
         self._cuda.launch(self._graph, self._stream)
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ def _require_body(kinds: set[str]) -> None:
 
 @contextmanager
 def _refusal(words: str) -> Iterator[None]:
-    """CUDA's error in a step as the reason that there is no such loop."""
+    """Turn an error of CUDA into a WhileGraphError that begins with ``words``."""
     try:
         yield
     except EngineError as error:
