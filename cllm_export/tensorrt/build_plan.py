@@ -120,7 +120,7 @@ def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
         batch, chunk = fixed.batch_size, fixed.block_size
     check_block_size(sizes[-1], largest=geometry.max_block_size)
     if kv_lengths and kv_lengths[-1] > geometry.cache_length:
-        raise OptionError(f"KV lengths must be at most the cache's {geometry.cache_length} rows, got {kv_lengths[-1]}")
+        raise OptionError(f"kv_lengths must be at most the cache's {geometry.cache_length} rows, got {kv_lengths[-1]}")
     return PlanSettings(
         batch_size=batch,
         block_sizes=sizes,
@@ -149,7 +149,7 @@ def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> N
     ):
         raise OptionError(
             f"this bundle is pinned to {batch_size} slots and blocks of {block_size}; leave batch_size, "
-            "block_sizes and KV lengths out, or build the bundle without fixed_shapes"
+            "block_sizes and kv_lengths out, or build the bundle without fixed_shapes"
         )
 
 

@@ -361,7 +361,7 @@ class TrtEngine(EngineBase):
         return kv_length
 
     def _run(self, shape: _Shape, batch: Batch, *, with_logits: bool = False) -> None:
-        self._proposer(shape, batch)
+        self._write_inputs(shape, batch)
         started = perf_counter()
         graph = self._graphs.get(shape)
         if graph is None:
@@ -376,7 +376,7 @@ class TrtEngine(EngineBase):
         self.num_syncs += 1
         self.run_seconds += perf_counter() - started
 
-    def _proposer(self, shape: _Shape, batch: Batch) -> None:
+    def _write_inputs(self, shape: _Shape, batch: Batch) -> None:
         slots, size, vocabulary = self.num_slots, shape.block_size, self.geometry.vocab_size
         blocks = np.zeros((slots, size), np.int64)
         blocks[:, : len(batch.input_ids[0])] = batch.input_ids

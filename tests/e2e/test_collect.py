@@ -120,7 +120,10 @@ def test_a_bundle_with_fixed_shapes_collects_in_its_own(cli: Cli, workshop: Work
     cli("collect", bundle, *options, *FEW)
     settings = read_trajectories(tmp_path / "out").manifest.settings
     assert (settings.block_size, settings.batch_size) == (PINNED["block_size"], PINNED["batch_size"])
-    assert_refused(cli("collect", bundle, *options, "--block-size", 4), "--block-size must be 8, which it is pinned to")
+    assert_refused(
+        cli("collect", bundle, *options, "--block-size", 4),
+        "--block-size must be 8, which this engine is pinned to, got 4",
+    )
     assert_refused(cli("collect", bundle, *options, "--batch-size", 2), "pinned to 1 slots")
 
 

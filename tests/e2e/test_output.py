@@ -47,7 +47,8 @@ def test_what_is_no_bundle_is_never_replaced(cli: Cli, small: Path, output: Path
     else:
         output.symlink_to("nowhere")
     before = snapshot(output.parent)
-    assert_refused(cli("build", small, "--output", output, *force), str(output), "holds no bundle.json", "will not be replaced")
+    refused = cli("build", small, "--output", output, *force)
+    assert_refused(refused, str(output), "holds no bundle.json", "will not be replaced")
     assert snapshot(output.parent) == before
 
 

@@ -596,7 +596,7 @@ def test_prompts_that_are_of_no_use_are_counted_and_reported(cli: Cli, llama: Pa
         (questions(5), (), ["0 samples are left to train on", "5 to measure on", "--num-held-out"]),
         ([{"prompt": "", "answer": "x"}] * 3, (), ["0 samples", "3 empty prompt"]),
         (questions(5), ("--limit", 0), ["--limit"]),
-        (questions(5), ("--num-held-out", 0), ["num_held_out"]),
+        (questions(5), ("--num-held-out", 0), ["--num-held-out", "got 0"]),
     ],
 )
 def test_nothing_to_train_on_is_an_error_that_says_why(cli: Cli, llama: Path, tmp_path: Path, lines, options, phrases):

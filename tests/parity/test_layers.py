@@ -14,7 +14,7 @@ from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.parity.layer_parity import LayerError, compare_layers
 from cllm_export.exporter.parity.layer_reference import LayerReference
-from cllm_export.verification import tokens as verify_module
+from cllm_export.verification import verify as verify_module
 from cllm_export.verification.report import VerifyOptions
 from cllm_export.verification.verify import verify
 from tests.checkpoints import VARIANTS

@@ -227,6 +227,8 @@ def test_too_many_ends_are_refused_by_number(device: Side):
 
 def test_lookahead_is_refused(device: Side):
     with pytest.raises(OptionError, match="TrtEngine runs no lookahead graph"):
+        device.model.generate([5, 6], method="lookahead")
+    with pytest.raises(OptionError, match="forwards_per_sync is for the method jacobi, and the method is lookahead"):
         device.model.generate([5, 6], method="lookahead", forwards_per_sync=2)
 
 

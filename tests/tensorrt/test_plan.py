@@ -192,9 +192,9 @@ def test_a_bf16_bundle_is_refused_on_a_gpu_without_bf16(bundle: Bundle):
     ("options", "message"),
     [
         ({"block_sizes": (10_000,)}, "block_size must be at most"),
-        ({"block_sizes": (0,)}, "block_sizes must be positive"),
-        ({"kv_lengths": (10_000,)}, "KV length must be at most the cache's"),
-        ({"optimization_level": 6}, "optimization_level must be 0 to 5"),
+        ({"block_sizes": (0,)}, "block_sizes must be an integer of at least 1, got 0"),
+        ({"kv_lengths": (10_000,)}, "kv_lengths must be at most the cache's"),
+        ({"optimization_level": 6}, "optimization_level must be an integer from 0 to 5, got 6"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
         ({"hardware": "any"}, "hardware must be one of same, compute-capability, ampere+"),
     ],

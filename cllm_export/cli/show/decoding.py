@@ -105,13 +105,13 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("overhead", "overhead", ".3f"),
     ("T(1) ms", "first_milliseconds", ".2f"),
     ("T(n) ms", "milliseconds", ".2f"),
-    ("TPF x T(1)/T(n)", "expected_speedup", ".2f"),
-    ("TPF/T(n) /s", "expected_tokens_per_second", ",.0f"),
     ("texts equal", "equal", ""),
 )
-"""Headings, what they show of a setting, and how."""
-_OF_BUNDLES = ("precision", "weight_bytes")
-"""Left out where there is one bundle."""
+"""Headings, what they show of a setting, and how. What bare forwards would come to is in the JSON report."""
+_OF_BUNDLES = ("precision", "weight_bytes", "first_milliseconds", "milliseconds")
+"""Columns of several bundles. A single bundle has a table of its forwards instead."""
+_OF_ONE = ("speedup_with_prefill", "overhead")
+"""Columns of a single bundle. Several bundles need the room."""
 
 
 def _settings_table(report: Mapping[str, Any]) -> Table:
@@ -120,11 +120,12 @@ def _settings_table(report: Mapping[str, Any]) -> Table:
     columns = [
         column
         for column in _COLUMNS
-        if any(entry[column[1]] is not None for entry in settings) and not (is_alone and column[1] in _OF_BUNDLES)
+        if any(entry[column[1]] is not None for entry in settings)
+        and column[1] not in (_OF_BUNDLES if is_alone else _OF_ONE)
     ]
     table = Table(box=None)
     for heading in (*(() if is_alone else ("bundle",)), "method"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "method", min_width=14 if heading == "method" else None)
     for heading, _, _ in columns:
         table.add_column(heading, justify="right")
     for entry in settings:

@@ -13,7 +13,7 @@ from cllm_export.evaluation.sql.schema import Schema, Table
 
 Cell = str | int | float | bytes | None
 AFFINITY = {"text": "TEXT", "date": "TEXT", "number": "NUMERIC"}
-PREFILL_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+READ_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile"}
 STEPS_A_CALL, MAX_CALLS = 10_000, 300
 """A query may take about their product in steps of SQLite's virtual machine. The limit always stops a query at the
@@ -82,6 +82,6 @@ def _create(table: Table) -> str:
 
 
 def _judge(action: int, _first: str | None, second: str | None, *_: str | None) -> int:
-    if action not in PREFILL_ONLY or (action == sqlite3.SQLITE_FUNCTION and second in FORBIDDEN_FUNCTIONS):
+    if action not in READ_ACTIONS or (action == sqlite3.SQLITE_FUNCTION and second in FORBIDDEN_FUNCTIONS):
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK

@@ -93,11 +93,11 @@ class LayerReference:
             if id(module) not in inside and any(True for _ in module.parameters(recurse=False))
         ]
         for module in (*layers, *outside):
-            module.register_forward_pre_hook(self._proposer)
+            module.register_forward_pre_hook(self._load_weights)
             module.register_forward_hook(self._empty)
         self._decoder.model.rotary_emb.register_forward_hook(self._round)
 
-    def _proposer(self, module: nn.Module, _: Any) -> None:
+    def _load_weights(self, module: nn.Module, _: Any) -> None:
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 value = self._read(self._names[id(parameter)]).to(self._dtype).float()

@@ -12,7 +12,7 @@ import ctypes
 
 NAME = b"commit_blocks"
 REPEAT = -1
-"""Value of ``proposer`` that fills unknown rows with the token before them. Other values are the token to fill with."""
+"""Value of ``proposed_token`` that fills unknown rows with the token before them. Other values are that token."""
 
 POINTERS = (
     "next_ids",
@@ -26,7 +26,7 @@ POINTERS = (
     "eos",
 )
 """The kernel's buffers, in the order of its parameters. The first five are the engine's own."""
-NUMBERS = ("num_eos", "n", "ring_size", "proposer", "num_slots")
+NUMBERS = ("num_eos", "n", "ring_size", "proposed_token", "num_slots")
 KINDS = (ctypes.c_void_p,) * len(POINTERS) + (ctypes.c_int,) * len(NUMBERS)
 
 SOURCE = b"""
@@ -34,7 +34,7 @@ extern "C" __global__ void commit_blocks(
     const long long *next_ids, const long long *num_accepted,
     long long *input_ids, long long *num_committed, long long *write_index,
     int *left, int *turns, int *ring, const int *eos,
-    int num_eos, int n, int ring_size, int fill, int num_slots)
+    int num_eos, int n, int ring_size, int proposed_token, int num_slots)
 {
     int slot = blockIdx.x * blockDim.x + threadIdx.x;
     if (slot >= num_slots || left[slot] == 0)
@@ -60,7 +60,7 @@ extern "C" __global__ void commit_blocks(
         return;
     }
     write_index[slot] += accepted;
-    long long filler = fill < 0 ? next[n - 1] : fill;
+    long long filler = proposed_token < 0 ? next[n - 1] : proposed_token;
     for (int row = 0; row < n; row++)
         block[row] = accepted - 1 + row < n ? next[accepted - 1 + row] : filler;
 }

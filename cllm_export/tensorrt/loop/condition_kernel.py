@@ -25,14 +25,14 @@ SOURCE = (
     + b"""
 extern "C" __global__ void repeat_or_end(
     const long long *write_index, const int *left, int *forwards,
-    int n, int KV length, int most, int num_slots, unsigned long long handle)
+    int n, int kv_length, int most, int num_slots, unsigned long long handle)
 {
     int running = 0, fits = 1;
     for (int slot = 0; slot < num_slots; slot++) {
         if (left[slot] == 0)
             continue;
         running = 1;
-        fits &= write_index[slot] + n <= KV length;    /* a row outside would be ignored in silence */
+        fits &= write_index[slot] + n <= kv_length;    /* a row outside would be ignored in silence */
     }
     forwards[0]++;
     cudaGraphSetConditional(handle, running && fits && forwards[0] < most);

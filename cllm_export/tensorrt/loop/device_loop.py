@@ -97,7 +97,7 @@ class _Recording(NamedTuple):
     """Number of forwards. For a WHILE node it is the largest number."""
     kv_length: int
     num_eos: int
-    proposer: int
+    proposed_token: int
 
 
 class _Flight(NamedTuple):
@@ -113,10 +113,10 @@ class _Flight(NamedTuple):
 
 
 class _Rules(NamedTuple):
-    """The end-of-sequence tokens and the fill rule of a run."""
+    """The end-of-sequence tokens and the proposed token of a run."""
 
     num_eos: int
-    proposer: int
+    proposed_token: int
 
 
 class DeviceLoop:
@@ -453,7 +453,7 @@ class DeviceLoop:
         slots = self._engine.num_slots
         self._engine.enqueue_decode(self._size, recording.kv_length)
         pointers = (self._addresses[name] for name in commit_kernel.POINTERS)
-        numbers = (recording.num_eos, self._size, self._most, recording.proposer, slots)
+        numbers = (recording.num_eos, self._size, self._most, recording.proposed_token, slots)
         values = (*pointers, *numbers)
         self._commit_kernel.launch(self._engine.stream, values, blocks=-(-slots // THREADS), threads=THREADS)
 
