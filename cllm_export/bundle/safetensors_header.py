@@ -123,6 +123,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _place(entry: dict[str, Any], start: int) -> TensorPlace:
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if math.prod(max(kv_length, 1) for kv_length in shape) >= 2**63:  # sound by its bytes where another KV length is 0
+    if math.prod(max(extent, 1) for extent in shape) >= 2**63:  # sound by its bytes where another extent is 0
         raise ValueError(f"its header gives a tensor the shape {list(shape)}")
     return TensorPlace(start + first, last - first, entry["dtype"], shape)

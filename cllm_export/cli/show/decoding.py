@@ -99,16 +99,15 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("MB", "weight_bytes", ".1f"),
     ("n", "block_size", ""),
     ("tokens/s", "tokens_per_second", ",.0f"),
-    ("tokens/forward", "tokens_per_forward", ".2f"),
+    ("TPF", "tokens_per_forward", ".2f"),
     ("speedup", "speedup", ".2f"),
     ("with prefill", "speedup_with_prefill", ".2f"),
     ("overhead", "overhead", ".3f"),
-    ("T(1) ms", "first_milliseconds", ".2f"),
     ("T(n) ms", "milliseconds", ".2f"),
-    ("texts equal", "equal", ""),
+    ("equal", "equal", ""),
 )
-"""Headings, what they show of a setting, and how. What bare forwards would come to is in the JSON report."""
-_OF_BUNDLES = ("precision", "weight_bytes", "first_milliseconds", "milliseconds")
+"""Headings, what they show of a setting, and how. TPF is tokens per forward. What bare forwards would come to is in the JSON report."""
+_OF_BUNDLES = ("precision", "weight_bytes", "milliseconds")
 """Columns of several bundles. A single bundle has a table of its forwards instead."""
 _OF_ONE = ("speedup_with_prefill", "overhead")
 """Columns of a single bundle. Several bundles need the room."""
@@ -124,10 +123,11 @@ def _settings_table(report: Mapping[str, Any]) -> Table:
         and column[1] not in (_OF_BUNDLES if is_alone else _OF_ONE)
     ]
     table = Table(box=None)
-    for heading in (*(() if is_alone else ("bundle",)), "method"):
-        table.add_column(heading, no_wrap=heading == "method", min_width=14 if heading == "method" else None)
+    if not is_alone:
+        table.add_column("bundle", overflow="fold", min_width=8)  # only this one may wrap
+    table.add_column("method", no_wrap=True)
     for heading, _, _ in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for entry in settings:
         cells = [_cell(entry[key], key, form, report["prompts"]) for _, key, form in columns]
         table.add_row(*(() if is_alone else (Text(entry["name"]),)), entry["method"], *cells)
