@@ -39,7 +39,7 @@ def repeats_for(seconds: float) -> int:
 
 
 def device_seconds(cuda: Cuda, stream: Any, enqueue: Callable[[], object], repeats: int) -> float:
-    """Device seconds of the work that a function enqueues, run several times, between two events of the stream."""
+    """Device seconds per run of the work that a function enqueues, over several runs between two stream events."""
     clocks = [cuda.make_clock() for _ in range(2)]
     try:
         cuda.mark(clocks[0], stream)
