@@ -1,13 +1,13 @@
-"""What each part of consistency tuning is worth: rows of equal work from the same parent, some seeds each.
+"""Measure the value of each part of consistency tuning: rows of equal work from the same parent, with several seeds.
 
 python benchmarks/ablation.py PARENT --prompts TRAIN --held-out HELD_OUT --output DIR [--minutes 10] [--seeds 0 1]
                               [--rows packed global ...] [--jobs 1]
 
 Each row is one `cllm-export tune` command, which is printed, and one `cllm-export evaluate`. Rows get equal processor
-time, not equal steps: a short run of each, one after the other, finds what its step costs, and from that come the steps
-that fit into the minutes, so that neighbours on the machine slow the table down without changing it. A row that is done
-is not run again, so that an interrupted table goes on; `--jobs 2` runs two rows at once, each on one thread. The report
-(DIR/ablation.json) and the table give each seed.
+time, not equal steps. A short run of each row, one after the other, measures the cost of a step. From that follows the
+number of steps that fit into the minutes. Other load on the machine therefore slows the table down but does not change
+it. A finished row is not run again, so an interrupted table can be resumed. `--jobs 2` runs two rows at once, each on
+one thread. The report (DIR/ablation.json) and the table give each seed.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ PROBE_STEPS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a row changes against the first."""
+    """The changes of a row compared with the first row."""
 
     label: str
     flags: tuple[str, ...] = ()
     self_generated: bool = False
-    """Train on fixed points that the parent gave instead of the answers."""
+    """Train on fixed points from the parent instead of the answers."""
     method: str = "jacobi"
     proposer: str = "pad"
 
@@ -93,7 +93,7 @@ def collect(args: argparse.Namespace) -> Path:
 
 
 def tune(name: str, seed: int, steps: int, output: Path, args: argparse.Namespace) -> Path:
-    """Train one row, unless it is there already."""
+    """Train one row, unless it exists already."""
     if output.exists():
         return output
     row = ROWS[name]
@@ -108,14 +108,14 @@ def tune(name: str, seed: int, steps: int, output: Path, args: argparse.Namespac
 
 
 def affordable_steps(name: str, args: argparse.Namespace) -> int:
-    """The steps of a row that fit into the minutes, by the processor time that a short run of it takes."""
+    """The number of steps of a row that fit into the minutes, from the processor time of a short run."""
     short = tune(name, 0, PROBE_STEPS, args.output / f"{name}-probe", args)
     report = json.loads((short.with_name(f"{short.name}.tuning") / "tuning.json").read_text(encoding="utf-8"))
     return max(1, round(args.minutes * PROBE_STEPS / report["processor_minutes"]))
 
 
 def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Score a checkpoint by the loop and the proposer it was trained for."""
+    """Score a checkpoint with the loop and the proposer that it was trained for."""
     report = checkpoint.with_name(f"{checkpoint.name}.evaluation.json")
     if not report.exists():
         flags = ["--task", "prompts", "--data", str(args.held_out), "--limit", str(args.limit), "--threads", "1"]
@@ -126,7 +126,7 @@ def evaluate(checkpoint: Path, row: Row, args: argparse.Namespace) -> dict[str, 
 
 
 def run(name: str, seed: int, steps: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One cell: a row and a seed."""
+    """Run one cell of the table: a row and a seed."""
     entry = evaluate(tune(name, seed, steps, args.output / f"{name}-{seed}", args), ROWS[name], args)
     return {"row": name, "label": ROWS[name].label, "seed": seed, "steps": steps, **measures(entry)}
 
@@ -138,7 +138,7 @@ def measures(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(parent: dict[str, Any], cells: list[dict[str, Any]], minutes: float) -> None:
-    """The table, a line for each row, seeds side by side."""
+    """Print the table: a line for each row, with seeds side by side."""
     names = [name for name in parent if name != "row"]
     table = Table(box=None, title=f"{minutes:g} minutes a row")
     table.add_column("row")
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def evaluate_parent(args: argparse.Namespace) -> dict[str, Any]:
-    """The parent, by the first row's loop and proposer; its report lies beside the rows' reports."""
+    """Score the parent with the first row's loop and proposer. Its report is stored beside the rows' reports."""
     copy = args.output / "parent"
     if not copy.exists():
         copy.symlink_to(args.parent.resolve())

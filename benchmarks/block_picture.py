@@ -2,8 +2,8 @@
 
     python benchmarks/block_picture.py BUNDLE (--prompt TEXT | --prompts FILE --number 41) --output PICTURE.svg
 
-The prompt is decoded with sliding Jacobi at a fixed n (``--block-size``), and autoregressively. The two must give the
-same tokens; else nothing is drawn. Every cell comes from the records of the forwards.
+The prompt is decoded with sliding Jacobi at a fixed n (``--block-size``), and autoregressively. If the two give
+different tokens, nothing is drawn. Every cell comes from the records of the forwards.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
 
 FONT_SIZE, LETTER = 13, 7.83
-"""Pixels; the width of a letter of a monospaced font is 0.602 of its size."""
+"""Font size and letter width, in pixels. A letter of a monospaced font is 0.602 of its size wide."""
 ROW, CELL, GAP, PADDING = 38, 26, 4, 5
 LEFT, TOP, MARGIN, GAIN = 96, 116, 20, 44
 WIDTH = 960
-"""The least: what the legend takes."""
+"""Smallest width of the picture, which the legend needs."""
 
 KNOWN, GUESSED, OWN, WAITS, WRONG, FILL = "known", "guessed", "own", "waits", "wrong", "fill"
 LEGEND = (
@@ -117,7 +117,7 @@ def draw(model: Model, prompt: str, *, block_size: int) -> str:
 
 
 def _rows(model: Model, records: Sequence[ForwardRecord], tokens: Sequence[str]) -> Iterator[Iterator[Cell]]:
-    """What each forward saw and found, by column: the new tokens from 0."""
+    """The cells of each forward, by column. Columns count new tokens from 0."""
     for index, record in enumerate(records):
         following = records[index + 1] if index + 1 < len(records) else None
         yield _row(model, record, following, tokens, records[0].write_index + 1)
@@ -170,7 +170,7 @@ def _svg(rows: Sequence[Sequence[Cell]], gains: Sequence[int], *, title: str, no
 
 
 def _columns(rows: Sequence[Sequence[Cell]]) -> tuple[list[tuple[float, float]], float]:
-    """Left edge and width of each column, as wide as its longest text; and where the last one ends."""
+    """Left edge and width of each column, and the right edge of the last. A column is as wide as its longest text."""
     count = 1 + max(cell.column for cells in rows for cell in cells)
     letters = [1] * count
     for cell in (cell for cells in rows for cell in cells):

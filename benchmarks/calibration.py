@@ -1,12 +1,12 @@
-"""Is it worth calibrating on Jacobi states? One quantiser, the same number of rows, from clean text or block states.
+"""Measure whether calibrating on Jacobi states pays: one quantiser, equal rows, from clean text or block states.
 
 python benchmarks/calibration.py CHECKPOINT --prompts CALIBRATION --held-out HELD_OUT --output DIR
                                  [--precision int8] [--mix 0 0.5 1] [--rows 16384] [--seeds 0 1 2] [--limit 200]
 
-Each row of the table is one `cllm-export calibrate` and one `cllm-export build`, which are printed, and all of them are
-judged by one `cllm-export convergence` against the unquantised bundle on held-out prompts: tokens per forward, flips on
-block states by stage, texts, task accuracy, perplexity. Differences between the seeds of one mix are what chance does;
-a difference between mixes counts where it is larger. What is there already is not made again.
+Each row of the table is one `cllm-export calibrate` and one `cllm-export build`, which are printed. One `cllm-export
+convergence` compares all rows with the unquantised bundle on held-out prompts: tokens per forward, flips on block
+states by stage, texts, task accuracy, perplexity. Differences between seeds of one mix are due to chance. A difference
+between mixes is meaningful only if it is larger. Existing results are not made again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from rich.table import Table
 
 
 def run(*arguments: str) -> None:
-    """One command of the project, shown as it would be typed."""
+    """Print and run one command of the project."""
     print("$", shlex.join(["cllm-export", *arguments]), flush=True)
     subprocess.run([sys.executable, "-m", "cllm_export", *arguments], check=True)
 
 
 def make_bundle(options: argparse.Namespace, baseline: Path, mix: float, seed: int) -> Path:
-    """Scales of one mix and seed, and the bundle built with them."""
+    """Make the scales of one mix and seed, and the bundle built with them."""
     name = f"{options.precision}-mix{mix:g}-seed{seed}"
     scales, bundle = options.output / f"{name}.safetensors", options.output / name
     common = ["--mix", f"{mix:g}", "--rows", str(options.rows), "--seed", str(seed), "--threads", "1"]
@@ -44,7 +44,7 @@ def make_bundle(options: argparse.Namespace, baseline: Path, mix: float, seed: i
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table, a bundle a line, the unquantised one first."""
+    """Print the table: one line per bundle, the unquantised one first."""
     accuracy = next((name for name in ("execution_match", "exact_match") if name in report["baseline"]["scores"]), None)
     columns = ("TPF", "TPF lost", "flips", "guess", "partial", "fixed", "right lost/gained", "same text", "perplexity")
     table = Table("bundle", *columns, accuracy or "accuracy", box=None)

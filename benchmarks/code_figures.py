@@ -3,8 +3,9 @@
     python benchmarks/code_figures.py                 # this checkout
     python benchmarks/code_figures.py PATH [PATH ...]  # any checkouts of it, side by side
 
-A folder counts its own modules without ``__init__``. A parameter counts where a person wrote it: what a decorator makes
-of a dataclass does not. An option is spelled where its name stands as a parameter, a field or a key of its own.
+A folder counts its own modules without ``__init__``. A parameter counts if a person wrote it; parameters that a
+decorator generates for a dataclass do not count. An option is spelled wherever its name is a parameter, a field or a
+key.
 """
 
 from __future__ import annotations

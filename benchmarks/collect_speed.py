@@ -1,13 +1,13 @@
-"""Collecting trajectories through the exported engine, through PyTorch, and what transformers' `generate` takes.
+"""Time collecting trajectories with the exported engine and with PyTorch, and transformers' `generate` alone.
 
 python benchmarks/collect_speed.py CHECKPOINT --prompts PROMPTS [--limit 100] [--rounds 5] [--threads 1] [--json OUT]
 
-`engine` and `torch` are `cllm-export collect` on a bundle and on its checkpoint: prompts tokenised and read, every
-Jacobi state kept, answers judged, shards and manifest written; loading is left out. `generate` is transformers alone:
-greedy, prompts sorted by length and padded on the left, tokenised and read; it gives the fixed points and no states.
-Every way at every batch size runs once a round, in turn; medians, and ratios within a round of the best batch size of
-each way and of batch size 1. Processor seconds stand beside the clock's: of one thread they are what it costs, whatever
-else the machine does.
+`engine` and `torch` are `cllm-export collect` on a bundle and on its checkpoint. They tokenise prompts, prefill, keep
+every Jacobi state, judge answers, and write shards and manifest; loading is not timed. `generate` is transformers
+alone: greedy, with prompts sorted by length and padded on the left, including tokenising and prefill. It gives the
+fixed points but no states. Each way runs at each batch size once per round, in turn. The report gives medians, and
+ratios within a round for the best batch size of each way and for batch size 1. Processor seconds are reported beside
+wall-clock seconds: for one thread they are its true cost, whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BATCH_SIZES: dict[str, tuple[int, ...]] = {
 
 
 class Way(NamedTuple):
-    """One way of getting answers, at one batch size; ``run`` gives the number of new tokens."""
+    """One way of getting answers, at one batch size. ``run`` returns the number of new tokens."""
 
     name: str
     batch_size: int
@@ -83,7 +83,7 @@ def generating(checkpoint: Path, batch_size: int, args: argparse.Namespace) -> W
 
 
 def measure(ways: list[Way], rounds: int) -> list[dict[str, Any]]:
-    """A warm-up of each way, then rounds of all in turn, in seconds of the clock and of the processor."""
+    """Warm up each way, then time rounds of all ways in turn, in wall-clock and processor seconds."""
     rows = [{"way": way.name, "batch_size": way.batch_size, "new_tokens": way.run()} for way in ways]
     for row in rows:
         row |= {"seconds": [], "processor_seconds": []}
@@ -98,7 +98,7 @@ def measure(ways: list[Way], rounds: int) -> list[dict[str, Any]]:
 
 
 def compare(rows: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """How many times as fast as each other way the engine is, all at their best batch size, and the others at 1 too."""
+    """Speedup of the engine over each other way, all at their best batch size, and with the others at batch size 1."""
     chosen = {}
     for name in BATCH_SIZES:
         own = [row for row in rows if row["way"] == name]

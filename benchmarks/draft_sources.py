@@ -1,10 +1,10 @@
-"""What each draft source and method is worth on each bundle: tokens per forward, and tokens per second in turn.
+"""Measure each draft source and method on each bundle: tokens per forward, and tokens per second.
 
 python benchmarks/draft_sources.py BUNDLE [BUNDLE ...] --prompts PROMPTS [--block-size N] [--repeats 3] [--json OUT]
 
-The second bundle is the draft model of the first, and the first that of every other. All settings of a bundle are
-run pass after pass in turn, every prompt of a pass through one setting; medians of the passes are told. A pool is
-emptied before each pass, so that it learns from the prompts before, and never from the same prompt.
+The second bundle is the draft model of the first, and the first is the draft model of all others. The settings of a
+bundle run in turn, pass after pass; one pass decodes every prompt with one setting. The table gives medians of the
+passes. The pool is emptied before each pass, so it learns only from earlier prompts and never from the same prompt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """All prompts in one setting, once."""
+    """All prompts, decoded once in one setting."""
 
     new_tokens: int
     forwards: int
@@ -73,7 +73,7 @@ def run_pass(model: Model, prompts: list[list[int]], setting: Setting, block_siz
 
 
 def measure(model: Model, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each setting; the first pass warms up."""
+    """Measure a row for each setting. The first pass is a warm-up."""
     settings = settings_of(model)
     passes: dict[Setting, list[Pass]] = {setting: [] for setting in settings}
     for repeat in range(args.repeats + 1):

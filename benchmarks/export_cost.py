@@ -1,4 +1,4 @@
-"""Seconds and peak memory of an export, by running ``cllm-export build`` and reading what the system kept of it.
+"""Measure seconds and peak memory of an export by running ``cllm-export build`` and reading the system's records.
 
     python benchmarks/export_cost.py CHECKPOINT [--repeats 3] [--json OUT]
 
@@ -19,7 +19,7 @@ from statistics import median
 
 
 def measure(checkpoint: Path, output: Path) -> dict[str, float]:
-    """One build: seconds, and its peaks in GB."""
+    """Run one build. Return its seconds, and its memory peaks in GB."""
     command = [sys.executable, "-m", "cllm_export", "build", str(checkpoint), "--output", str(output), "--force"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -36,7 +36,7 @@ def measure(checkpoint: Path, output: Path) -> dict[str, float]:
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """kB by name from the system's status of a process; empty once it is gone."""
+    """Memory of a process in kB, by name, from the system's status file. Empty if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

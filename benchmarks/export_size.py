@@ -1,14 +1,14 @@
-"""Seconds, memory and bytes of an export by model size: random Llamas, each way to build, each build in a process.
+"""Measure seconds, memory and bytes of exports by model size, with random Llamas. Each build runs in its own process.
 
     python benchmarks/export_size.py DIRECTORY [--sizes 246m 1.1b 7b] [--ways copy:fp32 link:bf16 ...] [--json OUT]
     python benchmarks/export_size.py DIRECTORY --load            # a session's seconds and memory, linked and copied
     python benchmarks/export_size.py DIRECTORY --peer-python GENAI/bin/python OPTIMUM/bin/python
 
-Peers (ONNX Runtime GenAI's builder, Optimum) have an environment each, made by ``benchmarks/peers/setup.sh``.
-Checkpoints are written shard by shard, in bf16 (246m in float32 for --load), one at a time, and removed afterwards
-unless --keep is given. Peaks are sampled every 10 ms: anonymous memory is what a build needs, resident memory also
-counts pages of files, which the system may drop. ``copy`` is a plain copy of the weight files, for the disk's own
-speed. Processor seconds stand beside those of the clock, because machines are shared.
+Each peer (ONNX Runtime GenAI's builder, Optimum) has its own environment, made by ``benchmarks/peers/setup.sh``.
+Checkpoints are written shard by shard, in bf16 (246m in float32 for --load), one at a time. They are removed afterwards
+unless --keep is given. Peaks are sampled every 10 ms. Anonymous memory is what a build needs; resident memory also
+counts pages of files, which the system may drop. ``copy`` is a plain copy of the weight files, to show the disk's
+speed. Processor seconds are reported beside wall-clock seconds, because machines are shared.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ PEERS = {
 
 
 def tensors_of(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a Llama, in groups that make a shard."""
+    """Name and shape of every tensor of a Llama, in groups that form a shard."""
     width, inner = shape["hidden_size"], shape["intermediate_size"]
     kv = width // shape["heads"] * shape["kv_heads"]
     yield "model.embed_tokens.weight", (VOCABULARY, width)
@@ -92,7 +92,7 @@ def tensors_of(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_checkpoint(output: Path, size: str, dtype: torch.dtype, *, shard_bytes: int = 500_000_000) -> None:
-    """Write a checkpoint of random weights; one shard is in memory at a time."""
+    """Write a checkpoint of random weights. Only one shard is in memory at a time."""
     from transformers import LlamaConfig
 
     shape = SIZES[size]
@@ -133,13 +133,13 @@ def make_checkpoint(output: Path, size: str, dtype: torch.dtype, *, shard_bytes:
 
 
 class FailedError(Exception):
-    """A command that was measured did not end well."""
+    """A measured command failed."""
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Run a command; its seconds, processor seconds and peaks."""
+    """Run a command. Return its seconds, processor seconds and memory peaks."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would stop who writes much
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would block a long output
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     resident = anonymous = 0
     while process.poll() is None:
@@ -171,7 +171,7 @@ def measure_build(checkpoint: Path, way: str, work: Path) -> dict[str, Any]:
 
 
 def measure_copy(checkpoint: Path, work: Path) -> dict[str, float]:
-    """The disk's own speed: a copy of the weight files, synchronised."""
+    """Measure the disk's speed: copy the weight files and synchronise."""
     target = work / "copy"
     started = time.perf_counter()
     size = 0
@@ -187,7 +187,7 @@ def measure_copy(checkpoint: Path, work: Path) -> dict[str, float]:
 
 
 def measure_peers(python: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
-    """Every peer that the environment has; an export that fails is a result too."""
+    """Measure every peer that the environment has. A failed export is also a result."""
     results: dict[str, Any] = {}
     for name, line in PEERS.items():
         module = line.split()[1]
@@ -205,7 +205,7 @@ def measure_peers(python: Path, checkpoint: Path, work: Path) -> dict[str, Any]:
 
 
 def measure_load(work: Path) -> dict[str, Any]:
-    """Sessions over one float32 checkpoint, linked and copied."""
+    """Measure sessions over one float32 checkpoint, with linked and with copied weights."""
     checkpoint = work / "checkpoint-fp32"
     make_checkpoint(checkpoint, "246m", torch.float32)
     results = {}

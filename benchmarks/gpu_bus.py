@@ -1,6 +1,7 @@
-"""Bytes that an engine copies between host and device, for ``gpu_forwards.py``: counted where it asks for the copies.
+"""Count the bytes that an engine copies between host and device, for ``gpu_forwards.py``.
 
-What a driver sends of its own accord (commands, arguments of kernels, marks) is not in it; a profiler shows that.
+The engine's own copy calls are counted. What the driver sends by itself (commands, kernel arguments, marks) is not
+included; a profiler shows that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def nothing() -> Crossed:
 
 
 class CountingCuda(Cuda):
-    """Counts the bytes of every copy over the bus; those of a recorded graph whenever it is launched."""
+    """Counts the bytes of every copy over the bus. Copies of a captured graph count at each launch."""
 
     def __init__(self, runtime: Any) -> None:
         super().__init__(runtime)
@@ -52,14 +53,14 @@ class CountingCuda(Cuda):
 
 
 def count_on_cuda(cuda: CountingCuda, run: Callable[[], object]) -> Crossed:
-    """Bytes that cross the bus while a function runs."""
+    """Run a function and return the bytes that cross the bus."""
     before = dict(cuda.crossed)
     run()
     return {direction: size - before[direction] for direction, size in cuda.crossed.items()}
 
 
 def count_on_ort(run: Callable[[], object]) -> Crossed:
-    """Bytes that ONNX Runtime copies into and out of its device values while a function runs."""
+    """Run a function and return the bytes that ONNX Runtime copies into and out of its device values."""
     import onnxruntime
 
     crossed, value = nothing(), onnxruntime.OrtValue

@@ -1,7 +1,7 @@
-"""What a device can do at most, for ``gpu_forwards.py``: copies within its memory, and one large matrix product.
+"""Measure a device's upper limits for ``gpu_forwards.py``: copies within its memory, and one large matrix product.
 
-Both are probes, functions that measure once and give figures by name, so that they run in turn with what they are the
-ceilings of. The product goes through the library whose forwards are measured, from one ONNX file for all of them.
+Both are probes: functions that measure once and return figures by name. They run in turn with the forwards whose
+ceilings they are. The library that runs the forwards also runs the product, from one ONNX file for all libraries.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Probe = Callable[[], dict[str, float]]
 
 COPY_BYTES = 256 << 20
 SECONDS, LEAST, MOST = 0.05, 2, 50
-"""How long a probe repeats what it measures, and how often."""
+"""Target duration of a probe in seconds, and the smallest and largest number of repeats."""
 COPIES, PRODUCTS = 20, 10
 IR_VERSION = 10
 
 
 def repeats_for(seconds: float) -> int:
-    """How often to run what takes so long."""
+    """How often to repeat a function that takes this many seconds."""
     return max(LEAST, min(MOST, int(SECONDS / max(seconds, 1e-9))))
 
 
 def device_seconds(cuda: Cuda, stream: Any, enqueue: Callable[[], object], repeats: int) -> float:
-    """Of the device, for what a function enqueues, done several times in a row: between two events of the stream."""
+    """Device seconds per run of the work that a function enqueues, over several runs between two stream events."""
     clocks = [cuda.make_clock() for _ in range(2)]
     try:
         cuda.mark(clocks[0], stream)
@@ -72,7 +72,7 @@ def copy_on_device(cuda: Cuda, owned: ExitStack, size: int = COPY_BYTES) -> Prob
 
 
 def copy_on_host(threads: int, size: int = COPY_BYTES) -> Probe:
-    """As ``copy_on_device``, of the processor's memory, by as many threads as the engine has."""
+    """Like ``copy_on_device``, but in the processor's memory, with as many threads as the engine has."""
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
     bounds = [size * index // threads for index in range(threads + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -101,7 +101,7 @@ def write_product(path: Path, dtype: DType, size: int) -> Path:
 
 
 def noise(size: int, dtype: DType) -> np.ndarray:
-    """A square matrix of numbers from -1 to 1; bfloat16 as its bits. Zeros would spare a GPU power, and flatter it."""
+    """A square matrix of numbers from -1 to 1; bfloat16 as its bits. Zeros would save GPU power, and flatter it."""
     values = np.random.default_rng(0).uniform(-1, 1, (size, size)).astype(np.float32)
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -113,7 +113,7 @@ def rate_of(size: int, seconds: float) -> dict[str, float]:
 
 
 def multiply_on_ort(path: Path, dtype: DType, size: int, *, device: Device, threads: int) -> Probe:
-    """Operations per second of the product by ONNX Runtime; a run ends when the device has.
+    """Operations per second of the product with ONNX Runtime. A run ends when the device has finished.
 
     Raises:
         EngineError: ONNX Runtime has no such product on the device.
@@ -148,10 +148,10 @@ def multiply_on_ort(path: Path, dtype: DType, size: int, *, device: Device, thre
 
 
 def multiply_on_tensorrt(path: Path, dtype: DType, size: int, *, gpu: Gpu, owned: ExitStack) -> Probe:
-    """Operations per second of the product by TensorRT, between two events.
+    """Operations per second of the product with TensorRT, between two events.
 
     Raises:
-        EngineError: TensorRT does not build or run it.
+        EngineError: TensorRT cannot build or run the product.
     """
     cuda, stream = gpu.cuda, gpu.cuda.make_stream()
     owned.callback(cuda.destroy_stream, stream)
@@ -182,7 +182,7 @@ def _build(tensorrt: Any, log: Log, path: Path) -> Any:
     if not parser.parse_from_file(str(path)):
         raise EngineError(log.explain(f"TensorRT does not take a matrix product: {errors_of(parser)}"))
     config = builder.create_builder_config()
-    config.clear_flag(tensorrt.BuilderFlag.TF32)  # as plans are built
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # as in the build of plans
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise EngineError(log.explain("TensorRT could not build a matrix product"))

@@ -1,18 +1,18 @@
-"""Forwards against a device's own ceilings, what loops add to them, and what crosses the bus: one run, all in turn.
+"""Measure forwards against a device's ceilings, the time that loops add, and the bytes over the bus, all in one run.
 
     python benchmarks/gpu_forwards.py BUNDLE --provider tensorrt [--prompts PROMPTS] [--rounds 15] [--json OUT]
 
-Each round measures everything once, beginning elsewhere each time; shown are medians with quartiles, and shares are of
-a ceiling of the same round. What a provider has not is a line with its reason. T(n) is of a forward over ``--past``
-rows of KV in every slot:
+Each round measures everything once, and each starts at another place in the order. The tables show medians with
+quartiles. A share is relative to a ceiling of the same round. For a figure that a provider lacks, a line gives the
+reason. T(n) is the time of a forward over ``--past`` rows of KV in every slot:
 
-    tensorrt   seconds of the device between two events, per forward, of forwards that are enqueued in a row
-    cuda, cpu  seconds inside ONNX Runtime and of the copies into it, per forward; its runs end when the device has
+    tensorrt   device seconds per forward, between two events, of forwards enqueued in a row
+    cuda, cpu  seconds per forward inside ONNX Runtime and of the copies into it; its runs end when the device has ended
 
-What a loop adds is the wall-clock of a decode per forward less that: with TensorRT less T(n) with CUDA graphs, whatever
-the loop runs, and with ONNX Runtime less what the same forwards took inside it. A loop on the device looks k blocks
-ahead, and may so read a larger KV length than T(n) did. ``--provider cpu`` takes the processor for the device: it shows
-that all of this runs.
+The time that a loop adds is the wall-clock time of a decode per forward minus the forward's time. With TensorRT that is
+T(n) with CUDA graphs, whatever the loop runs. With ONNX Runtime it is the time of the same forwards inside it. A loop
+on the device looks k blocks ahead, so it may read a larger KV length than T(n) did. ``--provider cpu`` treats the
+processor as the device, to show that the benchmark runs.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ from cllm_export.tensorrt.loop.device_loop import DeviceLoop
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192, "tensorrt": 8192}
 TARGET_BYTES, TOKEN_BYTES = 260, 8
-"""Over the bus in a forward, besides its tokens."""
+"""Target bytes over the bus per forward without its tokens, and bytes per token."""
 
 
 @dataclass
 class Samples:
-    """What every probe gave, round by round, or why it gave nothing."""
+    """The figures of every probe, round by round, or the reason why there are none."""
 
     given: dict[Key, list[dict[str, float]]]
     missing: dict[Key, str]
 
     def figure(self, key: Key, name: str) -> list[float] | str:
-        """One of a probe's figures in every round, or the reason."""
+        """One figure of a probe in every round, or the reason why it is missing."""
         if key not in self.given or key in self.missing:
             return self.missing.get(key, "it was not asked for")
         values = [figures[name] for figures in self.given[key] if name in figures]
@@ -78,7 +78,7 @@ class Samples:
 
 
 def collect(makers: dict[Key, Callable[[], Probe]], rounds: int) -> Samples:
-    """Run every probe once to warm up, then once a round."""
+    """Run every probe once as a warm-up, then once per round."""
     probes, samples = dict[Key, Probe](), Samples({}, {})
     for key, make in makers.items():
         try:
@@ -101,7 +101,7 @@ def collect(makers: dict[Key, Callable[[], Probe]], rounds: int) -> Samples:
 
 
 def makers_of(subject: Subject, settings: Settings, texts: dict[Key, list[tuple[int, ...]]]) -> dict[Key, Any]:
-    """Key -> what makes its probe."""
+    """Key -> the function that makes its probe."""
     makers: dict[Key, Callable[[], Probe]] = {
         Key("copy"): lambda: probe_copy(subject, settings),
         Key("product"): lambda: probe_product(subject, settings),
@@ -132,7 +132,7 @@ def loop_keys(subject: Subject, settings: Settings) -> Iterator[Key]:
 
 
 def spread(values: list[float] | str) -> Value:
-    """Median and quartiles, or the reason."""
+    """Median and quartiles, or the reason why there are none."""
     if isinstance(values, str):
         return {"not_measured": values}
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
@@ -140,7 +140,7 @@ def spread(values: list[float] | str) -> Value:
 
 
 def combine(compute: Callable[..., float], *figures: list[float] | str) -> Value:
-    """The spread of what is computed from several figures of each round; the first reason where one is missing."""
+    """The spread of a value computed from several figures of each round. If one is missing, the first reason."""
     if reason := next((each for each in figures if isinstance(each, str)), None):
         return {"not_measured": reason}
     return spread([compute(*values) for values in zip(*figures, strict=True)])
@@ -189,7 +189,7 @@ def loop_rows(subject: Subject, settings: Settings, samples: Samples) -> list[di
 
 
 def bus_rows(subject: Subject, settings: Settings) -> list[dict[str, Any]]:
-    """Counted once: they do not vary."""
+    """Bytes over the bus for each loop. They are counted once, because they do not vary."""
     rows = []
     for key in loop_keys(subject, settings):
         row: dict[str, Any] = {"cuda_graphs": key.form, "block_size": key.size}
@@ -230,7 +230,7 @@ def count_while(engine: Engine, run: Callable[[], object]) -> Crossed:
 
 
 def count_device_loop(engine: Engine, key: Key, settings: Settings) -> tuple[Crossed, int]:
-    """Of a decode whose graphs are recorded; what starts a request is shared among its forwards."""
+    """Bytes and forwards of a decode whose graphs are already captured. The start of the request is included."""
     if not engine.has_device_loop:
         raise OptionError("forwards_per_sync is for TensorRT")
     prompts = [some_prompt(engine, settings), *([] for _ in range(engine.num_slots - 1))]
@@ -275,7 +275,7 @@ def decoding_rows(
 
 
 def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
-    """Everything; see the module for what each figure is."""
+    """Measure everything. The module docstring explains each figure."""
     manifest, work = subject.bundle.manifest, read_work(subject.bundle)
     texts: dict[Key, list[tuple[int, ...]]] = {}
     samples = collect(makers_of(subject, settings, texts), settings.rounds)

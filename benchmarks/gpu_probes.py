@@ -1,4 +1,4 @@
-"""What ``gpu_forwards.py`` measures: a bundle on a provider, and a probe for each figure of its forwards and loops."""
+"""Probes for ``gpu_forwards.py``: a bundle on a provider, and a probe for each figure of its forwards and loops."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from cllm_export.tensorrt.library import Gpu, open_gpu
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 FORWARDS_PER_SYNC = (1, 2, 4, 8, 16)
 ROW_READERS = {"Gather", "Slice", "RotaryEmbedding"}
-"""Operators that read a few rows of a weight."""
+"""Operators that read only a few rows of a weight."""
 
 Form = bool | None
-"""Of an engine: with CUDA graphs, without, or without the choice."""
+"""Form of an engine: True with CUDA graphs, False without, None if the engine has no such choice."""
 
 
 class Key(NamedTuple):
-    """What a probe measures."""
+    """Identifies what a probe measures."""
 
     what: str
     form: Form = None
@@ -63,7 +63,7 @@ class Settings:
     rounds: int = 15
     past: int = 128
     tokens: int = 64
-    """New ones of a decode whose loop is timed."""
+    """New tokens of a decode whose loop is timed."""
     sizes: tuple[int, ...] = SIZES
     block_size: int = 16
     forwards_per_sync: tuple[int, ...] = FORWARDS_PER_SYNC
@@ -75,12 +75,12 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the forwards of a bundle must read and multiply, told from its graph."""
+    """What every forward of a bundle must read and multiply, computed from its graph."""
 
     parameters: int
-    """Of matrices that rows are multiplied with; of quantised ones, numbers as they are packed."""
+    """Parameters of matrices that rows are multiplied with. For quantised matrices, numbers in packed form."""
     weight_bytes: int
-    """Read by every forward, which leaves out tables that rows are looked up in."""
+    """Weight bytes that every forward reads. Tables that rows are looked up in are left out."""
 
 
 @dataclass(kw_only=True)
@@ -90,12 +90,12 @@ class Subject:
     provider: Provider
     bundle: Bundle
     engines: dict[Form, Engine | str]
-    """Or why there is none."""
+    """Engine by form, or the reason why there is none."""
     threads: int
     machine: dict[str, Any]
     owned: ExitStack
     cuda: Cuda | str
-    """Or why there is none."""
+    """CUDA, or the reason why there is none."""
     gpu: Gpu | None = None
     models: dict[Form, Model] = field(default_factory=dict)
 
@@ -106,7 +106,7 @@ class Subject:
         return found
 
     def model(self, form: Form) -> Model:
-        """One for each engine, since its loops on the device must go before that; it reads every prompt anew."""
+        """One model per engine, because loops on the device must close before the engine. Every prompt is prefilled."""
         if form not in self.models:
             model = Model(self.bundle.manifest, self.engine(form), TextCodec.of_bundle(self.bundle))
             self.models[form] = self.owned.enter_context(model)
@@ -116,10 +116,10 @@ class Subject:
 def open_subject(
     bundle: Bundle, provider: Provider, owned: ExitStack, *, slots: int | None, threads: int | None
 ) -> Subject:
-    """A bundle on a provider.
+    """Open a bundle on a provider.
 
     Raises:
-        GpuError, PlanError, MissingExtraError, EngineError: the provider is not there, or not for this bundle.
+        GpuError, PlanError, MissingExtraError, EngineError: the provider is missing or cannot run this bundle.
     """
     if provider == "tensorrt":
         return open_tensorrt(bundle, open_gpu(), owned)
@@ -144,7 +144,7 @@ def open_subject(
 
 
 def open_tensorrt(bundle: Bundle, gpu: Gpu, owned: ExitStack) -> Subject:
-    """The bundle's plan on a GPU, twice: with CUDA graphs and without."""
+    """Open the bundle's plan on a GPU twice: with CUDA graphs and without."""
     counting = CountingCuda(gpu.cuda.runtime)
     gpu = replace(gpu, cuda=counting)
     engines: dict[Form, Engine | str] = {
@@ -171,7 +171,11 @@ def _or_reason(make: Callable[[], Any]) -> Any:
 
 
 def read_work(bundle: Bundle) -> Work:
-    """Raises MissingExtraError: onnx is not installed."""
+    """Compute the work of a forward from a bundle's graph.
+
+    Raises:
+        MissingExtraError: onnx is not installed.
+    """
     try:
         import onnx
     except ImportError:
@@ -193,7 +197,7 @@ def read_work(bundle: Bundle) -> Work:
 
 
 def forward_work(manifest: Manifest, work: Work, *, slots: int, size: int, past: int) -> tuple[int, int]:
-    """(bytes that a forward must read, operations that it must do): every slot's rows see those before them."""
+    """Bytes that a forward must read, and operations that it must do. Each row of a slot sees the rows before it."""
     geometry = manifest.geometry
     read = work.weight_bytes + slots * (past + size) * geometry.kv_bytes_per_token(manifest.precision)
     seen = size * past + size * (size + 1) // 2
@@ -220,7 +224,11 @@ def probe_product(subject: Subject, settings: Settings) -> Probe:
 
 
 def require_size(engine: Engine, size: int) -> None:
-    """Raises EngineError: the engine runs no forward of just this n."""
+    """Check that the engine can run a forward of exactly this n.
+
+    Raises:
+        EngineError: it cannot.
+    """
     if size > (largest := engine.geometry.max_block_size):
         raise EngineError(f"the bundle takes blocks of {largest} at most: build it with --block-size {size}")
     if engine.has_device_loop and size not in engine.block_sizes:
@@ -249,7 +257,7 @@ def probe_forward(subject: Subject, form: Form, size: int, settings: Settings) -
 
 
 def bare_forward(engine: TrtEngine, size: int, past: int, owned: ExitStack, *, is_graph: bool) -> Callable[[], object]:
-    """Enqueues a forward without its copies, over what the last one left on the device."""
+    """A function that enqueues a forward without its copies, over the data that the last forward left on the device."""
     cuda, stream, kv_length = engine.cuda, engine.stream, engine.kv_length_for(past + size)
 
     def enqueue() -> None:
@@ -275,7 +283,7 @@ def loop_options(size: int, k: int | None, settings: Settings) -> GenerateOption
 
 
 def some_prompt(engine: Engine, settings: Settings) -> list[int]:
-    """As many tokens as have their first forward at ``past``."""
+    """A random prompt whose first decode forward has the write index ``past``."""
     draws = random.Random(0)  # noqa: S311 - any tokens will do
     return [draws.randrange(engine.geometry.vocab_size) for _ in range(settings.past + 1)]
 
@@ -299,7 +307,7 @@ def probe_loop(subject: Subject, key: Key, settings: Settings) -> Probe:
 
 
 def probe_decoding(model: Model, options: GenerateOptions, settings: Settings, given: list[tuple[int, ...]]) -> Probe:
-    """Every prompt once; ``given`` takes the tokens of the last round."""
+    """A probe that decodes every prompt once. ``given`` receives the tokens of the last round."""
     prompts = [model.encode(prompt) for prompt in settings.prompts]
 
     def measure() -> dict[str, float]:

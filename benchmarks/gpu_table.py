@@ -1,4 +1,4 @@
-"""The report of ``gpu_forwards.py`` as text: tables, and below each a line for whatever was not measured, and why."""
+"""The report of ``gpu_forwards.py`` as text: tables and, below each, what was not measured and why."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Value = dict[str, Any]
-"""``median``, ``low`` and ``high``, or ``not_measured`` with the reason."""
+"""Has ``median``, ``low`` and ``high``, or ``not_measured`` with the reason."""
 
 TARGET_SHARE, TARGET_PARAMETERS = 0.7, 10**9
-"""Of the copy bandwidth, for a forward of one row of a model of that size."""
+"""Target share of the copy bandwidth, for a forward of one row of a model of at least that size."""
 
 
 def show_value(value: Value, scale: float = 1.0, form: str = ",.2f") -> str:
-    """``median [low, high]``; a dash for what a line below the table says the reason of."""
+    """``median [low, high]``, or a dash if the value is missing; a line below the table gives the reason."""
     if "not_measured" in value:
         return "-"
     return "{} [{}, {}]".format(*(format(value[name] * scale, form) for name in ("median", "low", "high")))
@@ -57,7 +57,7 @@ DECODING: Columns = {
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
-    """A table of the rows of which something was measured, and a line for each reason why something was not."""
+    """A table of the rows that have measured values, and a line for each reason why a value is missing."""
     labels = [name for name in ("form", "n", "k", "method") if name in columns]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -75,7 +75,7 @@ def table(rows: Sequence[dict[str, Any]], columns: Columns) -> list[str]:
 
 
 def missing_of(row: dict[str, Any]) -> dict[str, str]:
-    """Reason -> the figures of a row that are missing for it; no name where there are no others."""
+    """Reason -> the missing figures of a row. No figure is named if all are missing for one reason."""
     if "not_measured" in row:
         return {row["not_measured"]: ""}
     values = {name: value for name, value in row.items() if isinstance(value, dict)}

@@ -1,4 +1,4 @@
-"""What an optional graph pass is worth: the same checkpoint built with all passes and with one left out, timed in turn.
+"""Measure the value of each optional graph pass: builds with all passes and with one left out, timed in turn.
 
 python benchmarks/graph_passes.py CHECKPOINT [--threads 1] [--past 150] [--json OUT]
 """
@@ -35,7 +35,7 @@ def build_variants(checkpoint: Path, directory: Path, threads: int) -> dict[str,
 
 
 def measure(engines: dict[str, OrtEngine], past: int, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """Seconds of a forward by variant and block size, one entry a round, variants in turn within a round."""
+    """Seconds of a forward by variant and block size, one entry per round. Variants run in turn within a round."""
     times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in BLOCK_SIZES} for name in engines}
     for _ in range(rounds):
         for n in BLOCK_SIZES:

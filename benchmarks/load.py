@@ -1,12 +1,12 @@
-"""A service under load: throughput and latency by number of concurrent requests, Jacobi beside autoregressive decoding.
+"""Measure a service under load: throughput and latency by number of concurrent requests, Jacobi and autoregressive.
 
     taskset -c 0,1 python benchmarks/load.py BUNDLE --prompts PROMPTS [--threads 1] [--concurrency 1,2,4,8,16]
         [--requests 64] [--rounds 3] [--json OUT]
 
-As many clients as the service has slots each send one request after another (a closed loop) and read its text as it
-comes. Both services run the same bundle and prompts, round after round in turn; what is told are medians of rounds,
-and the ratio is that of each round's pair. Latency is that of a whole request, first token that of its first text.
-``overhead`` is what scheduler and loop add to a forward: median of (step - engine) / engine.
+There are as many clients as slots. Each client sends one request after another (a closed loop) and reads its text as it
+arrives. Both services run the same bundle and prompts, in turn, round after round. The table gives medians over rounds;
+a ratio is computed within each round. Latency is the time of a whole request; first token is the time to its first
+text. ``overhead`` is what scheduler and loop add to a forward: the median of (step - engine) / engine.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def main() -> None:
 def measure(
     bundle: Path, texts: Sequence[str], clients: int, threads: int, rounds: int, max_new_tokens: int
 ) -> list[dict[str, float | str]]:
-    """Rows of the table for one number of clients, a row a method."""
+    """Rows of the table for one number of clients, one row per method."""
     found: dict[Method, list[Round]] = {method: [] for method in METHODS}
     for number in range(rounds + 1):
         for method in METHODS:
             done = run(bundle, texts, clients, threads, method, max_new_tokens)
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 found[method].append(done)
     pairs = zip(found["jacobi"], found["autoregressive"], strict=True)
     ratio = median(fast.tokens_per_second / plain.tokens_per_second for fast, plain in pairs)

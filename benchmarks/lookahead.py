@@ -1,14 +1,14 @@
-"""Jacobi, lookahead and autoregressive decoding of the same prompts, on bundles built for it: passes in turn, medians.
+"""Compare Jacobi, lookahead and autoregressive decoding of the same prompts: passes in turn, medians.
 
     python benchmarks/lookahead.py CLLM_BUNDLE PARENT_BUNDLE --prompts examples/text_to_sql/prompts.jsonl \
         [--shape W,N,G ...] [--block-size n] [--limit 60] [--repeats 5] [--threads 1] [--json OUT]
 
-Each bundle is one that ``cllm-export build CHECKPOINT --lookahead`` wrote. A table for each says, loop by loop, tokens
-per forward, tokens per second of the decode, and the speedup against the autoregressive loop of the same pass. Prompts
-are counted whose tokens are not the autoregressive ones: shapes differ, so ties may fall otherwise.
+Each bundle must come from ``cllm-export build CHECKPOINT --lookahead``. A table per bundle gives, for each loop, tokens
+per forward, tokens per second of decode, and the speedup over the autoregressive loop of the same pass. It counts the
+prompts whose tokens differ from the autoregressive ones: shapes differ, so near ties may round differently.
 
-The paper's row to set beside it (CLLM, arXiv 2403.00835, LLaMA2-7B on GSM8K, A100): CLLM with Jacobi decoding 3.0x,
-CLLM with lookahead decoding 2.9x; lookahead decoding of the model it came from 1.7x, Jacobi decoding of that 1.1x.
+Figures of the paper for comparison (CLLM, arXiv 2403.00835, LLaMA2-7B on GSM8K, A100): CLLM with Jacobi decoding 3.0x,
+CLLM with lookahead decoding 2.9x, parent model with lookahead decoding 1.7x, parent model with Jacobi decoding 1.1x.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Pass:
 
 
 def measure(model: Model, prompts: list[list[int]], loops: dict[str, GenerateOptions], args: argparse.Namespace) -> Any:
-    """Loop -> its figures. A pass warms up, the others are timed."""
+    """Loop -> its figures. The first pass is a warm-up; the others are timed."""
     passes: dict[str, list[Pass]] = {name: [] for name in loops}
     for repeat in range(args.repeats + 1):
         for name, options in loops.items():

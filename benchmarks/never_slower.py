@@ -1,10 +1,10 @@
-"""n chosen forward by forward against every fixed n: on one bundle whose drafts pay and on one whose drafts do not.
+"""Compare n chosen forward by forward with every fixed n, on a bundle whose drafts pay and on one whose drafts do not.
 
     taskset -c 1 python benchmarks/never_slower.py CLLM PARENT --prompts PROMPTS [--threads 1] [--limit 60] [--json OUT]
 
-Each round decodes every prompt with each setting, passes in turn; a pass is one setting, as a service would run it. The
-chooser keeps what it has learned from pass to pass, and its first pass, in which it learns, is reported by itself.
-Ratios are of tokens a second within a round; their median has a bootstrap interval over rounds.
+Each round decodes every prompt with each setting, in turn. A pass is one setting, as a service would run it. The
+chooser keeps what it has learned between passes. Its first pass, in which it learns, is reported separately. Ratios
+compare tokens per second within a round. Their median has a bootstrap interval over rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESAMPLES = 2000
 
 
 def run_pass(model: Model, prompts: list[list[int]], block_size: BlockSize, limit: int) -> dict[str, Any]:
-    """Decode every prompt once; tokens a second of the decode, tokens a forward, and the tokens."""
+    """Decode every prompt once. Return tokens per second of decode, tokens per forward, and the tokens."""
     tokens, forwards, seconds, texts = 0, 0, 0.0, []
     for prompt in prompts:
         room = min(limit, model.facts.max_length - len(prompt))
@@ -40,7 +40,7 @@ def run_pass(model: Model, prompts: list[list[int]], block_size: BlockSize, limi
 
 
 def compare(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Every setting on one bundle; rates, and the chooser's ratio to each fixed size."""
+    """Measure every setting on one bundle. Return rates, and the chooser's ratio to each fixed size."""
     model = load(path, threads=args.threads)
     prompts = [model.encode(prompt.content) for prompt in read_prompts(args.prompts)[: args.limit]]
     settings: list[BlockSize] = [*SIZES, "auto"]
@@ -70,7 +70,7 @@ def compare(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def interval(rates: list[float], others: list[float]) -> dict[str, float]:
-    """Median of the ratios of pairs, and its 95 % bootstrap interval."""
+    """Median of the pairwise ratios, and its 95 % bootstrap interval."""
     ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
     draws = random.Random(0)  # noqa: S311 - resampling, not a secret
     medians = sorted(median(draws.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))

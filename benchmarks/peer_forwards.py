@@ -1,22 +1,22 @@
-"""Forwards of one and of n tokens: our bundles beside llama.cpp and ONNX Runtime GenAI, in turn, in one run.
+"""Time forwards of one and of n tokens: our bundles, llama.cpp and ONNX Runtime GenAI, in turn, in one run.
 
     python benchmarks/peer_forwards.py --bundle fp32=BUNDLE --bundle int8=INT8_BUNDLE \
         --llama-python LLAMA_ENV/bin/python --llama Q8_0=FILE.gguf --genai-python ENV/bin/python --genai int4=MODEL \
         [--threads 1 --threads 2] [--reference "llama.cpp Q8_0"] [--tokens-per-forward 6.1] [--json OUT]
 
-``benchmarks/peers/README.md`` tells how to make the environments and models, ``peers/*_forwards.py`` what a forward is.
-Each tool, precision and number of threads has a process of its own that lives through the run, pinned to as many cores
-as it has threads. A round asks each in turn, another one first in each round; a value is the median of the forwards of
-one round, after untimed ones, and what is shown is the median over the rounds, with the quartiles. Ratios are taken
-within a round. How many predictions of the block are the first model's is said beside it, to see that all compute one
-model; rounding turns some of a random model's.
+``benchmarks/peers/README.md`` explains how to make the environments and models. ``peers/*_forwards.py`` define what a
+forward is. Each tool, precision and number of threads has its own process for the whole run, pinned to as many cores as
+it has threads. A round runs all of them in turn, and each round starts with another one. A value is the median of the
+forwards of one round, after untimed ones. The table shows the median over rounds, with quartiles. Ratios are computed
+within a round. The table also counts the block's predictions that equal the first model's, to check that all compute
+the same model. With random weights, rounding changes some predictions.
 
-Tokens per second are derived, not measured: 1 / T(1), and for our bundles tokens per forward / T(n) from the tokens per
-forward that are given. They leave out loop, sampling and prefill, ours as the others'.
+Tokens per second are derived, not measured: 1 / T(1), and for our bundles also tokens per forward / T(n), with the
+given tokens per forward. They leave out loop, sampling and prefill, for our bundles and for the others.
 
-Several threads need as many idle cores: llama.cpp's threads wait for each other by spinning, and where another process
-wanted one of the cores its forwards were seen to take many times as long; OMP_WAIT_POLICY=passive in the environment
-mends most of that. The load average before the run is reported.
+Several threads need as many idle cores. llama.cpp's threads wait for each other by spinning. If another process used
+one of the cores, its forwards were seen to take many times as long. OMP_WAIT_POLICY=passive in the environment fixes
+most of that. The load average before the run is reported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One tool with one model on so many threads: a line of the table."""
+    """One tool with one model and one number of threads: a line of the table."""
 
     tool: str
     precision: str
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """Of the weights: a linked bundle has them elsewhere; other models are as large as their files."""
+        """Bytes of the weights. A bundle may link them from elsewhere; other models are as large as their files."""
         if self.tool == OURS:
             return open_bundle(self.model).weight_bytes
         files = self.model.rglob("*") if self.model.is_dir() else [self.model]
@@ -69,7 +69,7 @@ class Row:
 
 
 class Worker:
-    """The process of a row: see ``peers/forward_worker.py`` for what it reads and writes."""
+    """The process of a row. ``peers/forward_worker.py`` defines what it reads and writes."""
 
     def __init__(self, row: Row, process: subprocess.Popen[str]) -> None:
         self._row = row
@@ -82,7 +82,7 @@ class Worker:
         return times
 
     def predict(self, block_size: int, past: int) -> list[int]:
-        """The greedy token after each of a block."""
+        """The greedy token after each token of a block."""
         predictions: list[int] = self._ask(f"predict {block_size} {past}")
         return predictions
 
@@ -106,7 +106,7 @@ def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
 
 @contextmanager
 def start(row: Row, cores: list[int], context_length: int) -> Iterator[Worker]:
-    """The worker of a row, which has its model loaded; ended when the block is left."""
+    """The worker of a row, with its model loaded. It ends when the block ends."""
     pinned = ",".join(map(str, cores[: row.threads]))
     command = ["taskset", "-c", pinned, row.python, str(PEERS / SCRIPTS[row.tool]), str(row.model)]
     command += ["--threads", str(row.threads), "--context-length", str(context_length)]
@@ -117,12 +117,12 @@ def start(row: Row, cores: list[int], context_length: int) -> Iterator[Worker]:
     try:
         yield Worker(row, process)
     finally:
-        process.kill()  # it holds nothing but memory
+        process.kill()  # it holds no resource except memory
         process.communicate()
 
 
 def make_rows(args: argparse.Namespace) -> list[Row]:
-    """The rows asked for, by threads, ours first."""
+    """The requested rows, ordered by threads, our bundles first."""
     rows = []
     for threads in args.threads:
         for tool, python, models in (
@@ -144,16 +144,16 @@ def make_rows(args: argparse.Namespace) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a row's worker said."""
+    """The answers of a row's worker."""
 
     facts: dict[str, str]
     predictions: list[int]
     milliseconds: dict[int, list[float]]
-    """By block size, one value for each round."""
+    """Block size -> one value per round."""
 
 
 def measure(rows: list[Row], args: argparse.Namespace) -> dict[Row, Measured]:
-    """Every forward of every row, in turn."""
+    """Time every forward of every row, in turn."""
     with ExitStack() as stack:
         workers = {row: stack.enter_context(start(row, args.cores, args.context_length)) for row in rows}
         measured = {
@@ -169,7 +169,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict[Row, Measured]:
             for row in rows[first:] + rows[:first]:
                 for n, values in measured[row].milliseconds.items():
                     value = median(workers[row].time(n, args.past, args.warm_up, args.timed))
-                    if number > 0:  # the first round wakes everything up
+                    if number > 0:  # the first round is a warm-up
                         values.append(value)
     return measured
 
@@ -180,7 +180,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summarize(measured: dict[Row, Measured], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is said of each row; ratios are to the reference on as many threads."""
+    """The report of each row. Ratios are relative to the reference with the same number of threads."""
     references = {row.threads: each.milliseconds for row, each in measured.items() if row.name == args.reference}
     expected = next(iter(measured.values())).predictions
     report = []

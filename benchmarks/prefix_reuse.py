@@ -1,11 +1,11 @@
-"""What prefix reuse is worth: time to first token of prompts that share a prefix, with the cache and without, in turn.
+"""Measure the value of prefix reuse: time to first token of prompts that share a prefix, with and without the cache.
 
     python benchmarks/prefix_reuse.py BUNDLE [--prefix 400] [--rest 16] [--rounds 20] [--threads 1] [--json OUT]
 
-A round asks a new question (``--rest`` random tokens) after one and the same prefix of random tokens, of a model that
-reads it anew, of one that keeps what it read, and of one that starts from a snapshot on disk, loading it included. The
-answers must be equal. A time is that of a whole request for one token. Medians count, and of each pair the ratio:
-machines are shared and noisy.
+A round sends a new question (``--rest`` random tokens) after the same prefix of random tokens to three models. One
+prefills the whole prompt, one reuses its cached prefix, and one starts from a snapshot on disk, including its loading.
+The answers must be equal. A time is that of a whole request for one token. The report gives medians and, for each pair,
+the ratio: machines are shared and noisy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cllm_export.errors import OptionError
 from cllm_export.runtime.engines.machine import describe_machine
 
 NEW_TOKENS = 16
-"""Decoded to compare the answers, off the clock."""
+"""Tokens decoded to compare the answers. This decode is not timed."""
 
 Ask = Callable[[list[int]], tuple[float, tuple[int, ...], int]]
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(bundle: Path, *, prefix: int, rest: int, rounds: int, threads: int) -> dict[str, Any]:
-    """Every way in turn, round after round, after one that warms up."""
+    """Run every way in turn, round after round, after a warm-up round."""
     computed, kept = load(bundle, threads=threads, prefix_cache_bytes=0), load(bundle, threads=threads)
     if (needed := prefix + rest + NEW_TOKENS) > computed.facts.max_length:
         raise OptionError(f"{needed} tokens do not fit into this bundle, which holds {computed.facts.max_length}")
@@ -103,7 +103,7 @@ def measure(bundle: Path, *, prefix: int, rest: int, rounds: int, threads: int) 
 
 
 def ask(model: Model, prompt: list[int]) -> tuple[float, tuple[int, ...], int]:
-    """Seconds of a request for one token, how many tokens it reused, and (by another one) the answer."""
+    """Seconds of a request for one token, the number of reused tokens, and the answer (from another request)."""
     started = perf_counter()
     first = model.generate(prompt, max_new_tokens=1)
     seconds = perf_counter() - started
@@ -112,7 +112,7 @@ def ask(model: Model, prompt: list[int]) -> tuple[float, tuple[int, ...], int]:
 
 
 def ask_from(model: Model, snapshot: Path, prompt: list[int]) -> tuple[float, tuple[int, ...], int]:
-    """As ``ask``, of a cache that holds nothing but what is loaded for it."""
+    """Like ``ask``, with a cache that holds only the loaded snapshot."""
     cache = model.prefix_cache
     assert cache is not None
     cache.clear()

@@ -1,9 +1,9 @@
-"""Bundles of several precisions beside each other: size, forwards, tokens per forward, tokens per second, equal texts.
+"""Compare bundles of several precisions: size, forwards, tokens per forward, tokens per second, equal texts.
 
 python benchmarks/quantised.py REFERENCE BUNDLE ... [--prompts FILE] [--limit 40] [--rounds 9] [--json OUT]
 
-The first bundle is what the others are compared with. Without prompts only forwards are timed, as for random weights:
-make those with random_llama.py. Everything is timed in turn within a round; medians are shown.
+The others are compared with the first bundle. Without prompts only forwards are timed. That suits random weights, which
+random_llama.py makes. Everything is timed in turn within a round; medians are shown.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ MAX_NEW_TOKENS = 128
 
 @dataclass
 class Row:
-    """What was measured of one bundle."""
+    """The measurements of one bundle."""
 
     precision: str
     bytes: int
     milliseconds: dict[int, float] = field(default_factory=dict)
-    """Of a forward, by block size."""
+    """Milliseconds of a forward, by block size."""
     tokens_per_forward: float | None = None
     tokens_per_second: float | None = None
     equal: str | None = None
-    """Prompts whose tokens are the first bundle's."""
+    """Prompts whose tokens equal the first bundle's."""
 
 
 def precision_of(bundle: Bundle) -> str:
@@ -53,7 +53,7 @@ def precision_of(bundle: Bundle) -> str:
 def decode(
     models: Mapping[str, Model], prompts: Sequence[Prompt], rounds: int
 ) -> dict[str, tuple[list[tuple[int, ...]], float, float]]:
-    """Tokens of each prompt, tokens per forward and per second, by bundle."""
+    """Tokens of each prompt, tokens per forward and tokens per second, by bundle."""
     tokens: dict[str, list[tuple[int, ...]]] = {}
     forwards: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -1,4 +1,4 @@
-"""Make a Llama checkpoint with random weights, of a size to measure export and latency with.
+"""Make a Llama checkpoint with random weights, to measure export and latency.
 
 python benchmarks/random_llama.py OUTPUT [--size 246m] [--dtype float32] [--tokenizer TOKENIZER_JSON]
 """
@@ -19,7 +19,7 @@ SIZES = {
 
 
 def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path) -> int:
-    """Write the checkpoint; its number of parameters. The tokenizer is any file: random weights mean nothing."""
+    """Write the checkpoint and return its number of parameters. Any tokenizer will do, since weights are random."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SIZES[size], num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False
@@ -28,8 +28,8 @@ def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path
         model = LlamaForCausalLM(config)
     model = model.to(dtype).to_empty(device="cpu")
     for name, parameter in model.named_parameters():
-        # Were embeddings as small as the rest, nothing but layers upon layers would be left of a token, and 4-bit
-        # rounding would turn so many greedy tokens that `build` takes the bundle for a broken one.
+        # If embeddings were as small as the other weights, the layers' outputs would drown out the token. 4-bit
+        # rounding would then change so many greedy tokens that `build` considers the bundle broken.
         std = 1.0 if "embed" in name else 0.02
         torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(output)

@@ -1,10 +1,10 @@
-"""Our loops beside ONNX Runtime GenAI on the same checkpoint, prompts and core: rounds in turn, ratios within a round.
+"""Compare our loops with ONNX Runtime GenAI on the same checkpoint, prompts and core, in turn, with ratios per round.
 
     python benchmarks/side_by_side.py BUNDLE --genai-python ENV/bin/python --genai-model MODEL \
         --checkpoint CHECKPOINT --prompts PROMPTS [--core 1] [--rounds 5] [--json OUT]
 
-``benchmarks/peers/README.md`` tells how to make ENV and MODEL. Both count the forwards of the decode alike; what is
-compared is milliseconds per autoregressive forward, loop included, and tokens per second of our Jacobi loop.
+``benchmarks/peers/README.md`` explains how to make ENV and MODEL. Both tools count decode forwards in the same way. The
+comparison is milliseconds per autoregressive forward, including the loop, and tokens per second of our Jacobi loop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def run_json(command: list[str], threads: int, core: int) -> dict[str, Any]:
-    """Run a command pinned to as many cores as it has threads, with ``--json FILE`` added; what it wrote there."""
+    """Run a command with ``--json FILE``, pinned to as many cores as it has threads. Return what it wrote to FILE."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "report.json"
         cores = ",".join(str((core + index) % threads if threads > 1 else core) for index in range(threads))
@@ -78,7 +78,7 @@ def summarize(peer: dict[str, Any], plain: dict[str, Any], jacobi: dict[str, Any
 
 
 def rate_of(report: dict[str, Any], method: str) -> float:
-    """Tokens per second of a method at the n that was asked for, not one chosen forward by forward."""
+    """Tokens per second of a method at the requested n, not at an n chosen forward by forward."""
     rates = [
         entry["tokens_per_second"]
         for entry in report["settings"]

@@ -1,8 +1,8 @@
-"""Spider's train.json or dev.json as a prompt file that `tune` trains from and `evaluate --task prompts` scores:
+"""Convert Spider's train.json or dev.json to a prompt file for `tune` and `evaluate --task prompts`:
 
     python benchmarks/spider_prompts.py spider/train.json --output spider-train.jsonl
 
-`tables.json` is looked for beside the data. dev.json is for measuring only: never train on it.
+By default, `tables.json` is read from the directory of the data. dev.json is for measuring only: never train on it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Export Consistency LLMs and decode them in parallel: at every fixed n, token for token as autoregressive decoding.
+"""Export Consistency LLMs and decode them in parallel.
+
+At every fixed n, the output equals that of autoregressive decoding, token for token.
 
     import cllm_export
 
@@ -6,7 +8,7 @@
     print(model.generate("The SQL database has ...").text)
 
 Importing this package loads neither torch, transformers nor onnx: ``build``, ``verify`` and their options are imported
-when they are first named.
+on first use.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ _LAZY = {
     "read_prompts": "cllm_export.prompts",
     "verify": "cllm_export.verification.verify",
 }
-"""Public name -> the module that it is imported from when it is first named."""
+"""Public name -> the module it is imported from on first use."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``python -m cllm_export``: the command line, in the form that launchers of several processes start it."""
+"""``python -m cllm_export``: the command line, as launchers of several processes start it."""
 
 from cllm_export.cli.entry import main
 

@@ -1,4 +1,4 @@
-"""Checks that everybody needs: of options, of names read from files, of parsed JSON."""
+"""Checks that every package uses: for options, for names read from files, and for parsed JSON."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
 
 
 def require_plain_name(name: str) -> None:
-    """Raise BundleError unless ``name`` is a plain file name: a path read from a file never leaves its directory."""
+    """Raise BundleError unless ``name`` is a plain file name: a path read from a file must not leave its directory."""
     if not name or name in (".", "..") or name != os.path.basename(name) or "\\" in name or "\0" in name:
         raise BundleError(f"file name {name!r} is not a plain name inside the bundle; do not use this bundle")
 
 
 def from_fields(cls: type[T], raw: dict[str, Any]) -> T:
-    """A dataclass from parsed JSON; a missing key is a TypeError, an unknown one a ValueError."""
+    """Make a dataclass from parsed JSON. A missing key raises TypeError, an unknown key ValueError."""
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(raw) - known):
         raise ValueError(f"unknown key {unknown[0]!r} in {cls.__name__}")
@@ -42,7 +42,7 @@ def require_at_least(name: str, value: int, minimum: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionSpec:
-    """What an option means and may be. It is the metadata ``option`` of a dataclass field."""
+    """Meaning and range of an option. It is stored as the metadata ``option`` of a dataclass field."""
 
     help: str
     """One sentence for the command line's help and for readers of the class."""
@@ -52,32 +52,32 @@ class OptionSpec:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     flag: str | None = None
-    """The command line's spelling where it is not ``--name-with-dashes``."""
+    """The flag on the command line, if it is not ``--name-with-dashes``."""
     hidden: bool = False
-    """The command line does not offer it under its own name."""
+    """If True, the command line does not offer the option under its own name."""
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> Any:  # noqa: A002
     """A field of an options class: default, meaning and range in one place; ``check_options`` checks the range.
 
     Args:
-        default: as of ``dataclasses.field``. An option whose default is None may be None.
-        help: what it means, one sentence.
+        default: as in ``dataclasses.field``. An option may be None if its default is None.
+        help: the meaning of the option, in one sentence.
         limits: the other fields of ``OptionSpec``.
     """
     return dataclasses.field(default=default, metadata={"option": OptionSpec(help=help, **limits)})
 
 
 def option_specs(cls: Any) -> dict[str, OptionSpec]:
-    """The options of a class (or of an instance of it), in their order."""
+    """The options of a class (or of an instance of it), in declaration order."""
     return {field.name: field.metadata["option"] for field in fields(cls) if "option" in field.metadata}
 
 
 def check_options(options: Any) -> None:
-    """Hold every option of an instance to its spec, for ``__post_init__``. A tuple is checked item by item.
+    """Check every option of an instance against its spec. ``__post_init__`` calls it. A tuple is checked item by item.
 
     Raises:
-        OptionError: an option is out of its range; it names the field and the value.
+        OptionError: an option is out of its range; the message names the field and the value.
     """
     for field in fields(options):
         spec = field.metadata.get("option")

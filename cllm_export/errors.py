@@ -25,8 +25,8 @@
     ├── QueueFullError            a service that takes no more requests for now
     └── MissingExtraError         a command that needs an extra that is not installed
 
-The command line prints the message of any of these and exits with 2; a message says what was wrong, the value got,
-and what to do next. Anything else that escapes is a defect of this project.
+The command line prints the message of any of these errors and exits with 2. A message says what was wrong, which value
+was given, and what to do next. Any other exception that escapes is a defect of this project.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class CllmExportError(Exception):
     """Base of every error raised on purpose.
 
     Attributes:
-        fields: the options that the message names, as Python spells them; the command line shows their flags instead.
-            A name with an underscore, and one with a value as in ``name=value``, needs not be listed.
+        fields: the options that the message names, as Python spells them. The command line shows their flags instead.
+            A name that has an underscore, or a value as in ``name=value``, need not be listed.
     """
 
     def __init__(self, message: str = "", *, fields: Sequence[str] = ()) -> None:
@@ -64,7 +64,7 @@ class GraphError(CllmExportError):
 
 
 class QuantizationError(GraphError):
-    """A model cannot be quantised as asked, or does not survive it."""
+    """A model cannot be quantised as asked, or the quantised graph no longer computes the model."""
 
 
 class OutputError(CllmExportError):
@@ -100,7 +100,7 @@ class TuningError(CllmExportError):
 
 
 class CalibrationError(CllmExportError):
-    """A calibration cannot start, go on or be resumed, or what it saw is of no use."""
+    """A calibration cannot start, go on or be resumed, or its observations are unusable."""
 
 
 class DamagedRunError(CalibrationError):
@@ -120,7 +120,7 @@ class EngineError(CllmExportError, RuntimeError):
 
 
 class WhileGraphError(EngineError):
-    """This CUDA has no WHILE nodes, or a body holds what none may hold: the loop must be unrolled."""
+    """This CUDA has no WHILE nodes, or the body holds what a WHILE body may not hold. The loop must be unrolled."""
 
 
 class GpuError(CllmExportError):
@@ -132,7 +132,7 @@ class PlanError(CllmExportError):
 
 
 class QueueFullError(CllmExportError):
-    """As many requests wait as may: nothing was queued. Try again later, or send the request elsewhere."""
+    """The queue is full, so the request was not queued. Try again later, or send the request elsewhere."""
 
     def __init__(self, queue_size: int) -> None:
         super().__init__(
@@ -142,7 +142,7 @@ class QueueFullError(CllmExportError):
 
 
 class MissingExtraError(CllmExportError, ImportError):
-    """A package that only an extra installs is missing."""
+    """A package is missing that only an extra installs."""
 
     def __init__(self, package: str, *, extra: str) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Which packages an extra installs, and its install line where one of them is missing."""
+"""The packages that each extra installs, and the install line to show if one of them is missing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PACKAGES: dict[Extra, tuple[str, ...]] = {
 
 @contextmanager
 def needs_extra(extra: Extra) -> Iterator[None]:
-    """Turn a missing package of an extra, met in the block, into its install line.
+    """Turn the ImportError of a missing package of an extra, raised in the block, into the extra's install line.
 
     Raises:
-        MissingExtraError: the package that is missing is one of this extra's.
+        MissingExtraError: the missing package belongs to this extra.
     """
     try:
         yield

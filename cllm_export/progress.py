@@ -1,8 +1,8 @@
-"""How long work tells what it has done."""
+"""The callback through which long tasks report progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``; ``total`` is in bytes or items, whatever the stage counts."""
+"""Called as ``progress(stage, done, total)``; ``total`` counts bytes or items, depending on the stage."""

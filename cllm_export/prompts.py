@@ -1,4 +1,4 @@
-"""Prompts: JSON Lines (``prompt`` or ``messages``, optional ``id``, ``answer``), plain text, one a line, or random."""
+"""Prompts: JSON Lines (``prompt`` or ``messages``, optional ``id``, ``answer``), plain text (one a line), or random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prompt:
     """One prompt: a text, or chat messages."""
 
     id: str
-    """As the file gives it, else the number of its line, from 1."""
+    """The id given in the file, else the line number, from 1."""
     content: str | tuple[Message, ...]
     answer: str | None = None
 
@@ -29,7 +29,7 @@ def read_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
     """Read a prompt file. ``.jsonl`` and ``.json`` are JSON Lines, and so is any file that starts with a brace.
 
     Raises:
-        PromptError: the file is missing, holds no prompt, or a line is malformed; names the line.
+        PromptError: the file is missing, holds no prompt, or has a malformed line; the message names the line.
     """
     try:
         data = path.read_bytes()
@@ -55,12 +55,12 @@ def parse_prompts(data: bytes, *, source: str, limit: int | None = None) -> list
 
 
 def random_prompts(count: int, *, vocab_size: int, max_length: int, seed: int = 0) -> dict[str, list[int]]:
-    """Sequences of random tokens by name, for where no prompts are given.
+    """Sequences of random tokens by name, used if no prompts are given.
 
     Args:
-        vocab_size: token ids are below it.
-        max_length: tokens that the model holds. A prompt has at most 160, and at most half of what the model holds:
-            some are read in several chunks.
+        vocab_size: exclusive upper bound of the token ids.
+        max_length: tokens that the model holds. A prompt has at most 160 tokens, and at most half of ``max_length``,
+            so that some prompts are read in several chunks.
     """
     generator = random.Random(seed)  # noqa: S311 - test data, not a secret
     longest = max(1, min(160, max_length // 2))
@@ -72,10 +72,10 @@ def random_prompts(count: int, *, vocab_size: int, max_length: int, seed: int = 
 
 
 def check_messages(messages: Sequence[Any], where: str) -> tuple[Message, ...]:
-    """Chat messages as given, after a check that each has a role and a content.
+    """Check that every chat message has a role and a content, and return the messages unchanged.
 
     Raises:
-        PromptError: empty, or a message is not {"role": str, "content": str}.
+        PromptError: there are no messages, or one is not {"role": str, "content": str}.
     """
     if not messages:
         raise PromptError(f"{where}: messages must not be empty")

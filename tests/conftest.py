@@ -1,6 +1,6 @@
-"""Fixtures that every test may use: checkpoints and bundles, made on demand and once a session.
+"""Fixtures that every test may use: checkpoints and bundles, made on demand and once per session.
 
-Nothing here imports torch before a test asks for a checkpoint: the unit tests run without it.
+This module imports torch only when a test requests a checkpoint, because the unit tests run without torch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from cllm_export.exporter.parity.reference import Reference
 
 PINNED: dict[str, Any] = {"fixed_shapes": True, "block_size": 8, "batch_size": 1}
-"""Options of a build with fixed shapes, of which ``bench`` times no latencies either, which takes seconds."""
+"""Options of a build with fixed shapes. ``bench`` times no latencies for such a bundle, which saves seconds."""
 DEMO = Path(__file__).parent.parent / "examples" / "text_to_sql"
 TRAINED = {"demo": "checkpoint", "parent": "parent"}
-"""Checkpoints of the repository's example: the CLLM, and what it was made of."""
+"""Checkpoints of the repository's example: the CLLM, and the parent that it was made from."""
 THREADS = 1
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would break tests that fork
@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Workshop:
-    """Makes each checkpoint, bundle, model and reference once. What it hands out is shared: copy before a change.
+    """Makes each checkpoint, bundle, model and reference once. All of them are shared: copy one before changing it.
 
-    Checkpoints and bundles are shared by all processes of a run, models and references by the tests of one.
+    Checkpoints and bundles are shared by all processes of a run, models and references by the tests of one process.
     """
 
     def __init__(self, root: Path, shared: Path) -> None:
@@ -65,7 +65,7 @@ class Workshop:
         shared.mkdir(exist_ok=True)
 
     def checkpoint(self, name: str) -> Path:
-        """One of ``VARIANTS`` by its name; ``small``, of one layer, which traces faster; or one of ``TRAINED``."""
+        """A checkpoint by name: one of ``VARIANTS``, one of ``TRAINED``, or ``small`` (one layer, traces faster)."""
         self._remember_traces()
         if name in TRAINED:
             return DEMO / TRAINED[name]
@@ -77,7 +77,7 @@ class Workshop:
         return made / directory
 
     def new_checkpoint(self, name: str, variant: Variant) -> Path:
-        """A checkpoint of any variant, in a directory of that name, which is no other process's."""
+        """A checkpoint of any variant, in a directory of that name. No other process uses the directory."""
         self._remember_traces()
         return self._write_checkpoint(self._root / name, variant)
 
@@ -91,7 +91,7 @@ class Workshop:
         return make_checkpoint(target, variant)
 
     def bundle(self, name: str, **options: Any) -> Bundle:
-        """The bundle of a checkpoint; ``options`` are those of ``BuildOptions``."""
+        """The bundle of a checkpoint. ``options`` are those of ``BuildOptions``."""
         key = ("bundle", name, *sorted(options.items()))
         checkpoint = self.checkpoint(name)
         return self._once(
@@ -108,13 +108,13 @@ class Workshop:
         return self._once(key, lambda: load(self.bundle(name, **options).path, threads=THREADS, prefix_cache_bytes=0))
 
     def reference(self, name: str) -> Reference:
-        """The checkpoint in PyTorch, which tells the margin of every token."""
+        """The checkpoint in PyTorch, which gives the margin of every token."""
         from cllm_export.exporter.parity.reference import Reference
 
         return self._once(("reference", name), lambda: Reference(self.checkpoint(name), max_length=MAX_POSITIONS))
 
     def stock(self, name: str) -> PreTrainedModel:
-        """The checkpoint as transformers alone loads it, in fp32: nothing of this project takes part."""
+        """The checkpoint loaded in fp32 by transformers only, without code of this project."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -124,12 +124,12 @@ class Workshop:
         return self._once(("stock", name), load_stock)
 
     def copy(self, bundle: Bundle, target: Path) -> Bundle:
-        """A bundle that a test may change, without what ``bench`` may have measured of the shared one."""
+        """A copy of a bundle that a test may change, without latencies that ``bench`` measured on the shared one."""
         shutil.copytree(bundle.path, target, ignore=shutil.ignore_patterns(LATENCY_NAME))
         return open_bundle(target)
 
     def build(self, checkpoint: Path, **options: Any) -> Bundle:
-        """The bundle of any checkpoint, built anew."""
+        """Build a new bundle of any checkpoint."""
         self._num_built += 1
         return self._build(checkpoint, self._root / f"bundle-{self._num_built}-{checkpoint.name}", options)
 
@@ -141,7 +141,7 @@ class Workshop:
         return build(checkpoint, target, BuildOptions(**options))
 
     def _remember_traces(self) -> None:
-        """Whoever asks for a checkpoint is about to build, and needs torch anyway."""
+        """Enable the trace cache. Tests that request a checkpoint will build a bundle, so they need torch anyway."""
         if not self._remembers_traces:
             remember_traces(self._shared / "traces")
             self._remembers_traces = True
@@ -152,7 +152,7 @@ class Workshop:
         return self._made[key]
 
     def _shared_once(self, key: tuple[Any, ...], make: Callable[[Path], object]) -> Path:
-        """A directory that ``make`` fills in the first process that asks for it; the others wait for that."""
+        """A directory that ``make`` fills in the first process that requests it. Other processes wait."""
         directory = self._shared / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         ready = directory / "ready"
         with directory.with_suffix(".lock").open("w") as lock:
@@ -167,7 +167,7 @@ class Workshop:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Checkpoints and bundles, each made once a session."""
+    """Checkpoints and bundles, each made once per session."""
     own = tmp_path_factory.getbasetemp()
     return Workshop(
         tmp_path_factory.mktemp("workshop"), (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"

@@ -1,7 +1,7 @@
 """Fakes for the unit tests: an engine that keeps the contract without tensors, and bundles that hold no model.
 
-The fake engine's rows are real rows: it writes what it is told where it is told, idle slots and dead drafts included,
-and reads whatever stands there. A loop that gets its write index wrong gets other tokens, not an error.
+The fake engine has a real cache of rows. It writes the given tokens at the given places, including idle slots and dead
+drafts, and reads whatever the cache holds. A loop with a wrong write index gets other tokens, not an error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PAD, EOS = 0, 1
 GRAPH_FILE = "model.onnx"
 
 properties = settings(deadline=None, derandomize=True, max_examples=150)
-"""For every hypothesis test: repeatable, and no judge of speed."""
+"""Settings of every hypothesis test: repeatable and without a deadline."""
 
 
 PREFILL_CHUNK = 32
@@ -64,7 +64,7 @@ UNWRITTEN = Row(-1, -1)
 
 
 class LanguageModel(Protocol):
-    """Two layers of one: what a row keeps of the tokens it sees, and the greedy token after the rows it sees."""
+    """A model of two layers: ``context`` is what a row stores of the tokens it sees, ``predict`` the next token."""
 
     def context(self, tokens: Sequence[int]) -> int: ...
 
@@ -72,10 +72,10 @@ class LanguageModel(Protocol):
 
 
 class HashModel:
-    """Arbitrary but deterministic tokens, told from the position and the last ``window`` rows.
+    """Arbitrary but deterministic tokens, derived from the position and the last ``window`` rows.
 
-    With window 0 the position alone decides, so that a draft is right at once; with None every row before matters,
-    so that one wrong token spoils all that follow it.
+    With window 0, only the position matters, so a draft is right at once. With None, every earlier row matters, so one
+    wrong token makes all later tokens wrong.
     """
 
     def __init__(self, *, vocab_size: int, window: int | None = None, seed: int = 0) -> None:
@@ -95,7 +95,7 @@ class HashModel:
 
 
 class ScriptModel:
-    """Recites ``script`` after a prompt, as long as the last ``window`` tokens are the script's; else a wrong token."""
+    """Gives ``script`` after a prompt while the last ``window`` tokens match the script, else a wrong token."""
 
     def __init__(self, *, prompt_length: int, script: Sequence[int], window: int | None = None) -> None:
         self._start = prompt_length
@@ -116,7 +116,7 @@ class ScriptModel:
 
 
 def greedy(model: LanguageModel, prompt: Sequence[int], count: int, *, eos: Collection[int] = ()) -> list[int]:
-    """The model's own greedy tokens, without an engine, a cache or a loop of the project: what must come out."""
+    """The expected result: the model's own greedy tokens, without an engine, a cache or a loop of the project."""
     tokens = list(prompt)
     rows = [Row(token, model.context(tokens[: index + 1])) for index, token in enumerate(tokens)]
     while len(tokens) - len(prompt) < count and not (len(tokens) > len(prompt) and tokens[-1] in eos):
@@ -126,7 +126,7 @@ def greedy(model: LanguageModel, prompt: Sequence[int], count: int, *, eos: Coll
 
 
 class Call(NamedTuple):
-    """One call of the fake engine, as it was made."""
+    """One recorded call of the fake engine."""
 
     kind: Literal["prefill", "forward", "rows"]
     input_ids: list[list[int]]
@@ -135,14 +135,16 @@ class Call(NamedTuple):
 
     @staticmethod
     def of(kind: Literal["prefill", "forward", "rows"], batch: Batch) -> Call:
-        """Copied: a loop may reuse its lists."""
+        """Record a call. Lists are copied, because a loop may reuse them."""
         blocks = [list(block) for block in batch.input_ids]
         return Call(kind, blocks, list(batch.num_committed), list(batch.write_index))
 
 
 class FakeEngine(EngineBase):
-    """An engine that can do all but loop on a device, in pure Python. ``calls`` records every call,
-    ``rows`` is its cache [B][C]."""
+    """An engine in pure Python that supports everything except loops on a device.
+
+    ``calls`` records every call. ``rows`` is the cache [B][C].
+    """
 
     can_copy_rows = True
 
@@ -186,7 +188,7 @@ class FakeEngine(EngineBase):
         return Forward(next_ids, accepted, logits)
 
     def require_lookahead(self) -> None:
-        """It can do so always."""
+        """The fake engine always supports lookahead."""
 
     def forward_rows(self, batch: Batch, row_offsets: NDArray[np.int64], row_mask: NDArray[np.bool_]) -> Forward:
         call = Call.of("rows", batch)
@@ -202,13 +204,13 @@ class FakeEngine(EngineBase):
     def _predict_rows(
         self, rows: list[Row], block: list[int], start: int, offsets: list[int], mask: NDArray[np.bool_]
     ) -> list[int]:
-        """Write a block row by row, each told from the cache below it and those rows of the block that it sees."""
+        """Write a block row by row. Each row depends on the cache below it and on the block's rows that it sees."""
         past, predicted = rows[:start], []
         seen_by = [sorted(np.flatnonzero(mask[row]).tolist(), key=offsets.__getitem__) for row in range(len(block))]
         for row, seen in enumerate(seen_by):
             tokens = [*(each.token for each in past), *(block[other] for other in seen)]
             context = self._model.context(tokens)
-            if [offsets[other] for other in seen] != list(range(offsets[row] + 1)):  # no text ends here
+            if [offsets[other] for other in seen] != list(range(offsets[row] + 1)):  # no contiguous text
                 context = hash((context, *(offsets[other] for other in seen)))
             rows[start + row] = Row(block[row], context)
         for seen in seen_by:
@@ -216,7 +218,7 @@ class FakeEngine(EngineBase):
         return predicted
 
     def _logits(self, rows: Sequence[Row], predicted: int) -> NDArray[np.float32]:
-        """Logits [V] told from what the model sees: random ones, the predicted token's above them all."""
+        """Random logits [V], seeded by what the model sees. The predicted token has the largest logit."""
         seed = abs(hash((predicted, *(row.context for row in rows))))
         logits = np.random.default_rng(seed).normal(size=self.geometry.vocab_size).astype(np.float32)
         logits[predicted] = logits.max() + np.float32(0.25)
@@ -229,7 +231,7 @@ class FakeEngine(EngineBase):
         self.is_closed = True
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
-        """Token and context of each row, in every tensor of the cache alike."""
+        """Token and context of each row, repeated in every tensor of the cache."""
         self._check_rows(slot, start, stop)
         g = self.geometry
         array = np.zeros((2 * g.num_layers, g.num_kv_heads, stop - start, g.head_dim), np.int64)
@@ -245,7 +247,7 @@ class FakeEngine(EngineBase):
         self.rows[slot][start:stop] = [Row(*map(int, row)) for row in rows[0, 0, :, :2]]
 
     def _write(self, call: Call) -> None:
-        """Write the tokens of every slot, then what each of them sees, as a decoder does layer by layer."""
+        """Write the tokens of every slot, then the context of each token, as a decoder does layer by layer."""
         self._check(call)
         self.calls.append(call)
         for rows, block, start in zip(self.rows, call.input_ids, call.write_index, strict=True):
@@ -281,7 +283,7 @@ def _count_right(block: Sequence[int], next_ids: Sequence[int], num_committed: i
 
 
 def make_geometry(*, vocab_size: int = 32, max_length: int = 64, max_block_size: int = 16) -> Geometry:
-    """The geometry of a fake model; only what bounds a forward matters."""
+    """The geometry of a fake model. Only the numbers that bound a forward matter."""
     return Geometry(
         num_layers=2,
         num_heads=4,
@@ -303,7 +305,7 @@ def decode(
     proposer: Proposer,
     count: int,
 ) -> list[ForwardRecord]:
-    """Prefill a prompt and run forwards until ``count`` tokens are known: a policy alone, with no rule that cuts."""
+    """Prefill a prompt and run forwards until ``count`` tokens are known. Only the policy runs; no rule cuts it."""
     prefill(engine, prompt[:-1], PAD)
     decoder = decoder_type(last_token=prompt[-1], write_index=len(prompt) - 1, proposer=proposer)
     records: list[ForwardRecord] = []
@@ -323,7 +325,7 @@ def tokens_of(records: Sequence[ForwardRecord]) -> list[int]:
 
 @functools.cache
 def byte_level_tokenizer() -> Tokenizer:
-    """Byte-level BPE, as of Qwen and Llama 3: an emoji is four tokens, and any ids decode."""
+    """Byte-level BPE, like that of Qwen and Llama 3. An emoji is four tokens, and any ids can be decoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -337,7 +339,7 @@ def byte_level_tokenizer() -> Tokenizer:
 
 @functools.cache
 def byte_fallback_tokenizer() -> Tokenizer:
-    """Characters, and bytes for what is none of them: a newline is a byte. As of Llama 2, which CLLMs come from."""
+    """Characters with byte fallback, like Llama 2, which CLLMs are made from. A newline is a byte."""
     pieces = ["<pad>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdehinost"]
     vocabulary = {piece: token for token, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>", byte_fallback=True))
@@ -357,7 +359,7 @@ def fill_bundle(
     fixed_shapes: FixedShapes | None = None,
     **changes: Any,
 ) -> Manifest:
-    """Write the files of a sound bundle without a model into a directory; ``changes`` are fields of its manifest."""
+    """Write the files of a valid bundle without a model into a directory. ``changes`` are fields of its manifest."""
     tokenizer = tokenizer or byte_level_tokenizer()
     (directory / GRAPH_FILE).write_bytes(b"a graph")
     (directory / WEIGHTS_NAME).write_bytes(bytes(range(64)))
@@ -386,7 +388,7 @@ def fill_bundle(
 
 
 def write_bundle(directory: Path, **options: Any) -> Bundle:
-    """Make a directory a bundle and open it; see ``fill_bundle`` for the options."""
+    """Make a directory a bundle and open it. See ``fill_bundle`` for the options."""
     directory.mkdir(parents=True, exist_ok=True)
     fill_bundle(directory, **options)
     return open_bundle(directory)
@@ -398,7 +400,7 @@ def write_chat_bundle(directory: Path, template: str, **options: Any) -> Bundle:
 
 
 def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
-    """The bundle as if its manifest said something else."""
+    """The bundle with changed fields of its manifest."""
     return replace(bundle, manifest=replace(bundle.manifest, **changes))
 
 
@@ -411,7 +413,7 @@ def make_model(
     prefix_cache_bytes: int = 0,
     forward_seconds: Mapping[int, float] | None = None,
 ) -> Model:
-    """A model that runs the fake engine in the place of ONNX Runtime; it keeps no prompts unless told to."""
+    """A model that runs the fake engine instead of ONNX Runtime. By default it caches no prompts."""
     manifest = bundle.manifest
     engine = FakeEngine(
         language_model,

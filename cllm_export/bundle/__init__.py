@@ -1,1 +1,1 @@
-"""The bundle: the directory that the exporter hands to the runtime. Nothing here exports or runs anything."""
+"""The bundle: the directory that the exporter hands to the runtime. This package neither exports nor runs anything."""

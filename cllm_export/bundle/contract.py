@@ -1,10 +1,10 @@
-"""The engine contract: name, dtype and shape of every graph input and output. The one place that states it.
+"""The engine contract: name, dtype and shape of every graph input and output. Only this module defines them.
 
 Shape legend, used in docstrings everywhere:
 
     B  slots: rows of the batch, each with its own request and write index
     n  tokens of the block (or of a chunk of the prompt)
-    h  rows the head is computed for: n when decoding, 1 in prefill
+    h  rows that the head is computed for: n in decode, 1 in prefill
     S  visible KV length: how many cache rows attention reads
     C  cache length: how many rows the KV cache has
     K  key/value heads      D  head dimension      L  layers      V  vocabulary
@@ -12,27 +12,27 @@ Shape legend, used in docstrings everywhere:
 One forward over a block:
 
     input_ids      [B, n]  the block: committed tokens whose KV is not stored yet, then the draft; or a prompt chunk
-    num_committed  [B]     leading tokens of the block known to be right; 0 marks an idle slot
-    write_index    [B]     valid KV rows of each slot; where the KV of this block is written, an idle slot's too
+    num_committed  [B]     number of leading tokens of the block that are known to be right; 0 marks an idle slot
+    write_index    [B]     number of valid KV rows of each slot. The block's KV is written from there, in idle slots too
     kv_positions   [S]     0..S-1; its length sets the KV length, its values build the mask
-    head_rows      [h]     rows the head is computed for: 0..n-1 when decoding, 0 alone in prefill
+    head_rows      [h]     rows that the head is computed for: 0..n-1 in decode, only 0 in prefill
     past_key.l, past_value.l        [B, K, C, D]
 
     next_ids       [B, h]  greedy token after each row in head_rows
-    num_accepted   [B]     rows that are right; the write index moves by exactly this. 0 for an idle slot
-    logits         [B h, V]  float32, slot by slot, as the model returns them; fetched only where some slot samples
+    num_accepted   [B]     number of rows that are right; the write index advances by exactly this. 0 for an idle slot
+    logits         [B h, V]  float32, slot by slot, as the model returns them; fetched only if some slot samples
     present_key.l, present_value.l  [B, K, C, D], bound to the same memory as the past
 
 With c committed tokens, the new tokens of a slot are ``next_ids[c - 1 : num_accepted]``.
 
-The lookahead graph has two more inputs, between ``head_rows`` and the past. They belong to the whole forward: what the
-rows of a block are to each other is the same in every slot.
+The lookahead graph has two more inputs, between ``head_rows`` and the past. All slots share them, because the rows of
+a block relate to each other in the same way in every slot.
 
     row_offsets    [n]     row i sits at position write_index + row_offsets[i]
     row_mask       [n, n]  bool: row i sees row j of the block; it sees every row of the cache below write_index
 
-Rows of the head come first, so their KV lies where later forwards look for it; that of all other rows is dead at once.
-Its ``num_accepted`` compares each row with the row before it, which means something for the leading rows alone.
+Head rows come first, so their KV lies where later forwards look for it. The KV of all other rows is dead at once. The
+graph's ``num_accepted`` compares each row with the row before it, which is meaningful only for the leading rows.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, OptionError
 
 CONTRACT_VERSION = 2
-"""Raised whenever an engine built for the previous contract would run a new graph wrongly."""
+"""Increased whenever an engine built for the previous contract would run a new graph wrongly."""
 
 OPSET = 24
 """ONNX opset of every graph: the newest that TensorRT 10.15 parses, and the first with TensorScatter."""
 
 LOGITS = "logits"
-"""The output that an engine need not fetch; a plan for greedy decoding alone may drop it."""
+"""The output that an engine need not fetch. A plan for greedy decoding only may drop it."""
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -66,7 +66,7 @@ BYTES: dict[DType, int] = {"int64": 8, "float32": 4, "float16": 2, "bfloat16": 2
 
 @dataclass(frozen=True, kw_only=True)
 class FixedShapes:
-    """The shapes a graph is pinned to: B, n and S as numbers in the file itself."""
+    """The shapes that a graph is pinned to: B, n and S are numbers in the graph file itself."""
 
     batch_size: int
     block_size: int
@@ -78,15 +78,15 @@ class FixedShapes:
 
 
 def check_block_size(size: object, *, largest: int | None = None, pinned: int | None = None) -> int:
-    """n, if a model may run blocks of it.
+    """Return the block size n if a model can run blocks of that size.
 
     Args:
-        size: what was asked for.
-        largest: n that the model takes at most.
+        size: the requested n.
+        largest: the largest n of the model.
         pinned: the only n of an engine with fixed shapes.
 
     Raises:
-        OptionError: it is no integer, or out of range.
+        OptionError: ``size`` is not an integer, or out of range.
     """
     if not isinstance(size, int):
         raise OptionError(f"block_size must be an integer or 'auto', got {size!r}", fields=("block_size",))
@@ -105,7 +105,7 @@ def check_block_size(size: object, *, largest: int | None = None, pinned: int | 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What the shapes of a model's engine follow from."""
+    """The numbers that determine the shapes of a model's engine."""
 
     num_layers: int
     num_heads: int
@@ -116,7 +116,7 @@ class Geometry:
     cache_length: int
     """C: rows of the KV cache and of the RoPE table, ``max_length + max_block_size - 1``."""
     max_block_size: int
-    """The largest n a decode forward may have, so that what fits never depends on n."""
+    """The largest n of a decode forward. ``cache_length`` allows for it, so the length that fits never depends on n."""
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -129,7 +129,7 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype and shape of one graph input or output; a symbolic axis is a string."""
+    """Name, dtype and shape of one graph input or output. A symbolic axis is a string."""
 
     name: str
     dtype: DType
@@ -150,7 +150,7 @@ def graph_inputs(geometry: Geometry, precision: Precision, fixed: FixedShapes | 
 
 
 def lookahead_inputs(geometry: Geometry, precision: Precision) -> list[TensorSpec]:
-    """Specs of every input of the lookahead graph, in graph order: those of the greedy graph and two more."""
+    """Specs of every input of the lookahead graph, in graph order: the inputs of the greedy graph and two more."""
     inputs = graph_inputs(geometry, precision)
     first_cache = len(inputs) - 2 * geometry.num_layers
     _, n, _ = _axes(None)
@@ -180,26 +180,26 @@ def cache_names(num_layers: int) -> Iterator[tuple[str, str]]:
 
 
 POSITIONS = "positions"
-"""Name of the value [B, n] that rotations take: the absolute position of every row."""
+"""Name of the value [B, n] that RoPE reads: the absolute position of every row."""
 
 VISIBLE = "visible"
-"""Name of the value [B, 1, n, S] that says which cache rows a row sees, in a graph without a window."""
+"""Name of the value [B, 1, n, S] that says which cache rows each row sees, in a graph without a window."""
 
 HIDDEN = "hidden."
 
 
 def hidden_name(layer: int) -> str:
-    """Name of the value [B, n, hidden size] that enters a layer; that of ``num_layers`` leaves the last one."""
+    """Name of the value [B, n, hidden size] that enters a layer. For ``num_layers`` it is the last layer's output."""
     return f"{HIDDEN}{layer}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a value between layers has this name."""
+    """Whether this is the name of a value between layers."""
     return name.startswith(HIDDEN)
 
 
 class Batch(NamedTuple):
-    """What the host gives a forward, a block and two numbers for each slot."""
+    """The host's input to a forward: a block and two numbers for each slot."""
 
     input_ids: Sequence[Sequence[int]]
     """[B, n]"""
@@ -210,11 +210,11 @@ class Batch(NamedTuple):
 
 
 def check_forward(*, block_size: int, write_index: Sequence[int], kv_length: int, geometry: Geometry) -> None:
-    """Check, on the host and before a forward, that the rows of every slot's block [B, n] lie inside the KV length and
-    the cache. A plan may fill a block up, so that its size is told apart from the batch.
+    """Check on the host, before a forward, that every slot's block [B, n] lies inside the KV length and the cache.
 
-    ONNX Runtime raises on a write outside the cache, TensorRT ignores it silently, and a KV length that is one short
-    hides a row from itself without an error: so nobody else can be trusted with this.
+    ``block_size`` is separate from the batch because a plan may pad a block. No later check is reliable: ONNX Runtime
+    raises on a write outside the cache, but TensorRT ignores it silently. A KV length that is one row short hides a row
+    from itself without an error.
 
     Raises:
         EngineError: the forward would write or read outside its bounds.
@@ -236,7 +236,7 @@ def check_rows(*, slot: int, start: int, stop: int, num_slots: int, geometry: Ge
     """Check that rows ``start`` to ``stop`` of a slot exist, before they are copied.
 
     Raises:
-        EngineError: no such slot, or rows outside the cache.
+        EngineError: the slot does not exist, or the rows lie outside the cache.
     """
     if not 0 <= slot < num_slots:
         raise EngineError(f"there is no slot {slot}: the engine has {num_slots}, from 0")

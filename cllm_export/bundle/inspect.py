@@ -1,4 +1,4 @@
-"""Say what is in a bundle and what memory it will need, from its manifest alone."""
+"""Describe a bundle's contents and the memory it will need, from its manifest only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cllm_export.bundle.manifest import PARITY_NAME, Bundle
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Contents, memory and proof of a bundle, JSON-ready.
 
-    Memory is that of the engine's own data: weights, and the KV cache of every slot. Activations come on top; for a
-    block of a few dozen tokens they are small beside both.
+    Memory counts the engine's own data: weights, and the KV cache of every slot. Activations need more memory; for a
+    block of a few dozen tokens they are small compared with both.
     """
     manifest = bundle.manifest
     geometry = manifest.geometry
@@ -51,7 +51,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def _parity(bundle: Bundle) -> str:
-    """Whether ``parity.json`` proves this very bundle."""
+    """Whether ``parity.json`` proves this exact bundle."""
     try:
         report = json.loads((bundle.path / PARITY_NAME).read_text(encoding="utf-8"))
         fingerprint, passed = report["bundle_fingerprint"], report["passed"]

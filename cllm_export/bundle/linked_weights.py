@@ -1,8 +1,8 @@
-"""Weights that a bundle does not hold: places in a checkpoint's safetensors files, which a build records.
+"""Linked weights: the build records their places in a checkpoint's safetensors files instead of copying them.
 
-They are the one exception to the rule that no path leaves a bundle's directory, so each is checked before it is
-mapped: an absolute path that ``build`` wrote, a regular ``.safetensors`` file of the recorded size, and a header that
-gives the very same place, dtype and shape to a tensor of that name. Needs no torch.
+They are the one exception to the rule that no path leaves a bundle's directory. Each weight is therefore checked before
+it is mapped. The path must be absolute, as ``build`` wrote it, and name a regular ``.safetensors`` file of the recorded
+size. The file's header must give a tensor of that name the same place, dtype and shape. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cllm_export.bundle.safetensors_header import ITEM_BYTES, read_header
 from cllm_export.errors import BundleError
 
 WeightsMode = Literal["link", "copy"]
-"""Weights stay in the checkpoint's files, or are copied into the bundle."""
+"""``link``: weights stay in the checkpoint's files; ``copy``: they are copied into the bundle."""
 WEIGHTS_MODES: tuple[WeightsMode, ...] = get_args(WeightsMode)
 
 SUFFIX = ".safetensors"
@@ -26,10 +26,10 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class LinkedFile:
-    """A weight file of the checkpoint, which the bundle reads where it lies."""
+    """A weight file that the bundle reads from the checkpoint's directory."""
 
     path: str
-    """Absolute, as it was given to ``build``."""
+    """Absolute path, as it was given to ``build``."""
     size: int
     sha256: str
 
@@ -41,15 +41,15 @@ class LinkedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkedWeight:
-    """One tensor of a linked file, and where it stands in it. The graph's initializer has the tensor's name."""
+    """One tensor of a linked file, and its place in the file. The graph's initializer has the tensor's name."""
 
     file: str
-    """Name in ``linked_files``: the file's own, and the location that the graph records."""
+    """Key in ``linked_files``: the file's own name, which is also the location that the graph records."""
     offset: int
     """Bytes from the start of the file."""
     length: int
     dtype: str
-    """As safetensors spells it: ``BF16``, ``F32``, ..."""
+    """In safetensors spelling: ``BF16``, ``F32``, ..."""
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -61,10 +61,10 @@ class LinkedWeight:
 
 
 def check_linked(files: Mapping[str, LinkedFile], weights: Mapping[str, LinkedWeight]) -> None:
-    """Check that every linked file is there as it was, and holds every linked weight at its place.
+    """Check that every linked file exists at its recorded size and holds every linked weight at its place.
 
     Raises:
-        BundleError: one moved or changed; names it and says what to do.
+        BundleError: a file or weight moved or changed; the message names it and says what to do.
     """
     for name, file in files.items():
         _check_file(file)

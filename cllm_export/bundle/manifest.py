@@ -1,12 +1,12 @@
-"""The bundle: the exported directory that is handed from the exporter to the runtime, and its manifest.
+"""The bundle, a directory that the exporter writes and the runtime reads, and its manifest.
 
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
-    model.onnx             the greedy graph; further graphs of the same bundle stand beside it (lookahead.onnx)
-    weights.bin            the one weights file that all graphs share; what is linked lies in the checkpoint instead
-    tokenizer.json         and, where the checkpoint has them, chat_template.jinja and generation_config.json
-    parity.json            written by ``verify``; not part of the bundle, it carries the bundle's fingerprint
+    model.onnx             the greedy graph; further graphs of the same bundle are separate files (lookahead.onnx)
+    weights.bin            the one weights file that all graphs share; linked weights stay in the checkpoint instead
+    tokenizer.json         and, if the checkpoint has them, chat_template.jinja and generation_config.json
+    parity.json            written by ``verify``; not part of the bundle, but holds the bundle's fingerprint
 
-A bundle is written beside its target and exchanged with it in one step, so that a kill at any moment leaves the old
+A bundle is written beside its target and exchanged with it in one step. A kill at any moment leaves either the old
 bundle or the new one. This module neither exports nor runs anything.
 """
 
@@ -63,9 +63,9 @@ class GraphEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedWith:
-    """How a model was consistency-tuned, which is how it decodes fastest.
+    """The decoding settings a model was consistency-tuned with. It decodes fastest with the same settings.
 
-    Another proposer or loop gives the same tokens at every fixed n. Another n may round a near tie to another token.
+    At a fixed n, another proposer or loop gives the same tokens. Another n may round a near tie to another token.
     """
 
     block_size: int
@@ -88,7 +88,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What stands in ``bundle.json``."""
+    """The contents of ``bundle.json``."""
 
     family: str
     graphs: dict[str, GraphEntry]
@@ -101,17 +101,17 @@ class Manifest:
     pad_token_id: int | None
     trained_with: TrainedWith | None
     special_tokens: dict[str, str]
-    """bos_token, eos_token and the like by name, as chat templates refer to them."""
+    """bos_token, eos_token and so on by name, as chat templates refer to them."""
     checkpoint_fingerprint: str
-    """sha256 over the checkpoint's config and weight files' headers and contents, see the exporter."""
+    """sha256 over the checkpoint's config and the headers and contents of its weight files. See the exporter."""
     tool_versions: dict[str, str]
     files: dict[str, FileEntry]
     linked_files: dict[str, LinkedFile] = field(default_factory=dict)
-    """Weight files of the checkpoint that the bundle reads where they lie, by the name the graphs record."""
+    """Weight files that the bundle reads from the checkpoint's directory, by the name that the graphs record."""
     linked_weights: dict[str, LinkedWeight] = field(default_factory=dict)
     """Graph initializer -> its place in a linked file."""
     quantization: Quantization | None = None
-    """What was quantised; ``precision`` is the dtype of everything else."""
+    """What was quantised. ``precision`` is the dtype of everything else."""
     schema_version: int = SCHEMA_VERSION
     contract_version: int = CONTRACT_VERSION
 
@@ -154,8 +154,8 @@ class Manifest:
         """Parse a manifest; unknown and missing keys are errors.
 
         Raises:
-            BundleError: not a manifest.
-            BundleVersionError: written by another schema or contract version.
+            BundleError: the text is not a manifest.
+            BundleVersionError: the manifest was written by another schema or contract version.
         """
         try:
             raw = json.loads(text)
@@ -172,12 +172,12 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """An opened bundle: every file is present at its right size. ``check_files`` compares checksums too."""
+    """An opened bundle: every file is present and has the right size. ``check_files`` also compares checksums."""
 
     path: Path
     manifest: Manifest
     fingerprint: str
-    """sha256 of the manifest, which holds the sha256 of every other file."""
+    """sha256 of the manifest. The manifest holds the sha256 of every other file."""
 
     def file(self, name: str) -> Path:
         """Path of one listed file."""
@@ -198,7 +198,7 @@ class Bundle:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, wherever they lie."""
+        """Bytes of all weights, in the bundle or linked."""
         linked = sum(weight.length for weight in self.manifest.linked_weights.values())
         return self.manifest.files[WEIGHTS_NAME].size + linked
 
@@ -206,7 +206,7 @@ class Bundle:
         """Read every file, linked ones too, and compare its sha256 with the manifest.
 
         Raises:
-            ChecksumError: a file differs; names it, and both sums.
+            ChecksumError: a file differs; the message names the file and both checksums.
         """
         own = {self.path / name: (entry.size, entry.sha256) for name, entry in self.manifest.files.items()}
         linked = {Path(file.path): (file.size, file.sha256) for file in self.manifest.linked_files.values()}
@@ -225,11 +225,11 @@ class Bundle:
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Open a bundle and check that every listed file is there at its size. Completes an exchange that was cut short.
+    """Open a bundle and check that every listed file exists with its listed size. Repair an interrupted exchange first.
 
     Raises:
-        BundleError: not a bundle, or a file is missing or has another size.
-        BundleVersionError: written by another schema or contract version.
+        BundleError: the path is not a bundle, or a file is missing or has another size.
+        BundleVersionError: the bundle was written by another schema or contract version.
     """
     path = Path(path)
     manifest_path = path / MANIFEST_NAME
@@ -260,7 +260,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def describe_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:
-    """Size and sha256 of every file of a staged directory; ``known`` are sums that were taken while writing."""
+    """Size and sha256 of every file of a staged directory. ``known`` holds checksums computed while writing."""
     paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)
     sums = {path.name: (known or {}).get(path.name) or sha256_of(path) for path in paths}
     return {path.name: FileEntry(size=path.stat().st_size, sha256=sums[path.name]) for path in paths}

@@ -1,8 +1,8 @@
 """Quantisation schemes as plain data, and the record of a quantised bundle that its manifest keeps.
 
-A scheme says how linear layers store their weights and take their activations; ``Precision`` still is the dtype of
-everything else, the KV cache among it. What the exporter does with a scheme is its object in
-``exporter/quantize/schemes.py``; what stands here is known before torch is imported.
+A scheme says how linear layers store their weights and take their activations. ``Precision`` remains the dtype of
+everything else, including the KV cache. The code that applies a scheme is in ``exporter/quantize/schemes.py``. This
+module can be imported without torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from cllm_export.errors import OptionError
 SchemeName = Literal["int8-dynamic", "int8", "int4", "fp8"]
 SCHEME_NAMES: tuple[SchemeName, ...] = get_args(SchemeName)
 UNQUANTISED = "fp32"
-"""What a report calls the bundle that quantised ones are judged by."""
+"""Name in reports of the bundle that quantised bundles are compared with."""
 PrecisionName = Literal[Precision, SchemeName]
-"""What the command line takes as a precision: a dtype, or a scheme over fp32."""
+"""A precision on the command line: a dtype, or a scheme over fp32."""
 
 Engine = Literal["onnxruntime", "tensorrt"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -27,12 +27,12 @@ ENGINE_TITLES: dict[Engine, str] = {"onnxruntime": "ONNX Runtime", "tensorrt": "
 
 
 SchemeOption = Literal["scales", "group_size", "engine"]
-"""Options that some schemes take and others do not."""
+"""Options that only some schemes take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphForm:
-    """A graph that a scheme makes: the engines that run it, and the dtypes that the rest of it may compute in."""
+    """A graph that a scheme makes: the engines that run it, and the dtypes that its other operators may use."""
 
     engines: tuple[Engine, ...]
     compute: tuple[Precision, ...] = PRECISIONS
@@ -40,18 +40,18 @@ class GraphForm:
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeSpec:
-    """What the options of a build are checked against: what a scheme needs, and what it takes."""
+    """What a scheme needs and accepts. The options of a build are checked against it."""
 
     name: SchemeName
     forms: tuple[GraphForm, ...]
-    """The graphs that it makes; the first is the default."""
+    """The graphs that the scheme makes. The first is the default."""
     scales: Literal["needed", "optional", "refused"]
-    """Whether it takes the scales of a calibration."""
+    """Whether the scheme uses the scales of a calibration."""
     group_sizes: tuple[int, ...] = ()
-    """Input channels that may share a scale of a weight, the default first; empty where all of them do."""
+    """Allowed numbers of input channels that share a weight scale, the default first. Empty if they all share one."""
 
     def takes(self, option: SchemeOption) -> bool:
-        """Whether an option is for this scheme."""
+        """Whether the scheme takes an option."""
         taken = {
             "scales": self.scales != "refused",
             "group_size": bool(self.group_sizes),
@@ -60,7 +60,7 @@ class SchemeSpec:
         return taken[option]
 
     def form(self, engine: Engine | None) -> GraphForm | None:
-        """The graph for an engine, or by default; None where the scheme makes no graph for it."""
+        """The graph for an engine, or the default graph. None if the scheme makes no graph for the engine."""
         return next((form for form in self.forms if engine is None or engine in form.engines), None)
 
 
@@ -85,12 +85,12 @@ SCHEME_SPECS: dict[SchemeName, SchemeSpec] = {
 
 
 def schemes_that_take(option: SchemeOption) -> tuple[SchemeName, ...]:
-    """The schemes that an option is for."""
+    """The schemes that take an option."""
     return tuple(spec.name for spec in SCHEME_SPECS.values() if spec.takes(option))
 
 
 def builds_for(engine: Engine) -> str:
-    """The options of a build whose quantised graphs an engine runs, for a message that gives advice."""
+    """The build options that give quantised graphs for an engine, as text for an error message."""
     builds = [
         f"precision='{spec.name}'" + ("" if engine in spec.forms[0].engines else f" with engine='{engine}'")
         for spec in SCHEME_SPECS.values()
@@ -101,21 +101,21 @@ def builds_for(engine: Engine) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What was quantised, how, and what was not and why."""
+    """What was quantised and how, and what was not quantised and why."""
 
     scheme: SchemeName
     method: str
-    """How weights were rounded."""
+    """The method by which weights were rounded."""
     group_size: int | None
-    """Input channels that share a scale of the weights; None where a whole output channel does."""
+    """Input channels that share a weight scale. None if a whole output channel shares one."""
     engines: tuple[Engine, ...]
-    """Engines that the graph is for: operators of one are not always known to the other."""
+    """Engines that can run the graph. Some operators exist in only one engine."""
     weights: tuple[str, ...]
-    """Quantised weights, named as in the unquantised graph."""
+    """Names of the quantised weights, as in the unquantised graph."""
     kept: dict[str, str]
     """Weight that keeps its precision -> reason."""
     scales_sha256: str | None = None
-    """Of the calibration's file, where one was used."""
+    """sha256 of the calibration's scales file, if one was used."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEME_NAMES or not self.engines or not set(self.engines) <= set(ENGINES):
@@ -130,7 +130,7 @@ def split_precision(name: PrecisionName, compute: Precision | None = None) -> tu
     """The dtype and the scheme that a precision and ``compute`` stand for.
 
     Raises:
-        OptionError: both name a dtype.
+        OptionError: both arguments name a dtype.
     """
     dtype = next((precision for precision in PRECISIONS if precision == name), None)
     if dtype is None:

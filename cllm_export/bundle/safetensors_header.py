@@ -1,9 +1,10 @@
-"""Headers of safetensors files, where the library's own interface does not reach.
+"""Read and write safetensors headers, for needs that the library's interface does not cover.
 
-``safetensors`` judges a header: tensors lie inside the file, end to end and apart, and each has the bytes that its
-dtype and shape take. It gives no offsets, which mapped and streamed weights need. It silently takes the last of two
-tensors of one name. Therefore the JSON is read here once more. A header is written here for a file whose tensors are
-streamed: the library's writer holds all of them in memory, and puts metadata in an order of chance.
+The ``safetensors`` library validates a header: tensors lie inside the file, end to end and without overlap, and each
+has the number of bytes that its dtype and shape need. The library gives no offsets, which mapped and streamed weights
+need. It silently takes the last of two tensors of one name. Therefore this module parses the JSON again. It also writes
+headers for files whose tensors are streamed, because the library's writer holds all tensors in memory and writes
+metadata in a random order.
 """
 
 from __future__ import annotations
@@ -18,44 +19,43 @@ from typing import IO, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 MAX_HEADER_BYTES = 100_000_000
-"""As the library: a longer header is no header."""
+"""The library's limit: a longer header is invalid."""
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a value by its safetensors dtype, for what can hold weights."""
+"""Bytes of a value by safetensors dtype, for the dtypes that weights can have."""
 
 _METADATA = "__metadata__"
 _ALIGNMENT = 8
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor stands in its file."""
+    """The place of a tensor in its file."""
 
     offset: int
     """Bytes from the start of the file."""
     length: int
     """In bytes."""
     dtype: str
-    """As safetensors spells it: ``BF16``, ``F32``, ..."""
+    """In safetensors spelling: ``BF16``, ``F32``, ..."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a safetensors file says of itself."""
+    """The parsed header of a safetensors file."""
 
     metadata: dict[str, str]
     places: dict[str, TensorPlace]
     num_bytes: int
-    """Bytes before the data, the eight of the header's length included."""
+    """Bytes before the data, including the eight bytes of the header's length."""
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, which the library has accepted.
+    """The header of a safetensors file, after the library has validated it.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no safetensors file, one that was cut short, a name that stands twice in it, or a shape that no
-            tensor can have.
+        ValueError: it is no safetensors file, is truncated, repeats a name, or has a shape that no tensor can have.
     """
     with path.open("rb") as file:
         try:
@@ -68,11 +68,11 @@ def read_header(path: Path) -> Header:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a header, even where the tensors are damaged: it tells whose file it is.
+    """The metadata of a header, even if the tensors are damaged. It identifies the file's format.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no safetensors header.
+        ValueError: the file has no safetensors header.
     """
     with path.open("rb") as file:
         metadata = _read_json(file)[0].get(_METADATA, {})
@@ -80,7 +80,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file whose tensors follow in this order; equal arguments give equal bytes.
+    """The header of a file whose tensors follow in the order of ``tensors``. Equal arguments give equal bytes.
 
     Args:
         tensors: name -> safetensors dtype and shape.
@@ -97,7 +97,7 @@ def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Ma
 
 
 def _read_json(file: IO[bytes]) -> tuple[dict[str, Any], int]:
-    """The header's JSON object as it stands there, and the number of bytes before the data."""
+    """The header's JSON object, unprocessed, and the number of bytes before the data."""
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"its header would take {length} bytes")
@@ -111,7 +111,7 @@ def _read_json(file: IO[bytes]) -> tuple[dict[str, Any], int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that names nothing twice: which of two is meant would depend on the reader."""
+    """Make a JSON object, refusing repeated names: each reader may choose a different one of two equal names."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -123,6 +123,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _place(entry: dict[str, Any], start: int) -> TensorPlace:
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if math.prod(max(extent, 1) for extent in shape) >= 2**63:  # sound by its bytes where another extent is 0
+    if math.prod(max(length, 1) for length in shape) >= 2**63:  # 0 bytes pass as valid if another dimension is 0
         raise ValueError(f"its header gives a tensor the shape {list(shape)}")
     return TensorPlace(start + first, last - first, entry["dtype"], shape)

@@ -1,16 +1,16 @@
-"""The scales file: what each linear layer of a model saw while it was calibrated. Written by ``calibrate``, read by
-``build --scales``.
+"""The scales file: statistics of the inputs of each linear layer, recorded during calibration.
 
-One safetensors file of float32. For each input of a linear layer, *in* channels wide:
+``calibrate`` writes it and ``build --scales`` reads it. It is one safetensors file of float32. For each input of a
+linear layer, *in* channels wide, it holds:
 
     amax/NAME       [in]      largest |x| of each channel: static int8 with smoothing (arXiv 2211.10438), fp8
-    high/NAME       [in]      what |x| of each channel stays at or below in ``HIGH_SHARE`` of the rows: a robust amax
+    high/NAME       [in]      bound that |x| of each channel keeps in ``HIGH_SHARE`` of the rows: a robust amax
     mean_abs/NAME   [in]      mean |x| of each channel: AWQ (arXiv 2306.00978)
-    gram/NAME       [in, in]  sum of x x^T over the rows, only where it was asked for: GPTQ (arXiv 2210.17323)
+    gram/NAME       [in, in]  sum of x x^T over the rows, only if requested: GPTQ (arXiv 2210.17323)
 
-Layers that read the same value (the three projections of an attention; gate and up) share one input, whose NAME is the
-first of their tensors. Each is found by the name that its weight has in the checkpoint, which exporter and bundle both
-know. How it was made stands in the header, with a checksum over the file. Nothing here collects statistics or
+Layers that read the same value (the three projections of an attention; gate and up) share one input. Its NAME is the
+first of their tensors. A layer is looked up by the checkpoint name of its weight, which exporter and bundle both know.
+The header records how the file was made, and a checksum over the file. This module neither collects statistics nor
 quantises.
 """
 
@@ -36,22 +36,22 @@ from cllm_export.errors import OutputError, ScalesError
 
 SCALES_VERSION = 1
 HIGH_SHARE = 0.999
-"""Of the rows that ``high`` covers."""
+"""Share of the rows whose magnitude is at most ``high``."""
 AGAIN = "calibrate again with: cllm-export calibrate"
 
 FloatArray = NDArray[np.float32]
 VECTORS = ("amax", "high", "mean_abs")
 _METADATA, _CHECKSUM, _NO_SUM = "scales", "sha256", "0" * 64
 _BLOCK = 1 << 22
-"""Bytes that are hashed at a time."""
+"""Bytes hashed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """How scales were made, and what they are of."""
+    """How scales were made, and from which model."""
 
     checkpoint_fingerprint: str
-    """As in the bundle's manifest: what a quantised build of the same checkpoint can compare."""
+    """As in the bundle's manifest. A quantised build compares it with its own checkpoint's fingerprint."""
     bundle_fingerprint: str
     prompts_sha256: str
     num_prompts: int
@@ -60,9 +60,9 @@ class Provenance:
     block_size: int
     seed: int
     mix: float
-    """Share of the rows that come from block states; the others are of clean text. As asked for."""
+    """Requested share of the rows that come from block states. The other rows come from clean text."""
     rows: dict[str, int]
-    """Observed rows: ``clean``, and of block states by their stage of convergence."""
+    """Number of observed rows: ``clean``, and block-state rows by stage of convergence."""
     tool_versions: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -78,10 +78,10 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputStatistics:
-    """What was seen of one input of linear layers."""
+    """Statistics of one input of linear layers."""
 
     tensors: tuple[str, ...]
-    """Checkpoint tensors of the weights that read it."""
+    """Checkpoint tensors of the weights that read this input."""
     num_rows: int
     amax: FloatArray
     high: FloatArray
@@ -103,12 +103,12 @@ class InputStatistics:
 
 
 Gram = Callable[[], FloatArray]
-"""Gives the Gram matrix [in, in] of an input when it is its turn to be written."""
+"""Returns the Gram matrix [in, in] of an input. It is called when the matrix is about to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """An opened scales file. Vectors are in memory; Gram matrices are read when asked for."""
+    """An opened scales file. Vectors are in memory; Gram matrices are read on request."""
 
     path: Path
     provenance: Provenance
@@ -129,7 +129,7 @@ class Scales:
         """Statistics of the input of the layer whose weight is this checkpoint tensor.
 
         Raises:
-            ScalesError: it was not observed.
+            ScalesError: the layer was not observed.
         """
         entry = self._by_tensor.get(tensor)
         if entry is None:
@@ -137,10 +137,10 @@ class Scales:
         return entry
 
     def gram(self, tensor: str) -> FloatArray:
-        """Sum of x x^T [in, in] over the rows of the input of this layer; a read-only map of the file.
+        """Sum of x x^T [in, in] over the rows of this layer's input, as a read-only memory map of the file.
 
         Raises:
-            ScalesError: the file holds none.
+            ScalesError: the file holds no Gram matrices.
         """
         entry = self.of(tensor)
         if entry.name not in self.grams:
@@ -152,7 +152,7 @@ class Scales:
         """Refuse scales of another checkpoint.
 
         Raises:
-            ScalesError: they are.
+            ScalesError: the scales are of another checkpoint.
         """
         own = self.provenance.checkpoint_fingerprint
         if own != fingerprint:
@@ -162,13 +162,13 @@ class Scales:
             )
 
     def require_tensors(self, widths: Mapping[str, int]) -> None:
-        """Refuse scales that lack a layer or have one of another width.
+        """Refuse scales that lack a layer or have a layer of another width.
 
         Args:
-            widths: checkpoint tensor of each layer that is to be quantised -> its number of input channels.
+            widths: checkpoint tensor of each layer to quantise -> its number of input channels.
 
         Raises:
-            ScalesError: names the first one.
+            ScalesError: a layer is missing or has another width; the message names the first one.
         """
         for tensor, width in widths.items():
             if self.of(tensor).width != width:
@@ -185,13 +185,14 @@ def write_scales(
     *,
     force: bool = False,
 ) -> None:
-    """Write a scales file; the target appears whole or not at all.
+    """Write a scales file. The target appears whole or not at all.
 
     Args:
-        grams: name of an input -> its Gram matrix, asked for one at a time; of every input or of none.
+        grams: name of an input -> a function that returns its Gram matrix, called one at a time. It has every input or
+            none.
 
     Raises:
-        OutputError: the target exists and ``force`` is not set, or cannot be written.
+        OutputError: the target exists and ``force`` is not set, or it cannot be written.
         ScalesError: a value is not finite.
     """
     if path.exists() and not force:
@@ -204,10 +205,10 @@ def write_scales(
 
 
 def open_scales(path: Path) -> Scales:
-    """Open a scales file, and check version, checksum and that every statistic is finite.
+    """Open a scales file. Check its version and its checksum, and that every statistic is finite.
 
     Raises:
-        ScalesError: missing, damaged, or of another version.
+        ScalesError: the file is missing, damaged, or of another version.
     """
     try:
         header = read_header(path)
@@ -247,7 +248,7 @@ def _write(
         data = _bytes(f"gram/{entry.name}", grams[entry.name](), (entry.width, entry.width))
         file.write(data)
         digest.update(data)
-    # as a pair of the metadata: zeros alone may stand in the provenance, whose own quotes are escaped
+    # Search for the key and value together: the provenance may also contain zeros, but its own quotes are escaped.
     file.seek(header.index(f'"{_CHECKSUM}":"{_NO_SUM}"'.encode()) + len(f'"{_CHECKSUM}":"'))
     file.write(digest.hexdigest().encode())
 
@@ -273,7 +274,7 @@ def _bytes(name: str, values: FloatArray, shape: tuple[int, ...]) -> bytes:
 
 
 def _check_sum(path: Path, header_bytes: int, expected: str) -> None:
-    """The sum is over the file with zeros where the sum itself stands."""
+    """Check the sha256 of the file. It is computed with zeros in the place of the checksum itself."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(header_bytes).replace(expected.encode(), _NO_SUM.encode(), 1))

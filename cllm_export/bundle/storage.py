@@ -1,4 +1,4 @@
-"""Files and directories that are written whole or not at all: staged beside their target, put there in one step."""
+"""Write files and directories whole or not at all: stage them beside the target, then move them in one step."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cllm_export.errors import OutputError
 
 @contextlib.contextmanager
 def staged_output(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
-    """A scratch directory beside ``target`` that takes its place when the block ends, and vanishes if it raises.
+    """A scratch directory beside ``target``. It replaces ``target`` when the block ends, and is removed if it raises.
 
     Only a directory that holds a file named ``marker`` is ever replaced.
 
     Raises:
-        OutputError: the target exists and ``force`` is not set, it holds no ``marker``, or the disk is full.
+        OutputError: the target exists and ``force`` is not set, the target holds no ``marker``, or the disk is full.
     """
     target = Path(os.path.realpath(target))
     try:
@@ -38,7 +38,7 @@ def staged_output(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
         raise OutputError(f"cannot write beside {target}: {error.strerror}") from None
     try:
         yield staging
-        check_output(target, force=force, marker=marker)  # something may have appeared there meanwhile
+        check_output(target, force=force, marker=marker)  # the target may have appeared in the meantime
         _sync(staging)
         _take_place(staging, target)
     except OSError as error:
@@ -49,10 +49,10 @@ def staged_output(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
 
 
 def check_output(target: Path, *, force: bool, marker: str) -> None:
-    """Refuse, before any work, a target that must not be replaced.
+    """Refuse a target that must not be replaced, before any work is done.
 
     Raises:
-        OutputError: it exists and ``force`` is not set, or it exists and holds no file named ``marker``.
+        OutputError: the target exists, and ``force`` is not set or it holds no file named ``marker``.
     """
     parent = next((path for path in Path(os.path.abspath(target)).parents if path.exists()), Path(os.sep))
     if not parent.is_dir():
@@ -70,12 +70,12 @@ def check_output(target: Path, *, force: bool, marker: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A scratch file beside ``path``, for the block to write; it takes its place at the end, and vanishes on an error.
+    """A scratch file beside ``path`` for the block to write. It replaces ``path`` at the end; an error removes it.
 
-    A link is followed. What is no regular file (a pipe, ``/dev/stdout``) is given as it is.
+    Links are followed. If ``path`` is no regular file (a pipe, ``/dev/stdout``), the block gets ``path`` itself.
 
     Raises:
-        OSError: the file cannot be written; what stood there still does.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     if _is_stream(path):
         yield path
@@ -125,10 +125,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_report_path(path: Path) -> None:
-    """Find out, before the work that goes into it, that a report could not be written.
+    """Check, before the work for a report starts, that the report can be written.
 
     Raises:
-        OutputError: it is a directory, or lies in one that does not exist or takes no file.
+        OutputError: the path is a directory, or its directory does not exist or is not writable.
     """
     directory = path.absolute().parent
     if _is_stream(path) and not path.is_dir():
@@ -140,12 +140,12 @@ def check_report_path(path: Path) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether no file may take its place: a pipe, a device, a directory."""
+    """Whether the path must not be replaced by a file: a pipe, a device or a directory."""
     return path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file())
 
 
 def unfinished_files(directory: Path) -> list[Path]:
-    """What was being written into a directory when its writer was killed."""
+    """Scratch files that killed writers left in a directory."""
     return sorted(path for path in directory.glob(".*.unfinished") if path.is_file())
 
 
@@ -160,7 +160,7 @@ def _previous(target: Path) -> Path:
 
 
 def recover(target: Path) -> None:
-    """Put back the old bundle if a kill came between the two renames of the fall-back exchange."""
+    """Restore the old bundle if a kill came between the two renames of the fallback exchange."""
     if not target.name:  # the root directory
         return
     previous = _previous(target)
@@ -169,7 +169,7 @@ def recover(target: Path) -> None:
 
 
 def _take_place(staging: Path, target: Path) -> None:
-    """Put ``staging`` where ``target`` is, in one atomic step where the system has one."""
+    """Replace ``target`` with ``staging``, in one atomic step if the system supports it."""
     if not target.exists():
         staging.rename(target)
     elif not _exchange(staging, target):
@@ -182,7 +182,7 @@ def _take_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two directories atomically with renameat2(2); False where the system or file system cannot."""
+    """Swap two directories atomically with renameat2(2). False if the system or file system does not support it."""
     at_fdcwd, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -197,7 +197,7 @@ def _exchange(first: Path, second: Path) -> bool:
 def _make_staging(target: Path) -> tuple[Path, int]:
     """A new directory beside the target, and the descriptor that holds its lock.
 
-    It gets the name that other builds look for only once it is locked, so that none takes it for abandoned.
+    The directory gets the name that other builds look for only after it is locked, so that none takes it for abandoned.
     """
     token = secrets.token_hex(4)
     unlocked = target.with_name(f".{target.name}.new-{token}")
@@ -211,7 +211,7 @@ def _make_staging(target: Path) -> tuple[Path, int]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock what is open, until it is closed or its process ends; False where another has it locked."""
+    """Lock an open descriptor until it is closed or the process ends. False if another process holds the lock."""
     from filelock import lock_descriptor
 
     return lock_descriptor(descriptor, blocking=False)
@@ -219,10 +219,10 @@ def _try_lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def locked_directory(directory: Path, *, busy: str) -> Iterator[None]:
-    """Hold a directory, which is made if it is missing: one process at a time. A lock vanishes with its process.
+    """Lock a directory for one process, and create it if it is missing. The lock ends with its process.
 
     Raises:
-        OutputError: another process holds it, which ``busy`` says; or it cannot be made.
+        OutputError: another process holds the lock (the message is ``busy``), or the directory cannot be created.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ def locked_directory(directory: Path, *, busy: str) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed builds of the same target left: nobody holds the lock of their staging directory."""
+    """Remove what killed builds of the same target left: staging directories whose lock no process holds."""
     if target.exists():
         shutil.rmtree(_previous(target), ignore_errors=True)
     for left in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
@@ -263,7 +263,7 @@ def _sync(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory outlast a power cut."""
+    """Make the names in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -272,7 +272,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def output_error(error: OSError, target: Path) -> OutputError:
-    """What a failed write comes to: a full disk is named."""
+    """The error for a failed write. It says so if the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full while writing {target}; free space and run the command again")
     return OutputError(f"cannot write {target}: {error}")

@@ -1,1 +1,1 @@
-"""Calibration: what a bundle's linear layers see while it decodes, and what quantising them costs in convergence."""
+"""Calibration: record the inputs of a bundle's linear layers in decode, and measure what quantising them costs."""

@@ -1,4 +1,4 @@
-"""Statistics of one value of a graph, row after row, in memory that does not grow with their number."""
+"""Statistics of one value of a graph, collected row by row, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from cllm_export.bundle.scales import HIGH_SHARE, FloatArray
 
 GRAM_ROWS = 256
-"""Rows that are multiplied at once: an [in, in] matrix is as many times less often read and written."""
+"""Rows multiplied at once. The [in, in] matrix is read and written once for this many rows."""
 
 
 class Accumulator:
-    """Range and mean of each channel of one value [rows, in]. Merged in the same order, parts give the same bits.
+    """Range and mean of each channel of one value [rows, in]. Merging parts in the same order gives the same bits.
 
     Args:
         width: in.
-        num_largest: magnitudes of each channel that are kept, largest first: enough for ``high`` of all rows.
+        num_largest: number of largest magnitudes kept per channel. It must suffice for ``high`` of all rows.
     """
 
     def __init__(self, width: int, num_largest: int) -> None:
@@ -31,7 +31,7 @@ class Accumulator:
         self._high = np.full(width, -np.inf, np.float32)
 
     def add(self, rows: FloatArray) -> None:
-        """Take finite rows [m, in]."""
+        """Add finite rows [m, in]."""
         magnitudes = np.abs(rows)
         self.num_rows += len(rows)
         self._sum_abs += magnitudes.sum(axis=0, dtype=np.float64)
@@ -40,7 +40,7 @@ class Accumulator:
         self._high = np.maximum(self._high, rows.max(axis=0))
 
     def merge(self, other: Accumulator) -> None:
-        """Take what another has seen."""
+        """Add the rows of another accumulator."""
         self.num_rows += other.num_rows
         self._sum_abs += other._sum_abs
         self._keep_largest(other._largest)
@@ -54,7 +54,7 @@ class Accumulator:
 
     @property
     def high(self) -> FloatArray:
-        """What each channel's magnitude stays at or below in ``HIGH_SHARE`` of the rows: few rows give ``amax``."""
+        """Bound that each channel's magnitude keeps in ``HIGH_SHARE`` of the rows. With few rows it equals ``amax``."""
         above = num_above(self.num_rows)
         found: FloatArray = np.sort(self._largest, axis=0)[len(self._largest) - 1 - above]
         return found
@@ -70,7 +70,7 @@ class Accumulator:
         return bool((self._low == self._high).all())
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """All of it, for a file."""
+        """The whole state as arrays, for a file."""
         return {
             "num_rows": np.int64(self.num_rows),  # type: ignore[dict-item]
             "largest": self._largest,
@@ -81,7 +81,7 @@ class Accumulator:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], num_largest: int) -> Accumulator:
-        """Read what ``to_arrays`` gave."""
+        """Restore the state from the result of ``to_arrays``."""
         found = cls(arrays["sum_abs"].shape[0], num_largest)
         found.num_rows = int(arrays["num_rows"])
         found._largest, found._sum_abs = arrays["largest"], arrays["sum_abs"]
@@ -95,7 +95,7 @@ class Accumulator:
 
 
 class GramAccumulator:
-    """Sum of x x^T of one value, in float32: its terms are alike, so that many rows add no error that counts."""
+    """Sum of x x^T of one value, in float32. Its terms are of similar size, so many rows add no relevant error."""
 
     def __init__(self, width: int) -> None:
         self._gram = np.zeros((width, width), np.float32)
@@ -103,14 +103,14 @@ class GramAccumulator:
         self._num_waiting = 0
 
     def add(self, rows: FloatArray) -> None:
-        """Take rows [m, in]."""
+        """Add rows [m, in]."""
         self._waiting.append(np.array(rows))
         self._num_waiting += len(rows)
         if self._num_waiting >= GRAM_ROWS:
             self._flush()
 
     def result(self) -> FloatArray:
-        """[in, in]"""
+        """The sum so far, [in, in]."""
         self._flush()
         return self._gram
 
@@ -122,5 +122,5 @@ class GramAccumulator:
 
 
 def num_above(num_rows: int) -> int:
-    """Rows of ``num_rows`` that may lie above ``high``."""
+    """How many of ``num_rows`` rows may exceed ``high``."""
     return int(num_rows * (1 - HIGH_SHARE))

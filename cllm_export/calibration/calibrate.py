@@ -1,8 +1,8 @@
-"""``cllm-export calibrate``: prompts through a bundle's own decoding, and what its linear layers saw, as a scales file.
+"""``cllm-export calibrate``: decode prompts with a bundle and write statistics of its linear layers to a scales file.
 
-Recorded first, then observed: a row's stage of convergence is known only when its request has ended. Both go range by
-range of the prompt file, and what is done stays on disk, so that an interrupted calibration goes on and ends with the
-bits it would have had.
+The calibration first records all decodes and then observes them, because a row's stage of convergence is known only
+after its request has ended. Both phases process the prompt file in shards and keep finished shards on disk. An
+interrupted calibration can therefore resume, and ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 MIN_PROMPTS = 16
-"""Fewer are no sample of what a model will be asked."""
+"""Fewer prompts are no representative sample."""
 SHARD_SIZE = 16
-"""Prompts that are lost at most when a run is interrupted."""
+"""Prompts per shard: at most this many must be decoded again after an interruption."""
 GRAM_BYTES = 1 << 30
-"""Memory for the Gram matrices of one pass; they are as large as the model's matrices, so there may be many passes."""
+"""Memory for the Gram matrices of one pass. They are as large as the model's matrices, so many passes may be needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
-    """What ``cllm-export calibrate`` lets the user choose."""
+    """Options of ``cllm-export calibrate``."""
 
     mix: float = option(
         0.5,
@@ -63,14 +63,14 @@ class CalibrateOptions:
         minimum=0,
         maximum=1,
     )
-    """Share of the observed rows that come from block states; the rest is clean text."""
+    """Share of the observed rows that come from block states. The other rows come from clean text."""
     num_rows: int = option(16384, help="Largest number of rows to observe.", minimum=1, flag="--rows")
     gram: bool = option(False, help="Write Gram matrices too, which GPTQ needs; the file becomes large.")
-    """Gram matrices too."""
+    """Whether to write Gram matrices too."""
     block_size: int | None = block_size_option()
-    """By default the bundle's own."""
+    """The default is the bundle's own n."""
     proposer: ProposerName | None = proposer_option()
-    """By default what the model was trained with."""
+    """The default is the proposer that the model was trained with."""
     seed: int = option(0, help="Seed of the random choice of rows, and of random drafts.", minimum=0)
     max_new_tokens: int = max_new_tokens_option()
     limit: int | None = limit_option()
@@ -82,12 +82,12 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a calibration came to."""
+    """The result of a calibration."""
 
     scales: Scales
     outliers: list[dict[str, Any]]
     num_skipped: int
-    """Prompts that are empty, too long, or not tokenised."""
+    """Number of prompts that are empty, too long, or cannot be tokenised."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -113,15 +113,15 @@ def calibrate(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Calibrate an unquantised bundle; goes on where an earlier run of the same stopped.
+    """Calibrate an unquantised bundle. An interrupted run with the same settings is resumed.
 
     Raises:
-        CalibrationError: too few prompts, NaN, constant activations, a bundle that is quantised already, or an
-            interrupted run of another bundle or of other options.
+        CalibrationError: there are too few prompts, NaN or constant activations; the bundle is already quantised; or
+            the interrupted run is of another bundle or has other options.
         PromptError: the prompt file is missing or malformed.
-        OutputError: the output exists and ``force`` is not set, or cannot be written.
+        OutputError: the output exists and ``force`` is not set, or it cannot be written.
         EngineError: the engine failed.
-        MissingExtraError: a package that is needed is not installed.
+        MissingExtraError: a required package is not installed.
     """
     options = options or CalibrateOptions()
     if output.exists() and not force:
@@ -164,7 +164,7 @@ def _settle(bundle: Bundle, prompts_sha256: str, num_prompts: int, options: Cali
 
 
 class _Run:
-    """One calibration on its way, shard by shard of the prompt file."""
+    """One calibration in progress. It processes the prompt file shard by shard."""
 
     def __init__(
         self,
@@ -182,12 +182,12 @@ class _Run:
         self._num_shards = -(-settings.num_prompts // SHARD_SIZE)
         self._pad = pad_token(bundle.manifest)
         self._counts: list[list[RowCounts]] = []
-        """Of every recording, shard by shard."""
+        """Row counts of every recording, shard by shard."""
         self._selection: Selection | None = None
         self._opened: EditedEngine | None = None
 
     def record(self, prompts: Sequence[Prompt]) -> int:
-        """Decode every prompt; the number of those that could be."""
+        """Decode every prompt. Return the number of prompts that could be decoded."""
         model = None
         for shard in range(self._num_shards):
             path, first = self._directory.recordings(shard), shard * SHARD_SIZE
@@ -233,7 +233,7 @@ class _Run:
         return [_statistics(entry, total) for entry in self._inputs], self._provenance(num_recorded, total)
 
     def gram_matrices(self) -> dict[str, Callable[[], FloatArray]]:
-        """The Gram matrix of every input, read from disk when asked for. As many passes as memory asks for."""
+        """Functions that read the Gram matrix of each input from disk. Limited memory may take several passes."""
         left = [index for index in range(len(self._inputs)) if not self._directory.gram(index).exists()]
         while left:
             group = _that_fit(left, self._inputs)
@@ -313,7 +313,7 @@ def _statistics(entry: LinearInput, total: Statistics) -> InputStatistics:
 
 
 def _that_fit(left: Sequence[int], inputs: Sequence[LinearInput]) -> list[int]:
-    """As many of the next inputs as have Gram matrices that fit in memory together, one at least."""
+    """The next inputs whose Gram matrices fit in ``GRAM_BYTES`` together, at least one."""
     chosen, size = [left[0]], 4 * inputs[left[0]].width ** 2
     for index in left[1:]:
         size += 4 * inputs[index].width ** 2

@@ -1,5 +1,7 @@
-"""The engine of a bundle over an edited copy of its graph: values that it usually keeps to itself come out of it, or
-weights are others. The bundle's files stay as they are."""
+"""An engine that runs an edited copy of a bundle's graph: internal values become outputs, or weights are replaced.
+
+The bundle's files are not changed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
 
 def read_graph(bundle: Bundle) -> ModelProto:
-    """The greedy graph of a bundle, its weights left in their files."""
+    """The greedy graph of a bundle. Its weights are not read."""
     with needs_extra("export"):
         import onnx
 
@@ -31,10 +33,10 @@ def read_graph(bundle: Bundle) -> ModelProto:
 
 
 def require_unquantised(bundle: Bundle) -> None:
-    """Refuse a bundle whose layers are integers already.
+    """Refuse a quantised bundle.
 
     Raises:
-        CalibrationError: it is quantised.
+        CalibrationError: the bundle is quantised.
     """
     if bundle.manifest.quantization is not None:
         raise CalibrationError(
@@ -44,12 +46,12 @@ def require_unquantised(bundle: Bundle) -> None:
 
 
 class EditedEngine(OrtEngine):
-    """Runs a graph that is in memory; weights that it does not hold itself are the bundle's.
+    """Runs a graph that is in memory. Weights that the graph does not hold are read from the bundle.
 
     Args:
         model: an edited copy of the bundle's graph, with the same inputs and outputs.
-        weights: values that stand for initializers of these names.
-        observed: values of the graph, beside its outputs, that each forward hands out.
+        weights: values that replace the initializers of these names.
+        observed: values of the graph that each forward returns besides the outputs.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class EditedEngine(OrtEngine):
         super().__init__(bundle, num_slots=None if pinned else 1, threads=threads)
 
     def values(self) -> dict[str, NDArray[np.float32]]:
-        """What was observed in slot 0 in the last forward, [n, channels] each; later forwards leave it as it is."""
+        """The observed values of slot 0 in the last forward, [n, channels] each. Later forwards do not change them."""
         outputs = self._last.get_outputs()[-len(self._observed) :] if self._observed else []
         return {
             name: _rows_of_slot(output.numpy(), self.num_slots)

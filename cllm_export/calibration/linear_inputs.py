@@ -1,7 +1,8 @@
-"""The linear layers of a bundle's graph: which value each of them reads, and which checkpoint tensors are its weight.
+"""The linear layers of a bundle's graph: which value each layer reads, and which checkpoint tensors form its weight.
 
-Knows how the exporter names weights: ``NAME`` as stored, ``NAME.T`` transposed, ``...qkv_proj.weight`` for the three
-projections of an attention packed into one matrix. Layers that read the same value are one input here.
+This module knows how the exporter names weights: ``NAME`` as stored, ``NAME.T`` transposed, and
+``...qkv_proj.weight`` for the three projections of an attention, packed into one matrix. Layers that read the same
+value share one ``LinearInput``.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ class LinearLayer:
     """One MatMul or Gemm with a weight."""
 
     weight: str
-    """The graph's initializer."""
+    """Name of the graph's initializer."""
     tensors: tuple[str, ...]
-    """The checkpoint tensors it is made of, side by side along the output."""
+    """The checkpoint tensors that form the weight, concatenated along the output."""
     rows: str
-    """The value it reads, [B, n, in] or [B n, in]."""
+    """Name of the value that the layer reads, [B, n, in] or [B n, in]."""
     transposed: bool
     """Whether the weight is stored [out, in], as Gemm(transB=1) takes it."""
     shape: tuple[int, int]
-    """As stored."""
+    """Shape of the weight as stored."""
 
     @property
     def width(self) -> int:
@@ -42,12 +43,12 @@ class LinearLayer:
 
     @property
     def name(self) -> str:
-        """What a report calls it."""
+        """Name of the layer in reports."""
         return self.weight if self.transposed else self.weight.removesuffix(_TRANSPOSED)
 
     @property
     def is_head(self) -> bool:
-        """Whether it makes the logits, by a matrix of its own or by the embedding table."""
+        """Whether the layer computes the logits, with its own matrix or with the embedding table."""
         return not set(self.tensors).isdisjoint(HEADS)
 
 
@@ -56,13 +57,13 @@ class LinearInput:
     """One value that linear layers read."""
 
     rows: tuple[str, ...]
-    """Names of the value in the graph; the same numbers under each."""
+    """Names of the value in the graph. All of them hold the same numbers."""
     tensors: tuple[str, ...]
     width: int
 
     @property
     def name(self) -> str:
-        """What its statistics are called: the first of its tensors."""
+        """Name of its statistics: the first of its tensors."""
         return self.tensors[0]
 
 
@@ -70,7 +71,7 @@ def linear_layers(model: ModelProto) -> list[LinearLayer]:
     """Every linear layer of a graph, in graph order.
 
     Raises:
-        GraphError: there is none: it is quantised already, or no graph of ours.
+        GraphError: the graph has no linear layer; it is already quantised, or this project did not export it.
     """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     layers = [
@@ -84,7 +85,7 @@ def linear_layers(model: ModelProto) -> list[LinearLayer]:
 
 
 def linear_inputs(model: ModelProto, layers: Iterable[LinearLayer]) -> list[LinearInput]:
-    """The inputs of linear layers, each once: merged rows (Reshape) count as what they are merged from."""
+    """The inputs of linear layers, each once. The output of a Reshape counts as its input."""
     reshaped = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Reshape"}
     found: dict[tuple[str, int], list[LinearLayer]] = {}
     for layer in layers:
@@ -112,10 +113,10 @@ def _layer_of(node: NodeProto, shape: tuple[int, int]) -> LinearLayer:
 
 
 def checkpoint_tensors(weight: str, *, stored: bool = False) -> tuple[str, ...]:
-    """Names in the checkpoint of the tensors that a weight of a graph is made of.
+    """Checkpoint names of the tensors that form a weight of a graph.
 
     Args:
-        stored: the weight is the checkpoint's tensor as it is, whatever its name.
+        stored: whether the weight is the checkpoint's tensor unchanged, whatever its name.
     """
     if stored:
         return (weight,)

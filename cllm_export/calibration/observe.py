@@ -1,4 +1,4 @@
-"""What the linear layers of a bundle see in the selected rows of recorded decodes."""
+"""Observe the inputs of a bundle's linear layers in the selected rows of recorded decodes."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ CLEAN = "clean"
 
 
 class ObservedEngine(Engine, Protocol):
-    """An engine that shows values of its graph."""
+    """An engine that returns values of its graph."""
 
     def values(self) -> Mapping[str, FloatArray]:
-        """What was seen in slot 0 in the last forward, by the value's name, [n, channels] each."""
+        """Values of slot 0 in the last forward by name, [n, channels] each."""
         ...
 
 
 class Seen(NamedTuple):
-    """Some rows of one forward."""
+    """The observed rows of one forward."""
 
     recording: str
     """Id of the prompt."""
     kinds: list[str]
-    """Of each row: ``clean``, or the stage of convergence."""
+    """For each row, ``clean`` or the stage of convergence."""
     values: dict[str, FloatArray]
     """Name of the value -> its rows [m, channels]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offsets:
-    """Where the rows of some recordings begin, in the numbering of all."""
+    """Numbers of the first rows of some recordings, counted through all recordings."""
 
     states: int = 0
     clean: int = 0
@@ -52,7 +52,7 @@ class Offsets:
 
 @dataclass(kw_only=True)
 class Statistics:
-    """What was seen, by input, and how many rows of each kind."""
+    """Statistics by input, and the number of rows of each kind."""
 
     inputs: dict[str, Accumulator]
     kinds: Counter[str] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class Statistics:
 
     @classmethod
     def read(cls, path: Path, inputs: Sequence[LinearInput], num_largest: int) -> Statistics:
-        """Read what ``write`` wrote.
+        """Read a file that ``write`` wrote.
 
         Raises:
             DamagedRunError: the file is damaged.
@@ -91,7 +91,7 @@ class Statistics:
                     for entry in inputs
                 }
                 kinds = Counter({key[5:]: int(file[key]) for key in file.files if key.startswith("kind/")})
-        except Exception as error:  # zipfile, zlib, numpy: each raises its own
+        except Exception as error:  # zipfile, zlib and numpy each raise their own types
             raise DamagedRunError(f"{path} is damaged: {error}; remove it and run the command again") from None
         return cls(inputs=found, kinds=kinds)
 
@@ -105,14 +105,14 @@ def observe(
     chunk: int,
     pad: int,
 ) -> Iterator[Seen]:
-    """The selected rows of recordings, forward by forward; forwards without any are run where others need their KV.
+    """The selected rows of recordings, forward by forward. Forwards without selected rows also run, for their KV.
 
     Args:
         offsets: numbers of the first rows of the first recording.
-        chunk: tokens of clean text a forward.
+        chunk: tokens of clean text per forward.
 
     Raises:
-        CalibrationError: a value is NaN or infinite; names it and the prompt.
+        CalibrationError: a value is NaN or infinite; the message names the value and the prompt.
     """
     state_row, clean_row = offsets.states, offsets.clean
     for recording in recordings:
@@ -128,7 +128,7 @@ def observe(
 
 
 def add_all(seen: Iterable[Seen], inputs: Sequence[LinearInput], statistics: Statistics) -> None:
-    """Put everything that is seen into the statistics."""
+    """Add all observed rows to the statistics."""
     for rows in seen:
         statistics.kinds.update(rows.kinds)
         for entry in inputs:
@@ -143,7 +143,7 @@ def _stages_of(recording: Recording) -> Kinds:
 
 
 def _clean_rows(recording: Recording) -> Kinds:
-    """Every row of a forward over the text but those at or past its last token."""
+    """Every row of a forward over the text, except those at or past its last token."""
     last = len(recording.text) - 1
     return lambda replayed: [
         CLEAN if replayed.state.write_index + row < last else None for row in range(len(replayed.state.tokens))

@@ -1,4 +1,4 @@
-"""What is remarkable about the ranges that were seen: channels that tower above the others, and dead ones."""
+"""Find remarkable ranges in the statistics: channels far above the others, and dead channels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 from cllm_export.bundle.scales import InputStatistics
 
 TOWERING = 20.0
-"""Times the median channel's range from which a channel counts as an outlier: with one scale for all channels it leaves
-the median one fewer than 13 of 255 steps."""
+"""A channel is an outlier if its range is at least this many times that of the median channel.
+
+With one scale for all channels, such an outlier leaves the median channel fewer than 13 of 255 steps."""
 LARGEST_FP16 = 65504.0
 
 
 def outliers(inputs: Iterable[InputStatistics]) -> list[dict[str, Any]]:
     """Inputs with outlying, overflowing or dead channels, the worst first. JSON-ready.
 
-    ``ratio`` is the largest channel's range over the median one's; ``overflows_fp16`` says whether half precision
-    could not hold it; ``high_share`` is the largest channel's robust range over its whole one: well below 1 where few
-    rows make the outlier, which clipping would cut.
+    ``ratio`` is the range of the largest channel divided by that of the median channel. ``overflows_fp16`` says whether
+    half precision cannot hold it. ``high_share`` is the largest channel's robust range divided by its full range. It is
+    well below 1 if few rows cause the outlier; clipping would then remove it.
     """
     found = [entry for each in inputs if (entry := _describe(each))]
     return sorted(found, key=lambda entry: -float(entry["ratio"]))

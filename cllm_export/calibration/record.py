@@ -1,4 +1,4 @@
-"""Decodes prompts and keeps what each went through, one range of prompts after the other."""
+"""Decode prompts, one range after the other, and record every block of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RecordOptions:
     block_size: int
     max_new_tokens: int
     seed: int = 0
-    """Of proposers; each prompt's own comes of it and of its number."""
+    """Seed of proposers. Each prompt's own seed is derived from it and from the prompt's number."""
 
 
 def record(
@@ -33,11 +33,11 @@ def record(
     first: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Recording]:
-    """Decode prompts by the chosen loop. One that is empty, too long or does not tokenise is left out.
+    """Decode prompts with the chosen loop. Prompts that are empty, too long or cannot be tokenised are left out.
 
     Args:
-        first: number of the first of them in its file.
-        progress: called with the number of prompts that are done.
+        first: number of the first prompt in its file.
+        progress: called with the number of finished prompts.
 
     Raises:
         EngineError: the engine failed.

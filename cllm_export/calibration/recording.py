@@ -1,13 +1,13 @@
-"""What one prompt's decoding went through: its text, and every block that a forward verified. A JSON line on disk.
+"""The recording of one prompt's decode: its text, and every block that a forward verified. On disk it is a JSON line.
 
-The stage of convergence of a row follows from the text, so it is known only once the request has ended. A row of a
-block sees the draft tokens before it and its own; by their number of right ones it is
+The stage of convergence of a row follows from the final text, so it is known only after the request has ended. A row
+of a block sees the draft tokens up to its own. A draft token is right if it equals the token of the final text:
 
-    guess      sees draft tokens, and none is the one that the text came to: a first guess
-    partial    sees right ones and wrong ones
-    fixed      sees right ones alone, or none: what it computes is what it would compute on clean text
+    guess      the row sees draft tokens, and none is right: a first guess
+    partial    the row sees right and wrong draft tokens
+    fixed      the row sees only right draft tokens, or none: it computes the same as on clean text
 
-A row at or past the end of the text is dead: whatever it gives is cut off. It has no stage, and is not observed.
+A row at or past the last token of the text is dead: its prediction is cut off. It has no stage and is not observed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class State(NamedTuple):
-    """A block as a forward verified it."""
+    """A block that a forward verified."""
 
     write_index: int
     num_committed: int
@@ -39,9 +39,9 @@ class Recording:
     id: str
     prompt: tuple[int, ...]
     new: tuple[int, ...]
-    """What it gave: the fixed point of every draft."""
+    """The new tokens: the fixed point of every draft."""
     states: tuple[State, ...]
-    """One for each forward, in order: run over the prompt's KV they leave the KV that the decode left."""
+    """One state per forward, in order. Running them over the prompt's KV gives the same KV as the decode."""
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -49,12 +49,12 @@ class Recording:
         return self.prompt + self.new
 
     def stages(self, state: State) -> list[Stage | None]:
-        """Stage of every row of one of its states; None for a dead one."""
+        """Stage of every row of one of the recording's states. None for a dead row."""
         text, stages, num_right = self.text, list[Stage | None](), 0
         first_draft = state.num_committed
         for row, token in enumerate(state.tokens):
             position = state.write_index + row
-            if position >= len(text) - 1:  # it predicts what stands after the end
+            if position >= len(text) - 1:  # the row predicts a token after the end
                 stages.append(None)
                 continue
             num_seen = row - first_draft + 1
@@ -63,15 +63,15 @@ class Recording:
         return stages
 
     def to_json(self) -> str:
-        """One line."""
+        """The recording as one line of JSON."""
         return json.dumps([self.id, self.prompt, self.new, self.states], separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Recording:
-        """Read what ``to_json`` wrote.
+        """Parse a line that ``to_json`` wrote.
 
         Raises:
-            ValueError, TypeError: it is something else.
+            ValueError, TypeError: the line is not a recording.
         """
         name, prompt, new, states = json.loads(line)
         return cls(
@@ -83,7 +83,7 @@ class Recording:
 
 
 def recording_of(name: str, prompt: Sequence[int], forwards: Sequence[ForwardRecord]) -> Recording:
-    """What a request of one committed token a block went through, from the records of its forwards."""
+    """The recording of a request, from the records of its forwards. Each block has one committed token."""
     return Recording(
         id=name,
         prompt=tuple(prompt),
@@ -93,7 +93,7 @@ def recording_of(name: str, prompt: Sequence[int], forwards: Sequence[ForwardRec
 
 
 def write_recordings(path: Path, recordings: Iterable[Recording]) -> None:
-    """Write recordings, one a line."""
+    """Write recordings, one per line."""
     path.write_text("".join(recording.to_json() + "\n" for recording in recordings), encoding="utf-8")
 
 

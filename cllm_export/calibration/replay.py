@@ -1,8 +1,8 @@
-"""Runs a recorded decode again, forward by forward, on any engine of the same model and tokenizer.
+"""Run a recorded decode again, forward by forward, on any engine of the same model and tokenizer.
 
-What a forward at write index w sees of the cache are the rows of the text before w, which the recorded blocks wrote
-before it, right ones and later overwritten wrong ones alike. So every block is run at its true position over the cache
-that this engine itself would have had there, whatever this engine predicts.
+A forward at write index w sees the cache rows of the text before w. The recorded blocks wrote these rows; wrong rows
+were overwritten later. Every block therefore runs at its true position, over the KV that this engine computes for the
+recorded text, whatever this engine predicts.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class Replayed(NamedTuple):
 
     state: State
     next_ids: list[int]
-    """What the engine predicts after each token of the block."""
+    """The engine's prediction after each token of the block."""
 
 
 def replay_states(engine: Engine, recording: Recording, pad: int) -> Iterator[Replayed]:
-    """Every recorded block, in order. What the engine shows of a forward stands until the next is asked for."""
+    """Run every recorded block, in order. The engine's values of a forward are valid until the next block is run."""
     prefill(engine, recording.prompt[:-1], pad)
     for state in recording.states:
         yield Replayed(state, _run(engine, state))
 
 
 def replay_text(engine: Engine, recording: Recording, size: int, pad: int) -> Iterator[Replayed]:
-    """The text itself, ``size`` tokens a forward, every one of them right: teacher-forced fixed points.
+    """Run the text itself, ``size`` tokens per forward. All tokens are right: teacher-forced fixed points.
 
-    An engine with fixed shapes gets its last block padded; the rows of the padding are at or past the end of the text.
+    For an engine with fixed shapes the last block is padded. The padding rows are at or past the end of the text.
     """
     text = recording.text
     for start in range(0, len(text) - 1, size):

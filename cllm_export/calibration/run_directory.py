@@ -1,11 +1,11 @@
-"""Where a calibration keeps what is done, so that an interrupted one goes on: a directory beside the scales file.
+"""The directory beside the scales file in which a calibration keeps finished work, so that it can be resumed.
 
-    run.json               all that the run follows from; another run does not go on with it
+    run.json               all settings that determine the outcome; a run with other settings cannot resume
     recordings-00000.jsonl the decodes of a fixed range of prompts
-    statistics-00000.npz   what the linear layers saw of that range
+    statistics-00000.npz   statistics of the linear layers' inputs in that range
     gram-00000.npy         the Gram matrix of one input, over all ranges
 
-A file appears whole, under its name, or not at all. The directory is removed once the scales are written.
+A file appears whole or not at all. The directory is removed after the scales are written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RUN_NAME = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """All that a calibration's outcome follows from."""
+    """All settings that determine the outcome of a calibration."""
 
     bundle_fingerprint: str
     prompts_sha256: str
@@ -40,7 +40,7 @@ class RunSettings:
     num_rows: int
     gram: bool
     threads: int
-    """The order of sums may follow from it."""
+    """The order of sums may depend on the number of threads."""
     onnxruntime: str
 
 
@@ -60,7 +60,7 @@ class RunDirectory:
         return self._path / f"gram-{index:05}.npy"
 
     def make(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Write one of its files whole, unless it is there."""
+        """Write one of the directory's files whole, unless it exists."""
         if path.exists():
             return
         try:
@@ -72,13 +72,13 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]:
-    """The directory of a calibration that writes to ``output``: a new one, or that of the same run before.
+    """The directory of a calibration that writes to ``output``: a new one, or that of an interrupted equal run.
 
-    It is removed when the block ends, or fails for a reason that stays; it is kept where another try may do better.
+    The directory is removed when the block ends, or fails for a permanent reason. It is kept if a retry may succeed.
 
     Raises:
-        CalibrationError: it is of another run; says what differs.
-        OutputError: another run is at work in it, or it cannot be written.
+        CalibrationError: the directory belongs to another run; the message says what differs.
+        OutputError: another run is using the directory, or it cannot be written.
     """
     path = output.with_name(f"{output.name}.calibrating")
     busy = f"another calibration is at work in {path}: wait for it, or choose another output"
@@ -88,7 +88,7 @@ def run_directory(output: Path, settings: RunSettings) -> Iterator[RunDirectory]
             yield RunDirectory(path)
         except DamagedRunError:
             raise
-        except (CalibrationError, OptionError):  # it would end so again: nothing to go on with
+        except (CalibrationError, OptionError):  # a retry would fail again, so there is nothing to resume
             shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Which rows are observed: a seeded draw, without replacement, from the live rows of block states and of clean text.
+"""Select the rows to observe: a seeded draw without replacement from the live rows of block states and of clean text.
 
-Rows are numbered through all recordings, in order, so that a draw is two sorted lists of numbers.
+Rows are numbered through all recordings, in order. A draw is therefore two sorted lists of numbers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cllm_export.calibration.recording import Recording
 from cllm_export.errors import CalibrationError
 
 MIN_ROWS = 256
-"""Fewer say too little of a channel's range."""
+"""Fewer rows say too little about a channel's range."""
 
 Int64Array = NDArray[np.int64]
 
 
 class RowCounts(NamedTuple):
-    """Rows that could be observed."""
+    """Numbers of rows that can be observed."""
 
     states: int
     clean: int
@@ -41,23 +41,23 @@ class Selection:
 
 
 def count_rows(recording: Recording) -> RowCounts:
-    """The live rows of a recording: of its states, and of its text, whose last token predicts nothing of it."""
+    """Count the live rows of a recording's states and of its text. The text's last token predicts no token of it."""
     live = sum(stage is not None for state in recording.states for stage in recording.stages(state))
     return RowCounts(live, len(recording.text) - 1)
 
 
 def select_rows(counts: Iterable[RowCounts], *, num_rows: int, mix: float, seed: int) -> Selection:
-    """Draw rows, a share ``mix`` of them from block states; fewer than ``num_rows`` where the recordings have fewer.
+    """Draw ``num_rows`` rows, a share ``mix`` of them from block states. Draw fewer if the recordings have fewer.
 
     Raises:
-        CalibrationError: they have too few.
+        CalibrationError: the recordings have fewer than ``MIN_ROWS`` rows at this mix.
     """
     counts = list(counts)
     available = RowCounts(sum(each.states for each in counts), sum(each.clean for each in counts))
     limits: list[float] = [num_rows]
     limits += [available.states / mix] if mix > 0 else []
     limits += [available.clean / (1 - mix)] if mix < 1 else []
-    total = int(min(limits))  # a mix near 0 makes a limit infinite
+    total = int(min(limits))  # a mix near 0 can make a limit infinite
     if total < MIN_ROWS:
         raise CalibrationError(
             f"too few prompts: at mix {mix:g} they give {total} rows ({available.states} of block states, "
@@ -72,7 +72,7 @@ def select_rows(counts: Iterable[RowCounts], *, num_rows: int, mix: float, seed:
 
 
 def rows_between(numbers: Int64Array, start: int, stop: int) -> set[int]:
-    """The drawn rows from ``start`` to ``stop``, counted from ``start``."""
+    """The drawn rows from ``start`` to ``stop``, numbered from ``start``."""
     first, last = np.searchsorted(numbers, (start, stop))
     return {int(number) - start for number in numbers[first:last]}
 

@@ -1,4 +1,4 @@
-"""Reads a weight of a bundle's graph where it lies: in ``weights.bin``, or in the checkpoint that it is linked to."""
+"""Read a weight of a bundle's graph from ``weights.bin``, or from the checkpoint that the bundle is linked to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_weight(bundle: Bundle, tensor: TensorProto) -> NDArray[np.float32]:
-    """An initializer that lies outside the graph's file, as fp32."""
+    """An initializer that is stored outside the graph's file, as fp32."""
     from onnx import helper
 
     place = {entry.key: entry.value for entry in tensor.external_data}

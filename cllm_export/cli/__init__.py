@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Each module has one command, or a few; no logic stands here."""
+"""The command line: parse, call, print. Each module has one command or a few. This package contains no other logic."""
 
 from cllm_export.cli import bench, build, calibrate, demo, device, generate, train, verify
 from cllm_export.cli.entry import main

@@ -1,4 +1,4 @@
-"""The command line's application; each module beside it adds its commands."""
+"""The command line's application. The other modules of this package add their commands to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORDER = (
     *("calibrate", "convergence", "quantize"),
     *("evaluate", "collect", "tune", "plan-memory", "doctor", "trace", "demo"),
 )
-"""As the help lists them: what most users need first."""
+"""Order of commands in the help: those that most users need come first."""
 
 
 class _Commands(TyperGroup):
@@ -25,7 +25,7 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; its errors name options by their flags."""
+        """Run a command. Its errors name options by their flags."""
         try:
             return super().invoke(ctx)
         except CllmExportError as error:
@@ -33,7 +33,7 @@ class _Commands(TyperGroup):
             raise
 
     def _flags(self, running: str) -> dict[str, Flag]:
-        """Flags by field: those of the command that runs, and of the others, which advice may name."""
+        """Flags by field, of the running command and of all others, because advice may name their options."""
         flags: dict[str, Flag] = {}
         for name in sorted(self.commands, key=lambda name: (name == running, -ORDER.index(name))):
             flags |= _flags_of(self.commands[name])

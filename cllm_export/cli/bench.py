@@ -22,7 +22,7 @@ from cllm_export.prompts import read_prompts
 
 
 def _parse_methods(names: list[str]) -> tuple[str, ...]:
-    """Methods as they were given; the options check them."""
+    """Methods as given. The options class checks them."""
     return tuple(names)
 
 

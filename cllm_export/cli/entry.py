@@ -1,4 +1,4 @@
-"""Where the command line starts: errors become one message and an exit code."""
+"""The start of the command line: errors become one message and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as the command line shows them: the name of an option becomes its flag."""
+"""Error messages for the command line: the name of an option becomes its flag."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from dataclasses import dataclass
 from cllm_export.errors import BundleError, CllmExportError, OptionError, ScalesError, SnapshotError
 
 ABOUT_FILES = (BundleError, ScalesError, SnapshotError)
-"""Errors that name the keys of a file, which may be spelled like options and are none."""
+"""Errors that name keys of a file. Such keys may be spelled like options, but are not options."""
 VALUE = r"=(?P<value>True|False|'[^']*'|-?[\w.]*\w)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """How an option is spelled on the command line."""
+    """Spelling of an option on the command line."""
 
     on: str
     off: str | None = None
-    """What turns a switch off."""
+    """The flag that turns a switch off."""
     is_switch: bool = False
 
 
 def replace_words(text: str, words: Mapping[str, str]) -> str:
-    """Replace whole words, but none that is quoted or part of a path or flag: those are what the user wrote."""
+    """Replace whole words, except words in quotes, paths or flags: the user wrote those."""
     return _replaced(text, list(words), "", lambda found: words[found["name"]])
 
 
 @contextmanager
 def names_replaced(names: Mapping[str, str]) -> Iterator[None]:
-    """Name the parameters of a command in errors that name fields."""
+    """Replace field names in errors by the names of the command's parameters."""
     try:
         yield
     except OptionError as error:
@@ -44,11 +44,12 @@ def names_replaced(names: Mapping[str, str]) -> Iterator[None]:
 def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
     """The message, with flags in place of the names of options.
 
-    ``name=value`` becomes ``--name value``, and ``name=False`` what turns a switch off. A name alone is replaced where
-    it is one of the error's ``fields``, or has an underscore, which no other word has but the key of a file.
+    ``name=value`` becomes ``--name value``, and ``name=False`` becomes the flag that turns the switch off. A name
+    without a value is replaced if it is one of the error's ``fields`` or has an underscore. Of other words, only keys
+    of files have underscores.
 
     Args:
-        flags: by the name of the field.
+        flags: flags by field name.
     """
     text = _replaced(str(error), list(flags), VALUE, lambda found: _with_value(flags[found["name"]], found["value"]))
     are_options = not isinstance(error, ABOUT_FILES)

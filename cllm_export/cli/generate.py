@@ -48,7 +48,7 @@ def _parse_block_size(text: str) -> BlockSize:
 
 
 def _parse_bias(given: list[str]) -> dict[int, float]:
-    """``TOKEN=BIAS`` texts as what ``GenerateOptions.logit_bias`` takes."""
+    """Parse ``TOKEN=BIAS`` texts for ``GenerateOptions.logit_bias``."""
     biases = {}
     for text in given:
         token, _, bias = text.partition("=")
@@ -70,7 +70,7 @@ def _read_grammar(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineChoice:
-    """What runs the prompts."""
+    """Options that choose the engine."""
 
     draft_model: Path | None = option(
         None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
@@ -90,7 +90,7 @@ class EngineChoice:
         check_options(self)
 
     def load(self, bundle: Path, *, num_prompts: int) -> Model:
-        """The model, with as many slots as so many prompts need."""
+        """Load the model with as many slots as this number of prompts needs."""
         slots = self.num_slots
         if slots is None and self.provider != "tensorrt":
             slots = _slots_for(bundle, num_prompts)
@@ -106,7 +106,7 @@ class EngineChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """How a generation is shown."""
+    """Options that choose how a generation is shown."""
 
     as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
     stats: bool = option(False, help="Print statistics on standard error.")
@@ -224,7 +224,7 @@ def trace(
 
 @contextmanager
 def _naming(prompt: Prompt, total: int) -> Iterator[None]:
-    """Say which of several prompts an error is about."""
+    """Name the prompt in errors if there are several prompts."""
     try:
         yield
     except PromptError as error:
@@ -248,7 +248,7 @@ def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) ->
 
 
 def _read_stdin(limit: int | None) -> list[Prompt]:
-    """JSON Lines if it starts with a brace, else the whole text as one prompt, less the newline that ends it."""
+    """Read standard input: JSON Lines if it starts with a brace, else one prompt without its final newline."""
     data = sys.stdin.buffer.read()
     if data.lstrip()[:1] == b"{":
         return parse_prompts(data, source="standard input", limit=limit)
@@ -274,7 +274,7 @@ def _print_json_line(prompt: Prompt, generation: Generation) -> None:
 
 
 def _slots_for(bundle: Path, num_prompts: int) -> int | None:
-    """The bundle's own number of slots, and no more than there are prompts where a forward may have fewer."""
+    """The bundle's own number of slots, but at most the number of prompts, unless the bundle is pinned."""
     manifest = open_bundle(bundle).manifest
     pinned = manifest.graphs[GREEDY_GRAPH].fixed_shapes
     return None if pinned else min(manifest.batch_size, max(1, num_prompts))

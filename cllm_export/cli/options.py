@@ -1,4 +1,4 @@
-"""Options that several commands have, so that they are spelled once."""
+"""Options that several commands share, so that each is defined once."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ MaxNewTokensOption = Annotated[
 
 
 def require_use(draft_model: Path | None, method: Method | None, proposer: str | None) -> None:
-    """Refuse a draft model that nothing would ask."""
+    """Refuse a draft model that no method or proposer would use."""
     is_asked = "model" in parse_proposers(proposer) if proposer else method == "speculative"
     if draft_model and not is_asked:
         raise OptionError("--draft-model needs --method speculative, or --proposer with model among its sources")

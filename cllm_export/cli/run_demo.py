@@ -19,17 +19,17 @@ from cllm_export.verification.verify import verify
 
 VERIFIED, SHOWN, TIMED = 100, 3, 40
 BLOCK_SIZES = (4, 8, 12)
-"""n that are timed beside the bundle's own."""
+"""Values of n that are timed in addition to the bundle's own."""
 
 
 def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool:
     """Build the example's checkpoint into ``output``, verify it, decode a few prompts, print the speed table.
 
     Returns:
-        Whether the bundle passed verification; the demo ends there if not.
+        Whether the bundle passed verification. If not, the demo ends there.
 
     Raises:
-        CheckpointError: the example is not there.
+        CheckpointError: the example does not exist.
     """
     if not (example / "checkpoint").is_dir():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A command's parameters, made from the dataclasses that they fill: each option is written once, in its class."""
+"""Make a command's parameters from the dataclasses that they fill. Each option is defined once, in its class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Parse = Callable[..., Any]
 
 FLAGS = "flags_of_fields"
-"""Attribute of a command: the flags of fields that are spelled otherwise than their field."""
+"""Attribute of a command: the flags of fields whose flag differs from the field's name."""
 NUMBERS = {int: "int", float: "float"}
 
 
@@ -34,21 +34,21 @@ def with_options(
 ) -> Callable[[Command], Command]:
     """Replace a command's parameter of this class by one parameter for each of the class's ``option`` fields.
 
-    The parameter is found by its annotation, ``Class`` or ``Class | None``, and the command gets an instance of the
-    class in it. A parameter takes its type, default, help and range from its field. Its flag is the spec's ``flag``,
-    else ``--name-with-dashes``. The class checks the range, so that one message serves Python and the command line.
-    An instance of ``Class | None`` is built where its required options are given; they go together with the others.
+    The parameter is found by its annotation, ``Class`` or ``Class | None``. The command gets an instance of the class
+    in it. A parameter takes its type, default, help and range from its field. Its flag is the spec's ``flag``, else
+    ``--name-with-dashes``. The class checks the range, so that Python and the command line show the same message. For
+    ``Class | None``, an instance is built if its required options are given. Its other options need the required ones.
 
     Use it below ``@app.command()``, once for each class.
 
     Args:
-        cls: a dataclass whose module loads nothing heavy.
-        names: parameter names by field name, where two classes have a field of the same name.
-        exclude: fields that the command does not offer; they keep their defaults. Fields of hidden specs do as well.
+        cls: a dataclass whose module imports nothing heavy.
+        names: parameter names by field name, for fields that two classes have in common.
+        exclude: fields that the command does not offer. They keep their defaults, like fields of hidden specs.
         parse: functions from what the user writes to a field's value, by field name. A function's first parameter is
             annotated ``str``, or ``list[str]`` for an option that may be repeated.
-        metavars: by field name, what the help shows in place of the type.
-        flags: by name, the flags of other fields that errors may name.
+        metavars: text that the help shows instead of the type, by field name.
+        flags: flags of other fields that errors may name, by field name.
 
     Raises:
         TypeError: the command has no parameter of the class, or two parameters get one name.
@@ -76,13 +76,13 @@ def with_options(
 
 
 def flags_of_fields(command: Callable[..., Any] | None) -> dict[str, str]:
-    """Flags of a command by field name, where they are no parameter's of that name."""
+    """Flags of a command by field name, for fields that are not parameters of the same name."""
     return dict(getattr(command, FLAGS, {}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Offered:
-    """A field that is a parameter."""
+    """A field that the command offers as a parameter."""
 
     name: str
     field: dataclasses.Field[Any]
@@ -97,7 +97,7 @@ class _Offered:
 
     @property
     def default(self) -> Any:
-        """What the command line shows as the default; None stands for the field's own, see ``value``."""
+        """The default on the command line. None stands for the field's own default, see ``value``."""
         default = None if self.is_required or self.parse else self.field.default
         return (list(default) or None) if isinstance(default, tuple) else default
 
@@ -106,7 +106,7 @@ class _Offered:
         return self.spec.flag or _flag(self.name, _kind_of(self.hint, self.parse), self.default)
 
     def value(self, given: Any) -> Any:
-        """The field's value for what the command line gave."""
+        """Convert a value from the command line to the field's value."""
         if given is None:
             return None if self.is_required else self.field.default
         if self.parse:
@@ -164,10 +164,10 @@ def _parameter_of(command: Callable[..., Any], cls: type[Any]) -> inspect.Parame
 
 
 def _instance(cls: type[Any], given: dict[str, Any], offered: list[_Offered], target: inspect.Parameter) -> Any:
-    """The class's instance; None where nothing of an optional one was given.
+    """The instance of the class. None if the class is optional and its required options are missing.
 
     Raises:
-        OptionError: an option is out of its range, or stands without what it needs.
+        OptionError: an option is out of its range, or is given without one that it needs.
     """
     missing = [entry.name for entry in offered if entry.is_required and given[entry.name] is None]
     if not missing or not _allows_none(target.annotation):
@@ -179,7 +179,7 @@ def _instance(cls: type[Any], given: dict[str, Any], offered: list[_Offered], ta
 
 
 def _describe(run: Any, parameters: list[inspect.Parameter], flags: Mapping[str, str]) -> None:
-    """What Typer reads of a command, and the flags of its fields."""
+    """Set what Typer reads from a command, and the flags of its fields."""
     run.__signature__ = inspect.Signature(parameters, return_annotation=None)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     setattr(run, FLAGS, {**flags_of_fields(run), **flags})
@@ -198,9 +198,9 @@ def _allows_none(hint: Any) -> bool:
 
 
 def _kind_of(hint: Any, parse: Parse | None) -> Any:
-    """The type that Typer is told: without None, and a list where the field has a tuple or a sequence.
+    """The type given to Typer: without None, and a list if the field has a tuple or a sequence.
 
-    Typer knows no list of choices: it takes them as texts, and the class checks them.
+    Typer does not support lists of choices. It takes them as strings, and the class checks them.
     """
     if parse is not None:
         return next(iter(inspect.signature(parse, eval_str=True).parameters.values())).annotation
@@ -218,7 +218,7 @@ def _flag(name: str, kind: Any, default: Any) -> str:
 
 
 def _metavar(spec: OptionSpec, kind: Any) -> str | None:
-    """The type with its range, such as ``<int 0<=x<=5>``; None where Typer says it all."""
+    """The type with its range, such as ``<int 0<=x<=5>``. None if Typer's own text suffices."""
     if spec.choices and kind == list[str]:
         return f"<{'|'.join(spec.choices)}>"
     number = NUMBERS.get(get_args(kind)[0] if get_origin(kind) is list else kind)

@@ -10,10 +10,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20
 
 
 def parse_size(text: str, *, name: str) -> int:
-    """Bytes of a size such as 512MB, 1GB or 1GiB; ``name`` is the option's.
+    """Parse a size such as 512MB, 1GB or 1GiB into bytes. ``name`` is the option's name.
 
     Raises:
-        OptionError: it is no size.
+        OptionError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
     if match is None:

@@ -1,1 +1,1 @@
-"""Figures: what forwards and prompts take."""
+"""Measurements of forwards and of decoding."""

@@ -1,8 +1,8 @@
-"""Time bundles of one model: methods and block sizes on real prompts, bare forwards, and PyTorch beside them.
+"""Time bundles of one model: methods and block sizes on real prompts, bare forwards, and PyTorch for comparison.
 
-Quantised weights make a forward over one token cheap and leave less room for free tokens beside it, so precision,
-method and block size are one choice. Everything takes turns, pass after pass, and medians are reported: machines are
-shared and noisy, so ratios count. What quality a precision costs is ``convergence``'s matter.
+Quantised weights make a forward over one token cheap, so further tokens of a block cost relatively more. Precision,
+method and block size are therefore one choice. All settings run in turn, pass after pass, and medians are reported:
+machines are shared and noisy, so only ratios count. ``convergence`` measures the quality that a precision costs.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from cllm_export.runtime.request_run import Generation
 log = logging.getLogger(__name__)
 
 DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
-"""Methods that need no draft source but the one a model was trained with."""
+"""Methods that need no draft source other than the one a model was trained with."""
 DEFAULT_SIZES = (4, 8, 12, 16, 24, 32)
-"""n to try of several bundles."""
+"""Values of n to try if there are several bundles."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 NUM_RANDOM_PROMPTS = 16
 Times = Mapping[int, float]
-"""Seconds of a forward, T(n), by n."""
+"""T(n), the seconds of a forward, by n."""
 
 
 class Setting(NamedTuple):
-    """What one pass decodes with."""
+    """The configuration of one pass."""
 
     bundle: int
-    """Its number, from 0."""
+    """Index of the bundle, from 0."""
     method: Method
     block_size: BlockSize | None
-    """None for a method that takes none."""
+    """None for a method that takes no block size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +76,31 @@ def run_bench(
     options: BenchOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time bundles of one model, each with one slot unless it is pinned; the report, JSON-ready.
+    """Time bundles of one model and return a JSON-ready report. Each bundle has one slot, unless it is pinned.
 
-    ``settings``, the fastest first, has an entry for each bundle, method and n:
+    ``settings`` has an entry for each bundle, method and n, the fastest first:
 
-    - ``tokens_per_second``: of the decode as it ran, its own time included, prefill left out; ``tokens_per_forward``,
-      ``forwards``, ``new_tokens``; ``overhead``: seconds of the decode over those inside the engine.
-    - ``speedup``: over the bundle's autoregressive decoding in the same passes, ``speedup_with_prefill`` with the
-      prompts read; None where that is not timed.
+    - ``tokens_per_second``: new tokens per second of decode, including the loop's own time but not prefill.
+      ``tokens_per_forward``, ``forwards``, ``new_tokens``. ``overhead``: decode seconds / engine seconds.
+    - ``speedup``: over the bundle's autoregressive decoding in the same passes. ``speedup_with_prefill``: the same with
+      prefill included. Both are None if autoregressive decoding is not timed.
     - ``first_milliseconds`` T(1), ``milliseconds`` T(n), ``expected_speedup`` TPF(n) x T(1) / T(n) and
-      ``expected_tokens_per_second`` TPF(n) / T(n): what bare forwards would come to. None where n is chosen forward by
-      forward, the method takes none, or the bundle is pinned to one shape.
-    - ``equal``: prompts whose tokens are those of the first bundle, decoded autoregressively where that is timed. At
-      another n a near tie may round to another token.
+      ``expected_tokens_per_second`` TPF(n) / T(n): estimates from bare forwards. They are None if n is chosen forward
+      by forward, the method takes no n, or the bundle is pinned to one shape.
+    - ``equal``: number of prompts whose tokens equal those of the first bundle, which come from autoregressive decoding
+      if that is timed. At another n a near tie may round to another token.
 
-    ``bundles`` has what each is and its T(n). A single bundle that can be written to keeps it as ``latency.json``.
+    ``bundles`` describes each bundle and gives its T(n). A single bundle that is writable keeps T(n) as
+    ``latency.json``.
 
     Args:
-        names: in the report; by default the bundles' paths.
+        names: names of the bundles in the report; by default their paths.
         prompts: by default random tokens, decoded to the limit.
-        checkpoint: what a single bundle was built from, to time transformers beside it.
+        checkpoint: the checkpoint that a single bundle was built from, to time transformers as well.
 
     Raises:
-        OptionError: bundles of different tokenizers, several of which one is pinned, or an n that one does not take.
+        OptionError: the bundles have different tokenizers, one of several bundles is pinned, or a bundle does not take
+            an n.
         PromptError: a prompt does not fit.
         BundleError: the bundle was not built from the checkpoint.
         EngineError: an engine failed.
@@ -142,7 +144,7 @@ def _about_run(options: BenchOptions, num_prompts: int) -> dict[str, Any]:
 
 
 def precision_name(bundle: Bundle) -> str:
-    """What a table calls the precision of a bundle."""
+    """Name of a bundle's precision in tables."""
     quantization = bundle.manifest.quantization
     if quantization is None:
         return bundle.manifest.precision
@@ -179,7 +181,7 @@ def _load(bundle: Bundle, options: BenchOptions) -> Model:
 
 
 def _encode(bundles: Sequence[Bundle], model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of every prompt, which every bundle has room for."""
+    """Token ids of every prompt, after a check that every bundle has room for them."""
     smallest = min(bundles, key=lambda bundle: bundle.manifest.max_length)
     if not prompts:
         facts = smallest.manifest
@@ -195,7 +197,7 @@ def _encode(bundles: Sequence[Bundle], model: Model, prompts: Sequence[Prompt]) 
 
 
 def _settle_sizes(models: Sequence[Model], options: BenchOptions) -> tuple[int, ...]:
-    """n to try: those asked for, else a single bundle's own, else the usual ones that every bundle takes."""
+    """Values of n to try: the requested ones, else a single bundle's own n, else the default sizes that all take."""
     largest = min(model.engine.geometry.max_block_size for model in models)
     if too_large := [size for size in options.block_sizes if size > largest]:
         these = "this bundle" if len(models) == 1 else "these bundles"
@@ -210,7 +212,7 @@ def _settle_sizes(models: Sequence[Model], options: BenchOptions) -> tuple[int, 
 
 
 def _settings(models: Sequence[Model], options: BenchOptions, sizes: Sequence[int]) -> list[Setting]:
-    """What to time. Of a single bundle also n that is chosen forward by forward."""
+    """The settings to time. A single bundle that is not pinned also gets an n chosen forward by forward."""
     settings: list[Setting] = []
     for index, model in enumerate(models):
         if len(models) > 1:
@@ -232,16 +234,16 @@ def _in_turn(
     options: BenchOptions,
     progress: Progress,
 ) -> dict[Setting, list[Pass]]:
-    """Pass by pass through every setting, again and again, after one that warms up.
+    """Run passes through all settings in turn, ``repeats`` times, after a warm-up round.
 
-    A pass is all prompts in one setting, as a service would run them: switching from request to request would charge
-    the light forwards of one loop for the caches that the heavy ones of another have emptied.
+    A pass is all prompts in one setting, as a service would run them. Switching settings between requests would be
+    unfair: the heavy forwards of one loop evict processor caches, and the light forwards of another pay for it.
     """
     passes: dict[Setting, list[Pass]] = {setting: [] for setting in settings}
     total = (options.repeats + 1) * len(settings)
     for done in range(total):
         setting, model = settings[done % len(settings)], models[settings[done % len(settings)].bundle]
-        model.pool.clear()  # it would know the answers from the pass before
+        model.pool.clear()  # the pool would know the answers from the previous pass
         decoded = decode_all(model, prompts, at_most=options.max_new_tokens, **_request_options(setting, options))
         finished = _collect([each.generation for each in decoded])
         if done >= len(settings):
@@ -271,7 +273,7 @@ def _collect(generations: Sequence[Generation]) -> Pass:
 
 
 def _time_forwards(models: Sequence[Model], prompts: Sequence[list[int]], sizes: Sequence[int]) -> list[Times]:
-    """T(n) of each bundle past as many rows as the median prompt has; none of a bundle that is pinned."""
+    """T(n) of each bundle over as many KV rows as the median prompt has. Empty for a bundle that is pinned."""
     if models[0].engine.fixed_shapes:
         return [{}]
     wanted = {1, *sizes, *(LATENCY_BLOCK_SIZES if len(models) == 1 else ())}
@@ -296,7 +298,7 @@ def _latency(times: Times) -> list[dict[str, float]]:
 def _summaries(
     settings: Sequence[Setting], passes: Mapping[Setting, list[Pass]], models: Sequence[Model], times: Sequence[Times]
 ) -> list[dict[str, Any]]:
-    """What each setting came to."""
+    """The measured results of each setting."""
     first = next((each for each in settings if each[:2] == (0, "autoregressive")), settings[0])
     expected = passes[first][0].tokens
     summaries = []
@@ -337,7 +339,7 @@ def _summary(passes: Sequence[Pass], baseline: Sequence[Pass] | None) -> dict[st
 
 
 def _expectation(tokens_per_forward: float, size: BlockSize | None, times: Times) -> dict[str, float | None]:
-    """What bare forwards would come to, one like the other."""
+    """The speed if every forward took T(n) and the loop took no time."""
     if not isinstance(size, int) or size not in times:
         names = ("first_milliseconds", "milliseconds", "expected_speedup", "expected_tokens_per_second")
         return dict.fromkeys(names)

@@ -1,4 +1,4 @@
-"""What may be chosen of a bench. Importing this loads no engine."""
+"""Options of ``bench``. Importing this module loads no engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BenchOptions:
     """How bundles are timed.
 
     Raises:
-        OptionError: an option is out of its range, or nothing that is timed would use it.
+        OptionError: an option is out of its range, or no timed method would use it.
     """
 
     methods: tuple[Method, ...] = option(
@@ -29,17 +29,18 @@ class BenchOptions:
         choices=(*METHODS, LOOKAHEAD),
         flag="--method",
     )
-    """By default ``jacobi``, ``jacobi-block`` and ``autoregressive``, and ``speculative`` where there is a draft model.
-    Of several bundles by default the loop that each was trained with: T(1) stands for autoregressive decoding."""
+    """For one bundle the default is ``jacobi``, ``jacobi-block`` and ``autoregressive``, and ``speculative`` if there
+    is a draft model. For several bundles the default is the loop that each was trained with: T(1) stands for
+    autoregressive decoding."""
     block_sizes: tuple[int, ...] = option(
         (), help="Block size n, in tokens; repeat the option for several.", minimum=1, flag="--block-size"
     )
-    """Each method that takes an n is timed with each. By default the bundle's own, of several bundles 4, 8, 12, 16, 24
-    and 32, as far as all of them take it."""
+    """Each method that takes an n is timed with each of these. The default is the bundle's own n. For several bundles
+    it is 4, 8, 12, 16, 24 and 32, as far as all bundles take them."""
     proposer: str | None = option(
         None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}."
     )
-    """By default each method's own. Autoregressive decoding has none."""
+    """The default is each method's own proposer. Autoregressive decoding has none."""
     draft_model: Path | None = option(
         None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
     )
@@ -48,10 +49,10 @@ class BenchOptions:
     guesses: int | None = option(None, help="For lookahead: G, the number of n-grams tried in a forward.")
     max_new_tokens: int = max_new_tokens_option()
     repeats: int = option(3, help="Number of passes over the prompts; the report gives medians.", minimum=1)
-    """One more pass before them warms up."""
+    """A warm-up pass runs before these passes."""
     threads: int | None = threads_option()
     ignore_eos: bool = option(False, help="Decode every prompt to the limit.", hidden=True)
-    """The only way to time random tokens, which end at once."""
+    """Needed to time random tokens, which reach eos at once."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -79,12 +80,12 @@ class BenchOptions:
 
     @property
     def lookahead(self) -> dict[str, int]:
-        """W, N and G, those that shall not be as by default."""
+        """The given values of W, N and G. Missing ones keep their defaults."""
         given = {"window": self.window, "ngram": self.ngram, "guesses": self.guesses}
         return {name: value for name, value in given.items() if value is not None}
 
     def timed(self, *default: Method) -> tuple[Method, ...]:
-        """The methods to time: those asked for and the baseline, else the default."""
+        """The methods to time: the requested ones and the baseline, else the default."""
         if not self.methods:
             return default
         return self.methods if "autoregressive" in self.methods else (*self.methods, "autoregressive")

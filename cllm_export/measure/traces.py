@@ -1,7 +1,7 @@
-"""Golden traces: the inputs and outputs of every forward of a few requests, for those who write the loop elsewhere.
+"""Golden traces: the inputs and outputs of every forward of a few requests, to test loops in other languages.
 
-A loop in C++ that is fed the outputs of a trace must give its inputs and tokens, forward by forward, without a model or
-an engine. The rules that it follows are in ``docs/loop.md``, and so is the format.
+A loop in C++ that gets the outputs of a trace must produce the trace's inputs and tokens, forward by forward. It needs
+neither a model nor an engine. ``docs/loop.md`` gives the rules of the loop and the format of a trace.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cllm_export.runtime.options import GenerateOptions, pad_token, resolve
 TRACE_VERSION = 1
 DEFAULT_METHODS: tuple[Method, ...] = ("jacobi", "jacobi-block", "autoregressive")
 PROPOSERS: tuple[ProposerName, ...] = ("pad", "repeat")
-"""Proposers that a trace may use: the others need rules beyond the loop's own."""
+"""Proposers that a trace may use. The other proposers need rules beyond those of the loop."""
 
 
 class RecordingEngine(EngineBase):
-    """An engine that runs another and keeps what went in and what came out. ``forwards`` grows with every call."""
+    """An engine that runs another engine and records its inputs and outputs. ``forwards`` grows with every call."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(
@@ -51,12 +51,12 @@ class RecordingEngine(EngineBase):
         self.run_seconds = self._engine.run_seconds
 
     def close(self) -> None:
-        """Close the engine that it runs."""
+        """Close the engine that this one runs."""
         self._engine.close()
 
 
 def _inputs(kind: str, batch: Batch) -> dict[str, Any]:
-    """Of slot 0, copied: a loop may reuse its lists."""
+    """The inputs of slot 0, copied because a loop may reuse its lists."""
     return {
         "kind": kind,
         "input_ids": list(batch.input_ids[0]),
@@ -75,10 +75,10 @@ def record_traces(
     proposer: ProposerName = "pad",
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Decode every prompt with every method and keep every forward; JSON-ready. ``model`` is of this bundle.
+    """Decode every prompt with every method and record every forward, JSON-ready. ``model`` is loaded from ``bundle``.
 
     Raises:
-        OptionError: the proposer has rules beyond the loop's, or an option is out of range.
+        OptionError: the proposer needs rules beyond those of the loop, or an option is out of range.
         PromptError: a prompt is malformed or too long.
     """
     if proposer not in PROPOSERS:

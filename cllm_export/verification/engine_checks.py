@@ -1,4 +1,4 @@
-"""What an engine must hold bit for bit.
+"""Properties that an engine must hold bit for bit.
 
 Rows see each other only through attention, dead rows are hidden, and the cache is written in place.
 """
@@ -22,12 +22,14 @@ from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.verification.report import Check
 
 POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0, "bf16": 100.0}
-"""What dead rows are set to. In fp16 a score over a larger one overflows to infinity before the mask is applied, and
-no row that a decoder ever wrote is that large."""
+"""The value that dead rows are set to.
+
+In fp16, a larger value makes an attention score overflow to infinity before the mask is applied. No decoder writes rows
+as large as this value."""
 
 
 def check_rows_are_isolated(bundle: Bundle, threads: int | None, *, trials: int = 8) -> Check:
-    """Change later rows and other slots at random: the prediction and the KV rows of earlier rows stay bit-equal."""
+    """Change later rows and other slots at random. The predictions and KV rows of earlier rows must stay bit-equal."""
     probe = _Probe(bundle, threads)
     block = probe.random_block()
     before = probe.run(block)
@@ -50,7 +52,7 @@ def check_rows_are_isolated(bundle: Bundle, threads: int | None, *, trials: int 
 
 
 def check_dead_rows_are_hidden(bundle: Bundle, threads: int | None) -> Check:
-    """Poison every row above the write index with large finite values: no output and no valid row changes."""
+    """Set every row above the write index to a large finite value. No output and no valid row may change."""
     probe = _Probe(bundle, threads)
     block = probe.random_block()
     clean = probe.run(block)
@@ -64,7 +66,7 @@ def check_dead_rows_are_hidden(bundle: Bundle, threads: int | None) -> Check:
 
 
 def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
-    """The engine writes the block's rows into the very buffers it reads, and says nothing of a copy."""
+    """Check that the engine writes the block's rows into the buffers that it reads, and logs no copy."""
     probe = _Probe(bundle, threads, log_severity=2)
     with _captured_stderr() as log:
         before = probe.read_cache()
@@ -92,7 +94,7 @@ def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
 
 
 class _Probe:
-    """An engine with two slots or more, brought to the same state before every forward."""
+    """An engine with at least two slots (if it is not pinned), reset to the same state before every forward."""
 
     def __init__(self, bundle: Bundle, threads: int | None, *, log_severity: int = 3) -> None:
         pinned = bundle.manifest.graphs["greedy"].fixed_shapes
@@ -104,7 +106,7 @@ class _Probe:
         self._prompt = self._tokens(self._prompt_length(bundle.manifest.max_length))
         self.write_index = len(self._prompt)
         self.num_dead_rows = self._kv_length(self.write_index) - self.write_index - self.block_size
-        """Rows above the block that attention reads and the mask must hide."""
+        """Number of rows above the block that attention reads and the mask must hide."""
 
     def read_cache(self) -> dict[str, Any]:
         """A copy of every cache tensor, by past name."""
@@ -114,7 +116,7 @@ class _Probe:
         return self._tokens(self.block_size)
 
     def _prompt_length(self, max_length: int) -> int:
-        """A length around 24 behind which some dead rows are in sight, if there is one."""
+        """The longest length up to 24 with at least 4 dead rows inside the KV length. Without one, the longest."""
         longest = max(1, min(24, max_length - 1))
         lengths = range(longest, 0, -1)
         return next((size for size in lengths if self._kv_length(size) >= size + self.block_size + 4), longest)
@@ -153,7 +155,7 @@ class _Probe:
 
 @contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """What native code writes to the process's standard error meanwhile, such as ONNX Runtime's own log."""
+    """Capture what native code, such as ONNX Runtime's log, writes to the process's standard error in the block."""
     saved = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""What a bundle's files must hold: a flipped bit is noticed."""
+"""The check of a bundle's files: a flipped bit must be detected."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cllm_export.errors import ChecksumError, OutputError
 from cllm_export.verification.report import Check
 
 CORRUPTION_LIMIT = 1 << 30
-"""Bytes above which a file is not copied to be corrupted; its checksum is compared all the same."""
+"""Larger files, in bytes, are not copied and corrupted. Their checksums are still compared."""
 
 
 def check_corruption_is_caught(bundle: Bundle) -> Check:
-    """Flip one byte of a copy of each file: the checksum of exactly that file must fail."""
+    """Flip one byte of a copy of each file. The checksum of exactly that file must fail."""
     missed, skipped = [], []
     for name, entry in bundle.manifest.files.items():
         if entry.size > CORRUPTION_LIMIT or not entry.size:
@@ -52,7 +52,7 @@ def _corruption_is_named(bundle: Bundle, name: str) -> bool:
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
         try:
-            own = replace(bundle.manifest, linked_files={}, linked_weights={})  # linked files are not ours to corrupt
+            own = replace(bundle.manifest, linked_files={}, linked_weights={})  # linked files belong to the checkpoint
             Bundle(path=copy, manifest=own, fingerprint=bundle.fingerprint).check_files()
         except ChecksumError as error:
             return name in str(error)

@@ -1,4 +1,4 @@
-"""What a verification may be told, and the certificate that it writes."""
+"""The options of a verification, and the report that it writes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from cllm_export.errors import OutputError
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
 
 GREEDY, SAMPLED = "", "sampled "
-"""What a check's name begins with."""
+"""Prefixes of check names."""
 
 DEFAULT_NUM_PROMPTS = 16
 
 HELD_BYTES = 10
-"""Bytes a parameter takes in ``verify``: fp32 in the engine, fp32 in PyTorch, and what both work with."""
+"""Bytes per parameter in ``verify``: fp32 in the engine, fp32 in PyTorch, and working memory of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One property of a bundle and whether it holds; ``passed`` is None where it was not checked or is not required,
-    and ``detail`` says why."""
+    """One property of a bundle and whether it holds.
+
+    ``passed`` is None if the property was not checked or is not required; ``detail`` says why.
+    """
 
     name: str
     passed: bool | None
@@ -39,7 +41,7 @@ class Parity:
 
     bundle_fingerprint: str
     conditions: dict[str, Any]
-    """What the checks ran with: prompts, new tokens, threads, engine, whether PyTorch was compared."""
+    """Settings of the checks: prompts, new tokens, threads, engine, and whether PyTorch was compared."""
     checks: tuple[Check, ...]
 
     @property
@@ -59,30 +61,30 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """What ``cllm-export verify`` lets the user choose."""
+    """Options of ``cllm-export verify``."""
 
     max_new_tokens: int = max_new_tokens_option()
     block_sizes: tuple[int, ...] = option(
         (), help="Block size n, in tokens; repeat the option for several.", minimum=1, flag="--block-size"
     )
-    """Block sizes the losslessness checks run at; by default the bundle's own."""
+    """Block sizes of the losslessness checks. The default is the bundle's own n."""
     threads: int | None = threads_option()
     by_layer: bool | None = option(
         None,
         help="Compare with the checkpoint layer by layer, or by decoding; by default whichever fits in memory.",
         flag="--by-layer/--whole",
     )
-    """Compare with the checkpoint layer by layer instead of decoding; by default where the two do not fit in memory."""
+    """Compare with the checkpoint layer by layer instead of decoding. Default if both do not fit in memory."""
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
 def check_writable(bundle: Bundle) -> None:
-    """Find out before any work that the report could not be written.
+    """Check, before any work, that the report can be written.
 
     Raises:
-        OutputError: the bundle's directory takes no file.
+        OutputError: the bundle's directory is not writable.
     """
     try:
         with tempfile.TemporaryFile(dir=bundle.path) as file:

@@ -1,4 +1,4 @@
-"""Token for token: Jacobi decoding against autoregressive decoding, other shapes, and the checkpoint."""
+"""Compare tokens: Jacobi decoding with autoregressive decoding, with other shapes, and with the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 MARGIN_EPSILON: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
-"""Margin, in standard deviations of the logits, under which another token than the reference's counts as a tie.
+"""A token that differs from the reference's is a tie below this margin, in standard deviations of the logits.
 
-The margin is the reference's best logit minus that of the engine's token. Through a decoder's depth fp32 carries an
-error of about 1e-5 of the logits' spread, so 1e-3 is a hundred times the noise; fp16 weights and activations carry
-2**-11 an operation, 0.01 or so in all; bf16 carries 2**-8, eight times as much.
+The margin is the reference's best logit minus the logit of the engine's token. Over all layers, fp32 accumulates an
+error of about 1e-5 of the logits' spread, so 1e-3 is a hundred times the noise. fp16 weights and activations have an
+error of 2**-11 per operation, about 0.01 in total. bf16 has 2**-8, eight times as much.
 """
 
 MAX_TIE_SHARE = 0.02
-"""Share of positions that may be ties: near ties are rare, and many of them are an error in disguise."""
+"""Largest allowed share of ties among positions. Near ties are rare; many of them indicate an error."""
 
 
 class TokenSession:
-    """The checks that decode prompts: they share one model, one reference and the sequences decoded so far."""
+    """The checks that decode prompts. They share one model, one reference and the sequences decoded so far."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class TokenSession:
             )
         )
         self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
-        self._ignore_eos = not prompts  # random tokens end at once, and would try nothing
+        self._ignore_eos = not prompts  # random prompts reach eos at once, which would test nothing
         self._decoded: dict[tuple[Method, int | None, str], list[Generation]] = {}
         own = manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
@@ -117,7 +117,7 @@ class TokenSession:
         return self._equal_but_for_ties(name, "autoregressive", block_size, kind)
 
     def _lookahead(self) -> Check:
-        """Its forwards have shapes of their own, so it is held to what other shapes are held to."""
+        """Check lookahead decoding. Its forwards have other shapes, so ties are allowed as across shapes."""
         return self._equal_but_for_ties(f"{LOOKAHEAD} == autoregressive", LOOKAHEAD, None)
 
     def _equal_but_for_ties(self, name: str, method: Method, block_size: int | None, kind: str = GREEDY) -> Check:
@@ -137,7 +137,10 @@ class TokenSession:
         return self._sampled_margin(prompt, generation, position)
 
     def _sampled_margin(self, prompt: list[int], generation: Generation, position: int) -> float | None:
-        """How far the score of the token drawn there is below the best one's, in standard deviations of the logits."""
+        """How far the drawn token's score is below the best score, in standard deviations of the logits.
+
+        None if the position is past the end, or the engine returns no logits.
+        """
         if position >= len(generation.token_ids):
             return None
         engine, text = self._model.engine, [*prompt, *generation.token_ids[:position]]
@@ -165,10 +168,10 @@ class TokenSession:
         return self._judged(ties.check(name))
 
     def _judged(self, check: Check) -> Check:
-        """The reference is the unquantised model: of a quantised bundle, what it says is a distance and no verdict.
+        """Make the check of a quantised bundle a report that cannot fail: its reference is the unquantised model.
 
-        Across shapes too: where fp32 differs in the last bit, an activation may be rounded to the next integer, and the
-        tokens that tie then are those of the quantised model.
+        This also holds across shapes. A difference in the last bit of fp32 may round an activation to the next integer.
+        The tokens that tie then are those of the quantised model.
         """
         return reported(check) if self._bundle.manifest.quantization else check
 
@@ -184,14 +187,14 @@ class TokenSession:
         return Check(name=name, passed=not different, detail=detail, data={"different": different})
 
     def _margin(self, prompt: list[int], tokens: Sequence[int], position: int) -> float | None:
-        """How far below the reference's best token this one is, in standard deviations; None if that is unknown."""
+        """How far this token is below the reference's best, in standard deviations of the logits. None if unknown."""
         if self._reference is None or position >= len(tokens):
             return None
         prediction = self._reference.predict(prompt, tokens[: position + 1])[position]
         return prediction.margin / prediction.scale
 
     def _decode(self, method: Method, block_size: int | None, kind: str = GREEDY) -> list[Generation]:
-        """Every prompt through one loop; each is run once, however many checks look at it. Lookahead has no n."""
+        """Decode every prompt with one loop. The result is cached for further checks. Lookahead has no n."""
         key = (method, block_size, kind)
         if key in self._decoded:
             return self._decoded[key]
@@ -222,12 +225,12 @@ class TokenSession:
 
 
 def _sampling(seed: int) -> Sampling:
-    """How prompts are sampled: from the plain softmax, whose margins need no account of filters."""
+    """Sampling settings of the checks: the plain softmax, so that margins need not consider filters."""
     return Sampling(temperature=1.0, seed=seed)
 
 
 def _failing_with_the_engine(name: str, run: Callable[..., Check], *arguments: object) -> Check:
-    """The check, or a failed one where a broken graph stops the engine."""
+    """Run a check. If a broken graph stops the engine, return a failed check."""
     try:
         return run(*arguments)
     except EngineError as error:

@@ -1,8 +1,8 @@
-"""Prove a bundle: its Jacobi loops give its own greedy tokens, and those are the checkpoint's.
+"""Prove a bundle: its Jacobi loops give its own greedy tokens, and these are the checkpoint's tokens.
 
-What must be equal is required to be equal: Jacobi decoding against autoregressive decoding through the same engine
-and shape. What floating point may flip, across shapes or against PyTorch, is compared token by token; a difference
-counts as a tie only where the reference's own margin between its two best tokens is under a stated epsilon.
+Jacobi decoding must equal autoregressive decoding through the same engine and shape. Across shapes or against PyTorch,
+floating point may flip a token, so tokens are compared one by one. A difference counts as a tie only if the reference's
+margin between its best token and the engine's token is below a stated epsilon.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def verify(
 ) -> Parity:
     """Run every check and write ``parity.json`` into the bundle.
 
-    Without prompts, sequences of random tokens (seeded) stand for them. Without a checkpoint, a token that differs
-    across shapes cannot be shown to be a tie, and fails. A quantised bundle has to decode losslessly like any other;
-    how far it is from its checkpoint is reported and fails nothing. ``checkpoint`` may be an adapter, with its
-    ``base``; a bundle of the first layers alone is compared with the first layers. Where bundle and checkpoint do not
-    fit in memory whole, the report compares them layer by layer and says that nothing was decoded.
+    Without prompts, seeded random tokens are used. Without a checkpoint, a token that differs across shapes cannot be
+    shown to be a tie, and the check fails. A quantised bundle must decode losslessly like any other. Its distance from
+    the checkpoint is reported but fails no check. ``checkpoint`` may be an adapter, with its ``base``. A bundle of only
+    the first layers is compared with the checkpoint's first layers. If bundle and checkpoint do not fit in memory, they
+    are compared layer by layer, and the report says that nothing was decoded.
 
     Raises:
         ChecksumError: a file of the bundle is corrupted.
@@ -107,11 +107,11 @@ def check_layers(
     threads: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Check:
-    """Compare every layer with the checkpoint's own, one in memory at a time; see ``exporter/parity/layer_parity.py``.
+    """Compare every layer with the checkpoint's, one in memory at a time. See ``exporter/parity/layer_parity.py``.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
-        OptionError: it is an adapter, whose layers nobody merges one by one.
+        OptionError: the checkpoint is an adapter, whose layers cannot be merged one by one.
     """
     from cllm_export.exporter.checkpoint.adapter import open_source
     from cllm_export.exporter.parity.layer_parity import NUM_TOKENS, compare_layers, describe
@@ -137,7 +137,7 @@ def check_layers(
 
 
 def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
-    """Why the bundle is compared layer by layer, or None where it is decoded."""
+    """Why the bundle is compared layer by layer, or None if it is decoded."""
     if wanted is not None:
         return "asked for layer by layer" if wanted else None
     manifest = bundle.manifest
@@ -152,7 +152,7 @@ def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, where the system tells."""
+    """Bytes of memory available without swapping. None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,1 +1,1 @@
-"""What quantising costs, and which layers to keep."""
+"""Measure what quantising costs, and choose which layers keep their precision."""

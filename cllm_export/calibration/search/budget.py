@@ -1,7 +1,7 @@
-"""``cllm-export quantize``: from a checkpoint and held-out prompts to the fastest bundle that stays within a budget.
+"""``cllm-export quantize``: make the fastest bundle within a budget, from a checkpoint and held-out prompts.
 
-Each precision keeps as few layers as the budget allows it; where there are several, the bundles that hold the budget
-are timed here beside the unquantised one, and the fastest is written.
+Each scheme keeps as few layers in full precision as the budget allows. If there are several schemes, the bundles within
+the budget and the unquantised bundle are timed, and the fastest one is written.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from cllm_export.runtime.load import load
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(SchemeOptions):
-    """What ``cllm-export quantize`` lets the user choose beside paths.
+    """Options of ``cllm-export quantize``, except paths.
 
     Raises:
-        OptionError: no scheme, one twice, several for an engine that is not timed here, or an option that is for none.
+        OptionError: there is no scheme, a scheme is repeated, several schemes are for an engine that is not timed here,
+            or no scheme takes an option.
     """
 
     schemes: tuple[SchemeName, ...] = option(
@@ -72,7 +73,7 @@ class FitOptions(SchemeOptions):
                 require_takers(name, getattr(self, name), self.schemes)
 
     def quantize(self, scheme: SchemeName, keep: tuple[str, ...]) -> QuantizeOptions:
-        """The options of one scheme's build: those of these that it takes."""
+        """The build options of one scheme: those of these options that the scheme takes."""
         spec = SCHEME_SPECS[scheme]
         return QuantizeOptions(
             scheme=scheme,
@@ -85,7 +86,7 @@ class FitOptions(SchemeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What one scheme came to: a bundle within the budget, or why there is none."""
+    """The result of one scheme: a bundle within the budget, or the reason why there is none."""
 
     scheme: SchemeName
     fit: Fit | None
@@ -98,14 +99,14 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The bundle that was written, and what it was chosen from."""
+    """The bundle that was written, and the candidates that it was chosen from."""
 
     bundle: Bundle
     scheme: str
-    """That of the bundle, or ``fp32`` where no quantised bundle was faster than the unquantised one."""
+    """The bundle's scheme, or ``fp32`` if no quantised bundle was faster than the unquantised one."""
     candidates: tuple[Candidate, ...]
     timings: Mapping[str, Any] | None
-    """The report of ``bench``, its bundles named by scheme; None where there was nothing to choose between."""
+    """The report of ``bench``, with bundles named by scheme. None if there was only one scheme."""
     budget: Budget
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,17 +130,17 @@ def quantize(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Choice:
-    """Build the fastest quantised bundle of a checkpoint within a budget; each scheme keeps as few layers as it can.
+    """Build the fastest quantised bundle of a checkpoint within a budget. Each scheme keeps as few layers as possible.
 
     Args:
-        baseline: the unquantised fp32 bundle of the same checkpoint; the new one is built with its block size, length
-            and slots.
-        questions: prompts on which losses are measured: not those that scales were made with.
+        baseline: the unquantised fp32 bundle of the same checkpoint. The new bundle is built with its block size,
+            length and slots.
+        questions: prompts on which losses are measured. They must not be the prompts that scales were made with.
 
     Raises:
-        CalibrationError: no scheme holds the budget, or a bundle or scales are of another model.
-        OutputError: the output exists and ``force`` is not set, or cannot be written.
-        CllmExportError: whatever a build may raise.
+        CalibrationError: no scheme stays within the budget, or a bundle or scales are of another model.
+        OutputError: the output exists and ``force`` is not set, or it cannot be written.
+        CllmExportError: a build failed.
     """
     check_output(output, force=force, marker=MANIFEST_NAME)
     require_source(baseline, checkpoint)
@@ -185,7 +186,7 @@ def _fit(
     options: FitOptions,
     progress: Progress | None,
 ) -> Candidate:
-    """The bundle of one scheme that holds the budget. Why there is none is an error only if there is no other."""
+    """The bundle of one scheme within the budget. If there is none, that is an error only for a single scheme."""
     stand_in = StandIn(baseline, questions, how, options.held_out, progress)
 
     def losses_of(bundle: Bundle) -> Losses:
@@ -207,7 +208,7 @@ def _time(
     options: HeldOutOptions,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Bundles in the budget beside the unquantised one, the fastest first."""
+    """Time the unquantised bundle and the bundles within the budget. The report lists the fastest first."""
     return run_bench(
         [baseline, *within.values()],
         names=[UNQUANTISED, *within],
@@ -222,18 +223,18 @@ def _time(
 
 
 class _Builder:
-    """Builds the checkpoint as the unquantised bundle was built, by one scheme or another."""
+    """Builds the checkpoint with the settings of the unquantised bundle, with any scheme."""
 
     def __init__(self, checkpoint: Path, baseline: Bundle, directory: Path, options: FitOptions) -> None:
         self._checkpoint, self._manifest = checkpoint, baseline.manifest
         self._directory, self._options = directory, options
 
     def of(self, scheme: SchemeName) -> Builder:
-        """Builds by a scheme, in the place of its earlier bundle."""
+        """The builder for a scheme. A new bundle replaces the scheme's earlier one."""
         return lambda keep: self._build(scheme, self._options.quantize(scheme, keep))
 
     def unquantised(self) -> Bundle:
-        """The bundle once more, with its weights in it, so that it can be moved."""
+        """The unquantised bundle, built again with its weights inside, so that it can be moved."""
         return self._build(UNQUANTISED, None)
 
     def _build(self, name: str, quantized: QuantizeOptions | None) -> Bundle:

@@ -1,7 +1,7 @@
-"""``cllm-export convergence``: what quantised bundles lose against the unquantised one, convergence first.
+"""``cllm-export convergence``: measure what quantised bundles lose against the unquantised one, mainly convergence.
 
-Every bundle decodes the same held-out prompts; then each is run over the block states that the unquantised one went
-through. Times are not taken here: that is ``bench``.
+Every bundle decodes the same held-out prompts. Then each bundle runs over the block states that the unquantised one
+went through. ``bench`` measures times; this module does not.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def measure_convergence(
     *,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare quantised bundles with the unquantised one they stand for; the report, JSON-ready.
+    """Compare quantised bundles with their unquantised bundle and return a JSON-ready report.
 
     ``baseline`` and each of ``candidates`` hold path, fingerprint, weight_bytes, tokens_per_forward, perplexity (over
-    the new tokens of the baseline's texts), and scores where prompts have answers. A candidate has also tpf_loss
+    the new tokens of the baseline's texts), and scores if prompts have answers. A candidate also has tpf_loss
     (a share), exact_match, first_divergence (in new tokens) and flips: see ``FlipCount``.
 
     Raises:
         CalibrationError: a candidate is of another checkpoint or tokenizer.
         OptionError: an option does not suit a bundle.
-        PromptError: not one prompt can be decoded.
+        PromptError: no prompt can be decoded.
         EngineError: an engine failed.
     """
     options = options or HeldOutOptions()
@@ -60,7 +60,7 @@ def require_same_model(baseline: Bundle, candidate: Bundle) -> None:
     """Refuse to compare bundles of different models.
 
     Raises:
-        CalibrationError: they are.
+        CalibrationError: the bundles are of different models.
     """
     first, second = baseline.manifest, candidate.manifest
     for what, ours, theirs in (
@@ -75,7 +75,7 @@ def require_same_model(baseline: Bundle, candidate: Bundle) -> None:
 
 
 class _Run:
-    """What the unquantised bundle did, and others held against it."""
+    """The decode of the unquantised bundle, with which candidates are compared."""
 
     def __init__(
         self, baseline: Bundle, questions: Sequence[Question], options: HeldOutOptions, progress: Progress
@@ -89,7 +89,7 @@ class _Run:
         self.perplexity = perplexity(model.engine, self.before.recordings, self._pad)
 
     def judge(self, candidate: Bundle) -> dict[str, Any]:
-        """What a candidate lost."""
+        """The losses of a candidate."""
         model = load(candidate.path, threads=self._options.threads, prefix_cache_bytes=0)
         after = measure_decode(model, self._questions, self.settings, self._progress, "decoding")
         flips = count_flips(self.before.recordings, self._predictions, self._predict(model))

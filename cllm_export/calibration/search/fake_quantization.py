@@ -1,8 +1,8 @@
-"""Stand-ins for quantised layers: weights and activations rounded as a scheme rounds them, in an fp32 graph.
+"""Stand-ins for quantised layers: an fp32 graph rounds weights and activations as a scheme does.
 
-For ranking layers and trying sets of them in seconds instead of building a bundle for each. The roundings are the
-exporter's own. What a bundle really computes is the quantiser's matter, so whatever a stand-in promises is measured
-again on a bundle.
+Stand-ins allow ranking layers and trying sets of layers in seconds, without building a bundle for each. They use the
+exporter's own rounding. A real bundle may compute something else, so every result of a stand-in is measured again on a
+bundle.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FakeQuantization:
-    """What a scheme does to a linear layer.
+    """How a scheme rounds a linear layer.
 
     Raises:
-        CalibrationError: the scheme needs scales.
+        CalibrationError: the scheme needs scales, and none are given.
         OptionError: an option is out of its range.
     """
 
     scheme: SchemeName
     scales: Scales | None = None
-    """What the scheme takes its activation scales from, if it needs any."""
+    """Source of the scheme's activation scales, if it needs any."""
     group_size: int | None = None
-    """Input channels that share a scale of a weight; by default the first of the scheme's sizes."""
+    """Input channels that share a weight scale. The default is the first of the scheme's sizes."""
 
     def __post_init__(self) -> None:
         require_one_of("scheme", self.scheme, SCHEME_NAMES)
@@ -55,14 +55,14 @@ class FakeQuantization:
 
     @property
     def settled_group_size(self) -> int | None:
-        """Input channels that share a scale; None where the scheme has no groups."""
+        """Input channels that share a scale. None if the scheme has no groups."""
         return self.group_size or next(iter(SCHEME_SPECS[self.scheme].group_sizes), None)
 
 
 def fake_quantized(
     bundle: Bundle, graph: ModelProto, layers: Iterable[LinearLayer], how: FakeQuantization
 ) -> tuple[ModelProto, dict[str, FloatArray]]:
-    """A copy of a bundle's fp32 graph with these layers rounded, and the weights that it then takes.
+    """A copy of a bundle's fp32 graph that rounds these layers, and the rounded weights to run it with.
 
     Raises:
         CalibrationError: the bundle is not fp32, or a layer has no scales.
@@ -84,7 +84,7 @@ def fake_quantized(
 
 
 def _weight_name(node: ir.Node) -> str | None:
-    """What a MatMul or Gemm multiplies its rows by; None of any other node."""
+    """Name of the weight of a MatMul or Gemm. None for any other node."""
     weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
     return weight.name if weight else None
 
@@ -92,7 +92,7 @@ def _weight_name(node: ir.Node) -> str | None:
 def _round_layer(
     graph: ir.Graph, node: ir.Node, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization
 ) -> FloatArray:
-    """Put what rounds the rows of a layer before it; its rounded weight [out, in]."""
+    """Insert nodes that round a layer's input rows before the layer. Return its rounded weight [out, in]."""
     import torch
 
     from cllm_export.exporter.quantize.scheme import FakeInput
@@ -119,7 +119,7 @@ def _round_layer(
 
 
 class _Constants:
-    """Constants of a graph, each an initializer of its own, named as no weight of a bundle is."""
+    """Adds constants to a graph as initializers. Their names differ from those of all weights of a bundle."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph

@@ -1,7 +1,8 @@
-"""Which layers keep their precision so that a quantised bundle loses no more than it may: tokens per forward, quality.
+"""Choose which layers keep their precision, so that a quantised bundle stays within a budget of losses.
 
-Layers are kept in the order in which quantising them alone flips predictions on block states. How many of them is found
-on stand-ins, by bisection; what holds there is built and decoded, and more are kept if it does not hold there too.
+The budget limits the losses of tokens per forward and of quality. Layers are ranked by how many predictions on block
+states flip if only that layer is quantised; the worst layers are kept first. Bisection on stand-ins finds how many
+layers to keep. That choice is built and decoded, and more layers are kept if the bundle exceeds the budget.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ DEFAULT_TPF_LOSS = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What may be lost at most.
+    """The largest losses that are allowed.
 
     Raises:
-        OptionError: a share that is none.
+        OptionError: a value is not a valid share.
     """
 
     max_tpf_loss: float = option(
@@ -37,7 +38,7 @@ class Budget:
         None,
         help="Largest share of the score that may be lost; without answers, the score is the share of equal texts.",
     )
-    """None where texts may be whatever they are."""
+    """None if the quality of texts does not matter."""
 
     def __post_init__(self) -> None:
         for name, share in vars(self).items():
@@ -51,16 +52,16 @@ class Budget:
 
 
 class Ranking(Protocol):
-    """What can be tried before a bundle is built."""
+    """Measurements that are possible before a bundle is built."""
 
     layers: list[LinearLayer]
 
     def rank(self) -> list[LayerSensitivity]:
-        """Layers, the one that costs most first."""
+        """Layers, the most costly first."""
         ...
 
     def losses(self, keep: Sequence[str]) -> Losses:
-        """What is lost with all layers but these quantised."""
+        """The losses if all layers except these are quantised."""
         ...
 
 
@@ -68,13 +69,13 @@ class Builder(Protocol):
     """Builds a quantised bundle."""
 
     def __call__(self, keep: tuple[str, ...]) -> Bundle:
-        """The bundle with these checkpoint tensors in full precision."""
+        """Build the bundle with these checkpoint tensors in full precision."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """How many layers were kept, and what was lost."""
+    """The number of kept layers, and the measured losses."""
 
     num_kept: int
     losses: Losses
@@ -92,21 +93,21 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What was chosen, and what it was chosen from."""
+    """The chosen bundle, and the trials that led to it."""
 
     bundle: Bundle
     kept: tuple[LayerSensitivity, ...]
     ranking: tuple[LayerSensitivity, ...]
-    """Empty where the budget held with every layer quantised and nobody asked for it."""
+    """Empty if the budget held with every layer quantised and ``always_rank`` was not set."""
     trials: tuple[Trial, ...]
 
     @property
     def losses(self) -> Losses:
-        """What the bundle loses."""
+        """The losses of the bundle."""
         return self.trials[-1].losses
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. ``kept`` says of each layer what it would have cost by itself."""
+        """JSON-ready. ``kept`` gives, for each kept layer, what quantising only that layer costs."""
         return {
             "tpf_loss": self.losses.tpf,
             "quality_loss": self.losses.quality,
@@ -127,11 +128,11 @@ def fit(
     """Build the bundle that keeps as few layers as the budget allows.
 
     Args:
-        losses_of: what a built bundle loses.
-        always_rank: measure every layer even where the budget holds with all of them quantised.
+        losses_of: function that measures the losses of a built bundle.
+        always_rank: whether to measure every layer even if the budget holds with all layers quantised.
 
     Raises:
-        CalibrationError: the budget does not hold even with all layers but one kept.
+        CalibrationError: the budget does not hold even if all layers except one are kept.
     """
     bundle = build(())
     trials = [Trial(num_kept=0, losses=losses_of(bundle), measured_on="bundle")]
@@ -166,7 +167,7 @@ def _unattainable(budget: Budget, tried: Sequence[Losses]) -> str:
 
 
 def _more(num_kept: int, total: int) -> int:
-    """How many layers to keep after so many were too few: twice as many, and all but one before all."""
+    """How many layers to keep if ``num_kept`` were too few: twice as many, but all except one before all."""
     return total if num_kept >= total - 1 else min(2 * num_kept, total - 1)
 
 
@@ -174,7 +175,7 @@ def parse_share(text: str, *, name: str) -> float:
     """``3%`` or ``0.03`` as a share; ``name`` is the option's.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the text is not a share.
     """
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -186,7 +187,7 @@ def parse_share(text: str, *, name: str) -> float:
 
 
 def _fewest(ranked: Sequence[LayerSensitivity], ranking: Ranking, budget: Budget, trials: list[Trial]) -> int:
-    """Layers to keep until a stand-in holds the budget, by bisection."""
+    """The fewest layers to keep so that a stand-in stays within the budget, by bisection."""
     low, high = 0, len(ranked)
     while low < high:
         middle = (low + high) // 2

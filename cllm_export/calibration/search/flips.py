@@ -1,8 +1,8 @@
-"""How often an engine predicts other tokens than the unquantised one on the same block states, by stage of convergence.
+"""Count how often an engine predicts other tokens than the unquantised one on the same block states, by stage.
 
-A flip on clean text changes the output. A flip on a block state changes no token of it, since what is accepted is the
-engine's own choice all the same, but it costs forwards where it turns a right guess into a wrong one: a loss that no
-measure over clean text can see.
+A flip on clean text changes the output. A flip on a block state changes no output token, because the engine accepts
+only its own greedy tokens. It costs forwards if it turns a right guess into a wrong one. No measure over clean text can
+see this loss.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from cllm_export.runtime.engines.base import Engine
 
 ALL = "all"
 Predictions = list[list[list[int]]]
-"""Of each recording, of each of its states: the token after each row."""
+"""The predicted token after each row, by recording and state."""
 
 
 @dataclass(kw_only=True)
 class FlipCount:
-    """Rows of one stage."""
+    """Flips in the rows of one stage."""
 
     rows: int = 0
     flipped: int = 0
-    """Rows with another prediction than the unquantised engine's."""
+    """Rows whose prediction differs from the unquantised engine's."""
     lost: int = 0
-    """Of those, rows whose prediction was what the text came to, and is no more."""
+    """Flipped rows whose prediction was the token of the final text and no longer is."""
     gained: int = 0
-    """Of those, rows whose prediction was not, and now is."""
+    """Flipped rows whose prediction was not the token of the final text and now is."""
 
     @property
     def rate(self) -> float:
@@ -38,11 +38,11 @@ class FlipCount:
 
     @property
     def loss(self) -> float:
-        """Right predictions lost, less those gained, / rows."""
+        """(lost - gained) / rows."""
         return (self.lost - self.gained) / self.rows if self.rows else 0.0
 
     def add(self, before: int, after: int, right: int) -> None:
-        """Count a row: both predictions, and what the text came to."""
+        """Count a row, given both predictions and the right token of the final text."""
         self.rows += 1
         self.flipped += before != after
         self.lost += before == right != after
@@ -72,7 +72,7 @@ class Flips:
 def predict(
     engine: Engine, recordings: Sequence[Recording], pad: int, progress: Callable[[int], None] | None = None
 ) -> Predictions:
-    """What an engine predicts on every recorded state, each at its position over the engine's own cache."""
+    """An engine's predictions on every recorded state, each at its own position over the engine's own KV."""
     predictions = []
     for index, recording in enumerate(recordings):
         predictions.append([replayed.next_ids for replayed in replay_states(engine, recording, pad)])
@@ -82,7 +82,7 @@ def predict(
 
 
 def count_flips(recordings: Iterable[Recording], before: Predictions, after: Predictions) -> Flips:
-    """Compare the predictions of two engines over the same states, dead rows left out."""
+    """Compare the predictions of two engines over the same states, without dead rows."""
     flips = Flips()
     for recording, ours, theirs in zip(recordings, before, after, strict=True):
         text = recording.text

@@ -1,4 +1,4 @@
-"""One bundle's decode of held-out prompts, and what it comes to."""
+"""One bundle's decode of held-out prompts, and its measures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cllm_export.runtime.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutOptions:
-    """How held-out prompts are decoded; by default as the model was trained."""
+    """How held-out prompts are decoded. By default they are decoded with the settings the model was trained with."""
 
     block_size: int | None = block_size_option()
     proposer: ProposerName | None = proposer_option()
@@ -51,7 +51,7 @@ class HeldOutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The decode of every prompt that could be."""
+    """The decodes of all prompts that could be decoded."""
 
     questions: tuple[Question, ...]
     recordings: tuple[Recording, ...]
@@ -72,7 +72,7 @@ class Measured:
 
     @cached_property
     def scores(self) -> dict[str, Any]:
-        """Of what has an answer: SQL is executed for them, which takes longer than to decode it."""
+        """Scores of the prompts that have answers. They execute SQL, which takes longer than decoding it."""
         scores = score_prompts(self.questions, self.texts)
         return {measure: share.to_dict() for measure, share in scores.shares.items()}
 
@@ -98,7 +98,7 @@ def measure_decode(
 
     Raises:
         OptionError: the settings do not suit the model.
-        PromptError: not one prompt can be decoded.
+        PromptError: no prompt can be decoded.
     """
     prompts = [question.prompt for question in questions]
     decoded = decode_prompts(model, prompts, settings, compare=False, progress=progress, stage=stage)
@@ -115,22 +115,25 @@ def measure_decode(
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a bundle lost against the unquantised one, on the same prompts."""
+    """The losses of a bundle against the unquantised one, on the same prompts."""
 
     tpf: float
-    """Share of tokens per forward; below 0 where there are more."""
+    """Lost share of the tokens per forward. Below 0 if there are more."""
     quality: float
-    """Share of prompts: ``quality_loss``."""
+    """Lost share of prompts, see ``quality_loss``."""
 
 
 def tpf_loss(before: Measured, after: Measured) -> float:
-    """Share of the tokens per forward that is lost; below 0 where there are more."""
+    """Lost share of the tokens per forward. Below 0 if there are more."""
     return 1 - after.tokens_per_forward / before.tokens_per_forward
 
 
 def quality_loss(before: Measured, after: Measured) -> float:
-    """Share of prompts that are answered worse: of the score that is lost, by execution where answers can be executed,
-    else by exact match; where no prompt has an answer, of texts that are not the unquantised bundle's."""
+    """Share of prompts that the second bundle answers worse.
+
+    If answers can be executed, this is the loss of the execution score, else that of the exact-match score. If no
+    prompt has an answer, it is the share of texts that differ from the unquantised bundle's.
+    """
     for measure in (EXECUTION, EXACT):
         first, second = (each.scores.get(measure, {}).get("share") for each in (before, after))
         if first is not None and second is not None:
@@ -139,15 +142,15 @@ def quality_loss(before: Measured, after: Measured) -> float:
 
 
 def losses_between(before: Measured, after: Measured) -> Losses:
-    """What the second of two bundles lost."""
+    """The losses of the second of two bundles."""
     return Losses(tpf=tpf_loss(before, after), quality=quality_loss(before, after))
 
 
 def compare_texts(before: Measured, after: Measured) -> dict[str, Any]:
-    """Exact matches and where the others first differ, in new tokens. JSON-ready.
+    """Count exact matches, and find where other texts first differ, in new tokens. JSON-ready.
 
     Raises:
-        CalibrationError: they decoded different prompts.
+        CalibrationError: the bundles decoded different prompts.
     """
     if [each.prompt for each in before.recordings] != [each.prompt for each in after.recordings]:
         raise CalibrationError("the bundles tokenise or take prompts differently: build both from one checkpoint alike")

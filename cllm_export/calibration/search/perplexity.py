@@ -1,4 +1,4 @@
-"""Perplexity on clean text: the measure that other quantisers judge by, beside those that see convergence."""
+"""Perplexity on clean text: the usual measure of quantisers, in addition to the measures of convergence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK = 32
 def perplexity(engine: Engine, recordings: Sequence[Recording], pad: int) -> float:
     """exp of the mean negative log-probability of every new token, teacher-forced.
 
-    The prompt is read and not counted: a model that was tuned on answers alone has no opinion of it.
+    The prompt is read but not counted, because a model that was tuned only on answers does not predict prompts.
     """
     total, count = 0.0, 0
     for recording in recordings:
@@ -31,7 +31,7 @@ def perplexity(engine: Engine, recordings: Sequence[Recording], pad: int) -> flo
 def _predicting_rows(
     engine: Engine, recording: Recording, pad: int
 ) -> Iterator[tuple[NDArray[np.float32], Sequence[int]]]:
-    """Logits [m, V] of rows that predict new tokens, and these."""
+    """Logits [m, V] of rows that predict new tokens, and these tokens."""
     text, first = recording.text, len(recording.prompt) - 1
     fixed = engine.fixed_shapes
     size = fixed.block_size if fixed else min(CHUNK, engine.geometry.max_block_size)

@@ -1,4 +1,4 @@
-"""Which layers cost convergence when they are quantised, each on its own: flips on block states, tokens per forward."""
+"""Measure what quantising each layer alone costs: flips on block states, and tokens per forward."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from cllm_export.runtime.options import pad_token
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """What quantising one layer alone costs."""
+    """The cost of quantising only one layer."""
 
     layer: LinearLayer
     flips: Flips
     tpf_loss: float
-    """Share of tokens per forward. Of one layer it is mostly noise; its sum is not."""
+    """Lost share of the tokens per forward. For one layer it is mostly noise; the sum over layers is not."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -48,7 +48,7 @@ class LayerSensitivity:
 
 
 class StandIn:
-    """An unquantised bundle on held-out prompts, and what becomes of it where layers are rounded in its graph.
+    """An unquantised bundle on held-out prompts, and the losses if layers are rounded in its graph.
 
     Raises:
         CalibrationError: the bundle is quantised, or not fp32.
@@ -70,14 +70,14 @@ class StandIn:
         self._graph = read_graph(bundle)
         self._codec = TextCodec.of_bundle(bundle)
         self.layers = [layer for layer in linear_layers(self._graph) if not layer.is_head]
-        """What can be quantised: every linear layer but the head."""
+        """The layers that can be quantised: every linear layer except the head."""
         model = load(bundle.path, threads=self._options.threads, prefix_cache_bytes=0)
         self._settings = self._options.settings(model)
         self.before: Measured = measure_decode(model, questions, self._settings)
         self._predictions = predict(model.engine, self.before.recordings, self._pad)
 
     def rank(self) -> list[LayerSensitivity]:
-        """Every layer quantised on its own, the one that flips most first."""
+        """Quantise each layer on its own. The layer with the most flips comes first."""
         found = []
         for index, layer in enumerate(self.layers):
             found.append(self._measure(layer))
@@ -85,11 +85,11 @@ class StandIn:
         return sorted(found, key=lambda entry: (-entry.flips.all.rate, entry.layer.name))
 
     def losses(self, keep: Collection[str]) -> Losses:
-        """What is lost where all layers but those of these names are quantised."""
+        """The losses if all layers except those with these names are quantised."""
         return self.losses_of(self._model(layer for layer in self.layers if layer.name not in keep))
 
     def losses_of(self, model: Model) -> Losses:
-        """What a model loses against the unquantised bundle, on the same prompts with the same settings."""
+        """The losses of a model against the unquantised bundle, on the same prompts with the same settings."""
         return losses_between(self.before, self._decode(model))
 
     def _measure(self, layer: LinearLayer) -> LayerSensitivity:

@@ -1,1 +1,1 @@
-"""What the command line shows, a module for each subject."""
+"""The output of the command line, one module per subject."""

@@ -1,4 +1,4 @@
-"""What the command line shows of a bundle, of a machine and of a verification."""
+"""Command line output about a bundle, a machine and a verification."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from cllm_export.verification.report import Parity
 
 
 def show_description(description: Mapping[str, Any]) -> None:
-    """What ``inspect`` found, a line for each thing."""
+    """Print what ``inspect`` found, one line per item."""
     OUT.print(Text(description["path"], "bold"))
     for name, value in _description_lines(description):
         OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
 
 
 def show_memory(figures: Sequence[Figure]) -> None:
-    """Each figure and, below it, how it is computed."""
+    """Print each figure and, below it, how it is computed."""
     for figure in figures:
         OUT.print(Text.assemble((f"{figure.name:<16} ", "bold"), f"{bytes_text(figure.bytes):>10}"))
         OUT.print(Text(f"    {figure.how}", "dim"))
 
 
 def show_findings(findings: Sequence[Finding], report: Mapping[str, Any]) -> None:
-    """What ``doctor`` found, and below each finding what mends it."""
+    """Print what ``doctor`` found and, below each finding, how to fix it."""
     OUT.print(Text(report["system"], "bold"))
     for finding in findings:
         style = {"ok": "green", "not needed": "dim"}.get(finding.state, "bold red")
@@ -62,7 +62,7 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 
 def _quantization_text(quantization: Mapping[str, Any]) -> str:
-    """What was quantised and, by reason, how many weights were not."""
+    """What was quantised, and how many weights were not, by reason."""
     groups = f", groups of {quantization['group_size']}" if quantization["group_size"] else ""
     reasons = Counter(quantization["kept"].values())
     kept = "; ".join(f"{count} kept ({reason})" for reason, count in sorted(reasons.items()))
@@ -77,7 +77,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def show_parity(parity: Parity) -> None:
-    """Each check with its mark."""
+    """Print each check with its mark."""
     for check in parity.checks:
         mark, style = MARKS[check.passed]
         OUT.print(Text.assemble((mark, style), "  ", (check.name, "bold"), "  ", check.detail))

@@ -1,4 +1,4 @@
-"""What the commands of calibration print."""
+"""Command line output of the calibration commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_SHOWN = 10
 
 
 def show_calibration(report: Mapping[str, Any]) -> None:
-    """What was observed, and which channels tower above the others."""
+    """Print what was observed, and which channels have outlying ranges."""
     rows = report["rows"]
     total = sum(rows.values())
     shares = ", ".join(f"{kind} {count:,} ({count / total:.0%})" for kind, count in rows.items())
@@ -44,7 +44,7 @@ def _outlier_table(outliers: list[Mapping[str, Any]]) -> Table:
 
 
 def show_convergence(report: Mapping[str, Any]) -> None:
-    """What each bundle lost against the unquantised one, a column each."""
+    """Print what each bundle lost against the unquantised one, one column per bundle."""
     baseline, candidates = report["baseline"], report["candidates"]
     entries = [baseline, *candidates]
     OUT.print(f"{report['prompts']} prompts, n = {report['settings']['block_size']}", markup=False)
@@ -55,7 +55,7 @@ def show_convergence(report: Mapping[str, Any]) -> None:
 
 
 def _convergence_rows(entries: list[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """The unquantised bundle comes first, and has nothing to be compared with."""
+    """Rows of the table. The unquantised bundle comes first and has no comparison."""
     candidates = entries[1:]
     yield "weights, MB", [f"{entry['weight_bytes'] / 1e6:.1f}" for entry in entries]
     yield "tokens per forward", [f"{entry['tokens_per_forward']:.3f}" for entry in entries]
@@ -75,7 +75,7 @@ def _convergence_rows(entries: list[Mapping[str, Any]]) -> Iterator[tuple[str, l
 
 
 def show_choice(path: str, report: Mapping[str, Any]) -> None:
-    """Which layers kept their precision and why, what each precision loses, and which was the fastest."""
+    """Print which layers kept their precision and why, what each precision loses, and which one was the fastest."""
     allowed = f"{report['max_tpf_loss']:.2%} of the tokens per forward"
     if report["max_quality_loss"] is not None:
         allowed += f", {report['max_quality_loss']:.2%} of the quality"
@@ -114,7 +114,7 @@ def _show_candidate(report: Mapping[str, Any]) -> None:
 
 
 def _in_a_word(report: Mapping[str, Any]) -> str:
-    """What was chosen and why."""
+    """What was chosen and why, in a few words."""
     chosen = next((each for each in report["candidates"] if each["scheme"] == report["chosen"]), None)
     words = [report["chosen"]]
     if chosen:

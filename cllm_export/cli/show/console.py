@@ -1,4 +1,4 @@
-"""The terminal: tables, progress bars, colours. Quiet, plain and bar-free in a pipe."""
+"""Terminal output: tables, progress bars and colours. In a pipe the output is plain text without progress bars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from cllm_export.progress import Progress as ProgressCallback
 
 PIPE_WIDTH = 200
-"""Columns where there is no terminal to ask: no table of ours needs more, and a wrapped one is hard to read."""
+"""Width in columns if there is no terminal. No table of this project is wider, and a wrapped table is hard to read."""
 
 
 def _console(*, stderr: bool) -> Console:
@@ -33,7 +33,7 @@ MARKS = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("skip", "y
 
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
-    """A progress callback that draws on standard error, and only if that is a terminal."""
+    """A progress callback that draws on standard error, but only if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
@@ -50,12 +50,12 @@ def progress_bar() -> Iterator[ProgressCallback]:
 
 
 def say(line: str) -> None:
-    """A line about the work itself, on standard error."""
+    """Print a line about the work itself on standard error."""
     ERR.print(line, markup=False, style="dim")
 
 
 def bytes_text(size: float) -> str:
-    """A size in bytes as people write it: 12.3 MB."""
+    """A size in bytes in readable form, such as 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

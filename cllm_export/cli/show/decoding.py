@@ -1,4 +1,4 @@
-"""What the command line shows of decoding: statistics, blocks, latencies, comparisons."""
+"""Command line output about decoding: statistics, blocks, latencies and comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cllm_export.runtime.request_run import Generation
 
 
 def show_bench(report: Mapping[str, Any]) -> None:
-    """Every bundle, method and n of a bench report, the fastest first, and T(n) of a single bundle."""
+    """Print every bundle, method and n of a bench report, the fastest first, and T(n) of a single bundle."""
     machine, bundles = report["machine"], report["bundles"]
     OUT.print(
         f"{report['prompts']} prompts, {report['repeats']} repeats, {machine['threads']} thread(s), "
@@ -35,7 +35,7 @@ def show_bench(report: Mapping[str, Any]) -> None:
 
 
 def show_statistics(generation: Generation) -> None:
-    """One line of statistics, on standard error: the text on standard output stays clean."""
+    """Print one line of statistics on standard error, so that standard output holds only the text."""
     entry = generation.statistics
     reused = f" ({entry.reused_tokens} of {entry.prompt_tokens} tokens reused)" if entry.reused_tokens else ""
     ERR.print(
@@ -54,10 +54,10 @@ def show_statistics(generation: Generation) -> None:
 
 
 def show_blocks(model: Model, generation: Generation) -> None:
-    """A line for each forward: the block it verified, coloured by what became of each token.
+    """Print a line for each forward: the block that it verified, coloured by the fate of each token.
 
-    Fast-forwarded are the draft tokens found right; accepted is the one token that every forward gives, the model's own
-    after them; stationary are right already and wait for one before them; the rest was wrong.
+    Fast-forwarded tokens are draft tokens found right. The accepted token is the model's own token after them, which
+    every forward gives. Stationary tokens are already right but wait for an earlier token. All other tokens were wrong.
     """
     legend = (
         ("fast-forwarded", FAST_FORWARDED),
@@ -106,7 +106,9 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("T(n) ms", "milliseconds", ".2f"),
     ("equal", "equal", ""),
 )
-"""Headings, what they show of a setting, and how. TPF is tokens per forward. What bare forwards would come to is in the JSON report."""
+"""Headings, the value of a setting that each shows, and its format. TPF is tokens per forward.
+
+The JSON report has more values."""
 _OF_BUNDLES = ("precision", "weight_bytes", "milliseconds")
 """Columns of several bundles. A single bundle has a table of its forwards instead."""
 _OF_ONE = ("speedup_with_prefill", "overhead")
@@ -114,7 +116,7 @@ _OF_ONE = ("speedup_with_prefill", "overhead")
 
 
 def _settings_table(report: Mapping[str, Any]) -> Table:
-    """A row for each setting; a column that no setting has anything for is left out."""
+    """A table with a row for each setting. Columns without any value are left out."""
     settings, is_alone = report["settings"], len(report["bundles"]) == 1
     columns = [
         column

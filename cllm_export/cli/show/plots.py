@@ -1,4 +1,4 @@
-"""Plots of what the commands of calibration and `bench` report. Needs the extra ``plot``."""
+"""Plots of the reports of the calibration commands and of `bench`. They need the extra ``plot``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BAR_INCHES, _WIDTH, _MIN_HEIGHT = 0.18, 8.0, 3.0
 
 
 def check_plots(directory: Path | None) -> None:
-    """Refuse to plot before any work, where it will not be possible.
+    """Check, before any work, that plotting is possible.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OutputError: it is no directory, or one that could not be made.
+        OutputError: the path is no directory, or the directory cannot be created.
     """
     if directory is None:
         return
@@ -34,7 +34,7 @@ def check_plots(directory: Path | None) -> None:
 
 
 def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], directory: Path) -> Path:
-    """Share of block-state predictions that each layer flips by itself, in the model's order; kept ones stand out.
+    """Plot the share of block-state predictions that each layer flips alone, in model order. Kept layers stand out.
 
     Args:
         layers: ``sensitivity`` of a report.
@@ -52,7 +52,7 @@ def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], d
 
 
 def plot_choice(report: Mapping[str, Any], directory: Path) -> None:
-    """What there is to plot of a report of ``quantize``: layers of the chosen precision, and the times if any."""
+    """Plot a report of ``quantize``: the layers of the chosen precision, and the times if there are any."""
     chosen = next((each for each in report["candidates"] if each["scheme"] == report["chosen"]), None)
     if chosen:
         plot_sensitivity(chosen["sensitivity"], [entry["layer"] for entry in chosen["kept"]], directory)
@@ -61,11 +61,11 @@ def plot_choice(report: Mapping[str, Any], directory: Path) -> None:
 
 
 def plot_trade_off(settings: Sequence[Mapping[str, Any]], directory: Path) -> Path:
-    """Tokens per forward against the time of a forward, a line for each bundle and method and a point for each n.
+    """Plot tokens per forward against the time of a forward: a line for each bundle and method, a point for each n.
 
     Args:
-        settings: those of a report of ``bench``; those without a T(n) are left out. Marks are as large as the bundle's
-            weights.
+        settings: ``settings`` of a report of ``bench``. Settings without a T(n) are left out. The size of a mark shows
+            the size of the bundle's weights.
     """
     settings = [entry for entry in settings if entry["milliseconds"] is not None]
     lines = list(dict.fromkeys((entry["name"], entry["method"]) for entry in settings))
@@ -91,7 +91,7 @@ def plot_trade_off(settings: Sequence[Mapping[str, Any]], directory: Path) -> Pa
 
 @contextmanager
 def _figure(path: Path, *, height: float) -> Iterator[Any]:
-    """Axes of a figure that is written when the block ends; no display is opened."""
+    """Axes of a figure that is written when the block ends. No display is opened."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -104,6 +104,6 @@ def _figure(path: Path, *, height: float) -> Iterator[Any]:
 
 
 def _order(layer: str) -> tuple[int, str]:
-    """Layers by their number, not its digits."""
+    """Sort key of a layer. It compares layer numbers as numbers, not as text."""
     numbers = [int(part) for part in layer.split(".") if part.isdigit()]
     return (numbers[0] if numbers else -1, layer)

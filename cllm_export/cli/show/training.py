@@ -1,4 +1,4 @@
-"""What the command line shows of evaluations, collections and tunings."""
+"""Command line output about evaluations, collections and tuning runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cllm_export.cli.show.console import OUT, plain_table, words
 
 
 def show_evaluation(report: Mapping[str, Any]) -> None:
-    """Scores and decoding measures of a model, and of its parent in the column beside it."""
+    """Print scores and decoding measures of a model, with those of its parent in the next column."""
     settings, models = report["settings"], report["models"]
     OUT.print(f"task {report['task']}, {_pairs(settings)}", markup=False)
     table = plain_table("", *(f"{name}: {entry['path']}" for name, entry in models.items()))
@@ -64,7 +64,7 @@ def _group_text(shares: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def show_probe(report: Mapping[str, Any]) -> None:
-    """What the readiness probe measured, and what it advises."""
+    """Print what the readiness probe measured and what it advises."""
     machine, best, verdict = report["machine"], report["best_form"], report["verdict"]
     OUT.print(
         f"{report['prompts']} prompts, {machine['threads']} thread(s), {machine['processor']}, "
@@ -98,7 +98,7 @@ def _probe_table(sizes: Sequence[Mapping[str, float]]) -> Table:
 
 
 def show_collection(path: str, summary: Mapping[str, Any]) -> None:
-    """What a collection holds, and of what was left out how much, why, and the first of it."""
+    """Print what a collection holds. For what was left out, print how much, why, and the first case."""
     OUT.print(Text(path, "bold"))
     for name, value in _collection_lines(summary):
         OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
@@ -117,7 +117,7 @@ def _collection_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def show_tuning(path: str, report: Mapping[str, Any]) -> None:
-    """What tuning did: quality and tokens per forward from the parent to the end."""
+    """Print the result of tuning: quality and tokens per forward from the parent to the end."""
     dropped = _pairs(report["dropped"]) or "none"
     OUT.print(
         f"{report['samples']:,} samples (dropped: {dropped}), {report['steps']:,} steps, "
