@@ -44,7 +44,7 @@ class LlamaForwards:
         self._past = len(past)
 
     def forward(self, block: Sequence[int]) -> float:
-        batch = self._proposer(block)
+        batch = self._make_batch(block)
         started = perf_counter()
         self._llama.forward(batch)
         self._llama.lib.llama_synchronize(self._llama.context)
@@ -59,7 +59,7 @@ class LlamaForwards:
         if not self._llama.lib.llama_memory_seq_rm(self._memory, 0, self._past, -1):
             raise SystemExit(f"llama.cpp does not take back the rows from {self._past} on")
 
-    def _proposer(self, block: Sequence[int]) -> Any:
+    def _make_batch(self, block: Sequence[int]) -> Any:
         size = len(block)
         if size not in self._batches:
             self._batches[size] = self._llama.lib.llama_batch_init(size, 0, 1)
