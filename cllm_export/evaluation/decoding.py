@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.manifest import PROPOSERS, ProposerName
 from cllm_export.checks import require_at_least, require_one_of
-from cllm_export.errors import OptionError, PromptError
+from cllm_export.errors import PromptError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
 from cllm_export.runtime.decoding.request import METHOD_OF_LOOP, JacobiMethod
@@ -73,11 +74,9 @@ def check_settings(model: Model, settings: Settings) -> None:
     Raises:
         OptionError: n is larger than the model allows, or differs from the n that the bundle is pinned to.
     """
-    fixed, largest = model.engine.fixed_shapes, model.engine.geometry.max_block_size
-    if fixed and settings.block_size != fixed.block_size:
-        raise OptionError(f"block_size must be {fixed.block_size}, which this bundle is pinned to")
-    if settings.block_size > largest:
-        raise OptionError(f"block_size must be at most {largest} for this model, got {settings.block_size}")
+    fixed = model.engine.fixed_shapes
+    pinned = fixed.block_size if fixed else None
+    check_block_size(settings.block_size, largest=model.engine.geometry.max_block_size, pinned=pinned)
 
 
 def decode_prompts(

@@ -90,8 +90,7 @@ def run_bench(
     - ``equal``: number of prompts whose tokens equal those of the first bundle, which come from autoregressive decoding
       if that is timed. At another n a near tie may round to another token.
 
-    ``bundles`` describes each bundle and gives its T(n). A single bundle that is writable keeps T(n) as
-    ``latency.json``.
+    ``bundles`` describes each bundle with its T(n). A single writable bundle keeps T(n) as ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -99,8 +98,7 @@ def run_bench(
         checkpoint: the checkpoint that a single bundle was built from, to time transformers as well.
 
     Raises:
-        OptionError: the bundles have different tokenizers, one of several bundles is pinned, or a bundle does not take
-            an n.
+        OptionError: the tokenizers differ, one of several bundles is pinned, or a bundle does not take an n.
         PromptError: a prompt does not fit.
         BundleError: the bundle was not built from the checkpoint.
         EngineError: an engine failed.
