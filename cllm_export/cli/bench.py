@@ -52,6 +52,11 @@ def bench(
 
     if limit is not None and prompts is None:
         raise OptionError("limit needs prompts", fields=("limit", "prompts"))
+    if len(bundles) > 1 and prompts is None:
+        raise OptionError(
+            "several bundles are compared on prompts: give prompts, for drafts of random tokens tell nothing",
+            fields=("prompts",),
+        )
     opened = [open_bundle(path) for path in bundles]
     if as_json:
         check_report_path(as_json)

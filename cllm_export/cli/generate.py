@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,11 +62,14 @@ def _parse_bias(given: list[str]) -> dict[int, float]:
     return biases
 
 
-def _read_grammar(path: str) -> str:
+def _read_file(path: str, *, name: str) -> str:
+    """The text of a file that an option names."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise OptionError(f"{name}: cannot read {path}: {error.strerror}", fields=(name,)) from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{name}: {path} is not valid UTF-8 at byte {error.start}", fields=(name,)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,9 @@ class EngineChoice:
         None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
     )
     num_slots: int | None = option(
-        None, minimum=1, help="Number of prompts decoded at once; by default the bundle's batch size."
+        None,
+        minimum=1,
+        help="Number of prompts decoded at once, all at one block size; by default the bundle's batch size.",
     )
     threads: int | None = threads_option()
     provider: Provider = option(
@@ -126,8 +132,8 @@ class View:
     parse={
         "block_size": _parse_block_size,
         "logit_bias": _parse_bias,
-        "json_schema": _read_grammar,
-        "grammar": _read_grammar,
+        "json_schema": partial(_read_file, name="json_schema"),
+        "grammar": partial(_read_file, name="grammar"),
     },
     metavars={
         "block_size": "N|auto",
@@ -252,6 +258,8 @@ def _read_stdin(limit: int | None) -> list[Prompt]:
     data = sys.stdin.buffer.read()
     if data.lstrip()[:1] == b"{":
         return parse_prompts(data, source="standard input", limit=limit)
+    if limit is not None:
+        raise OptionError("limit is for several prompts; leave it out", fields=("limit",))
     try:
         text = data.decode("utf-8")
         return [Prompt(id="1", content=text.removesuffix("\n").removesuffix("\r"))]

@@ -141,9 +141,7 @@ class GenerateOptions(Sampling):
     def _check_grammars(self) -> None:
         given = [kind for kind in GRAMMARS if getattr(self, kind) is not None]
         if len(given) > 1:
-            raise OptionError(
-                f"{given[0]} and {given[1]} exclude each other: a text follows one grammar", fields=given[:2]
-            )
+            raise OptionError(f"{given[0]} and {given[1]} exclude each other: leave one out", fields=given[:2])
         if given and self.ignore_eos:
             raise OptionError(
                 f"{given[0]} excludes ignore_eos: a complete text ends with an end-of-sequence token",

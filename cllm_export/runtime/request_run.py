@@ -17,11 +17,12 @@ from cllm_export.runtime.decoding.jacobi import Decoder
 from cllm_export.runtime.decoding.lookahead.policy import Lookahead
 from cllm_export.runtime.decoding.request import Decode, FinishReason, RequestStatus, StopCut, make_decoder
 from cllm_export.runtime.decoding.sampling import MAX_SEED, Logprob, Sampler
+from cllm_export.runtime.decoding.slot import engine_failure
 from cllm_export.runtime.decoding.statistics import ForwardRecord, Statistics
 from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.decoding.text import TextCodec, TextStream
 from cllm_export.runtime.lease import Lease
-from cllm_export.runtime.loops import LoopMaker
+from cllm_export.runtime.loops import Loop, LoopMaker
 from cllm_export.runtime.options import GenerateOptions, ModelLimits, ResolvedRequest, resolve
 
 
@@ -107,19 +108,28 @@ class RequestRun:
         Raises:
             CllmExportError: the error of the request; EngineError if the engine failed.
         """
-        loop = loops.make(self.request, self.task, self.decoder)
-        self.task.begin()
+        loop: Loop | None = None
         try:
+            loop = loops.make(self.request, self.task, self.decoder)
+            self.task.begin()
             while not loop.is_idle:
                 loop.step()
                 self.raise_failure()
                 yield
         except Exception as error:
-            self.task.end(error)
-            raise
+            self.task.end(engine_failure(error))
         finally:
-            loop.cancel(self.task)  # does nothing if the task has ended
-            self.task.end()
+            self._leave(loop)
+        self.raise_failure()
+
+    def _leave(self, loop: Loop | None) -> None:
+        """Cancel what still runs of the request. It ends, even if the engine fails once more."""
+        try:
+            if loop is not None:
+                loop.cancel(self.task)  # does nothing if the task has ended
+        except Exception as error:
+            self.task.end(engine_failure(error))  # an earlier failure stays the request's error
+        self.task.end()
 
     def raise_failure(self) -> None:
         """Raise the error of the request, if it failed."""

@@ -1,4 +1,4 @@
-"""Continuous batching: requests wait in a bounded queue, enter free slots at any forward, and leave when they end.
+"""Continuous batching: requests wait in a queue, enter free slots at any forward, and leave when they end.
 
 The scheduler is only policy: it uses lists, no tensors and no threads. One ``step`` is one forward of the engine for
 all slots. ``schedule`` says what the forward runs, and ``update`` takes its outputs. A slot in prefill feeds a chunk of
@@ -15,8 +15,6 @@ from time import perf_counter
 from typing import NamedTuple
 
 from cllm_export.bundle.contract import Batch, check_block_size
-from cllm_export.checks import require_at_least
-from cllm_export.errors import QueueFullError
 from cllm_export.runtime.decoding.block_size.chooser import DraftRecord, PinnedSize, SizePolicy
 from cllm_export.runtime.decoding.draft_model import Drafter
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
@@ -87,7 +85,6 @@ class Scheduler:
         alternate_width: if set, prefill and decode alternate: a prefill-only forward of this width, then a decode-only
             forward of ``block_size``. For block sizes too small to prefill with. Results stay bit-identical. Ignored
             if the engine has fixed shapes.
-        queue_size: the most tasks that may wait; None for no limit.
         drafter: answers the draft requests of tasks, once before each forward. It has a lane for each slot.
         prefix_cache: keeps the KV of prompts and of their new tokens. The prefill of a later prompt starts after the
             longest prefix that the cache holds.
@@ -101,20 +98,16 @@ class Scheduler:
         pad_token_id: int,
         prefill_width: int | None = None,
         alternate_width: int | None = None,
-        queue_size: int | None = None,
         drafter: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         if isinstance(block_size, int):
             block_size = PinnedSize(check_block_size(block_size))
-        if queue_size is not None:
-            require_at_least("queue_size", queue_size, 1)
         self._engine = engine
         self._sizes = block_size
         self._prefill_width = None if engine.fixed_shapes else prefill_width
         self._alternate_width = None if engine.fixed_shapes else alternate_width
         self._is_prefill_turn = False
-        self._queue_size = queue_size
         self._drafter = drafter
         self._slots = [Slot(pad_token_id, memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
         self._waiting: deque[Task] = deque()
@@ -129,13 +122,7 @@ class Scheduler:
         return not self._waiting and not self.num_running
 
     def submit(self, task: Task) -> None:
-        """Put a task at the end of the queue.
-
-        Raises:
-            QueueFullError: the queue is full.
-        """
-        if self._queue_size is not None and len(self._waiting) >= self._queue_size + self._num_free:
-            raise QueueFullError(self._queue_size)
+        """Put a task at the end of the queue."""
         self._waiting.append(task)
 
     def cancel(self, task: Task) -> bool:
@@ -269,10 +256,6 @@ class Scheduler:
         """Report a forward to the policy that chooses n. A forward widened for prefill is no measure of T(n)."""
         accepted = [(slot.task.drafts, slot.num_new) for slot in running if slot.task and slot.num_new]
         self._sizes.observe(step.block_size, seconds if step.block_size == step.width else 0.0, accepted)
-
-    @property
-    def _num_free(self) -> int:
-        return len(self._slots) - self.num_running
 
     @property
     def _run_seconds(self) -> float:
