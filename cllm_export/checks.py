@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Collection
@@ -71,6 +72,13 @@ def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> A
 def option_specs(cls: Any) -> dict[str, OptionSpec]:
     """The options of a class (or of an instance of it), in declaration order."""
     return {field.name: field.metadata["option"] for field in fields(cls) if "option" in field.metadata}
+
+
+def documented(cls: type[T]) -> type[T]:
+    """Add the meaning of each option to the docstring of an options class, for ``help``."""
+    lines = [f"    {name}: {spec.help}" for name, spec in option_specs(cls).items()]
+    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nOptions:\n" + "\n".join(lines)
+    return cls
 
 
 def check_options(options: Any) -> None:

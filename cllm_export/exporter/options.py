@@ -9,11 +9,12 @@ from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
 from cllm_export.bundle.manifest import LOOPS, PROPOSERS, Loop, ProposerName, TrainedWith
 from cllm_export.bundle.quantization import ENGINE_TITLES
-from cllm_export.checks import check_options, option
+from cllm_export.checks import check_options, documented, option
 from cllm_export.errors import OptionError
 from cllm_export.exporter.quantize.options import QuantizeOptions
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """The options of ``cllm-export build``.

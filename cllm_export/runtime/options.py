@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.checks import option
+from cllm_export.checks import documented, option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.runtime.decoding.constraint import GrammarKind
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
@@ -29,6 +29,7 @@ GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 SHAPE = ("window", "ngram", "guesses")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Sampling):
     """All options of a request. Those of ``Sampling`` are among them.
@@ -102,13 +103,15 @@ class GenerateOptions(Sampling):
     It is for greedy requests on a TensorRT engine, one at a time, with the method ``jacobi`` and the proposer ``pad``
     or ``repeat``. ``block_size`` must be one of the plan's. It is by default the model's own, and never ``auto``."""
     json_schema: str | Mapping[str, Any] | None = option(
-        None, help="A file with a JSON schema that the text must match."
+        None, help="A JSON schema that the text must match; on the command line, a file that holds it."
     )
     """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request can have at most one
     grammar. If a limit or a stop string cuts the text, it is only the beginning of a match."""
     regex: str | None = option(None, help="A regular expression that the whole text must match.")
     """The expression that the whole text must match (extra ``grammar``)."""
-    grammar: str | None = option(None, help="A file with a Lark grammar that the text must match.")
+    grammar: str | None = option(
+        None, help="A Lark grammar that the text must match; on the command line, a file that holds it."
+    )
     """A Lark grammar, as llguidance takes it, that the text must match (extra ``grammar``)."""
 
     def __post_init__(self) -> None:
@@ -394,7 +397,7 @@ def _resolve_proposer(options: GenerateOptions, method: Method, limits: ModelLim
         return limits.trained_with.proposer if limits.trained_with else "pad"
     if "model" in parse_proposers(proposer) and not limits.has_draft_model:
         raise OptionError(
-            f"proposer {proposer!r} needs a draft model: give draft_model where the bundle is loaded",
+            f"proposer {proposer!r} needs a draft model: give draft_model, another bundle with the same tokenizer",
             fields=("proposer", "draft_model"),
         )
     return proposer

@@ -155,6 +155,8 @@ class Service:
         watch: Watcher | None = None,
     ) -> None:
         require_at_least("queue_size", queue_size, 1)
+        if not isinstance(model, Model):
+            raise OptionError(f"model must be a Model, got {type(model).__name__}: load a bundle first, with num_slots")
         if watch is not None and not callable(watch):
             raise OptionError(f"watch must be a function of a StepReport, got {watch!r}")
         self.model = model

@@ -111,7 +111,8 @@ class TuneOptions:
             raise OptionError("block_sizes must name a block size, got none: give at least one of 2 or more")
         if (self.steps is None) == (self.minutes is None):
             raise OptionError(
-                f"give either steps or minutes, got {self.steps} and {self.minutes}", fields=("steps", "minutes")
+                f"give either steps or minutes, {'not both' if self.steps else 'which say how long to train'}",
+                fields=("steps", "minutes"),
             )
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
             raise OptionError("muon does not go with fp16, whose loss scaling serves one optimiser: use bf16, or adamw")

@@ -9,7 +9,7 @@ from typing import Any
 
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle
 from cllm_export.bundle.storage import write_text
-from cllm_export.checks import check_options, option
+from cllm_export.checks import check_options, documented, option
 from cllm_export.errors import OutputError
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
 
@@ -59,6 +59,7 @@ class Parity:
         return json.dumps(report, indent=2) + "\n"
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """Options of ``cllm-export verify``."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
-from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.errors import ChecksumError, EngineError, GraphError, OptionError
 from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
@@ -39,7 +39,7 @@ from cllm_export.verification.tokens import TokenSession, open_reference
 
 
 def verify(
-    bundle: Bundle,
+    bundle: Bundle | str | Path,
     *,
     prompts: Sequence[Prompt] = (),
     checkpoint: Path | None = None,
@@ -47,7 +47,7 @@ def verify(
     options: VerifyOptions | None = None,
     progress: Progress | None = None,
 ) -> Parity:
-    """Run every check and write ``parity.json`` into the bundle.
+    """Run every check and write ``parity.json`` into the bundle, which may be given by its path.
 
     Without prompts, seeded random tokens are used. Without a checkpoint, a token that differs across shapes cannot be
     shown to be a tie, and the check fails. A quantised bundle must decode losslessly like any other. Its distance from
@@ -60,6 +60,7 @@ def verify(
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
     """
     options = options or VerifyOptions()
+    bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
     instead = _why_by_layer(bundle, options.by_layer)
     if instead and checkpoint is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cllm_export.checks import check_options, option, option_specs
+from cllm_export.checks import check_options, documented, option, option_specs
 from cllm_export.errors import OptionError
 
 
@@ -57,3 +57,16 @@ def test_an_option_out_of_range_is_named_with_its_value(name, value, message):
 def test_specs_come_in_the_order_of_fields():
     assert list(option_specs(Options)) == ["count", "share", "weight", "kind", "sizes"]
     assert option_specs(Options)["share"].maximum == 1
+
+
+def test_a_documented_class_tells_its_options():
+    """The text stands once, in the field."""
+
+    @documented
+    @dataclass(frozen=True, kw_only=True)
+    class Told:
+        """Options of a test."""
+
+        count: int = option(1, help="How many.")
+
+    assert Told.__doc__ == "Options of a test.\n\nOptions:\n    count: How many."

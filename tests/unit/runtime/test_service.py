@@ -335,3 +335,8 @@ def test_options_are_given_whole_or_by_name(service):
     )
     assert [found.token_ids for found in whole] == [found.token_ids for found in by_name]
     assert len(service.submit([5], options, max_new_tokens=3).result().token_ids) == 3
+
+
+def test_a_service_of_something_else_than_a_model_is_refused():
+    with pytest.raises(OptionError, match="model must be a Model, got str: load a bundle first"):
+        Service("my-bundle")
