@@ -22,6 +22,7 @@ from cllm_export.cli.options import (
     BundleArgument,
     LimitOption,
     MaxNewTokensOption,
+    PromptFileOption,
     PromptsOption,
     ThreadsOption,
     require_use,
@@ -195,9 +196,7 @@ def generate(
 @app.command()
 def trace(
     bundle: BundleArgument,
-    prompts: Annotated[
-        Path, typer.Option("--prompts", help="A prompt file, in the format that `generate` takes.", show_default=False)
-    ],
+    prompts: PromptFileOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.", show_default=False)],
     method: Annotated[
         Method | None, typer.Option("--method", help="Record this method alone; by default all methods.")

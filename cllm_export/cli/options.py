@@ -8,18 +8,8 @@ from typing import Annotated
 import typer
 
 from cllm_export.errors import OptionError
-from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
+from cllm_export.runtime.decoding.drafts.sources import parse_proposers
 from cllm_export.runtime.decoding.request import Method
-
-
-def _check_proposer(proposer: str | None) -> str | None:
-    try:
-        if proposer is not None:
-            parse_proposers(proposer)
-    except OptionError as error:
-        raise typer.BadParameter(str(error)) from None
-    return proposer
-
 
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle, a directory that `cllm-export build` wrote.", show_default=False)
@@ -61,44 +51,9 @@ ThreadsOption = Annotated[
 ]
 
 
-SourcesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--proposer",
-        metavar="SOURCES",
-        help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}.",
-        callback=_check_proposer,
-    ),
-]
-
-
-DraftModelOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--draft-model",
-        help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model.",
-    ),
-]
-
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file as JSON.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many prompts, from the first.")]
-
-
-WindowOption = Annotated[
-    int | None, typer.Option("--window", help="For lookahead: W, the number of columns of its window.")
-]
-
-
-NGramOption = Annotated[
-    int | None, typer.Option("--ngram", help="For lookahead: N, the number of tokens in an n-gram.")
-]
-
-
-GuessesOption = Annotated[
-    int | None, typer.Option("--guesses", help="For lookahead: G, the number of n-grams tried in a forward.")
-]
 
 
 MaxNewTokensOption = Annotated[

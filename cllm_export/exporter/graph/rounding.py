@@ -147,8 +147,8 @@ STEPS = (7.0, 7.5, 8.0, 8.5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupRounding:
-    """4-bit integers, rounded to nearest, one scale per group of a row, in the layout of ONNX Runtime's MatMulNBits.
+class GroupLayout:
+    """The storage of 4-bit integers with one scale per group of a row: the layout of ONNX Runtime's MatMulNBits.
 
     Codes are [r, groups, group / 2], two per byte, the first in the low half. Scales are [r, groups]. The last group is
     padded with zeros.
@@ -163,6 +163,11 @@ class GroupRounding:
     def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         groups = -(-width // self.group_size)
         return (groups, self.group_size // 2), (groups,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRounding(GroupLayout):
+    """4-bit integers in groups, rounded to nearest."""
 
     def __call__(self, rows: Tensor) -> Rounded:
         groups = in_groups(rows, self.group_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm_export.bundle.scales import Scales
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.checkpoint.files import TensorInfo
-from cllm_export.exporter.graph.rounding import Rounded, group_scales, int4_codes, packed
+from cllm_export.exporter.graph.rounding import GroupLayout, Rounded, group_scales, int4_codes, packed
 
 DAMPING = 0.01
 """Share of the mean of the Gram matrix's diagonal that is added to the diagonal, as in the paper."""
@@ -68,21 +68,12 @@ class Factors:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GptqRounding:
-    """4-bit integers in groups, stored as by ``GroupRounding``. Each column compensates errors of those before it."""
+class GptqRounding(GroupLayout):
+    """4-bit integers in groups. Each column compensates errors of those before it."""
 
-    group_size: int
     tensor: str
     """Name of a checkpoint tensor that reads the same input."""
     factors: Factors
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.uint8
-
-    def row_shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        groups = -(-width // self.group_size)
-        return (groups, self.group_size // 2), (groups,)
 
     def __call__(self, rows: Tensor) -> Rounded:
         factor = self.factors.of(self.tensor)
