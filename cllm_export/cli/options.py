@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from cllm_export.checks import OptionSpec, option_specs
 from cllm_export.errors import OptionError
+from cllm_export.exporter.options import BuildOptions
 from cllm_export.runtime.decoding.drafts.sources import parse_proposers
 from cllm_export.runtime.decoding.request import Method
+from cllm_export.runtime.decoding.shared_options import (
+    block_size_option,
+    limit_option,
+    max_new_tokens_option,
+    threads_option,
+)
+
+
+def _help_of(field: Any) -> str:
+    """The help of an option that is worded for options classes."""
+    spec: OptionSpec = field.metadata["option"]
+    return spec.help
+
 
 BundleArgument = Annotated[
     Path, typer.Argument(help="The bundle, a directory that `cllm-export build` wrote.", show_default=False)
@@ -37,28 +52,22 @@ CheckpointOption = Annotated[
 
 BaseOption = Annotated[
     Path | None,
-    typer.Option("--base", help="The checkpoint that a LoRA adapter is for; by default the one that it names."),
+    typer.Option("--base", help=option_specs(BuildOptions)["base"].help),
 ]
 
 
-BlockSizeOption = Annotated[
-    int | None, typer.Option("--block-size", help="Block size n, in tokens; by default the bundle's own.")
-]
+BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help=_help_of(block_size_option()))]
 
 
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", help="Number of CPU threads of the engine; by default all.")
-]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", help=_help_of(threads_option()))]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file as JSON.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many prompts, from the first.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help=_help_of(limit_option()))]
 
 
-MaxNewTokensOption = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Largest number of new tokens for each prompt.")
-]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help=_help_of(max_new_tokens_option()))]
 
 
 def require_use(draft_model: Path | None, method: Method | None, proposer: str | None) -> None:
