@@ -18,7 +18,7 @@ help:
 	@echo "make train-demo   two hours and a half: the demo's model, from nothing"
 
 demo: setup
-	$(BIN)/cllm-export demo
+	$(BIN)/cllm-export demo --force
 
 test: lint types tests
 

@@ -86,7 +86,7 @@ def main() -> None:
     bundles = [make_bundle(options, baseline, mix, seed) for mix in options.mix for seed in options.seeds]
     report = options.output / "convergence.json"
     judged = ["--prompts", str(options.held_out), "--limit", str(options.limit), "--threads", "1"]
-    run("convergence", *map(str, bundles), "--against", str(baseline), *judged, "--json", str(report))
+    run("convergence", *map(str, bundles), "--against", str(baseline), *judged, "--output", str(report), "--force")
     show(json.loads(report.read_text(encoding="utf-8")))
 
 

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from export_cost import memory_of
@@ -136,11 +136,11 @@ class FailedError(Exception):
     """A measured command failed."""
 
 
-def measured(command: list[str]) -> dict[str, Any]:
+def measured(command: list[str], stdout: int | IO[bytes] = subprocess.DEVNULL) -> dict[str, Any]:
     """Run a command. Return its seconds, processor seconds and memory peaks."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would block a long output
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+    process = subprocess.Popen(command, stdout=stdout, stderr=errors)
     resident = anonymous = 0
     while process.poll() is None:
         status = memory_of(process.pid)
@@ -162,9 +162,10 @@ def measured(command: list[str]) -> dict[str, Any]:
 def measure_build(checkpoint: Path, way: str, work: Path) -> dict[str, Any]:
     mode, precision = way.split(":")
     bundle, report = work / "bundle", work / "report.json"
-    options = ["--weights", mode, "--precision", precision, "--json", str(report)]
+    options = ["--weights", mode, "--precision", precision, "--json"]
     build = [sys.executable, "-m", "cllm_export", "build", str(checkpoint), "--output", str(bundle), *options]
-    wall = measured(build)
+    with report.open("wb") as file:
+        wall = measured(build, stdout=file)
     result = {"process": wall, **json.loads(report.read_text(encoding="utf-8"))}
     shutil.rmtree(bundle)
     return result

@@ -8,11 +8,29 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from cllm_export.errors import BundleError, OptionError
 
 T = TypeVar("T")
+
+OptionGroup = Literal[
+    "Input",
+    "Output",
+    "Decoding",
+    "Lookahead",
+    "Sampling",
+    "Grammar",
+    "Graph",
+    "Quantisation",
+    "Budget",
+    "Objective",
+    "Training",
+    "LoRA",
+    "Plan",
+    "Machine",
+]
+"""Groups of options in the command line's help, in its order."""
 
 
 def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
@@ -56,6 +74,15 @@ class OptionSpec:
     """The flag on the command line, if it is not ``--name-with-dashes``."""
     hidden: bool = False
     """If True, the command line does not offer the option under its own name."""
+    otherwise: str | None = None
+    """What a default of None or of an empty tuple stands for. The help shows it as the default."""
+    group: OptionGroup | None = None
+    """Where the help shows the option. By default it is the ``GROUP`` of the class that declares the option."""
+
+    @property
+    def sentences(self) -> str:
+        """The meaning and, in words, the default."""
+        return f"{self.help} By default {self.otherwise}." if self.otherwise else self.help
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> Any:  # noqa: A002
@@ -70,13 +97,25 @@ def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> A
 
 
 def option_specs(cls: Any) -> dict[str, OptionSpec]:
-    """The options of a class (or of an instance of it), in declaration order."""
-    return {field.name: field.metadata["option"] for field in fields(cls) if "option" in field.metadata}
+    """The options of a class (or of an instance of it), in declaration order. Each has its group, if there is any."""
+    kind = cls if isinstance(cls, type) else type(cls)
+    return {
+        field.name: _grouped(field.metadata["option"], field.name, kind)
+        for field in fields(cls)
+        if "option" in field.metadata
+    }
+
+
+def _grouped(spec: OptionSpec, name: str, kind: type) -> OptionSpec:
+    if spec.group:
+        return spec
+    declaring = next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
+    return dataclasses.replace(spec, group=declaring.__dict__.get("GROUP"))
 
 
 def documented(cls: type[T]) -> type[T]:
     """Add the meaning of each option to the docstring of an options class, for ``help``."""
-    lines = [f"    {name}: {spec.help}" for name, spec in option_specs(cls).items()]
+    lines = [f"    {name}: {spec.sentences}" for name, spec in option_specs(cls).items()]
     cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nOptions:\n" + "\n".join(lines)
     return cls
 
@@ -93,10 +132,15 @@ def check_options(options: Any) -> None:
         if spec is None or (value is None and field.default is None):
             continue
         for item in value if isinstance(value, tuple) else (value,):
-            _check_option(field.name, item, spec, is_integer="float" not in str(field.type))
+            check_option(field.name, item, spec, is_integer="float" not in str(field.type))
 
 
-def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool) -> None:
+def check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool = True) -> None:
+    """Check one value against its spec.
+
+    Raises:
+        OptionError: it is out of its range; the message has ``name`` and the value.
+    """
     if spec.choices:
         require_one_of(name, value, spec.choices)
     limits = (spec.minimum, spec.above, spec.maximum)

@@ -124,19 +124,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_report_path(path: Path) -> None:
-    """Check, before the work for a report starts, that the report can be written.
+def check_file(path: Path, *, force: bool, name: str = "output") -> None:
+    """Check, before any work for a file starts, that the file can be written.
+
+    Args:
+        name: the option that gives the path.
 
     Raises:
-        OutputError: the path is a directory, or its directory does not exist or is not writable.
+        OutputError: the file exists and ``force`` is not set, the path is a directory, or its directory does not exist
+            or is not writable.
     """
     directory = path.absolute().parent
     if _is_stream(path) and not path.is_dir():
         return
     if path.is_dir() or not directory.is_dir() or not os.access(directory, os.W_OK):
         raise OutputError(
-            f"cannot write the report to {path}: give a file in a directory that exists and can be written"
+            f"cannot write {path}: {name} must be a file in a directory that exists and can be written", fields=(name,)
         )
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path} exists; replace it with force=True or choose another {name}", fields=(name,))
 
 
 def _is_stream(path: Path) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from cllm_export.calibration.record import RecordOptions, record
 from cllm_export.calibration.recording import Recording, read_recordings, write_recordings
 from cllm_export.calibration.run_directory import RunDirectory, RunSettings, run_directory
 from cllm_export.calibration.selection import RowCounts, Selection, count_rows, select_rows
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import CalibrationError, DamagedRunError, OutputError
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, read_prompts
@@ -56,6 +56,8 @@ GRAM_BYTES = 1 << 30
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
     """Options of ``cllm-export calibrate``."""
+
+    GROUP: ClassVar[OptionGroup] = "Quantisation"
 
     mix: float = option(
         0.5,

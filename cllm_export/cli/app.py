@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from cllm_export import __version__
 from cllm_export.cli.flags import Flag, with_flags
+from cllm_export.cli.show.help import Command, write_sections
 from cllm_export.cli.signature import flags_of_fields
 from cllm_export.errors import CllmExportError
+
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 ORDER = (
     *("build", "plan", "verify", "generate", "inspect", "bench"),
@@ -18,6 +22,18 @@ ORDER = (
     *("evaluate", "collect", "tune", "plan-memory", "doctor", "trace", "demo"),
 )
 """Order of commands in the help: those that most users need come first."""
+
+
+EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
+EXIT_CODES = {
+    0: "The command did what it was asked.",
+    EXIT_FAILED: "It ran, but the result is bad: not verified, collapsed, or nothing collected.",
+    EXIT_ERROR: "The command line, a file or the machine is not as needed; the message says how to go on.",
+    EXIT_DEFECT: "A defect of cllm-export; please report it.",
+    EXIT_INTERRUPTED: "Interrupted with Ctrl-C.",
+    EXIT_TERMINATED: "Terminated by SIGTERM.",
+}
+"""Every exit code, and what it says."""
 
 
 class _Commands(TyperGroup):
@@ -31,6 +47,13 @@ class _Commands(TyperGroup):
         except CllmExportError as error:
             error.args = (with_flags(error, self._flags(ctx.invoked_subcommand)),)
             raise
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        write_sections(self, ctx, formatter)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].help or "") for name in self.list_commands(ctx)])
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
     def _flags(self, running: str) -> dict[str, Flag]:
         """Flags by field, of the running command and of all others, because advice may name their options."""
@@ -58,12 +81,19 @@ app = typer.Typer(
     help="Export Consistency LLMs and decode them in parallel. "
     "At every fixed block size the tokens are equal to those of autoregressive decoding.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
-EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT = 1, 2, 3
+def command(example: str) -> Callable[[Run], Run]:
+    """Add a function to the application as a command.
+
+    Args:
+        example: a command line that the help shows.
+    """
+    return app.command(cls=Command, epilog=example)
 
 
 def _print_version(wanted: bool) -> None:

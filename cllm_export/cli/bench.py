@@ -8,12 +8,21 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, open_bundle
-from cllm_export.bundle.storage import check_report_path, write_json
+from cllm_export.bundle.storage import check_file
 from cllm_export.checks import option_specs
-from cllm_export.cli.app import app
-from cllm_export.cli.options import CheckpointOption, LimitOption, PromptsOption, ReportOption
+from cllm_export.cli.app import command
+from cllm_export.cli.options import (
+    CheckpointOption,
+    ForceOption,
+    JsonOption,
+    LimitOption,
+    PromptsOption,
+    ReportOption,
+    given,
+)
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.decoding import show_bench
+from cllm_export.cli.show.report import show_report
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
@@ -26,11 +35,11 @@ def _parse_methods(names: list[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-@app.command()
+@command("cllm-export bench my-bundle --prompts prompts.jsonl --output speed.json")
 @with_options(
     BenchOptions,
     parse={"methods": _parse_methods},
-    metavars={"methods": "|".join(option_specs(BenchOptions)["methods"].choices), "proposer": "SOURCES"},
+    metavars={"methods": f"<{'|'.join(option_specs(BenchOptions)['methods'].choices)}>", "proposer": "SOURCES"},
 )
 def bench(
     bundles: Annotated[
@@ -40,14 +49,15 @@ def bench(
     prompts: PromptsOption = None,
     checkpoint: CheckpointOption = None,
     limit: LimitOption = None,
-    as_json: ReportOption = None,
+    output: ReportOption = None,
     plots: Annotated[
-        Path | None,
-        typer.Option("--plots", help="Directory for a plot of tokens per forward against the time of a forward."),
+        Path | None, given("--plots", "Directory for a plot of tokens per forward against a forward's time.", "Output")
     ] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time methods and block sizes of one or several bundles on real prompts; say what is fastest on this machine."""
-    from cllm_export.cli.show.plots import check_plots, plot_trade_off
+    from cllm_export.cli.show.plots import TRADE_OFF, check_plots, plot_trade_off
     from cllm_export.measure.bench import run_bench
 
     if limit is not None and prompts is None:
@@ -58,16 +68,14 @@ def bench(
             fields=("prompts",),
         )
     opened = [open_bundle(path) for path in bundles]
-    if as_json:
-        check_report_path(as_json)
-    check_plots(plots)
+    if output:
+        check_file(output, force=force)
+    check_plots(plots, TRADE_OFF, force=force)
     if plots and opened[0].manifest.graphs[GREEDY_GRAPH].fixed_shapes:
         raise OptionError(f"plots are of several block sizes, and {opened[0].path} is pinned to one", fields=("plots",))
-    given = read_prompts(prompts, limit=limit) if prompts else ()
+    chosen = read_prompts(prompts, limit=limit) if prompts else ()
     with progress_bar() as progress, needs_extra("export"):
-        report = run_bench(opened, prompts=given, checkpoint=checkpoint, options=options, progress=progress)
-    if as_json:
-        write_json(as_json, report)
+        report = run_bench(opened, prompts=chosen, checkpoint=checkpoint, options=options, progress=progress)
+    show_report(report, show_bench, as_json=as_json, output=output)
     if plots:
         plot_trade_off(report["settings"], plots)
-    show_bench(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,11 @@ import typer
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
-from cllm_export.bundle.storage import write_json
-from cllm_export.cli.app import app
+from cllm_export.cli.app import command
 from cllm_export.cli.flags import names_replaced
+from cllm_export.cli.options import BundleOutputOption, ForceOption, given, parse_size
 from cllm_export.cli.show.console import bytes_text, progress_bar, say
 from cllm_export.cli.signature import with_options
-from cllm_export.cli.sizes import parse_size
 from cllm_export.errors import OptionError
 from cllm_export.exporter.options import BuildOptions, TrainedOptions
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options
@@ -25,7 +25,7 @@ from cllm_export.extras import needs_extra
 Target = Literal["onnx", "tensorrt"]
 
 
-@app.command()
+@command("cllm-export build path/to/checkpoint --output my-bundle")
 @with_options(BuildOptions, parse={"max_memory": partial(parse_size, name="max_memory")})
 @with_options(LayerOptions, names={"head": "quantize_head", "engine": "quantize_for"}, flags={"scheme": "--precision"})
 @with_options(
@@ -35,34 +35,34 @@ def build(
     checkpoint: Annotated[
         Path, typer.Argument(help="A Hugging Face directory with safetensors, or a LoRA adapter.", show_default=False)
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The directory to write the bundle to.", show_default=False)
-    ],
+    output: BundleOutputOption,
     options: BuildOptions,
     layers: LayerOptions,
     trained: TrainedOptions | None,
     precision: Annotated[
         PrecisionName,
-        typer.Option(
+        given(
             "--precision",
-            help="Number format of the bundle; fp16, bf16 and fp8 are for GPU engines, int8-dynamic and int4 for CPUs.",
+            "Number format of the bundle; fp16, bf16 and fp8 are for GPU engines, int8-dynamic and int4 for CPUs.",
+            "Quantisation",
         ),
     ] = "fp32",
     compute: Annotated[
         Precision | None,
-        typer.Option(
+        given(
             "--compute",
-            help="With int8, int4 or fp8: dtype of the KV cache and of unquantised layers; for TensorRT choose fp16.",
+            "With int8, int4 or fp8: dtype of the KV cache and of unquantised layers; for TensorRT choose fp16.",
+            "Quantisation",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     target: Annotated[
         Target,
-        typer.Option("--target", help="With tensorrt, also build the TensorRT plan for this machine, as `plan` does."),
+        given("--target", "With tensorrt, also build the TensorRT plan for this machine, as `plan` does.", "Output"),
     ] = "onnx",
+    force: ForceOption = False,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write a report of stages, memory and bytes to this file as JSON.")
-    ] = None,
+        bool, given("--json", "Print a report of stages, memory and bytes on standard output as JSON.", "Output")
+    ] = False,
 ) -> None:
     """Export a checkpoint into a bundle."""
     dtype, scheme = split_precision(precision, compute)
@@ -83,13 +83,14 @@ def build(
         done = export(checkpoint, output, options, force=force, progress=progress, say=say)
     size = bytes_text(done.report.bytes_written)
     linked = f", {bytes_text(done.report.bytes_linked)} linked" if done.report.bytes_linked else ""
-    typer.echo(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
-    if as_json is not None:
-        write_json(as_json, vars(done.report))
+    tell = say if as_json else typer.echo
+    tell(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
+    if as_json:
+        typer.echo(json.dumps(vars(done.report), indent=2))
     if gpu is not None:
         from cllm_export.tensorrt.build_plan import build_plan
 
-        typer.echo(f"wrote {build_plan(done.bundle, gpu=gpu, say=say).path}")
+        tell(f"wrote {build_plan(done.bundle, gpu=gpu, say=say).path}")
 
 
 def _require_tensorrt(quantize: QuantizeOptions | None) -> None:

@@ -10,28 +10,41 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.bundle.storage import check_report_path, write_json
+from cllm_export.bundle.storage import check_file
 from cllm_export.calibration.calibrate import CalibrateOptions
 from cllm_export.calibration.search.budget import FitOptions
 from cllm_export.calibration.search.fit import Budget, parse_share
 from cllm_export.calibration.search.measured import HeldOutOptions
-from cllm_export.cli.app import app
-from cllm_export.cli.options import BundleArgument, LimitOption, PromptFileOption, ReportOption
+from cllm_export.cli.app import command
+from cllm_export.cli.options import (
+    BundleArgument,
+    BundleOutputOption,
+    ForceOption,
+    JsonOption,
+    LimitOption,
+    PromptFileOption,
+    ReportOption,
+    given,
+)
 from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.show.report import show_report
 from cllm_export.cli.signature import with_options
 
 SHARES = {name: partial(parse_share, name=name) for name in ("max_tpf_loss", "max_quality_loss")}
 
 
-@app.command()
+@command(
+    """cllm-export calibrate my-bundle --prompts prompts.jsonl \\
+    --output scales.safetensors"""
+)
 @with_options(CalibrateOptions)
 def calibrate(
     bundle: BundleArgument,
     prompts: PromptFileOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The scales file to write.", show_default=False)],
+    output: Annotated[Path, given("--output", "The scales file to write.", "Output", "-o")],
     options: CalibrateOptions,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing scales file.")] = False,
-    as_json: ReportOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """See what the linear layers see while a bundle decodes, for `build --scales`. Run it again to go on."""
     from cllm_export.calibration.calibrate import calibrate as run
@@ -39,88 +52,72 @@ def calibrate(
 
     with progress_bar() as progress:
         report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
-    if as_json:
-        write_json(as_json, report)
-    show_calibration(report)
+    show_report(report, show_calibration, as_json=as_json)
 
 
-@app.command()
+@command(
+    """cllm-export convergence int8-bundle --against my-bundle \\
+    --prompts held-out.jsonl"""
+)
 @with_options(HeldOutOptions)
 def convergence(
     bundles: Annotated[list[Path], typer.Argument(help="The quantised bundles to measure.", show_default=False)],
-    against: Annotated[
-        Path, typer.Option("--against", help="The unquantised bundle to compare with.", show_default=False)
-    ],
+    against: Annotated[Path, given("--against", "The unquantised bundle to compare with.", "Input")],
     prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts", help="A file of held-out prompts; answers in it are used for scores.", show_default=False
-        ),
+        Path, given("--prompts", "A file of held-out prompts; answers in it are used for scores.", "Input")
     ],
     options: HeldOutOptions,
     limit: LimitOption = None,
-    as_json: ReportOption = None,
+    output: ReportOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
     from cllm_export.calibration.search.convergence import measure_convergence
     from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    if as_json:
-        check_report_path(as_json)
+    if output:
+        check_file(output, force=force)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
         report = measure_convergence(opened, candidates, questions, options, progress=progress)
-    if as_json:
-        write_json(as_json, report)
-    show_convergence(report)
+    show_report(report, show_convergence, as_json=as_json, output=output)
 
 
-@app.command()
+@command(
+    """cllm-export quantize path/to/checkpoint --against my-bundle \\
+    --prompts held-out.jsonl --precision int8-dynamic --output int8-bundle"""
+)
 @with_options(FitOptions, names={"engine": "quantize_for", "schemes": "precision", "always_rank": "sensitivity"})
 @with_options(Budget, parse=SHARES)
 @with_options(HeldOutOptions)
 def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
-    against: Annotated[
-        Path, typer.Option("--against", help="The unquantised fp32 bundle of this checkpoint.", show_default=False)
-    ],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts", help="A file of held-out prompts, on which the loss is measured.", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The directory to write the bundle to.", show_default=False)
-    ],
+    against: Annotated[Path, given("--against", "The unquantised fp32 bundle of this checkpoint.", "Input")],
+    prompts: Annotated[Path, given("--prompts", "A file of held-out prompts, on which the loss is measured.", "Input")],
+    output: BundleOutputOption,
     options: FitOptions,
     budget: Budget,
     held_out: HeldOutOptions,
     limit: LimitOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    as_json: ReportOption = None,
-    plots: Annotated[
-        Path | None, typer.Option("--plots", help="Write a plot of the sensitivity into this directory.")
-    ] = None,
+    plots: Annotated[Path | None, given("--plots", "Directory for a plot of the sensitivity.", "Output")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Quantise as many layers as a budget allows, choose the fastest of several precisions, and say why."""
     from cllm_export.calibration.search.budget import quantize as run
     from cllm_export.cli.show.calibration import show_choice
-    from cllm_export.cli.show.plots import check_plots, plot_choice
+    from cllm_export.cli.show.plots import SENSITIVITY, TRADE_OFF, check_plots, plot_choice
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    if as_json:
-        check_report_path(as_json)
-    check_plots(plots)
+    check_plots(plots, SENSITIVITY, TRADE_OFF, force=force)
     options = replace(options, budget=budget, held_out=held_out, always_rank=options.always_rank or plots is not None)
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
         chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)
     report = chosen.to_dict()
-    if as_json:
-        write_json(as_json, report)
+    show_report(report, partial(show_choice, str(output)), as_json=as_json)
     if plots:
         plot_choice(report, plots)
-    show_choice(str(output), report)

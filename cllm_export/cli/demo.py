@@ -7,24 +7,23 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.cli.app import EXIT_FAILED, app
-from cllm_export.cli.options import ThreadsOption
+from cllm_export.cli.app import EXIT_FAILED, command
+from cllm_export.cli.options import BundleOutputOption, ForceOption, ThreadsOption, given
 from cllm_export.extras import needs_extra
 
 
-@app.command()
+@command("cllm-export demo --example examples/text_to_sql --output demo-bundle")
 def demo(
-    example: Annotated[
-        Path, typer.Option("--example", help="A directory with `checkpoint/` and `prompts.jsonl`.")
-    ] = Path("examples/text_to_sql"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write the bundle to.")] = Path(
-        "demo-bundle"
+    example: Annotated[Path, given("--example", "A directory with `checkpoint/` and `prompts.jsonl`.", "Input")] = Path(
+        "examples/text_to_sql"
     ),
+    output: BundleOutputOption = Path("demo-bundle"),
     threads: ThreadsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Build the example's bundle, verify it, decode a few prompts and print the speed table."""
     from cllm_export.cli.run_demo import run_demo
 
     with needs_extra("export"):
-        if not run_demo(example, output, threads=threads):
+        if not run_demo(example, output, threads=threads, force=force):
             raise typer.Exit(EXIT_FAILED)

@@ -9,30 +9,29 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.cli.app import app
-from cllm_export.cli.options import BundleArgument, JsonOption
+from cllm_export.cli.app import command
+from cllm_export.cli.options import BundleArgument, JsonOption, given, parse_size
 from cllm_export.cli.show.bundle import show_findings, show_memory
 from cllm_export.cli.show.console import say
 from cllm_export.cli.signature import with_options
-from cllm_export.cli.sizes import parse_size
 from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
 from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
 
 PARSE = {"workspace": partial(parse_size, name="workspace")}
 
 
-@app.command()
+@command("cllm-export plan my-bundle --batch-size 4 --workspace 2GB")
 @with_options(PlanOptions, parse=PARSE)
 def plan(
     bundle: BundleArgument,
     options: PlanOptions,
-    force: Annotated[bool, typer.Option("--force", help="Build the plan even if there is one already.")] = False,
+    force: Annotated[bool, given("--force", "Build the plan even if there is one already.", "Output")] = False,
 ) -> None:
     """Build a bundle's TensorRT plan for this machine. Needs a GPU, TensorRT and no torch."""
     typer.echo(f"wrote {build_plan(open_bundle(bundle), options, force=force, say=say).path}")
 
 
-@app.command()
+@command("cllm-export plan-memory my-bundle --precision fp16 --batch-size 4")
 @with_options(MemoryOptions, parse=PARSE)
 def plan_memory(bundle: BundleArgument, options: MemoryOptions, as_json: JsonOption = False) -> None:
     """Say what memory a device needs for a bundle and for building its plan, and how each figure is computed."""
@@ -43,7 +42,7 @@ def plan_memory(bundle: BundleArgument, options: MemoryOptions, as_json: JsonOpt
         show_memory(figures)
 
 
-@app.command()
+@command("cllm-export doctor --json")
 def doctor(as_json: JsonOption = False) -> None:
     """Say what of the GPU stack is here, what is missing or mismatched, and what fixes it."""
     from cllm_export.tensorrt.doctor import examine, report

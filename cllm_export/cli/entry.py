@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Any
+
+import typer
 
 from cllm_export.cli.app import EXIT_DEFECT, EXIT_ERROR, app
 from cllm_export.cli.show.console import ERR
@@ -14,7 +17,9 @@ def main() -> None:
     """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
     debug = _take_debug_flag(sys.argv)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        _fail_usage(error)
     except CllmExportError as error:
         _fail(str(error), EXIT_ERROR, error if debug else None)
     except OSError as error:
@@ -33,6 +38,17 @@ def _take_debug_flag(argv: list[str]) -> bool:
     debug = "--debug" in argv[:end]
     argv[:end] = [argument for argument in argv[:end] if argument != "--debug"]
     return debug
+
+
+def _fail_usage(error: Any) -> None:
+    """Say what is wrong with a command line, in the form of all other errors. Without arguments, show the help."""
+    if len(sys.argv) == 1:
+        typer.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
+    text = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    see = f"; see {context.command_path} --help" if context else ""
+    _fail(f"{text[:1].lower()}{text[1:]}{see}", error.exit_code)
 
 
 def _fail(message: str, code: int, cause: BaseException | None = None) -> None:

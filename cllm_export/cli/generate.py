@@ -9,22 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
-from cllm_export.bundle.storage import write_text
-from cllm_export.checks import check_options, option
-from cllm_export.cli.app import app
+from cllm_export.bundle.storage import check_file, write_text
+from cllm_export.checks import OptionGroup, check_options, option
+from cllm_export.cli.app import command
 from cllm_export.cli.options import (
     BlockSizeOption,
     BundleArgument,
+    ForceOption,
     LimitOption,
     MaxNewTokensOption,
     PromptFileOption,
     PromptsOption,
     ThreadsOption,
+    given,
     require_use,
 )
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
@@ -77,13 +79,18 @@ def _read_file(path: str, *, name: str) -> str:
 class EngineChoice:
     """Options that choose the engine."""
 
+    GROUP: ClassVar[OptionGroup] = "Machine"
+
     draft_model: Path | None = option(
-        None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
+        None,
+        help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model.",
+        group="Decoding",
     )
     num_slots: int | None = option(
         None,
         minimum=1,
-        help="Number of prompts decoded at once, all at one block size; by default the bundle's batch size.",
+        help="Number of prompts decoded at once, all at one block size.",
+        otherwise="the bundle's batch size",
     )
     threads: int | None = threads_option()
     provider: Provider = option(
@@ -115,6 +122,8 @@ class EngineChoice:
 class View:
     """Options that choose how a generation is shown."""
 
+    GROUP: ClassVar[OptionGroup] = "Output"
+
     as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
     stats: bool = option(False, help="Print statistics on standard error.")
     show_blocks: bool = option(False, help="Print every block; its colours tell which tokens were accepted.")
@@ -127,7 +136,7 @@ class View:
             )
 
 
-@app.command()
+@command('cllm-export generate my-bundle "The SQL database has" --max-new-tokens 64')
 @with_options(
     GenerateOptions,
     parse={
@@ -139,6 +148,8 @@ class View:
     metavars={
         "block_size": "N|auto",
         "proposer": "SOURCES",
+        "stop": "TEXT",
+        "regex": "PATTERN",
         "logit_bias": "TOKEN=BIAS",
         "json_schema": "FILE",
         "grammar": "FILE",
@@ -161,30 +172,32 @@ def generate(
     limit: LimitOption = None,
     load_prefix: Annotated[
         Path | None,
-        typer.Option("--load-prefix", help="Start from the state of a prompt that --save-prefix wrote to this file."),
+        given("--load-prefix", "Start from the state of a prompt that --save-prefix wrote to this file.", "Input"),
     ] = None,
     save_prefix: Annotated[
         Path | None,
-        typer.Option("--save-prefix", help="Write the state of the prompt to this file, for --load-prefix."),
+        given("--save-prefix", "Write the state of the prompt to this file, for --load-prefix.", "Output"),
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Decode prompts: from the command line, a file, or standard input."""
     if options.logprobs is not None and not view.as_json:
         raise OptionError("logprobs needs as_json: they stand in its lines", fields=("logprobs", "as_json"))
     require_use(engine.draft_model, options.method, options.proposer)
-    given = _gather_prompts(prompt, prompts, limit)
+    entries = _gather_prompts(prompt, prompts, limit)
     if save_prefix is not None:
-        if len(given) != 1:
-            raise OptionError(f"save_prefix keeps the state of one prompt, got {len(given)} prompts")
+        if len(entries) != 1:
+            raise OptionError(f"save_prefix keeps the state of one prompt, got {len(entries)} prompts")
         check_target(save_prefix)
-    with engine.load(bundle, num_prompts=len(given)) as model:
+        check_file(save_prefix, force=force, name="save_prefix")
+    with engine.load(bundle, num_prompts=len(entries)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
-        if len(given) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
-            _print_together(model, given, options, view)
+        if len(entries) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
+            _print_together(model, entries, options, view)
             return
-        for entry in given:
-            with _naming(entry, len(given)):
+        for entry in entries:
+            with _naming(entry, len(entries)):
                 if view.as_json:
                     _print_json_line(entry, model.generate(entry.content, options))
                 else:
@@ -193,31 +206,33 @@ def generate(
                     model.save_prefix(save_prefix, entry.content)
 
 
-@app.command()
+@command("cllm-export trace my-bundle --prompts prompts.jsonl --output traces.json")
 def trace(
     bundle: BundleArgument,
     prompts: PromptFileOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.", show_default=False)],
+    output: Annotated[Path, given("--output", "The JSON file to write.", "Output", "-o")],
     method: Annotated[
-        Method | None, typer.Option("--method", help="Record this method alone; by default all methods.")
+        Method | None, given("--method", "Record this method alone.", "Decoding", default="all methods")
     ] = None,
     block_size: BlockSizeOption = None,
     proposer: Annotated[
-        ProposerName, typer.Option("--proposer", help="How guesses are first filled and refilled: pad or repeat.")
+        ProposerName, given("--proposer", "How guesses are first filled and refilled: pad or repeat.", "Decoding")
     ] = "pad",
     max_new_tokens: MaxNewTokensOption = 32,
     limit: LimitOption = None,
     threads: ThreadsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
     from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 
-    given = read_prompts(prompts, limit=limit)
+    check_file(output, force=force)
+    entries = read_prompts(prompts, limit=limit)
     with load(bundle, threads=threads) as model:
         traces = record_traces(
             open_bundle(bundle),
             model,
-            given,
+            entries,
             methods=(method,) if method else DEFAULT_METHODS,
             block_size=block_size,
             proposer=proposer,

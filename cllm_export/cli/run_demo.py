@@ -22,7 +22,7 @@ BLOCK_SIZES = (4, 8, 12)
 """Values of n that are timed in addition to the bundle's own."""
 
 
-def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool:
+def run_demo(example: Path, output: Path, *, threads: int | None = None, force: bool = False) -> bool:
     """Build the example's checkpoint into ``output``, verify it, decode a few prompts, print the speed table.
 
     Returns:
@@ -30,13 +30,14 @@ def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool
 
     Raises:
         CheckpointError: the example does not exist.
+        OutputError: the output exists, and ``force`` is not set or it is no bundle.
     """
     if not (example / "checkpoint").is_dir():
         raise CheckpointError(
             f"{example} has no checkpoint/; run the demo from a clone of the repository, or give --example"
         )
     prompts = read_prompts(example / "prompts.jsonl")
-    bundle = _build(example / "checkpoint", output)
+    bundle = _build(example / "checkpoint", output, force=force)
     if not _verify(bundle, prompts, example / "checkpoint", threads):
         return False
     _decode(load(bundle.path, threads=threads), prompts[:SHOWN])
@@ -44,12 +45,12 @@ def run_demo(example: Path, output: Path, *, threads: int | None = None) -> bool
     return True
 
 
-def _build(checkpoint: Path, output: Path) -> Bundle:
+def _build(checkpoint: Path, output: Path, *, force: bool) -> Bundle:
     from cllm_export.exporter.pipeline import build
 
     OUT.rule("build")
     with progress_bar() as progress:
-        bundle = build(checkpoint, output, force=True, progress=progress)
+        bundle = build(checkpoint, output, force=force, progress=progress)
     size = sum(entry.size for entry in bundle.manifest.files.values())
     OUT.print(f"wrote {output} ({bytes_text(size)})", markup=False)
     return bundle

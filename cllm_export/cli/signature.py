@@ -121,7 +121,8 @@ class _Offered:
             self.flag,
             help=self.spec.help,
             metavar=self.metavar or _metavar(self.spec, kind),
-            show_default=self.default is not None and (str(self.default) if is_optional else not must_be_given),
+            show_default=self._shown_default(is_optional=is_optional, must_be_given=must_be_given),
+            rich_help_panel=self.spec.group,
         )
         return inspect.Parameter(
             self.name,
@@ -129,6 +130,14 @@ class _Offered:
             annotation=Annotated[kind if must_be_given or default is not None else kind | None, info],
             default=inspect.Parameter.empty if must_be_given else default,
         )
+
+    def _shown_default(self, *, is_optional: bool, must_be_given: bool) -> bool | str:
+        """What the help shows as the default: False for nothing, True for the default itself, or words."""
+        if self.spec.otherwise:
+            return self.spec.otherwise
+        if self.default is None or must_be_given:
+            return False
+        return str(self.default) if is_optional else True
 
 
 def _offered(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cllm_export.cli.app import EXIT_FAILED, app
-from cllm_export.cli.options import LimitOption, PromptFileOption, ThreadsOption
+from cllm_export.bundle.storage import check_file
+from cllm_export.cli.app import EXIT_FAILED, command
+from cllm_export.cli.options import (
+    ForceOption,
+    JsonOption,
+    LimitOption,
+    PromptFileOption,
+    ReportOption,
+    ThreadsOption,
+    given,
+)
 from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.show.report import show_report
 from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
 from cllm_export.cli.signature import with_options
 from cllm_export.evaluation.evaluate import EvaluateOptions
@@ -24,56 +34,53 @@ from cllm_export.training.options import TuneOptions
 SourceArgument = Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face checkpoint.", show_default=False)]
 
 
-@app.command()
+@command("cllm-export evaluate my-bundle --task prompts --data held-out.jsonl")
 @with_options(EvaluateOptions)
 def evaluate(
     source: SourceArgument,
-    data: Annotated[Path, typer.Option("--data", help="The task's data file, or a prompt file.", show_default=False)],
+    data: Annotated[Path, given("--data", "The task's data file, or a prompt file.", "Input")],
     options: EvaluateOptions,
     task: Annotated[
         TaskName | None,
-        typer.Option("--task", help="The task, which says what the data is and how answers are scored."),
+        given("--task", "The task, which says what the data is and how answers are scored.", "Input"),
     ] = None,
     probe: Annotated[
         bool,
-        typer.Option(
-            "--probe", help="Instead of a score, estimate the speed-up to expect here, and what it would take."
-        ),
+        given("--probe", "Instead of a score, estimate the speed-up to expect here, and what it would take.", "Input"),
     ] = False,
     parent: Annotated[
         Path | None,
-        typer.Option("--parent", help="A second bundle or checkpoint to compare with, decoded in the same way."),
+        given("--parent", "A second bundle or checkpoint to compare with, decoded in the same way.", "Input"),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the report to this file as JSON.")
-    ] = None,
+    output: ReportOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
     from cllm_export.evaluation.command import run_evaluation, run_probe
 
+    if output:
+        check_file(output, force=force)
     with progress_bar() as progress:
-        if probe:
-            report = run_probe(source, data, task, parent, options, output=output, progress=progress)
-        else:
-            report = run_evaluation(source, data, task, parent, options, output=output, progress=progress)
-    (show_probe if probe else show_evaluation)(report)
+        report = (run_probe if probe else run_evaluation)(source, data, task, parent, options, progress=progress)
+    show_report(report, show_probe if probe else show_evaluation, as_json=as_json, output=output)
 
 
-@app.command()
+@command("cllm-export collect my-bundle --prompts prompts.jsonl --output trajectories")
 @with_options(CollectOptions)
 def collect(
     source: SourceArgument,
     prompts: PromptFileOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The collection to write, or to continue.")],
+    output: Annotated[Path, given("--output", "The collection to write, or to continue.", "Output", "-o")],
     options: CollectOptions,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Number of prompts that are decoded at once; by default 8.")
+        int | None, given("--batch-size", "Number of prompts that are decoded at once.", "Machine", default="8")
     ] = None,
     threads: ThreadsOption = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="Device that a checkpoint runs on, such as cpu or cuda.")
+        str | None, given("--device", "Device that a checkpoint runs on, such as cpu or cuda.", "Machine")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
     with needs_extra("train"):
@@ -85,45 +92,48 @@ def collect(
         opened = open_source(source, batch_size=batch_size, threads=threads, device=device)
         with progress_bar() as progress:
             collection = run(opened, prompts, output, options, progress=progress)
-    if as_json:
-        typer.echo(json.dumps(collection.manifest.summary, indent=2))
-    else:
-        show_collection(str(output), collection.manifest.summary or {})
+    show_report(collection.manifest.summary or {}, partial(show_collection, str(output)), as_json=as_json)
     if not len(collection):
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@command(
+    """cllm-export tune path/to/checkpoint --prompts prompts.jsonl \\
+    --output my-cllm --minutes 60"""
+)
 @with_options(TuneOptions)
 @with_options(LoraOptions, names={"rank": "lora_rank", "alpha": "lora_alpha"})
 def tune(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face directory with safetensors.", show_default=False)],
     prompts: Annotated[
         Path,
-        typer.Option(
+        given(
             "--prompts",
-            help="A file of prompts with answers; if it has no answers, the model answers the prompts first.",
-            show_default=False,
+            "A file of prompts with answers; if it has no answers, the model answers the prompts first.",
+            "Input",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.", show_default=False)],
+    output: Annotated[Path, given("--output", "The checkpoint to write.", "Output", "-o")],
     options: TuneOptions,
     lora: LoraOptions | None,
     trajectories: Annotated[
         Path | None,
-        typer.Option("--trajectories", help="Train on this collection, which `collect` wrote, instead of the answers."),
+        given("--trajectories", "Train on this collection, which `collect` wrote, instead of the answers.", "Input"),
     ] = None,
     held_out: Annotated[
         Path | None,
-        typer.Option(
-            "--held-out", help="A file of held-out prompts with answers; by default the last prompts of --prompts."
+        given(
+            "--held-out",
+            "A file of held-out prompts with answers.",
+            "Input",
+            default="the last prompts of --prompts",
         ),
     ] = None,
-    num_held_out: Annotated[int, typer.Option("--num-held-out", help="Number of held-out prompts.")] = 64,
+    num_held_out: Annotated[int, given("--num-held-out", "Number of held-out prompts.", "Input")] = 64,
     limit: LimitOption = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Number of CPU threads of each process.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier run.")] = False,
+    threads: Annotated[int | None, given("--threads", "Number of CPU threads of each process.", "Machine")] = None,
+    resume: Annotated[bool, given("--resume", "Continue an interrupted run.", "Output")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
     with needs_extra("train"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.cli.app import EXIT_FAILED, app
+from cllm_export.cli.app import EXIT_FAILED, command
 from cllm_export.cli.options import (
     BaseOption,
     BundleArgument,
@@ -18,6 +16,7 @@ from cllm_export.cli.options import (
 )
 from cllm_export.cli.show.bundle import show_description, show_parity
 from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.show.report import show_report
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
@@ -25,7 +24,7 @@ from cllm_export.prompts import read_prompts
 from cllm_export.verification.report import VerifyOptions
 
 
-@app.command()
+@command("cllm-export verify my-bundle --checkpoint path/to/checkpoint")
 @with_options(VerifyOptions)
 def verify(
     bundle: BundleArgument,
@@ -34,6 +33,7 @@ def verify(
     base: BaseOption = None,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Prove a bundle lossless, write parity.json into it, and exit with 1 if it is not."""
     from cllm_export.verification.verify import verify as run
@@ -49,18 +49,17 @@ def verify(
             options=options,
             progress=progress,
         )
-    show_parity(parity)
+    if as_json:
+        typer.echo(parity.to_json())
+    else:
+        show_parity(parity)
     if not parity.passed:
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@command("cllm-export inspect my-bundle --json")
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Say what is in a bundle and what memory it needs."""
     from cllm_export.bundle.inspect import describe
 
-    description = describe(open_bundle(bundle))
-    if as_json:
-        typer.echo(json.dumps(description, indent=2))
-    else:
-        show_description(description)
+    show_report(describe(open_bundle(bundle)), show_description, as_json=as_json)

@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle.storage import check_report_path, write_json
 from cllm_export.checks import option_specs
 from cllm_export.errors import OptionError
 from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
@@ -25,10 +24,9 @@ def run_evaluation(
     parent: Path | None,
     options: EvaluateOptions,
     *,
-    output: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Evaluate, and write the report to ``output`` if given. Bad arguments are refused before any work.
+    """Evaluate. Bad arguments are refused before any work.
 
     Raises:
         CllmExportError: see ``evaluate``.
@@ -37,14 +35,9 @@ def run_evaluation(
         raise OptionError(
             f"say what the data is with task ({', '.join(TASKS)}), or ask for probe", fields=("task", "probe")
         )
-    if output:
-        check_report_path(output)
-    report = evaluate(
+    return evaluate(
         source, read_task(task, data, options), data=data, parent=parent, options=options, progress=progress
     )
-    if output:
-        write_json(output, report)
-    return report
 
 
 def run_probe(
@@ -54,10 +47,9 @@ def run_probe(
     parent: Path | None,
     options: EvaluateOptions,
     *,
-    output: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Probe, and write the report to ``output`` if given.
+    """Probe. Bad arguments are refused before any work.
 
     Raises:
         OptionError: an option was given that a probe does not use.
@@ -68,10 +60,5 @@ def run_probe(
         raise OptionError(
             f"{unused[0]} is not for probe, which tries every form: leave it out", fields=(unused[0], "probe")
         )
-    if output:
-        check_report_path(output)
     probe_options = ProbeOptions(**{name: given[name] for name in OF_PROBE if given[name] is not None})
-    report = probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)
-    if output:
-        write_json(output, report)
-    return report
+    return probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)

@@ -44,7 +44,7 @@ class EvaluateOptions:
     limit: int | None = limit_option()
     threads: int | None = threads_option()
     allow_code_execution: bool = option(
-        False, help="Run the code that the model writes, in a sandbox. Only humaneval needs it."
+        False, help="Run the code that the model writes, in a sandbox. Only humaneval needs it.", group="Input"
     )
 
     def __post_init__(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
 from cllm_export.bundle.manifest import LOOPS, PROPOSERS, Loop, ProposerName, TrainedWith
 from cllm_export.bundle.quantization import ENGINE_TITLES
-from cllm_export.checks import check_options, documented, option
+from cllm_export.checks import OptionGroup, check_options, documented, option
 from cllm_export.errors import OptionError
 from cllm_export.exporter.quantize.options import QuantizeOptions
 
@@ -23,12 +24,15 @@ class BuildOptions:
         OptionError: an option is out of its range.
     """
 
+    GROUP: ClassVar[OptionGroup] = "Graph"
+
     block_size: int | None = option(
-        None, help="Block size n, in tokens; by default what the model was trained with, else 16.", minimum=1
+        None, help="Block size n, in tokens.", otherwise="what the model was trained with, else 16", minimum=1
     )
     max_length: int | None = option(
         None,
-        help="Largest number of tokens of a prompt and its new tokens; by default the model's, at most 2048.",
+        help="Largest number of tokens of a prompt and its new tokens.",
+        otherwise="the model's, at most 2048",
         minimum=1,
     )
     batch_size: int = option(1, help="Number of slots: prompts that are decoded at once.", minimum=1)
@@ -42,18 +46,22 @@ class BuildOptions:
         "copy",
         help="Copy the weights into the bundle, or link to the checkpoint, which must then stay there.",
         choices=WEIGHTS_MODES,
+        group="Output",
     )
     """``copy`` makes a bundle that does not need the checkpoint. ``link`` leaves tensors that already have the engine's
     dtype in the checkpoint. The bundle then needs the checkpoint to stay where it is."""
     max_memory: int | None = option(
-        None, help="Largest amount of memory that the build may use, such as 1GB.", minimum=1
+        None, help="Largest amount of memory that the build may use, such as 1GB.", minimum=1, group="Machine"
     )
     """Limit on the anonymous memory of the build, in bytes."""
     base: Path | None = option(
-        None, help="The checkpoint that a LoRA adapter is for; by default the one that it names."
+        None,
+        help="The checkpoint that a LoRA adapter is for.",
+        otherwise="the one that the adapter names",
+        group="Input",
     )
     num_layers: int | None = option(
-        None, help="Export only this many layers, from the first, for debugging.", minimum=1
+        None, help="Export only this many layers, from the first, for debugging.", minimum=1, group="Input"
     )
     fixed_shapes: bool = option(
         False, help="Fix the batch size, block size and KV length in the graph, for compilers that need fixed shapes."
@@ -85,6 +93,8 @@ class BuildOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainedOptions:
     """``TrainedWith`` as options of the command line."""
+
+    GROUP: ClassVar[OptionGroup] = "Training"
 
     block_size: int = option(
         help="Block size that the model was tuned with, if its config does not say.",

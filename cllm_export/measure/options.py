@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
@@ -22,6 +23,8 @@ class BenchOptions:
     Raises:
         OptionError: an option is out of its range, or no timed method would use it.
     """
+
+    GROUP: ClassVar[OptionGroup] = "Decoding"
 
     methods: tuple[Method, ...] = option(
         (),
@@ -44,9 +47,11 @@ class BenchOptions:
     draft_model: Path | None = option(
         None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
     )
-    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
-    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.")
-    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams tried in a forward.")
+    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.", group="Lookahead")
+    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.", group="Lookahead")
+    guesses: int | None = option(
+        None, help="For lookahead: G, the number of n-grams tried in a forward.", group="Lookahead"
+    )
     max_new_tokens: int = max_new_tokens_option()
     repeats: int = option(3, help="Number of passes over the prompts; the report gives medians.", minimum=1)
     """A warm-up pass runs before these passes."""

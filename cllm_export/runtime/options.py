@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.checks import documented, option
+from cllm_export.checks import OptionGroup, documented, option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.runtime.decoding.constraint import GrammarKind
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
@@ -38,12 +38,15 @@ class GenerateOptions(Sampling):
         OptionError: an option is out of range, or excludes another one.
     """
 
+    GROUP: ClassVar[OptionGroup] = "Decoding"
+
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
     """The length limit, exact. By default as many tokens as still fit into the model's max length."""
     method: Method | None = option(
         None,
         choices=(*METHODS, LOOKAHEAD),
-        help="The decoding method; by default the loop that the model was trained with.",
+        help="The decoding method.",
+        otherwise="the loop that the model was trained with",
     )
     """``jacobi`` is the sliding loop, ``jacobi-block`` the loop of the paper. ``speculative`` takes every draft from
     ``proposer`` and reuses none of the model's own predictions. ``autoregressive`` decodes token by token.
@@ -52,7 +55,9 @@ class GenerateOptions(Sampling):
     By default it is the loop that the model was trained with, else ``jacobi``. If ``block_size`` is ``auto``, the
     default is ``jacobi``."""
     block_size: BlockSize | None = option(
-        None, help="Block size n, in tokens, or auto, which chooses n forward by forward and is the default of jacobi."
+        None,
+        help="Block size n, in tokens, or auto, which chooses n forward by forward.",
+        otherwise="auto for jacobi, else the bundle's own",
     )
     """n, from 1 to the model's largest, or ``auto``. ``auto`` chooses n for each forward, for the most tokens per
     second; n may be 1. Later requests profit from what it has learned about the model.
@@ -63,11 +68,13 @@ class GenerateOptions(Sampling):
 
     At every fixed n the tokens are those of autoregressive decoding at that n. ``auto`` may round a near tie
     differently on a processor where this was not checked."""
-    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.")
+    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.", group="Lookahead")
     """W of ``lookahead``. ``window``, ``ngram`` and ``guesses`` give the size of its block: see ``LookaheadShape``."""
-    ngram: int | None = option(None, help="For lookahead: N, the number of tokens of an n-gram.")
+    ngram: int | None = option(None, help="For lookahead: N, the number of tokens of an n-gram.", group="Lookahead")
     """N of ``lookahead``."""
-    guesses: int | None = option(None, help="For lookahead: G, the number of n-grams that a forward tries.")
+    guesses: int | None = option(
+        None, help="For lookahead: G, the number of n-grams that a forward tries.", group="Lookahead"
+    )
     """G of ``lookahead``."""
     deterministic: bool = option(
         False, help="Use the bundle's own block size instead of auto, so that a request gives its tokens again."
@@ -92,10 +99,14 @@ class GenerateOptions(Sampling):
         minimum=0,
         maximum=MAX_LOGPROBS,
         help="With --json: add the log-probability of each token, and of this many alternatives.",
+        group="Output",
     )
     """Return the log-probability of each new token, and of this many of the most probable alternatives."""
     forwards_per_sync: int | None = option(
-        None, minimum=1, help="For tensorrt: decode on the device, and let the host look once in this many forwards."
+        None,
+        minimum=1,
+        help="For tensorrt: decode on the device, and let the host look once in this many forwards.",
+        group="Machine",
     )
     """k: the loop runs on the device, and the host reads results once in k forwards. The text of a stream then comes in
     steps of k forwards.
@@ -103,14 +114,16 @@ class GenerateOptions(Sampling):
     It is for greedy requests on a TensorRT engine, one at a time, with the method ``jacobi`` and the proposer ``pad``
     or ``repeat``. ``block_size`` must be one of the plan's. It is by default the model's own, and never ``auto``."""
     json_schema: str | Mapping[str, Any] | None = option(
-        None, help="A JSON schema that the text must match; on the command line, a file that holds it."
+        None, help="A JSON schema that the text must match; on the command line, a file that holds it.", group="Grammar"
     )
     """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request can have at most one
     grammar. If a limit or a stop string cuts the text, it is only the beginning of a match."""
-    regex: str | None = option(None, help="A regular expression that the whole text must match.")
+    regex: str | None = option(None, help="A regular expression that the whole text must match.", group="Grammar")
     """The expression that the whole text must match (extra ``grammar``)."""
     grammar: str | None = option(
-        None, help="A Lark grammar that the text must match; on the command line, a file that holds it."
+        None,
+        help="A Lark grammar that the text must match; on the command line, a file that holds it.",
+        group="Grammar",
     )
     """A Lark grammar, as llguidance takes it, that the text must match (extra ``grammar``)."""
 

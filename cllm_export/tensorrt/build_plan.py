@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, check_block_size, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import CllmExportError, GpuError, OptionError, PlanError
 from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
@@ -64,28 +64,32 @@ class Range(NamedTuple):
 class PlanOptions:
     """The options of ``cllm-export plan``. None and () mean the value that the bundle suggests."""
 
+    GROUP: ClassVar[OptionGroup] = "Plan"
+
     batch_size: int | None = option(
-        None, help="Number of slots: prompts that are decoded at once; by default the bundle's.", minimum=1
+        None, help="Number of slots: prompts that are decoded at once.", otherwise="the bundle's", minimum=1
     )
     block_sizes: tuple[int, ...] = option(
         (),
-        help="Block size n, in tokens; repeat the option for several. By default 1 and the bundle's own.",
+        help="Block size n, in tokens; repeat the option for several.",
+        otherwise="1 and the bundle's own",
         minimum=1,
         flag="--block-size",
     )
     """n of each decode profile. By default 1, the bundle's block size, and 16, which batches use for prefill."""
     prefill_chunk: int | None = option(
-        None, help="Number of prompt tokens that one forward reads; by default 128.", minimum=1
+        None, help="Number of prompt tokens that one forward reads.", otherwise="128", minimum=1
     )
     kv_lengths: tuple[int, ...] = option(
         (),
-        help="KV rows that attention reads; repeat the option for several. By default 256, 512 and so on.",
+        help="KV rows that attention reads; repeat the option for several.",
+        otherwise="256, 512 and so on",
         minimum=1,
         flag="--kv-length",
     )
     """KV lengths. By default they double from 256 up to the whole cache."""
     workspace: int | None = option(
-        None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
+        None, help="Scratch memory that the builder may use, such as 512MB.", otherwise="all", minimum=1
     )
     optimization_level: int = option(3, help="How long the builder looks for faster kernels.", minimum=0, maximum=5)
     hardware: Hardware = option(

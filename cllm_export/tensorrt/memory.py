@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE, PRECISIONS, Geometry, Precision, check_block_size
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.runtime.decoding.shared_options import block_size_option
 
 LIVE_ROWS = 4
@@ -25,21 +26,24 @@ FLOAT32 = 4
 class MemoryOptions:
     """The case that the figures are for. None means the bundle's own value."""
 
+    GROUP: ClassVar[OptionGroup] = "Plan"
+
     precision: Precision | None = option(
-        None, help="Number format to plan for; by default the bundle's own.", choices=PRECISIONS
+        None, help="Number format to plan for.", otherwise="the bundle's own", choices=PRECISIONS
     )
     block_size: int | None = block_size_option()
     max_length: int | None = option(
         None,
-        help="Largest number of tokens of a prompt and its new tokens; by default the bundle's own.",
+        help="Largest number of tokens of a prompt and its new tokens.",
+        otherwise="the bundle's own",
         minimum=1,
     )
     batch_size: int | None = option(
-        None, help="Number of slots: prompts that are decoded at once; by default the bundle's.", minimum=1
+        None, help="Number of slots: prompts that are decoded at once.", otherwise="the bundle's", minimum=1
     )
     prefill_chunk: int = option(128, help="Number of prompt tokens that one forward reads.", minimum=1)
     workspace: int | None = option(
-        None, help="Scratch memory that the builder may use, such as 512MB; by default all.", minimum=1
+        None, help="Scratch memory that the builder may use, such as 512MB.", otherwise="all", minimum=1
     )
     """Bytes that the builder may give to a kernel; None for all memory of the device."""
 

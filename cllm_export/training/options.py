@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from cllm_export.bundle.manifest import LOOPS, PROPOSERS, Loop, ProposerName, TrainedWith
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import OptionError
 from cllm_export.training import MIXED_PRECISIONS, OBJECTIVES, OPTIMIZERS, MixedPrecision, Objective, OptimizerName
 from cllm_export.training.model.options import LoraOptions
@@ -22,10 +22,13 @@ class TuneOptions:
         OptionError: an option is out of its range, or conflicts with another one.
     """
 
+    GROUP: ClassVar[OptionGroup] = "Training"
+
     objective: Objective = option(
         "packed",
         help="The training objective; autoregressive is ordinary fine-tuning, for comparison.",
         choices=OBJECTIVES,
+        group="Objective",
     )
     """How many noisy states of each sample a forward trains. ``packed``: several; ``global``: one; ``local``: one,
     trained towards the next state; ``autoregressive``: none, which is ordinary fine-tuning."""
@@ -34,11 +37,14 @@ class TuneOptions:
         help="Block size n, in tokens. Repeat the option to mix several; the first is deployed.",
         minimum=2,
         flag="--block-size",
+        group="Objective",
     )
     """n of the training states. The tuned checkpoint records the first as the n it was trained with."""
-    loop: Loop = option("sliding", help="The loop that the tuned model will decode with.", choices=LOOPS)
+    loop: Loop = option(
+        "sliding", help="The loop that the tuned model will decode with.", choices=LOOPS, group="Objective"
+    )
     proposer: ProposerName = option(
-        "pad", help="The proposer that the tuned model will decode with.", choices=PROPOSERS
+        "pad", help="The proposer that the tuned model will decode with.", choices=PROPOSERS, group="Objective"
     )
     steps: int | None = option(None, help="Number of optimiser steps; give either this or --minutes.", minimum=1)
     """Optimiser steps. A resumed run repeats exactly."""
@@ -52,13 +58,17 @@ class TuneOptions:
     """Forwards in an optimiser step. The step uses the mean of their gradients; each forward averages over its own
     tokens."""
     num_windows: int = option(
-        6, help="Number of noisy states of each sample in a forward, for the packed objective.", minimum=1
+        6,
+        help="Number of noisy states of each sample in a forward, for the packed objective.",
+        minimum=1,
+        group="Objective",
     )
     """States of each sample in a forward, for the packed objective."""
     autoregressive_weight: float = option(
         1.0,
         help="Weight of the autoregressive loss beside the consistency loss; with too little, models collapse.",
         minimum=0,
+        group="Objective",
     )
     """Weight of the autoregressive loss, added to the consistency loss. With too little of it, models collapse."""
     distance_weight: float = option(
@@ -66,10 +76,13 @@ class TuneOptions:
         help="Factor on a guess's weight for each place that it stands behind the first wrong one.",
         minimum=0,
         maximum=1,
+        group="Objective",
     )
     """A guess d places after the first wrong one has weight ``distance_weight ** d``. Below 1, near guesses count
     more."""
-    label_smoothing: float = option(0.0, help="Label smoothing of the autoregressive loss.", minimum=0, maximum=1)
+    label_smoothing: float = option(
+        0.0, help="Label smoothing of the autoregressive loss.", minimum=0, maximum=1, group="Objective"
+    )
     optimizer: OptimizerName = option("adamw", help="The optimiser; muon is for small models.", choices=OPTIMIZERS)
     learning_rate: float = option(2e-5, help="Peak learning rate of adamw.", minimum=0)
     matrix_learning_rate: float = option(0.02, help="Peak learning rate of muon, which trains the matrices.", minimum=0)

@@ -66,14 +66,20 @@ class VerifyOptions:
 
     max_new_tokens: int = max_new_tokens_option()
     block_sizes: tuple[int, ...] = option(
-        (), help="Block size n, in tokens; repeat the option for several.", minimum=1, flag="--block-size"
+        (),
+        help="Block size n, in tokens; repeat the option for several.",
+        minimum=1,
+        flag="--block-size",
+        group="Decoding",
     )
     """Block sizes of the losslessness checks. The default is the bundle's own n."""
     threads: int | None = threads_option()
     by_layer: bool | None = option(
         None,
-        help="Compare with the checkpoint layer by layer, or by decoding; by default whichever fits in memory.",
+        help="Compare with the checkpoint layer by layer, or by decoding.",
+        otherwise="whichever fits in memory",
         flag="--by-layer/--whole",
+        group="Machine",
     )
     """Compare with the checkpoint layer by layer instead of decoding. Default if both do not fit in memory."""
 

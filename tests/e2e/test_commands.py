@@ -256,7 +256,7 @@ def test_bench_reports_every_loop_as_a_table_and_as_json(
 ):
     report_file = tmp_path / "report.json"
     sizes = ("--block-size", 8, "--block-size", 4)
-    options = ("--repeats", 1, *sizes, "--json", report_file, "--checkpoint", workshop.checkpoint("llama"))
+    options = ("--repeats", 1, *sizes, "--output", report_file, "--checkpoint", workshop.checkpoint("llama"))
     table = run("bench", bundle, "--prompts", prompt_file, *options, *FEW).out
     report = json.loads(report_file.read_text())
     assert methods_of(report) == set(LOOPS)
@@ -278,7 +278,7 @@ def test_bench_reports_every_loop_as_a_table_and_as_json(
 
 
 def test_bench_of_one_loop_keeps_the_baseline_beside_it(cli: Cli, workshop: Workshop, tmp_path: Path):
-    options = ("--method", "jacobi", "--repeats", 1, "--json", tmp_path / "r.json")
+    options = ("--method", "jacobi", "--repeats", 1, "--output", tmp_path / "r.json")
     assert cli("bench", workshop.bundle("llama", **PINNED).path, *options, *FEW).code == 0
     assert methods_of(json.loads((tmp_path / "r.json").read_text())) == {"autoregressive", "jacobi"}
 
@@ -345,7 +345,7 @@ def test_a_draft_model_and_other_sources_change_forwards_and_not_the_text(cli: C
 
 def test_bench_times_speculative_decoding_where_a_draft_model_is_given(cli: Cli, workshop: Workshop, tmp_path: Path):
     pinned = workshop.bundle("llama", **PINNED).path
-    options = ("--draft-model", pinned, "--repeats", 1, "--json", tmp_path / "r.json")
+    options = ("--draft-model", pinned, "--repeats", 1, "--output", tmp_path / "r.json")
     assert cli("bench", pinned, *options, *FEW).code == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert methods_of(report) == {*LOOPS, "speculative"}

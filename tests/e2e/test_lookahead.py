@@ -28,11 +28,11 @@ def lines_of(out: str) -> list[dict[str, Any]]:
 
 
 def test_build_adds_the_graph_and_generate_decodes_with_it(cli: Cli, workshop: Workshop, output: Path):
-    report = output.parent / "report.json"
-    options = ("--weights", "copy", "--lookahead", "--json", report)
-    assert cli("build", workshop.checkpoint("llama"), "--output", output, *options).code == 0
-    assert json.loads(report.read_text())["graphs"] == ["greedy", "lookahead"]
-    assert json.loads(report.read_text())["lookahead_refused"] is None
+    options = ("--weights", "copy", "--lookahead", "--json")
+    built = cli("build", workshop.checkpoint("llama"), "--output", output, *options)
+    assert built.code == 0
+    assert json.loads(built.out)["graphs"] == ["greedy", "lookahead"]
+    assert json.loads(built.out)["lookahead_refused"] is None
     assert "lookahead" in cli("inspect", output).out
 
     [plain] = lines_of(cli("generate", output, "the cat", "--json", "--method", "autoregressive", *FEW).out)
@@ -45,7 +45,7 @@ def test_build_adds_the_graph_and_generate_decodes_with_it(cli: Cli, workshop: W
 
 
 def test_bench_times_it_beside_the_baseline(cli: Cli, bundle: Bundle, tmp_path: Path):
-    options = ("--method", "lookahead", *SHAPE, "--repeats", 1, "--json", tmp_path / "r.json")
+    options = ("--method", "lookahead", *SHAPE, "--repeats", 1, "--output", tmp_path / "r.json")
     assert cli("bench", bundle.path, *options, *FEW).code == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert {entry["method"] for entry in report["settings"]} == {"autoregressive", "lookahead"}

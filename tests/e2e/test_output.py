@@ -149,7 +149,7 @@ def test_verify_says_that_it_cannot_write(cli: Cli, workshop: Workshop, mounted:
 def test_bench_says_that_it_cannot_write_its_report(cli: Cli, workshop: Workshop, tmp_path: Path):
     bundle, options = workshop.bundle("llama", **PINNED).path, ("--repeats", 1, "--max-new-tokens", 2, "--threads", 1)
     for target in (tmp_path / "nowhere" / "r.json", tmp_path):
-        assert_refused(cli("bench", bundle, *options, "--json", target), "cannot write", str(target))
+        assert_refused(cli("bench", bundle, *options, "--output", target), "cannot write", str(target))
 
 
 def test_generate_says_that_its_output_is_full(workshop: Workshop):

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
 from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, UNQUANTISED, SchemeName, SchemeOption
@@ -21,7 +21,7 @@ from cllm_export.calibration.search.fake_quantization import FakeQuantization
 from cllm_export.calibration.search.fit import Budget, Builder, Fit, fit
 from cllm_export.calibration.search.measured import HeldOutOptions, Losses
 from cllm_export.calibration.search.sensitivity import StandIn
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import CalibrationError, OptionError
 from cllm_export.evaluation.tasks.questions import Question
 from cllm_export.exporter.checkpoint.source import require_source
@@ -41,6 +41,8 @@ class FitOptions(SchemeOptions):
         OptionError: there is no scheme, a scheme is repeated, several schemes are for an engine that is not timed here,
             or no scheme takes an option.
     """
+
+    GROUP: ClassVar[OptionGroup] = "Quantisation"
 
     schemes: tuple[SchemeName, ...] = option(
         help="How linear layers are quantised; repeat the option to choose the fastest of several here.",

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.calibration.linear_inputs import LinearLayer
 from cllm_export.calibration.search.measured import Losses
 from cllm_export.calibration.search.sensitivity import LayerSensitivity
-from cllm_export.checks import option
+from cllm_export.checks import OptionGroup, option
 from cllm_export.errors import CalibrationError, OptionError
 
 DEFAULT_TPF_LOSS = 0.03
@@ -29,10 +29,12 @@ class Budget:
         OptionError: a value is not a valid share.
     """
 
+    GROUP: ClassVar[OptionGroup] = "Budget"
+
     max_tpf_loss: float = option(
         DEFAULT_TPF_LOSS,
-        help="Largest share of the tokens per forward that may be lost, such as 1%; "
-        f"by default {DEFAULT_TPF_LOSS:.0%}.",
+        help="Largest share of the tokens per forward that may be lost, such as 1%.",
+        otherwise=f"{DEFAULT_TPF_LOSS:.0%}",
     )
     max_quality_loss: float | None = option(
         None,

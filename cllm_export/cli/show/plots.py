@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle.storage import output_error
+from cllm_export.bundle.storage import output_error, whole_file
 from cllm_export.errors import MissingExtraError, OutputError
 
 SENSITIVITY, TRADE_OFF = "sensitivity.png", "trade_off.png"
 _BAR_INCHES, _WIDTH, _MIN_HEIGHT = 0.18, 8.0, 3.0
 
 
-def check_plots(directory: Path | None) -> None:
-    """Check, before any work, that plotting is possible.
+def check_plots(directory: Path | None, *names: str, force: bool) -> None:
+    """Check, before any work, that plots of these file names can be written to a directory.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OutputError: the path is no directory, or the directory cannot be created.
+        OutputError: the path is no directory, the directory cannot be created, or it holds such a plot and ``force`` is
+            not set.
     """
     if directory is None:
         return
@@ -31,6 +32,11 @@ def check_plots(directory: Path | None) -> None:
     above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
+    for name in names:
+        if os.path.lexists(directory / name) and not force:
+            raise OutputError(
+                f"{directory / name} exists; replace it with force=True or choose another directory", fields=("plots",)
+            )
 
 
 def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], directory: Path) -> Path:
@@ -98,7 +104,8 @@ def _figure(path: Path, *, height: float) -> Iterator[Any]:
     yield figure.subplots()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with whole_file(path) as scratch:
+            figure.savefig(scratch, dpi=150, format=path.suffix[1:])
     except OSError as error:
         raise output_error(error, path) from error
 

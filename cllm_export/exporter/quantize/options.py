@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from cllm_export.bundle.quantization import (
     ENGINE_TITLES,
@@ -18,7 +19,7 @@ from cllm_export.bundle.quantization import (
     SchemeSpec,
     schemes_that_take,
 )
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import OptionError
 
 
@@ -26,13 +27,16 @@ from cllm_export.errors import OptionError
 class SchemeOptions:
     """Options that only some schemes take."""
 
+    GROUP: ClassVar[OptionGroup] = "Quantisation"
+
     group_size: int | None = option(
         None, help="For int4: how many input channels share a scale: 32, 64 or 128.", minimum=1
     )
     """Number of input channels that share a scale of a weight; by default the first of the scheme's sizes."""
     engine: Engine | None = option(
         None,
-        help="For int4: the engine that runs the graph; by default onnxruntime.",
+        help="For int4: the engine that runs the graph.",
+        otherwise="onnxruntime",
         choices=ENGINES,
         flag="--quantize-for",
     )
@@ -46,6 +50,8 @@ class SchemeOptions:
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions(SchemeOptions):
     """The options of a scheme, and the choice of layers: all options except the scheme's name."""
+
+    GROUP: ClassVar[OptionGroup] = "Quantisation"
 
     head: bool = option(False, help="Quantise the head (lm_head) too.", flag="--quantize-head")
     """Quantise the head too."""
@@ -62,6 +68,8 @@ class QuantizeOptions(LayerOptions):
     Raises:
         OptionError: the scheme is unknown, lacks an option that it needs, or got one that it does not take.
     """
+
+    GROUP: ClassVar[OptionGroup] = "Quantisation"
 
     scheme: SchemeName = option(
         help="How linear layers store their weights and take their activations.",

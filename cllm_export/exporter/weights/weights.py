@@ -165,9 +165,16 @@ def require_space(directory: Path, needed: int, target: Path) -> None:
     """Check that the disk has enough space.
 
     Raises:
-        OutputError: it does not; says how much is needed and how much is free.
+        OutputError: it does not; says how much is needed and how much is free. Or the directory is on no disk.
     """
-    free = shutil.disk_usage(directory).free
+    usage = shutil.disk_usage(directory)
+    if not usage.total:
+        raise OutputError(
+            f"cannot write {target}: {directory} is on a file system of the kernel, which holds no files; "
+            "choose another output",
+            fields=("output",),
+        )
+    free = usage.free
     if needed > free:
         raise OutputError(
             f"the disk is full: {target} needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; "

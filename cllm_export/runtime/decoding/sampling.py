@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.checks import check_options, option
+from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.constraint import Constraint
 
@@ -52,6 +52,8 @@ class Sampling:
     Raises:
         OptionError: a value is out of range; the message gives its name and range.
     """
+
+    GROUP: ClassVar[OptionGroup] = "Sampling"
 
     temperature: float = option(0.0, help="Temperature of sampling; at 0 decoding is greedy.")
     """0, or 1e-6 to 1e6."""
@@ -87,7 +89,8 @@ class Sampling:
     seed: int | None = option(
         None,
         minimum=0,
-        help="Seed of sampling and of the prompt proposer; by default a new one for each sampled prompt.",
+        help="Seed of sampling and of the prompt proposer.",
+        otherwise="a new one for each sampled prompt",
     )
     """Seed of the sampling noise and of the ``prompt`` proposer, 0 to 2^63 - 1. A ``Sampler`` reads None as 0."""
 

@@ -11,13 +11,17 @@ from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
 
 def block_size_option(*, minimum: int = 1, whose: str = "the bundle's own") -> Any:
     """The block size n; by default the model's own."""
-    return option(None, help=f"Block size n, in tokens; by default {whose}.", minimum=minimum)
+    return option(None, help="Block size n, in tokens.", otherwise=whose, minimum=minimum, group="Decoding")
 
 
 def proposer_option() -> Any:
     """One of ``PROPOSERS``; by default the model's own."""
     return option(
-        None, help="How guesses are first filled and refilled; by default as the model was trained.", choices=PROPOSERS
+        None,
+        help="How guesses are first filled and refilled.",
+        otherwise="as the model was trained",
+        choices=PROPOSERS,
+        group="Decoding",
     )
 
 
@@ -25,22 +29,29 @@ def method_option() -> Any:
     """One of the Jacobi methods; by default the model's own."""
     return option(
         None,
-        help="The decoding method; by default the loop that the model was trained with.",
+        help="The decoding method.",
+        otherwise="the loop that the model was trained with",
         choices=tuple(METHOD_OF_LOOP.values()),
+        group="Decoding",
     )
 
 
-def max_new_tokens_option(default: int | None = 128, *, otherwise: str = "") -> Any:
+def max_new_tokens_option(default: int | None = 128, *, otherwise: str | None = None) -> Any:
     """The limit on new tokens. ``otherwise`` says in the help what a default of None means."""
-    by_default = f"; by default {otherwise}" if otherwise else ""
-    return option(default, help=f"Largest number of new tokens for each prompt{by_default}.", minimum=1)
+    return option(
+        default,
+        help="Largest number of new tokens for each prompt.",
+        otherwise=otherwise,
+        minimum=1,
+        group="Decoding",
+    )
 
 
 def limit_option(default: int | None = None) -> Any:
     """How many prompts of a file to use."""
-    return option(default, help="Use only this many prompts, from the first.", minimum=1)
+    return option(default, help="Use only this many prompts, from the first.", minimum=1, group="Input")
 
 
 def threads_option() -> Any:
     """CPU threads of the engine."""
-    return option(None, help="Number of CPU threads of the engine; by default all.", minimum=1)
+    return option(None, help="Number of CPU threads of the engine.", otherwise="all", minimum=1, group="Machine")

@@ -27,11 +27,11 @@ class CollectOptions:
     method: JacobiMethod | None = method_option()
     block_size: int | None = block_size_option(whose="the model's own")
     proposer: ProposerName | None = proposer_option()
-    seed: int = option(0, help="Seed of the prompt proposer, from which each prompt gets its own.")
+    seed: int = option(0, help="Seed of the prompt proposer, from which each prompt gets its own.", group="Decoding")
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
     """By default, as many as fit."""
     shard_size: int = option(
-        1000, help="Number of prompts in a shard; each shard is saved when it is complete.", minimum=1
+        1000, help="Number of prompts in a shard; each shard is saved when it is complete.", minimum=1, group="Output"
     )
     limit: int | None = limit_option()
 

@@ -19,9 +19,15 @@ class LoraOptions:
         help="Train LoRA adapters of this rank, which are merged when the checkpoint is saved.",
         minimum=1,
         flag="--lora-rank",
+        group="LoRA",
     )
     alpha: float | None = option(
-        None, help="Alpha of the LoRA adapters; by default twice the rank.", above=0, flag="--lora-alpha"
+        None,
+        help="Alpha of the LoRA adapters.",
+        otherwise="twice the rank",
+        above=0,
+        flag="--lora-alpha",
+        group="LoRA",
     )
 
     def __post_init__(self) -> None:

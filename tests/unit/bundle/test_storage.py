@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from cllm_export.bundle.storage import check_report_path, unfinished_files, whole_file, write_json, write_text
+from cllm_export.bundle.storage import check_file, unfinished_files, whole_file, write_json, write_text
 from cllm_export.errors import OutputError
 
 
@@ -45,7 +45,7 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
     os.mkfifo(path)
     reader = threading.Thread(target=lambda: read.append(path.read_text()))
     reader.start()
-    check_report_path(path)
+    check_file(path, force=False)
     write_text(path, "through")
     reader.join()
     assert read == ["through"]
@@ -55,7 +55,19 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
 @pytest.mark.parametrize("name", [".", "none/report.json", "file/report.json"])
 def test_a_report_that_could_not_be_written_is_refused_before_the_work(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot write the report to"):
-        check_report_path(tmp_path / name)
+    with pytest.raises(OutputError, match="output must be a file in a directory that exists"):
+        check_file(tmp_path / name, force=True)
     with pytest.raises(OutputError, match="cannot write"):
         write_text(tmp_path / name, "text")
+
+
+def test_a_file_is_replaced_only_where_that_was_asked_for(tmp_path):
+    """A dangling link counts as a file: writing would follow it."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    for name in ("file", "link"):
+        check_file(tmp_path / name, force=True)
+        with pytest.raises(OutputError, match="exists; replace it with force=True or choose another plots"):
+            check_file(tmp_path / name, force=False, name="plots")
+    check_file(tmp_path / "new", force=False)
+    check_file(tmp_path / "/dev/stdout", force=False)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from cllm_export.errors import OutputError
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.stream import Piece
 from cllm_export.exporter.graph.model import WeightSource
 from cllm_export.exporter.graph.rounding import GroupRounding, SignedGroups
 from cllm_export.exporter.graph.trace import TORCH_DTYPE
-from cllm_export.exporter.weights.weights import Layout, Part, Place, WeightsFile
+from cllm_export.exporter.weights.weights import Layout, Part, Place, WeightsFile, require_space
 
 OFFSET = 1.0
 """Of the norms of Gemma, whose weights are stored as their distance from 1."""
@@ -60,3 +61,9 @@ def test_four_bits_share_a_byte_with_their_neighbour_wherever_pieces_end(tmp_pat
     values = np.stack([written & 15, written >> 4], axis=-1).reshape(32, 6).astype(np.int8)
     values[values > 7] -= 16
     assert np.array_equal(values.T, rounding(torch.from_numpy(stored.copy())).codes.numpy())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+def test_a_file_system_of_the_kernel_is_not_called_a_full_disk():
+    with pytest.raises(OutputError, match="cannot write /proc/x: /proc is on a file system of the kernel"):
+        require_space(Path("/proc"), 1, Path("/proc/x"))
