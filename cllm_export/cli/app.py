@@ -17,7 +17,7 @@ from cllm_export.errors import CllmExportError
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 ORDER = (
-    *("build", "plan", "verify", "generate", "inspect", "bench"),
+    *("build", "plan", "verify", "generate", "chat", "inspect", "bench"),
     *("calibrate", "convergence", "quantize"),
     *("evaluate", "collect", "tune", "plan-memory", "doctor", "trace", "demo"),
 )

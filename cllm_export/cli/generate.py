@@ -75,6 +75,24 @@ def _read_file(path: str, *, name: str) -> str:
         raise OptionError(f"{name}: {path} is not valid UTF-8 at byte {error.start}", fields=(name,)) from None
 
 
+PARSE = {
+    "block_size": _parse_block_size,
+    "logit_bias": _parse_bias,
+    "json_schema": partial(_read_file, name="json_schema"),
+    "grammar": partial(_read_file, name="grammar"),
+}
+METAVARS = {
+    "block_size": "N|auto",
+    "proposer": "SOURCES",
+    "stop": "TEXT",
+    "regex": "PATTERN",
+    "logit_bias": "TOKEN=BIAS",
+    "json_schema": "FILE",
+    "grammar": "FILE",
+}
+"""How the command line writes options of a request."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineChoice:
     """Options that choose the engine."""
@@ -126,7 +144,7 @@ class View:
 
     as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
     stats: bool = option(False, help="Print statistics on standard error.")
-    show_blocks: bool = option(False, help="Print every block; its colours tell which tokens were accepted.")
+    show_blocks: bool = option(False, help="Print every block; marks and colours tell which tokens were accepted.")
 
     def __post_init__(self) -> None:
         if self.as_json and (self.show_blocks or self.stats):
@@ -139,21 +157,8 @@ class View:
 @command('cllm-export generate my-bundle "The SQL database has" --max-new-tokens 64')
 @with_options(
     GenerateOptions,
-    parse={
-        "block_size": _parse_block_size,
-        "logit_bias": _parse_bias,
-        "json_schema": partial(_read_file, name="json_schema"),
-        "grammar": partial(_read_file, name="grammar"),
-    },
-    metavars={
-        "block_size": "N|auto",
-        "proposer": "SOURCES",
-        "stop": "TEXT",
-        "regex": "PATTERN",
-        "logit_bias": "TOKEN=BIAS",
-        "json_schema": "FILE",
-        "grammar": "FILE",
-    },
+    parse=PARSE,
+    metavars=METAVARS,
 )
 @with_options(EngineChoice)
 @with_options(View)

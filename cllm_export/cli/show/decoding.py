@@ -54,18 +54,21 @@ def show_statistics(generation: Generation) -> None:
 
 
 def show_blocks(model: Model, generation: Generation) -> None:
-    """Print a line for each forward: the block that it verified, coloured by the fate of each token.
+    """Print a line for each forward: the block that it verified, marked and coloured by the fate of each token.
 
     Fast-forwarded tokens are draft tokens found right. The accepted token is the model's own token after them, which
     every forward gives. Stationary tokens are already right but wait for an earlier token. All other tokens were wrong.
     """
-    legend = (
-        ("fast-forwarded", FAST_FORWARDED),
-        ("accepted", ACCEPTED),
-        ("stationary", STATIONARY),
-        ("rejected", REJECTED),
-    )
-    OUT.print(Text.assemble("block: ", *((f" {name} ", style) for name, style in legend)))
+    legend = Text("block: [")
+    legend.append("fast-forwarded", FAST_FORWARDED)
+    legend.append("|")
+    legend.append("+accepted", ACCEPTED)
+    legend.append("] ")
+    legend.append("~stationary", STATIONARY)
+    legend.append(" ")
+    legend.append("-rejected", REJECTED)
+    legend.append("; the forward gave the tokens in brackets")
+    OUT.print(legend)
     records = generation.forwards
     end = records[0].write_index + len(generation.token_ids) if records else 0
     for index, record in enumerate(records):
@@ -74,18 +77,17 @@ def show_blocks(model: Model, generation: Generation) -> None:
 
 
 def _block_line(model: Model, number: int, record: ForwardRecord, following: ForwardRecord | None, end: int) -> Text:
+    """The tokens that a forward gave in brackets, then the other tokens of its block, none after position ``end``."""
+    last = record.num_accepted - 1
+    rows = [row for row in range(1, len(record.block)) if record.write_index + row <= end]
+    given = [(_token_text(model, record.block[row]), FAST_FORWARDED) for row in rows if row <= last]
+    if not last or record.write_index + last < end:
+        given.append((f"+{_token_text(model, record.next_ids[last])}", ACCEPTED))
+    line = Text.assemble((f"{number:>3} ", "dim"), "[", Text("|").join(Text(*token) for token in given), "]")
     still_right = set(stationary_positions(record, following)) if following else set()
-    line = Text.assemble((f"{number:>3} ", "dim"))
-    if record.num_accepted == 1:
-        line.append(_token_text(model, record.next_ids[0]), ACCEPTED)
-    for row in range(1, len(record.block)):
-        position = record.write_index + row
-        if position > end:
-            break
-        rejected = STATIONARY if position in still_right else REJECTED
-        line.append(_token_text(model, record.block[row]), FAST_FORWARDED if row < record.num_accepted else rejected)
-        if row + 1 == record.num_accepted and position < end:
-            line.append(_token_text(model, record.next_ids[row]), ACCEPTED)
+    for row in rows[last:]:
+        mark, style = ("~", STATIONARY) if record.write_index + row in still_right else ("-", REJECTED)
+        line.append(" ").append(f"{mark}{_token_text(model, record.block[row])}", style)
     return line
 
 
