@@ -57,6 +57,8 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time methods and block sizes of one or several bundles on real prompts; say what is fastest on this machine."""
+    if output:
+        check_file(output, force=force)
     from cllm_export.cli.show.plots import TRADE_OFF, check_plots, plot_trade_off
     from cllm_export.measure.bench import run_bench
 
@@ -68,8 +70,6 @@ def bench(
             fields=("prompts",),
         )
     opened = [open_bundle(path) for path in bundles]
-    if output:
-        check_file(output, force=force)
     check_plots(plots, TRADE_OFF, force=force)
     if plots and opened[0].manifest.graphs[GREEDY_GRAPH].fixed_shapes:
         raise OptionError(f"plots are of several block sizes, and {opened[0].path} is pinned to one", fields=("plots",))

@@ -73,12 +73,12 @@ def convergence(
     as_json: JsonOption = False,
 ) -> None:
     """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
+    if output:
+        check_file(output, force=force)
     from cllm_export.calibration.search.convergence import measure_convergence
     from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    if output:
-        check_file(output, force=force)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:

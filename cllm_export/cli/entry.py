@@ -17,7 +17,7 @@ def main() -> None:
     """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
     debug = _take_debug_flag(sys.argv)
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="cllm-export", standalone_mode=False))
     except typer.TyperException as error:
         _fail_usage(error)
     except CllmExportError as error:

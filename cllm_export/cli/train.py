@@ -57,10 +57,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
-    from cllm_export.evaluation.command import run_evaluation, run_probe
-
     if output:
         check_file(output, force=force)
+    from cllm_export.evaluation.command import run_evaluation, run_probe
+
     with progress_bar() as progress:
         report = (run_probe if probe else run_evaluation)(source, data, task, parent, options, progress=progress)
     show_report(report, show_probe if probe else show_evaluation, as_json=as_json, output=output)
