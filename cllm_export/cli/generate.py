@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -75,7 +75,7 @@ def _read_file(path: str, *, name: str) -> str:
         raise OptionError(f"{name}: {path} is not valid UTF-8 at byte {error.start}", fields=(name,)) from None
 
 
-PARSE = {
+PARSE: dict[str, Callable[..., Any]] = {
     "block_size": _parse_block_size,
     "logit_bias": _parse_bias,
     "json_schema": partial(_read_file, name="json_schema"),
