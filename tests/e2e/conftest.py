@@ -74,7 +74,7 @@ def assert_refused(outcome: Outcome, *phrases: str) -> None:
     assert outcome.out == "", outcome
     assert "Traceback" not in outcome.err, outcome
     assert "defect" not in outcome.err, outcome
-    text = " ".join(outcome.err.replace("│", " ").split())  # usage errors are wrapped into a box
+    text = " ".join(outcome.err.split())
     for phrase in phrases:
         assert phrase in text, f"{phrase!r} is not in: {text}"
 

@@ -231,7 +231,7 @@ BEFORE_ANY_WORK: dict[str, Case] = {
     "trained block size 0": Case(lambda _: None, ("--trained-block-size", "at least 1"), ("--trained-block-size", 0)),
     "trained proposer alone": Case(lambda _: None, ("--trained-block-size",), ("--trained-proposer", "pad")),
     "unknown precision": Case(lambda _: None, ("--precision", "int3"), ("--precision", "int3")),
-    "unknown option": Case(lambda _: None, ("No such option", "--frobnicate"), ("--frobnicate",)),
+    "unknown option": Case(lambda _: None, ("no such option", "--frobnicate"), ("--frobnicate",)),
 }
 
 AFTER_THE_TRACE: dict[str, Case] = {

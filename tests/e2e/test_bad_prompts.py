@@ -114,7 +114,7 @@ def test_messages_without_a_chat_template_are_refused(cli: Cli, workshop: Worksh
 @pytest.mark.parametrize(
     ("arguments", "phrases"),
     [
-        (("--frobnicate",), ("No such option", "--frobnicate")),
+        (("--frobnicate",), ("no such option", "--frobnicate")),
         (("--method", "magic"), ("--method", "magic", "jacobi-block")),
         (("--proposer", "zeros"), ("--proposer", "zeros", "pool, model, or several joined by +")),
         (("--proposer", "pool+pool"), ("--proposer", "names pool twice")),
@@ -130,7 +130,7 @@ def test_messages_without_a_chat_template_are_refused(cli: Cli, workshop: Worksh
         (("--block-size", 65), ("--block-size", "at most 64", "65")),
         (("--max-new-tokens", 0), ("--max-new-tokens", "at least 1")),
         (("--threads", 0), ("threads", "at least 1")),
-        (("--limit", 0), ("--limit", "equal to 1")),
+        (("--limit", 0), ("--limit", "at least 1")),
         (("--stop", ""), ("stop", "non-empty")),
         (("--prompts", "x.jsonl"), ("--prompts", "not both")),
         (("--json", "--show-blocks"), ("--show-blocks", "--json")),
@@ -177,4 +177,4 @@ def test_bench_refuses_a_checkpoint_that_is_not_there(cli: Cli, workshop: Worksh
 
 
 def test_an_unknown_command_is_refused(cli: Cli):
-    assert_refused(cli("frobnicate"), "No such command", "frobnicate")
+    assert_refused(cli("frobnicate"), "no such command", "frobnicate")

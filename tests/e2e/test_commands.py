@@ -191,6 +191,22 @@ def test_a_prompts_state_is_saved_and_the_next_command_starts_with_it(bundle: Pa
     assert line["token_ids"] == plain["token_ids"]
     outcome = cli("generate", bundle, longer, "--load-prefix", tmp_path / "prefix", "--stats", *FEW)
     assert "tokens reused)" in " ".join(outcome.err.split())
+    again = ("generate", bundle, "the cat", "--save-prefix", tmp_path / "prefix", *FEW)
+    assert_refused(cli(*again), "exists; replace it with --force or choose another --save-prefix")
+    assert cli(*again, "--force").code == 0
+
+
+def test_a_chat_keeps_the_turns_before(bundle: Path, cli: Cli):
+    done = cli("chat", bundle, *FEW, "--deterministic", stdin="hi\nsélect\n/reset\nhi\n".encode())
+    assert done.code == 0, done.err
+    first, second, again = (line for line in done.err.splitlines() if "tokens in" in line)
+    assert "reused" not in first and "tokens reused" in second
+    first, _, again = done.out.splitlines()
+    assert first == again
+
+
+def test_a_chat_needs_a_template(cli: Cli, workshop: Workshop):
+    assert_refused(cli("chat", workshop.bundle("demo").path, stdin=b"hi\n"), "has no chat template", "generate")
 
 
 def test_a_prompts_state_is_refused_by_name(bundle: Path, cli: Cli, tmp_path: Path, prompt_file: Path):
