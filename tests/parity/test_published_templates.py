@@ -166,6 +166,7 @@ def test_a_published_template_passes_the_trial_of_a_build(name: str):
         "{{ messages[1].content + '' }}",
         "{% for part in messages[0].content %}{{ part['text'] + '' }}{% endfor %}",
         "{{ tools[0].function.name + '' }}",
+        "{{ documents[0].text + '' }}",
     ],
 )
 def test_a_template_made_for_other_chats_than_the_first_trial_is_sound(template: str):

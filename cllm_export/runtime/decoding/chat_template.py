@@ -42,6 +42,7 @@ _TRIALS = (
     Chat([_USER, {"role": "assistant", "content": "Hello!"}, _USER]),
     Chat([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]),
     Chat([_USER], tools=[_TOOL]),
+    Chat([_USER], documents=[{"title": "A", "text": "a"}]),
 )
 
 
@@ -78,8 +79,8 @@ class ChatTemplate:
     def fault(self) -> str | None:
         """The reason why this template cannot render one user message; None if it can.
 
-        Where it fails, it may still be made for other chats: with a system turn, with content in parts, with tools. It
-        is at fault only if it fails on all of them. A template that calls ``raise_exception`` is not at fault either.
+        Where it fails, it may still be made for other chats: with a system turn, content in parts, tools or documents.
+        It is at fault only if it fails on all of them. Nor is a template at fault that calls ``raise_exception``.
         """
         first = None
         for trial in _TRIALS:
