@@ -318,7 +318,10 @@ def _parse_row(text: str, number: int, source: str) -> Prompt:
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{where}: malformed JSON: {error}; each line must hold one whole object") from None
     if not isinstance(row, dict):
-        raise PromptError(f"{where}: expected an object with prompt or messages, got {type(row).__name__}")
+        raise PromptError(
+            f"{where}: expected an object with prompt or messages, got {type(row).__name__}; each line must hold one "
+            "whole object"
+        )
     row = {key: value for key, value in row.items() if value is not None or key not in _KEYS}
     _check_row(row, text, where)
     given = row.get("id")

@@ -14,6 +14,7 @@ from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.parity.reference import Reference
 from cllm_export.prompts import Chat
 from cllm_export.runtime.decoding.text import TextCodec, templates_by_name
+from cllm_export.training.work import WorkDirectory
 from tests.checkpoints import edit_json
 from tests.conftest import Workshop
 
@@ -203,3 +204,13 @@ def test_a_template_that_dislikes_the_trial_is_sound(checkpoint: Path):
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}fine"
     (checkpoint / "chat_template.jinja").write_text(template)
     assert rendered(checkpoint) == expected(checkpoint) == "fine"
+
+
+def test_a_tuned_checkpoint_keeps_every_template_of_its_parent(checkpoint: Path, tmp_path: Path):
+    write_files(checkpoint, NAMED)
+    parent = open_checkpoint(checkpoint)
+    work = WorkDirectory(tmp_path / "child", force=False, resume=False)
+    work.open({})
+    work.save_checkpoint(parent, {name: parent.read(name) for name in parent.tensors}, None)
+    work.close()
+    assert open_checkpoint(work.checkpoint_path).chat_template == parent.chat_template == NAMED

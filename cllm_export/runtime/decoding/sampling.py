@@ -65,7 +65,8 @@ class Sampling:
         maximum=1,
         help="Sample from the smallest set of tokens whose cumulative probability is at least this.",
     )
-    """Keeps the most probable tokens that together reach this probability."""
+    """Keeps the most probable tokens that together reach this probability. Of equal tokens at the border, those with
+    the highest ids stay."""
     min_p: float = option(
         0.0,
         minimum=0,
