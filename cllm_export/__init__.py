@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cllm_export.bundle.manifest import Bundle, open_bundle
     from cllm_export.exporter.options import BuildOptions
     from cllm_export.exporter.pipeline import build
-    from cllm_export.prompts import Prompt, read_prompts
+    from cllm_export.prompts import Chat, Prompt, read_prompts
     from cllm_export.verification.report import Parity, VerifyOptions
     from cllm_export.verification.verify import verify
 
@@ -50,6 +50,7 @@ __all__ = [
     "BuildOptions",
     "Bundle",
     "BundleError",
+    "Chat",
     "CheckpointError",
     "ChecksumError",
     "CllmExportError",
@@ -85,6 +86,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "BuildOptions": "cllm_export.exporter.options",
     "Bundle": "cllm_export.bundle.manifest",
+    "Chat": "cllm_export.prompts",
     "Parity": "cllm_export.verification.report",
     "Prompt": "cllm_export.prompts",
     "VerifyOptions": "cllm_export.verification.report",

@@ -3,7 +3,8 @@
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
     model.onnx             the greedy graph; further graphs of the same bundle are separate files (lookahead.onnx)
     weights.bin            the one weights file that all graphs share; linked weights stay in the checkpoint instead
-    tokenizer.json         and, if the checkpoint has them, chat_template.jinja and generation_config.json
+    tokenizer.json         and, if the checkpoint has them, chat_template.jinja, more_chat_templates.json and
+                           generation_config.json
     parity.json            written by ``verify``; not part of the bundle, but holds the bundle's fingerprint
 
 A bundle is written beside its target and exchanged with it in one step. A kill at any moment leaves either the old
@@ -37,6 +38,9 @@ WEIGHTS_NAME = "weights.bin"
 TOKENIZER_NAME = "tokenizer.json"
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+
+MORE_CHAT_TEMPLATES_NAME = "more_chat_templates.json"
+"""The chat templates other than the default, as texts by name."""
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 

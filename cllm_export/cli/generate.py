@@ -32,7 +32,7 @@ from cllm_export.cli.options import (
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError, PromptError
-from cllm_export.prompts import Prompt, parse_prompts, read_prompts
+from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
@@ -269,21 +269,7 @@ def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) ->
         return read_prompts(path, limit=limit)
     if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("no prompt: give one as an argument, with --prompts FILE, or on standard input")
-    return _read_stdin(limit)
-
-
-def _read_stdin(limit: int | None) -> list[Prompt]:
-    """Read standard input: JSON Lines if it starts with a brace, else one prompt without its final newline."""
-    data = sys.stdin.buffer.read()
-    if data.lstrip()[:1] == b"{":
-        return parse_prompts(data, source="standard input", limit=limit)
-    if limit is not None:
-        raise OptionError("limit is for several prompts; leave it out", fields=("limit",))
-    try:
-        text = data.decode("utf-8")
-        return [Prompt(id="1", content=text.removesuffix("\n").removesuffix("\r"))]
-    except UnicodeDecodeError as error:
-        raise PromptError(f"standard input is not valid UTF-8 at byte {error.start}") from None
+    return parse_stdin(sys.stdin.buffer.read(), limit=limit)
 
 
 def _print_json_line(prompt: Prompt, generation: Generation) -> None:

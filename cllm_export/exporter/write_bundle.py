@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from cllm_export.bundle.manifest import (
     GENERATION_CONFIG_NAME,
     GREEDY_GRAPH,
     LOOKAHEAD_GRAPH,
+    MORE_CHAT_TEMPLATES_NAME,
     TOKENIZER_NAME,
     FileEntry,
     GraphEntry,
@@ -33,6 +35,7 @@ from cllm_export.exporter.stages import Stages
 from cllm_export.exporter.weights.weights import (
     Layout,
 )
+from cllm_export.runtime.decoding.text import DEFAULT, templates_by_name
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,12 @@ def copy_text_files(checkpoint: Checkpoint, directory: Path) -> None:
     (directory / TOKENIZER_NAME).write_bytes(checkpoint.tokenizer_json)
     if (checkpoint.path / GENERATION_CONFIG_NAME).is_file():
         shutil.copyfile(checkpoint.path / GENERATION_CONFIG_NAME, directory / GENERATION_CONFIG_NAME)
-    if checkpoint.chat_template is not None:
-        (directory / CHAT_TEMPLATE_NAME).write_text(checkpoint.chat_template, encoding="utf-8")
+    templates = templates_by_name(checkpoint.chat_template)
+    if (default := templates.pop(DEFAULT, None)) is not None:
+        (directory / CHAT_TEMPLATE_NAME).write_text(default, encoding="utf-8")
+    if templates:
+        text = json.dumps(templates, indent=2, sort_keys=True)
+        (directory / MORE_CHAT_TEMPLATES_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def make_manifest(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cllm_export.errors import EngineError, OptionError, PromptError
-from cllm_export.prompts import check_messages
+from cllm_export.prompts import Chat, as_chat, is_message, split_chat_arguments
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
@@ -114,7 +114,8 @@ class Model:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.
             options: options of the request; by default ``GenerateOptions()``.
             overrides: single options by name, such as ``temperature=0.8``. Names and values are those of
-                ``GenerateOptions``, which checks them. None means not given.
+                ``GenerateOptions``, which checks them. For messages, arguments of the chat template too, such as
+                ``tools``: see ``Chat``. None means not given.
 
         Raises:
             PromptError: the prompt is empty, or does not fit together with its new tokens.
@@ -139,8 +140,9 @@ class Model:
     def _make_run(
         self, prompt: str | Sequence[int] | Messages, options: GenerateOptions | None, overrides: Mapping[str, Any]
     ) -> RequestRun:
+        arguments, overrides = split_chat_arguments(overrides)
         given = override(options, overrides)
-        run = self.requests.make(self.encode(prompt), given)
+        run = self.requests.make(self.encode(prompt, **arguments), given)
         self.loops.require(run.request)
         return run
 
@@ -186,18 +188,20 @@ class Model:
             state.keep(snapshot)
         return len(snapshot.tokens)
 
-    def encode(self, prompt: str | Sequence[int] | Messages) -> list[int]:
-        """Token ids of a prompt in any of its forms.
+    def encode(self, prompt: str | Sequence[int] | Messages, **arguments: Any) -> list[int]:
+        """Token ids of a prompt in any of its forms. ``arguments`` of the chat template are those of ``Chat``.
 
         Raises:
             PromptError: the prompt is empty, or is neither text, token ids nor messages.
         """
-        if isinstance(prompt, str):
+        if isinstance(prompt, Chat) or (_is_indexed(prompt) and len(prompt) and is_message(prompt[0])):
+            ids = self.codec.encode_chat(as_chat(prompt, arguments))  # type: ignore[arg-type]
+        elif arguments:
+            raise PromptError(f"{next(iter(arguments))} is for chat messages, and the prompt has none")
+        elif isinstance(prompt, str):
             ids = self.codec.encode(prompt) if prompt else []
         elif isinstance(prompt, bytes | Mapping) or not _is_indexed(prompt):
             raise PromptError(f"a prompt is text, token ids or messages, got {type(prompt).__name__}")
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self.codec.encode_chat(check_messages(prompt, "prompt"))
         else:
             ids = [self._check_token(token) for token in prompt]
         if not ids:
@@ -217,5 +221,5 @@ class Model:
 
 
 def _is_indexed(prompt: object) -> bool:
-    """Whether a prompt can be indexed from 0. An array without axes cannot."""
-    return hasattr(prompt, "__getitem__") and getattr(prompt, "ndim", 1) > 0
+    """Whether a prompt can be indexed from 0. An array without axes cannot, nor can a mapping."""
+    return hasattr(prompt, "__getitem__") and not isinstance(prompt, Mapping) and getattr(prompt, "ndim", 1) > 0

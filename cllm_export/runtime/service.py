@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
+from cllm_export.prompts import split_chat_arguments
 from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target, write_snapshot
 from cllm_export.runtime.decoding.prefix.prompt_state import require_prompt_state
@@ -203,7 +204,8 @@ class Service:
             QueueFullError: the queue is full.
             EngineError: the service is closed.
         """
-        run = self._make_run(prompt, self._override(options, overrides))
+        arguments, overrides = split_chat_arguments(overrides)
+        run = self._make_run(prompt, self._override(options, overrides), arguments)
         with self._work:
             self._require_open()
             if self._num_open >= self._capacity:
@@ -229,8 +231,9 @@ class Service:
         self._require_caller()
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise PromptError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
+        arguments, overrides = split_chat_arguments(overrides)
         given = self._override(options, overrides)
-        runs = [self._make_run(prompt, given) for prompt in prompts]
+        runs = [self._make_run(prompt, given, arguments) for prompt in prompts]
         for run in runs:
             with self._work:
                 self._room.wait_for(lambda: self._num_open < self._capacity or self._is_closed)
@@ -299,8 +302,10 @@ class Service:
         require_shareable(given.method, given.forwards_per_sync)
         return replace(given, block_size=self.block_size)
 
-    def _make_run(self, prompt: str | Sequence[int] | Messages, options: GenerateOptions) -> RequestRun:
-        return self.model.requests.make(self.model.encode(prompt), options, ended=self._has_ended)
+    def _make_run(
+        self, prompt: str | Sequence[int] | Messages, options: GenerateOptions, arguments: Mapping[str, Any]
+    ) -> RequestRun:
+        return self.model.requests.make(self.model.encode(prompt, **arguments), options, ended=self._has_ended)
 
     def _handle_of(self, run: RequestRun) -> Handle:
         return Handle(run, cancel=partial(self._cancel, run), check_reader=self._require_caller)

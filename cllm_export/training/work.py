@@ -29,7 +29,7 @@ from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.bundle.storage import check_output, locked_directory, staged_output, unfinished_files, whole_file
 from cllm_export.errors import OptionError, OutputError, TuningError
 from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
-from cllm_export.exporter.checkpoint.read import Checkpoint
+from cllm_export.exporter.checkpoint.read import MORE_CHAT_TEMPLATES, Checkpoint
 from cllm_export.training.event_log import EventLog
 from cllm_export.training.processes import raise_on_all_ranks
 
@@ -151,6 +151,8 @@ class WorkDirectory:
             for path in sorted(source.path.iterdir()):
                 if path.name.endswith(COPIED_SUFFIXES) and not path.name.endswith(NOT_COPIED):
                     shutil.copyfile(path, staging / path.name)
+            if (templates := source.path / MORE_CHAT_TEMPLATES).is_dir():
+                shutil.copytree(templates, staging / MORE_CHAT_TEMPLATES)
             config = json.dumps({**source.raw_config, **_cllm_section(trained_with)}, indent=2, sort_keys=True)
             (staging / "config.json").write_text(config + "\n", encoding="utf-8")
             tensors = {name: _like(source, name, weights) for name in source.tensors}

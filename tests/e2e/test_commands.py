@@ -155,6 +155,23 @@ def test_messages_are_rendered_with_the_chat_template_and_one_bos(cli: Cli, work
     assert line["token_ids"] == list(workshop.model("llama").generate(rendered, max_new_tokens=6).token_ids)
 
 
+def test_a_row_passes_the_arguments_of_the_chat_template_on(cli: Cli, workshop: Workshop, bundle: Path, tmp_path: Path):
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
+    rows = {
+        "[user] hi\n[assistant] ": {"messages": [user], "chat_template_kwargs": {"bos_token": ""}},
+        "<s>[user] hi\n": {"messages": [user], "add_generation_prompt": False},
+        "<s>[user] hi\n[assistant] so": {"messages": [user, answer], "continue_final_message": True, "tools": []},
+    }
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    lines = lines_of(cli("generate", bundle, "--prompts", path, "--json", *FEW))
+    model = workshop.model("llama")
+    for line, text in zip(lines, rows, strict=True):
+        ids = model.codec.encode_continuation(text)
+        assert line["stats"]["prompt_tokens"] == len(ids)
+        assert line["token_ids"] == list(model.generate(ids, max_new_tokens=6).token_ids)
+
+
 def test_plain_prompt_files_hold_a_prompt_a_line(cli: Cli, bundle: Path, tmp_path: Path):
     path = tmp_path / "prompts.txt"
     path.write_text("the cat\n\nthe mat\r\n", encoding="utf-8")

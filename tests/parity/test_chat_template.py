@@ -11,7 +11,10 @@ import pytest
 
 from cllm_export.errors import CheckpointError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
-from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.exporter.parity.reference import Reference
+from cllm_export.prompts import Chat
+from cllm_export.runtime.decoding.text import TextCodec, templates_by_name
+from cllm_export.training.work import WorkDirectory
 from tests.checkpoints import edit_json
 from tests.conftest import Workshop
 
@@ -107,6 +110,75 @@ def test_a_template_is_read_from_where_transformers_reads_it(checkpoint: Path, t
     assert rendered(checkpoint) == expected(checkpoint)
 
 
+NAMED = {
+    "default": "named {{ eos_token }}",
+    "tool_use": "tools {{ tools | length }}",
+    "rag": "{{ documents | length }}",
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CHATS = (
+    Chat(MESSAGES),
+    Chat(MESSAGES, tools=TOOLS),
+    Chat(MESSAGES, chat_template="rag", documents=[{"text": "a"}]),
+    Chat(MESSAGES, add_generation_prompt=False, chat_template_kwargs={"eos_token": "ours"}),
+)
+
+
+def write_files(path: Path, templates: dict[str, str]) -> None:
+    (path / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (path / file).write_text(text)
+
+
+@pytest.mark.parametrize("in_config", [None, "one", NAMED, [{"name": n, "template": t} for n, t in NAMED.items()]])
+@pytest.mark.parametrize("in_files", [{}, {"tool_use": "file"}, {"default": "file"}, NAMED])
+def test_named_templates_are_those_of_transformers(checkpoint: Path, in_config: Any, in_files: dict[str, str]):
+    """Any file of a template goes before all templates of ``tokenizer_config.json``."""
+    from transformers import AutoTokenizer
+
+    (checkpoint / "chat_template.jinja").unlink(missing_ok=True)
+    edit_json(checkpoint / "tokenizer_config.json", chat_template=in_config)
+    write_files(checkpoint, in_files)
+    theirs = AutoTokenizer.from_pretrained(checkpoint).chat_template
+    assert templates_by_name(open_checkpoint(checkpoint).chat_template) == templates_by_name(theirs)
+
+
+def test_a_bundle_and_the_reference_of_verify_take_the_same_template(workshop: Workshop, checkpoint: Path):
+    """The reference is transformers' own tokenizer; the rows of a prompt file give such chats."""
+    write_files(checkpoint, NAMED)
+    bundle = workshop.build(checkpoint, max_length=64)
+    codec, reference = TextCodec.of_bundle(bundle), Reference(checkpoint, max_length=64)
+    encoded = [codec.encode_chat(chat) for chat in CHATS]
+    assert encoded == [reference.encode(chat) for chat in CHATS]
+    assert len(set(map(tuple, encoded))) == len(CHATS)
+
+
+def test_a_template_is_never_read_from_outside_the_checkpoint(checkpoint: Path, tmp_path: Path):
+    write_files(checkpoint, {})
+    (tmp_path / "secret").write_text("secret")
+    (checkpoint / "additional_chat_templates" / "rag.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"rag\.jinja is a link that leaves the checkpoint"):
+        open_checkpoint(checkpoint)
+    shutil.move(checkpoint / "additional_chat_templates", tmp_path / "elsewhere")
+    (checkpoint / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"additional_chat_templates is a link"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("in_files", "place"),
+    [
+        ({"default": "fine", "rag": "{% for %}"}, "additional_chat_templates/rag.jinja"),
+        ({"default": "{% for %}", "rag": "fine"}, "chat_template.jinja"),
+    ],
+)
+def test_a_broken_template_of_several_is_refused_by_its_file(checkpoint: Path, in_files: dict[str, str], place: str):
+    write_files(checkpoint, in_files)
+    with pytest.raises(CheckpointError, match=rf"\({place}\) cannot be used: it is no valid template: line 1"):
+        open_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("lists_added_tokens", [False, True])
 def test_special_tokens_are_those_of_transformers(checkpoint: Path, lists_added_tokens: bool):
     """An older ``special_tokens_map.json`` counts where ``tokenizer_config.json`` lists no added tokens."""
@@ -132,3 +204,13 @@ def test_a_template_that_dislikes_the_trial_is_sound(checkpoint: Path):
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}fine"
     (checkpoint / "chat_template.jinja").write_text(template)
     assert rendered(checkpoint) == expected(checkpoint) == "fine"
+
+
+def test_a_tuned_checkpoint_keeps_every_template_of_its_parent(checkpoint: Path, tmp_path: Path):
+    write_files(checkpoint, NAMED)
+    parent = open_checkpoint(checkpoint)
+    work = WorkDirectory(tmp_path / "child", force=False, resume=False)
+    work.open({})
+    work.save_checkpoint(parent, {name: parent.read(name) for name in parent.tensors}, None)
+    work.close()
+    assert open_checkpoint(work.checkpoint_path).chat_template == parent.chat_template == NAMED

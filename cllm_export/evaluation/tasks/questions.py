@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cllm_export.evaluation.sql.schema import Schema, schema_from_tables
 from cllm_export.prompts import Prompt, read_prompts
@@ -28,24 +26,10 @@ def read_questions(path: Path, *, limit: int | None = None) -> list[Question]:
         PromptError: as for ``read_prompts``.
         DataError: ``tables`` is malformed. The message names the prompt.
     """
-    prompts = read_prompts(path, limit=limit)
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    return [_question(prompt, line, path) for prompt, line in zip(prompts, lines, strict=False)]
+    return [_question(prompt, path) for prompt in read_prompts(path, limit=limit)]
 
 
-def _question(prompt: Prompt, line: str, path: Path) -> Question:
-    raw = _fields(line)
-    kind, tables = raw.get("kind"), raw.get("tables")
-    return Question(
-        prompt=prompt,
-        kind=None if kind is None else str(kind),
-        schema=None if tables is None else schema_from_tables(tables, f"{path}, prompt {prompt.id}"),
-    )
-
-
-def _fields(line: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(line)
-    except ValueError:  # plain text: each line is a prompt
-        return {}
-    return raw if isinstance(raw, dict) else {}
+def _question(prompt: Prompt, path: Path) -> Question:
+    tables = prompt.tables
+    schema = None if tables is None else schema_from_tables(list(tables), f"{path}, prompt {prompt.id}")
+    return Question(prompt=prompt, kind=prompt.kind, schema=schema)

@@ -62,13 +62,12 @@ def read_schemas(path: Path) -> dict[str, Schema]:
 
 
 def spider_prompt_lines(examples: Sequence[SpiderExample]) -> Iterator[str]:
-    """Lines of a prompt file for these questions: ``id``, ``prompt``, ``answer``, ``db_id`` and ``tables``."""
+    """Lines of a prompt file for these questions: ``id``, ``prompt``, ``answer`` and ``tables``."""
     for example in examples:
         line: dict[str, Any] = {
             "id": example.id,
             "prompt": spider_prompt(example.schema, example.question),
             "answer": clean_query(example.query),
-            "db_id": example.schema.name,
             "tables": schema_to_tables(example.schema),
         }
         yield json.dumps(line, ensure_ascii=False)

@@ -42,6 +42,7 @@ from cllm_export.exporter.checkpoint.files import (
 )
 from cllm_export.exporter.checkpoint.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
 from cllm_export.runtime.decoding.chat_template import ChatTemplate
+from cllm_export.runtime.decoding.text import DEFAULT, templates_by_name
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MAX_LENGTH_CAP = 2048
+
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
+"""Directory of the chat templates other than the default."""
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -141,20 +145,36 @@ class Checkpoint:
         return tokens
 
     @property
-    def chat_template(self) -> str | None:
-        """The text of ``chat_template.jinja``, else the template in ``tokenizer_config.json``.
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The text of the chat template, or texts by name if there are several, as in transformers.
 
-        If there are several named templates, it is the one named ``default``, else the first.
+        ``chat_template.jinja`` is the default, and each ``additional_chat_templates/NAME.jinja`` has its name. Without
+        these files the templates are those in ``tokenizer_config.json``.
+
+        Raises:
+            CheckpointError: a file of a template is a link that leaves the checkpoint.
         """
-        path = self.text_path / CHAT_TEMPLATE_NAME
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        template = self.tokenizer_config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
-        if isinstance(template, dict):
-            template = template.get("default", next(iter(template.values()), None))
-        return template if isinstance(template, str) else None
+        files = self._chat_template_files()
+        templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        given = templates or self.tokenizer_config.get("chat_template")
+        if isinstance(given, list):
+            given = {entry["name"]: entry["template"] for entry in given}
+        if not isinstance(given, dict):
+            return given if isinstance(given, str) else None
+        if bad := next((name for name, text in given.items() if not isinstance(text, str)), None):
+            raise TypeError(f"the template {bad!r} is no text")
+        return given[DEFAULT] if set(given) == {DEFAULT} else given or None
+
+    def _chat_template_files(self) -> dict[str, Path]:
+        """The files of chat templates by name."""
+        path, more = self.text_path / CHAT_TEMPLATE_NAME, self.text_path / MORE_CHAT_TEMPLATES
+        files = {DEFAULT: path} if path.exists() else {}
+        if more.is_dir():
+            if more.is_symlink():
+                raise CheckpointError(f"{more} is a link; put the directory itself there")
+            refuse_links(more)
+            files |= {path.name.removesuffix(".jinja"): path for path in sorted(more.glob("*.jinja"))}
+        return files
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, read through a memory map, so that only this tensor is loaded into memory.
@@ -303,25 +323,30 @@ def _check_chat_template(checkpoint: Checkpoint) -> None:
     A template that rejects this message with ``raise_exception`` is valid: it may accept other messages.
     """
     try:
-        text = checkpoint.chat_template
-        (text or "").encode()
+        templates = templates_by_name(checkpoint.chat_template)
+        "".join(templates.values()).encode()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the chat template of {checkpoint.text_path} cannot be read: {type(error).__name__}: {error}"
         ) from None
-    if text is None:
-        return
-    try:
-        fault = ChatTemplate(text, checkpoint.special_tokens).fault()
-    except ValueError as error:
-        fault = f"it is no valid template: {error}"
-    if fault is not None:
-        is_file = (checkpoint.text_path / CHAT_TEMPLATE_NAME).exists()
-        place = CHAT_TEMPLATE_NAME if is_file else "chat_template in tokenizer_config.json"
-        raise CheckpointError(
-            f"the chat template of {checkpoint.text_path} ({place}) cannot be used: {fault}; mend it, or remove it to "
-            "give prompts as text alone"
-        )
+    for name, text in templates.items():
+        try:
+            fault = ChatTemplate(text, checkpoint.special_tokens).fault()
+        except ValueError as error:
+            fault = f"it is no valid template: {error}"
+        if fault is not None:
+            raise CheckpointError(
+                f"the chat template of {checkpoint.text_path} ({_place_of_template(checkpoint, name)}) cannot be used: "
+                f"{fault}; mend it, or remove it to give prompts as text alone"
+            )
+
+
+def _place_of_template(checkpoint: Checkpoint, name: str) -> str:
+    if (checkpoint.text_path / MORE_CHAT_TEMPLATES / f"{name}.jinja").exists():
+        return f"{MORE_CHAT_TEMPLATES}/{name}.jinja"
+    if (checkpoint.text_path / CHAT_TEMPLATE_NAME).exists():
+        return CHAT_TEMPLATE_NAME
+    return "chat_template in tokenizer_config.json" if name == DEFAULT else f"{name!r} in tokenizer_config.json"
 
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:

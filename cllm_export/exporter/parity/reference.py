@@ -23,6 +23,8 @@ from cllm_export.exporter.checkpoint.adapter import open_source
 from cllm_export.exporter.checkpoint.read import default_max_length
 from cllm_export.exporter.checkpoint.tokenizer import convert_tokenizer
 from cllm_export.exporter.graph.rotary import settle_rope
+from cllm_export.prompts import as_chat
+from cllm_export.runtime.decoding.text import Messages
 
 
 class Prediction(NamedTuple):
@@ -96,11 +98,22 @@ class Reference:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
         return tokenizer
 
-    def encode(self, content: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a prompt (text or messages) by transformers' tokenizer of the checkpoint."""
+    def encode(self, content: str | Messages) -> list[int]:
+        """Token ids of a prompt (text or a chat) by transformers' tokenizer of the checkpoint."""
         if isinstance(content, str):
             return list(self._tokenizer(content)["input_ids"])
-        text = self._tokenizer.apply_chat_template(list(content), add_generation_prompt=True, tokenize=False)
+        chat = as_chat(content)
+        has_names = isinstance(self._tokenizer.chat_template, dict)
+        text = self._tokenizer.apply_chat_template(
+            [dict(message) for message in chat.messages],
+            tools=None if chat.tools is None else [dict(tool) for tool in chat.tools],
+            documents=None if chat.documents is None else [dict(document) for document in chat.documents],
+            chat_template=chat.chat_template if has_names else None,
+            add_generation_prompt=chat.is_prompted,
+            continue_final_message=chat.continue_final_message,
+            tokenize=False,
+            **(chat.chat_template_kwargs or {}),
+        )
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Chat templates: they write messages as the text that a model was trained on, as transformers renders it.
 
-A template is code from the checkpoint. It runs in Jinja's sandbox, and sees only messages and special tokens.
+A template is code from the checkpoint. It runs in Jinja's sandbox, and sees only the chat and special tokens, all as
+plain JSON values.
 """
 
 from __future__ import annotations
@@ -18,11 +19,31 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from cllm_export.errors import PromptError
+from cllm_export.prompts import Chat, Message
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """The keys that a message may use for the reasoning of the assistant. Templates get it under the first two."""
 
-_TRIAL = ({"role": "user", "content": "Hello"},)
+_TAG = "CONTINUED_TO_HERE "
+"""Marks the end of the message to continue. Its space tells whether the template strips messages."""
+
+_USER = {"role": "user", "content": "Hello"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look up a word.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+_TRIALS = (
+    Chat([_USER]),
+    Chat([{"role": "system", "content": "Be brief."}, _USER]),
+    Chat([_USER, {"role": "assistant", "content": "Hello!"}, _USER]),
+    Chat([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]),
+    Chat([_USER], tools=[_TOOL]),
+    Chat([_USER], documents=[{"title": "A", "text": "a"}]),
+)
 
 
 class ChatTemplate:
@@ -33,6 +54,7 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
+        self._text = text
         self._special_tokens = dict(special_tokens)
         try:
             self._template: Template = _environment().from_string(text)
@@ -41,47 +63,98 @@ class ChatTemplate:
         except Exception as error:  # such as SyntaxError or RecursionError from the Python code that Jinja makes
             raise ValueError(f"{type(error).__name__}: {error}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of these messages, up to the start of the assistant's turn.
+    def render(self, chat: Chat) -> str:
+        """The text of a chat, up to the start of the assistant's turn or to the end of the message to continue.
 
         Raises:
-            PromptError: the template refuses the messages, or fails on them.
+            PromptError: the template refuses the chat, or fails on it.
         """
         try:
-            return self._render(messages)
+            return self._continued(chat) if chat.continue_final_message else self._render(chat)
+        except PromptError:
+            raise
         except Exception as error:  # a template may fail in any way
             raise PromptError(f"the chat template refuses these messages: {error}") from None
 
     def fault(self) -> str | None:
         """The reason why this template cannot render one user message; None if it can.
 
-        A template that calls ``raise_exception`` is not at fault. It refuses this message, for example because it
-        requires a system turn first, but it may render others.
+        Where it fails, it may still be made for other chats: with a system turn, content in parts, tools or documents.
+        It is at fault only if it fails on all of them. Nor is a template at fault that calls ``raise_exception``.
         """
-        try:
-            self._render(_TRIAL).encode("utf-8")
-        except _Refusal:
-            return None
-        except Exception as error:  # a template may fail in any way
-            return f"it fails on a message of a user: {type(error).__name__}: {error}"
-        return None
+        first = None
+        for trial in _TRIALS:
+            try:
+                self._render(trial).encode("utf-8")
+            except _Refusal:
+                return None
+            except Exception as error:  # a template may fail in any way
+                first = first or f"it fails on a message of a user: {type(error).__name__}: {error}"
+            else:
+                return None
+        return first
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        variables = {"tools": None, "documents": None, **self._special_tokens}
+    def _render(self, chat: Chat, messages: Sequence[Message] | None = None) -> str:
+        """The text of a chat, or of other messages with its arguments."""
         return self._template.render(
-            messages=[_as_templates_read_it(message) for message in messages], add_generation_prompt=True, **variables
+            {
+                **self._special_tokens,
+                **(chat.chat_template_kwargs or {}),
+                "messages": messages or _as_templates_read_them(chat.messages),
+                "tools": None if chat.tools is None else list(chat.tools),
+                "documents": None if chat.documents is None else list(chat.documents),
+                "add_generation_prompt": chat.is_prompted,
+            }
         )
+
+    def _continued(self, chat: Chat) -> str:
+        """The text of a chat up to the end of its final message, which is tagged to be found in the text."""
+        field = "content" if chat.continue_final_message is True else str(chat.continue_final_message)
+        messages = _as_templates_read_them(chat.messages)
+        final = messages[-1]
+        if (given := final.get(field)) is None:
+            raise PromptError(f"continue_final_message: the final message has no {field} to continue")
+        copies = [name for name in REASONING_FIELDS if final.get(name) == given]
+        tagged = copies if field in REASONING_FIELDS else [field]
+        if not any(name in self._text for name in tagged):
+            raise PromptError(f"continue_final_message: the chat template does not read {field} of a message")
+        content, text = _tagged(given, field)
+        rendered = self._render(chat, [*messages[:-1], final | dict.fromkeys(tagged, content)])
+        end = rendered.rfind(_TAG.strip())
+        if end < 0 or text.strip() not in rendered:
+            raise PromptError("continue_final_message: the chat template leaves out a part of the final message")
+        is_whole = rendered.startswith(_TAG, end)
+        return rendered[:end] if is_whole else rendered[:end].rstrip()
+
+
+def _tagged(content: Any, field: str) -> tuple[Any, str]:
+    """The content with the tag at its end, or at the end of its last part that is text; and the text before the tag.
+
+    Raises:
+        PromptError: the content is neither text nor parts with a text.
+    """
+    if isinstance(content, str):
+        return content + _TAG, content
+    parts = list(content) if isinstance(content, list | tuple) else []
+    for index in reversed(range(len(parts))):
+        if isinstance(parts[index], Mapping) and isinstance(text := parts[index].get("text"), str):
+            return [*parts[:index], {**parts[index], "text": text + _TAG}, *parts[index + 1 :]], text
+    raise PromptError(f"continue_final_message: {field} of the final message holds no text to continue")
 
 
 class _Refusal(Exception):  # noqa: N818 - a refusal by the template is no error of this package
     """A template called ``raise_exception``."""
 
 
-def _as_templates_read_it(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without keys whose value is None, and with its reasoning under the keys that templates read."""
-    given = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((given[field] for field in REASONING_FIELDS if field in given), None)
-    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+def _as_templates_read_them(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages without keys whose value is None, and with reasoning under the keys that templates read."""
+    read = []
+    for message in messages:
+        given = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((given[field] for field in REASONING_FIELDS if field in given), None)
+        own = {} if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+        read.append(own or given)
+    return read
 
 
 def _environment() -> Environment:

@@ -67,7 +67,8 @@ class Sampling:
         maximum=1,
         help="Sample from the smallest set of tokens whose cumulative probability is at least this.",
     )
-    """Keeps the most probable tokens that together reach this probability."""
+    """Keeps the most probable tokens that together reach this probability. Of equal tokens at the border, those with
+    the highest ids stay."""
     min_p: float = option(
         0.0,
         minimum=0,
@@ -226,7 +227,7 @@ class Sampler:
         if self._sampling.temperature:
             scores = scores / np.float32(self._sampling.temperature)
             noisy = scores + self._noise_of(write_index, len(block))
-            scores = np.where(scores >= self._threshold(scores), noisy, -np.inf)
+            scores = np.where(self._support(scores), noisy, -np.inf)
         return scores
 
     def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
@@ -265,19 +266,21 @@ class Sampler:
             seen[row:, block[row]] = True
         return seen
 
-    def _threshold(self, scores: Float32Array) -> Float32Array:
-        """The lowest score [n, 1] of each row's support."""
+    def _support(self, scores: Float32Array) -> NDArray[np.bool_]:
+        """The tokens [n, V] that the filters keep of each row, before the noise.
+
+        Top-p is taken of what top-k left, and min-p comes last, as in transformers.
+        """
         sampling, vocab_size = self._sampling, scores.shape[1]
-        lowest = np.full((len(scores), 1), -np.inf, np.float32)
+        kept = scores > -np.inf
         if 0 < sampling.top_k < vocab_size:
-            lowest = np.partition(scores, vocab_size - sampling.top_k, axis=-1)[:, vocab_size - sampling.top_k, None]
-        if sampling.min_p:
-            lowest = np.maximum(lowest, scores.max(axis=-1, keepdims=True) + np.float32(math.log(sampling.min_p)))
+            kept &= scores >= np.partition(scores, vocab_size - sampling.top_k)[:, vocab_size - sampling.top_k, None]
         if sampling.top_p < 1:
-            kept = lowest if sampling.top_k else np.full_like(lowest, -np.inf)
-            rows = [_nucleus(row[row >= floor], sampling.top_p) for row, floor in zip(scores, kept[:, 0], strict=True)]
-            lowest = np.maximum(lowest, np.array(rows, np.float32)[:, None])
-        return lowest
+            for row, support in zip(scores, kept, strict=True):
+                _keep_nucleus(row, support, sampling.top_p)
+        if sampling.min_p:
+            kept &= scores >= scores.max(axis=-1, keepdims=True) + np.float32(math.log(sampling.min_p))
+        return kept
 
     def _noise_of(self, write_index: int, block_size: int) -> Float32Array:
         """Gumbel noise [n, V] of the tokens that a block's rows predict. Positions of the last block are reused."""
@@ -319,18 +322,29 @@ def logprobs_of(logits: Float32Array, token: int, count: int) -> Logprob:
     return Logprob(token, float(values[token]), tuple((int(index), float(values[index])) for index in best))
 
 
-def _nucleus(scores: Float32Array, top_p: float) -> np.float32:
-    """The lowest score among the most probable tokens that reach ``top_p`` of the probability of all."""
-    highest = scores.max()
-    total = np.exp(scores.astype(np.float64) - highest).sum()
-    for size in (TOP_P_HEAD, len(scores)):
-        head = scores if size >= len(scores) else np.partition(scores, len(scores) - size)[-size:]
+def _keep_nucleus(scores: Float32Array, support: NDArray[np.bool_], top_p: float) -> None:
+    """Reduce the support [V] of a row to its most probable tokens that together reach ``top_p``.
+
+    Of the tokens that tie at the border those with the highest ids stay, as in transformers.
+    """
+    candidates = scores[support]
+    if not np.isfinite(highest := candidates.max(initial=-np.inf)):  # no token at all, or all probability on infinities
+        support &= scores == highest
+        return
+    total = np.exp(candidates.astype(np.float64) - highest).sum()
+    for size in (TOP_P_HEAD, len(candidates)):
+        head = candidates if size >= len(candidates) else np.partition(candidates, len(candidates) - size)[-size:]
         head = np.sort(head)[::-1]
         share = np.cumsum(np.exp(head.astype(np.float64) - highest)) / total
         reached = int(np.searchsorted(share, top_p))
         if reached < len(head):
-            return np.float32(head[reached])
-    return np.float32(scores.min())  # by rounding, even the sum of all is slightly below top_p
+            break
+    else:
+        return  # by rounding, even the sum of all is slightly below top_p
+    num_above = int(np.count_nonzero(head[: reached + 1] > head[reached]))
+    tied = np.flatnonzero(support & (scores == head[reached]))
+    support &= scores > head[reached]
+    support[tied[len(tied) - (reached + 1 - num_above) :]] = True
 
 
 def _is_number(value: object) -> bool:

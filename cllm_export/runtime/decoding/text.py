@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from cllm_export.bundle.manifest import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Bundle
+from cllm_export.bundle.manifest import CHAT_TEMPLATE_NAME, MORE_CHAT_TEMPLATES_NAME, TOKENIZER_NAME, Bundle
 from cllm_export.errors import BundleError, PromptError
+from cllm_export.prompts import Chat, Message, as_chat
 
 if TYPE_CHECKING:
     from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of chat templates. A model that has one template has the default."""
+
 INCOMPLETE = "\ufffd"
 """Tokenizers decode a cut-off UTF-8 sequence to this character."""
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Message] | Chat
+"""Chat messages, alone or with arguments of the chat template."""
 
 
 class TextCodec:
@@ -26,16 +31,19 @@ class TextCodec:
 
     Args:
         directory: the bundle or checkpoint that holds ``tokenizer.json``.
-        chat_template: text of the template; None if the model has none.
+        chat_template: text of the template, or texts by name if there are several; None if the model has none.
         special_tokens: tokens by the names that chat templates use, such as bos_token and eos_token.
 
     Raises:
         BundleError: there is no tokenizer, or it is damaged.
     """
 
-    def __init__(self, directory: Path, *, chat_template: str | None, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, *, chat_template: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]
+    ) -> None:
         self.directory = directory
-        self._chat_template = chat_template
+        self._chat_templates = templates_by_name(chat_template)
+        self._compiled: dict[str, ChatTemplate] = {}
         self._special_tokens = special_tokens
         try:
             self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
@@ -49,13 +57,11 @@ class TextCodec:
         """The codec of an opened bundle."""
         if not bundle.has(TOKENIZER_NAME):
             raise BundleError(f"{bundle.path} has no {TOKENIZER_NAME}; rebuild it from a checkpoint that has one")
-        template = None
-        if bundle.has(CHAT_TEMPLATE_NAME):
-            try:
-                template = bundle.file(CHAT_TEMPLATE_NAME).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise BundleError(f"{bundle.path / CHAT_TEMPLATE_NAME} cannot be read: {error}") from None
-        return cls(bundle.path, chat_template=template, special_tokens=bundle.manifest.special_tokens)
+        return cls(
+            bundle.path,
+            chat_template=_chat_templates_of(bundle) or None,
+            special_tokens=bundle.manifest.special_tokens,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that its tokenizer adds.
@@ -85,10 +91,11 @@ class TextCodec:
         """Chat messages as the text the model was trained on, as transformers renders them.
 
         Raises:
-            PromptError: the model has no chat template, or the template refuses the messages.
+            PromptError: the model has no such chat template, or the template refuses the messages.
             BundleError: the template is not valid.
         """
-        return self._template.render(messages)
+        chat = as_chat(messages)
+        return self._template_for(chat).render(chat)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -101,16 +108,56 @@ class TextCodec:
             raise PromptError(f"the prompt is not valid Unicode at character {error.start}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    @cached_property
-    def _template(self) -> ChatTemplate:
+    def _template_for(self, chat: Chat) -> ChatTemplate:
+        """The template that a chat names, else the one for tools if it has tools, else the default."""
         from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
-        if self._chat_template is None:
+        templates = self._chat_templates
+        name = chat.chat_template
+        if name is None:
+            name = TOOL_USE if chat.tools is not None and TOOL_USE in templates else DEFAULT
+        if not templates:
             raise PromptError(f"{self.directory} has no chat template: give the prompt as text, not as messages")
+        if name not in templates:
+            raise PromptError(
+                f"{self.directory} has no chat template named {name!r}: name one of {', '.join(sorted(templates))}",
+                fields=("chat_template",),
+            )
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = ChatTemplate(templates[name], self._special_tokens)
+            except ValueError as error:
+                place = f"{self.directory / CHAT_TEMPLATE_NAME}{'' if name == DEFAULT else f' ({name})'}"
+                raise BundleError(f"{place} is not a valid template: {error}") from None
+        return self._compiled[name]
+
+
+def templates_by_name(chat_template: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The texts of a model's chat templates by name. A single one is the default."""
+    return {DEFAULT: chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
+
+
+def _chat_templates_of(bundle: Bundle) -> dict[str, str]:
+    """The text of each chat template of a bundle, by name."""
+    templates = {}
+    if bundle.has(CHAT_TEMPLATE_NAME):
+        templates[DEFAULT] = _read_text(bundle, CHAT_TEMPLATE_NAME)
+    if bundle.has(MORE_CHAT_TEMPLATES_NAME):
         try:
-            return ChatTemplate(self._chat_template, self._special_tokens)
-        except ValueError as error:
-            raise BundleError(f"{self.directory / CHAT_TEMPLATE_NAME} is not a valid template: {error}") from None
+            more = json.loads(_read_text(bundle, MORE_CHAT_TEMPLATES_NAME))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{bundle.path / MORE_CHAT_TEMPLATES_NAME} is not valid JSON: {error}") from None
+        if not isinstance(more, dict) or not all(isinstance(text, str) for text in more.values()):
+            raise BundleError(f"{bundle.path / MORE_CHAT_TEMPLATES_NAME} does not hold texts by name")
+        templates |= more
+    return templates
+
+
+def _read_text(bundle: Bundle, name: str) -> str:
+    try:
+        return bundle.file(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{bundle.path / name} cannot be read: {error}") from None
 
 
 class TextStream:

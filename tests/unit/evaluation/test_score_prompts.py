@@ -88,7 +88,7 @@ def test_plain_text_and_messages_are_questions_too(tmp_path):
 
 def test_bad_lines_are_refused_by_number(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a"}\n{"prompt": "b", "tables": 3}\n', encoding="utf-8")
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "tables": [{"name": "c"}]}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"prompt 2.*tables"):
         read_questions(path)
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n', encoding="utf-8")

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from cllm_export.bundle.contract import FixedShapes
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.errors import EngineError, OptionError, PromptError
+from cllm_export.errors import BundleError, EngineError, OptionError, PromptError
+from cllm_export.prompts import Chat
 from cllm_export.runtime.decoding.request import METHODS
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import GenerateOptions, resolve
+from cllm_export.runtime.service import Service
 from tests.fakes import (
     EOS,
     PAD,
@@ -184,6 +186,62 @@ def test_a_malformed_message_is_refused(tmp_path, messages):
     with pytest.raises(PromptError, match="a message must look like"):
         model.generate(messages)
     assert calls_of(model) == []
+
+
+ARGUED = (
+    "{% for m in messages %}{{ m.content }};{% endfor %}{{ (tools or []) | length }}{{ documents | tojson }}"
+    "{{ mood }}{{ add_generation_prompt }}"
+)
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+ARGUMENTS = [
+    ({"tools": TOOLS, "chat_template_kwargs": {"mood": "sad"}}, "the cat;1nullsadTrue"),
+    ({"documents": [{"text": "a"}], "add_generation_prompt": False}, 'the cat;0[{"text": "a"}]False'),
+    ({"continue_final_message": True}, "the cat"),
+    ({"tools": None, "continue_final_message": None}, "the cat;0nullTrue"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "rendered"), ARGUMENTS)
+def test_arguments_of_the_chat_template_reach_it_in_every_way(tmp_path, arguments, rendered):
+    """As keywords of a request, as a ``Chat``, and as both, where the keywords win."""
+    model = make_model(write_chat_bundle(tmp_path / "bundle", ARGUED), HashModel(vocab_size=200))
+    tokens = model.codec.encode_continuation(rendered)
+    options = {"max_new_tokens": 6, "ignore_eos": True, "block_size": 4}
+    expected = model.generate(tokens, **options).token_ids
+    named = {name: value for name, value in arguments.items() if value is not None}
+    given = [(MESSAGES, arguments), (Chat(MESSAGES, **named), {}), (Chat(MESSAGES, documents=[]), arguments)]
+    for prompt, keywords in given if "documents" in named else given[:2]:
+        assert model.encode(prompt, **{k: v for k, v in keywords.items() if v is not None}) == tokens
+        assert model.generate(prompt, **options, **keywords).token_ids == expected
+        assert model.stream(prompt, **options, **keywords).result().token_ids == expected
+    options.pop("block_size")
+    with Service(model, block_size=4) as service:
+        assert service.submit(MESSAGES, **options, **arguments).result().token_ids == expected
+        assert [each.token_ids for each in service.generate([MESSAGES] * 2, **options, **arguments)] == [expected] * 2
+
+
+@pytest.mark.parametrize("prompt", ["the cat", [5, 6], ()])
+def test_arguments_of_the_chat_template_are_refused_for_other_prompts(model, prompt):
+    with pytest.raises(PromptError, match="tools is for chat messages, and the prompt has none"):
+        model.generate(prompt, tools=TOOLS)
+
+
+def test_an_unknown_template_is_refused_with_the_names_there_are(tmp_path):
+    named = {"chat_template.jinja": "one", "more_chat_templates.json": '{"tool_use": "two", "rag": "three"}'}
+    model = make_model(write_bundle(tmp_path / "bundle", files=named), HashModel(vocab_size=200))
+    texts = [
+        model.codec.render_chat(Chat(MESSAGES, **given)) for given in ({}, {"tools": []}, {"chat_template": "rag"})
+    ]
+    assert texts == ["one", "two", "three"]
+    with pytest.raises(PromptError, match="no chat template named 'other': name one of default, rag, tool_use"):
+        model.generate(MESSAGES, chat_template="other")
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"rag": 1}', "\xff"])
+def test_templates_of_a_bundle_that_are_damaged_are_refused(tmp_path, text):
+    bundle = write_bundle(tmp_path / "bundle", files={"more_chat_templates.json": text})
+    with pytest.raises(BundleError, match=r"more_chat_templates\.json"):
+        make_model(bundle, HashModel(vocab_size=200))
 
 
 def test_messages_without_a_chat_template_are_refused(model):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cllm_export.prompts import Prompt
+from cllm_export.prompts import Chat, Prompt
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.training.data.samples import Sample, digest_samples, encode_samples, with_shared_ids
 from tests.fakes import EOS, byte_level_tokenizer
 
-TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
+TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}{{ mood }}"
 
 
 @pytest.fixture
@@ -36,6 +36,12 @@ def test_messages_are_rendered_as_in_generation(codec: TextCodec):
     messages = ({"role": "user", "content": "the cat"},)
     (sample,) = encode(codec, Prompt(id="a", content=messages, answer="x")).samples
     assert sample.prompt == tuple(codec.encode_chat(messages))
+
+
+def test_arguments_of_the_chat_template_are_trained_on(codec: TextCodec):
+    chat = Chat([{"role": "user", "content": "the cat"}], chat_template_kwargs={"mood": "sad"})
+    (sample,) = encode(codec, Prompt(id="a", content=chat, answer="x")).samples
+    assert sample.prompt == tuple(codec.encode_continuation("[user] the catsad"))
 
 
 def test_what_gives_no_sample_is_counted_by_reason(codec: TextCodec):
