@@ -2,15 +2,14 @@
 
 llguidance (extra ``grammar``) implements the grammars. Its matchers cannot forget a wrong guess. Their rollback does
 not clear a stop, and a copy shares its lexer. So a guess that meets a limit of the parser would spoil the text before
-it. Therefore one matcher reads nothing but the text: a mask and a token in turn, as in autoregressive decoding. A
-second matcher reads the rejected guesses, and its answers only make later drafts better. So constrained Jacobi decoding
-equals constrained autoregressive decoding token for token at every fixed n.
+it. Therefore the matcher of a request reads nothing but the text: a mask and a token in turn, as in autoregressive
+decoding. So constrained Jacobi decoding equals constrained autoregressive decoding token for token at every fixed n.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -86,12 +85,13 @@ class GrammarCompiler:
         }
         try:
             grammar = _Grammar(kind, self._tokenizer, makers[kind](source), self._vocab_size, self._eos)
-            problem = grammar.matcher().get_error()
+            matcher = grammar.matcher()
+            problem = matcher.get_error()
         except Exception as error:  # llguidance raises ValueError and its own
             problem = str(error)
         if problem:
             raise GrammarError(f"{kind} does not compile: {' '.join(problem.split())}", fields=(kind,))
-        return Constraint(grammar)
+        return Constraint(grammar, matcher)
 
 
 def _schema_text(schema: Mapping[str, Any]) -> str:
@@ -170,17 +170,13 @@ class Constraint:
         GrammarError: no text matches the grammar.
     """
 
-    def __init__(self, grammar: _Grammar) -> None:
+    def __init__(self, grammar: _Grammar, matcher: llguidance.LLMatcher) -> None:
         self._grammar = grammar
-        self._restart()
-        self._scout: llguidance.LLMatcher | None = None
-        """Reads the text, and in copies of it drafts that were rejected."""
-        self._num_scouted = 0
-        self._has_scout_failed = False
+        self._restart(matcher)
         self.check(0)
 
-    def _restart(self) -> None:
-        self._matcher = self._grammar.matcher()
+    def _restart(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
         self._text: list[int] = []
         self._states: dict[int, State] = {0: self._grammar.state(self._matcher)}
         """By the number of tokens. Those of earlier blocks are dropped."""
@@ -229,7 +225,7 @@ class Constraint:
     def _rewind(self, length: int) -> None:
         """Go back to a shorter text, by reading it anew. This happens only where an engine does not repeat itself."""
         text, kept = self._text[:length], self._states
-        self._restart()
+        self._restart(self._grammar.matcher())
         for token in text:
             self._read(token)
         self._states = {at: state for at, state in self._states.items() if at in kept}
@@ -258,38 +254,3 @@ class Constraint:
     def ends_with(self, token: int) -> bool:
         """Whether nothing follows this token."""
         return token in self._grammar.eos
-
-    def guess(self, length: int, right: Sequence[int], wrong: Sequence[int]) -> list[NDArray[np.bool_]]:
-        """What may follow each token of a rejected draft, bool [V] each, as far as the grammar allows the draft.
-
-        The draft makes no text: this is for better drafts only.
-
-        Args:
-            length: number of tokens of the text before the block.
-            right: tokens that follow them and are right.
-            wrong: the draft after these.
-        """
-        masks = list[NDArray[np.bool_]]()
-        if (scout := self._scout_at(length)) is None:
-            return masks
-        scout = scout.deep_copy()
-        if scout.try_consume_tokens(list(right)) != len(right):
-            return masks
-        for token in wrong:
-            if self.ends_with(token) or scout.is_stopped() or scout.try_consume_tokens([token]) != 1:
-                break
-            allowed = self._grammar.state(scout).allowed
-            if allowed is None:
-                break
-            masks.append(allowed)
-        return masks
-
-    def _scout_at(self, length: int) -> llguidance.LLMatcher | None:
-        """The second matcher, after this text. None once a guess has spoilt it."""
-        if self._has_scout_failed:
-            return None
-        self._scout = self._scout or self._grammar.matcher()
-        missing = self._text[self._num_scouted : length]
-        self._has_scout_failed = self._scout.try_consume_tokens(missing) != len(missing)
-        self._num_scouted += len(missing)
-        return None if self._has_scout_failed else self._scout

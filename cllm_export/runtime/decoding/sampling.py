@@ -243,7 +243,7 @@ class Sampler:
     ) -> DrawnBlock:
         """Draw under the grammar, row by row: it reads a token of the block only when that is known to be right.
 
-        The rows after the right ones give drafts. They are masked as far as their own tokens keep to the grammar.
+        The rows after the right ones only give drafts, which the grammar does not see.
         """
         length = self._enter(constraint, write_index)
         num_known = len(self._text) - write_index - 1
@@ -251,7 +251,7 @@ class Sampler:
         next_ids: list[int] = []
         for row in range(len(block)):
             allowed = constraint.state(length + row).allowed
-            masked = None if allowed is None else self._masked(scores[row : row + 1], allowed[None])
+            masked = None if allowed is None else np.where(allowed, scores[row : row + 1], np.float32(-np.inf))
             if masked is None or np.isneginf(masked.max()):
                 if row <= num_known:
                     constraint.check(length + row)
@@ -265,16 +265,9 @@ class Sampler:
             constraint.push(length + row, block[row + 1])
         right = len(next_ids)
         if right < len(block):
-            scores = scores[right:]
-            masks = constraint.guess(length, block[1:right], block[right:])
-            if masks:
-                scores = np.concatenate([self._masked(scores[: len(masks)], np.stack(masks)), scores[len(masks) :]])
-            next_ids += self._drawn(scores, None if noise is None else noise[right:]).argmax(axis=-1).tolist()
+            drafts = self._drawn(scores[right:], None if noise is None else noise[right:])
+            next_ids += drafts.argmax(axis=-1).tolist()
         return DrawnBlock(next_ids, right)
-
-    @staticmethod
-    def _masked(scores: Float32Array, allowed: NDArray[np.bool_]) -> Float32Array:
-        return np.where(allowed, scores, np.float32(-np.inf))
 
     def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
         """Scores [n, V] after bias and penalty. Row i is penalised for the text up to its own token."""

@@ -65,7 +65,7 @@ class Case:
             for letter in random.sample(LETTERS + ".", random.randint(0, 2))
         }
         self.options = {
-            "grammar": f'start: {make_grammar(random)}\nloop: "a" loop\nX: /[ab]+/ & /[bc]+/',
+            "grammar": f'start: {make_grammar(random)}\nloop: "a" loop\nX: /[ab]{{1,2}}/ & /[bc]+/',
             "max_new_tokens": random.randint(1, 16),
             "stop": random.choice(([], [], ["bb"], ["ab", "cc"])),
             "logprobs": 1,
@@ -75,7 +75,7 @@ class Case:
         self.hows = [
             {"method": method, "proposer": random.choice(PROPOSERS), "block_size": random.choice(SIZES)}
             for method in METHODS
-            for _ in range(2)
+            if method != "autoregressive" or not seed % 4
         ]
 
 
@@ -123,7 +123,7 @@ def outcome_of(model, prompt, **options):
 def test_all_methods_proposers_and_sizes_give_one_answer_for_every_grammar(model, monkeypatch):
     """The prompt repeats letters and ends of sequence, so drafts of them reach dead ends, limits and ends."""
     seen: Counter[str] = Counter()
-    for seed in range(400):
+    for seed in range(240):
         case = Case(seed)
         monkeypatch.setattr(llguidance, "LLMatcher", LimitedMatchers(case.limits))
         tokens = ids_of(model, case.prompt)
@@ -133,15 +133,8 @@ def test_all_methods_proposers_and_sizes_give_one_answer_for_every_grammar(model
         seen[expected[2] if len(expected) == 4 else expected[1]] += 1
         for how in case.hows:
             assert outcome_of(model, tokens, **how, **options) == expected, (seed, how)
-    for kind in (
-        "eos",
-        "length",
-        "stop",
-        "2: nothing can follow",
-        "matches no text",
-        "Too many items",
-        "too many states",
-    ):
+    kinds = ("eos", "length", "stop", "dead end", "matches no text", "nothing can", "Too many items", "too many states")
+    for kind in kinds:
         assert sum(count for outcome, count in seen.items() if kind in outcome) >= 3, (kind, seen)
 
 
@@ -155,13 +148,13 @@ def test_a_rejected_draft_into_an_endless_loop_leaves_the_text_as_it_was(model, 
     assert (generation.text, generation.finish_reason) == ("xbcde", "eos")
 
 
-@pytest.mark.parametrize("limit", [{"max_lexer_states": 60}, {"step_lexer_fuel": 700}])
+@pytest.mark.parametrize("limit", [{"max_lexer_states": 60}, {"step_lexer_fuel": 500}])
 def test_a_draft_that_meets_a_limit_of_the_lexer_leaves_the_text_as_it_was(model, monkeypatch, limit):
     """A copy of a matcher shares its lexer: many guesses in copies would use up the states of the text."""
     monkeypatch.setattr(llguidance, "LLMatcher", LimitedMatchers(limit))
     options = {"regex": "([ab]*a[ab]{12}c)+", "max_new_tokens": 40, "temperature": 1.0}
     outcomes: Counter[str] = Counter()
-    for seed in range(6):
+    for seed in range(3):
         prompt = ids_of(model, "aabbabab" * 3)
         expected = outcome_of(model, prompt, method="autoregressive", seed=seed, **options)
         outcomes[expected[2] if len(expected) == 4 else expected[0]] += 1
