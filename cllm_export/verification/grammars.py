@@ -117,8 +117,8 @@ def _outcome(model: Model, prompt: list[int], **options: Any) -> tuple[str, list
 def _letters(codec: TextCodec) -> dict[str, int] | None:
     """The tokens of the letters that the cases need. None if the tokenizer lacks one."""
     letters = sorted({letter for case in CASES for letter in case.prompt + case.text if letter != END})
-    tokens = {letter: codec.tokenizer.token_to_id(letter) for letter in letters}
-    return None if None in tokens.values() else tokens
+    tokens = {letter: token for letter in letters if (token := codec.tokenizer.token_to_id(letter)) is not None}
+    return tokens if len(tokens) == len(letters) else None
 
 
 def _not_checked(reason: str) -> Check:
