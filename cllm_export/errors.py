@@ -2,6 +2,7 @@
 
     CllmExportError
     ├── OptionError               an option or argument outside its range
+    │   └── GrammarError          a grammar that does not compile, matches no text, or leads a text to a dead end
     ├── CheckpointError           a checkpoint that is missing, partial or damaged
     │   └── UnsupportedError      a sound checkpoint that the graph cannot express yet
     ├── GraphError                an exported graph that breaks one of its rules
@@ -49,6 +50,10 @@ class CllmExportError(Exception):
 
 class OptionError(CllmExportError, ValueError):
     """An option or argument is outside its range."""
+
+
+class GrammarError(OptionError):
+    """A grammar does not compile, no text matches it, or it leads the text of a request to a dead end."""
 
 
 class CheckpointError(CllmExportError):

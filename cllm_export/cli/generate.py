@@ -31,7 +31,7 @@ from cllm_export.cli.options import (
 )
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
-from cllm_export.errors import OptionError, PromptError
+from cllm_export.errors import GrammarError, OptionError, PromptError
 from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
@@ -252,10 +252,10 @@ def _naming(prompt: Prompt, total: int) -> Iterator[None]:
     """Name the prompt in errors if there are several prompts."""
     try:
         yield
-    except PromptError as error:
+    except (PromptError, GrammarError) as error:
         if total == 1:
             raise
-        raise PromptError(f"prompt {prompt.id}: {error}", fields=error.fields) from None
+        raise type(error)(f"prompt {prompt.id}: {error}", fields=error.fields) from None
 
 
 def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) -> list[Prompt]:

@@ -120,6 +120,7 @@ class Model:
         Raises:
             PromptError: the prompt is empty, or does not fit together with its new tokens.
             OptionError: there is no such option, or one is out of range.
+            GrammarError: the grammar matches no text, or leads the text to a dead end.
             EngineError: the engine failed, or another request is running.
         """
         run = self._make_run(prompt, options, overrides)

@@ -117,7 +117,8 @@ class GenerateOptions(Sampling):
         None, help="A JSON schema that the text must match; on the command line, a file that holds it.", group="Grammar"
     )
     """The schema that the text must match, as text or as a mapping (extra ``grammar``). A request can have at most one
-    grammar. If a limit or a stop string cuts the text, it is only the beginning of a match."""
+    grammar. If a limit or a stop string cuts the text, it is only the beginning of a match. A grammar that no text
+    matches is refused with ``GrammarError``, and a text that comes to a dead end ends with it."""
     regex: str | None = option(None, help="A regular expression that the whole text must match.", group="Grammar")
     """The expression that the whole text must match (extra ``grammar``)."""
     grammar: str | None = option(

@@ -18,6 +18,7 @@ from cllm_export.runtime.decoding.sampling import Sampler, Sampling
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.load import load
 from cllm_export.runtime.request_run import Generation
+from cllm_export.verification.grammars import check_grammars
 from cllm_export.verification.report import DEFAULT_NUM_PROMPTS, GREEDY, SAMPLED, Check, VerifyOptions, reported
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class TokenSession:
                 checks.append(_failing_with_the_engine(f"{kind}across shapes", self._across_shapes, first, kind))
         if LOOKAHEAD_GRAPH in self._bundle.manifest.graphs:
             checks.append(_failing_with_the_engine(f"{LOOKAHEAD} == autoregressive", self._lookahead))
+        checks.append(check_grammars(self._model, self._block_sizes, self._progress))
         checks.append(_failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first))
         checks.append(self._tokenization())
         return checks

@@ -190,6 +190,19 @@ def test_a_stop_string_cuts_text_and_reports_it(cli: Cli, bundle: Path):
     assert cli("generate", bundle, "the cat", "--stop", stop, *FEW).out == cut["text"] + "\n"
 
 
+def test_a_grammar_that_cannot_be_matched_ends_generate_with_an_error_and_never_as_a_success(
+    cli: Cli, bundle: Path, tmp_path: Path
+):
+    pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
+    assert_refused(cli("generate", bundle, "the cat", "--regex", r"[^\s\S]", *FEW), "--regex matches no text")
+    (tmp_path / "dead.lark").write_text('start: "a" /[^\\s\\S]/', encoding="utf-8")
+    grammar = ("--grammar", tmp_path / "dead.lark")
+    dead = "--grammar leads to a dead end at new token 2"
+    assert_refused(cli("generate", bundle, "the cat", "--json", *grammar, *FEW), dead)
+    (tmp_path / "prompts.txt").write_text("the cat\nthe mat\n", encoding="utf-8")
+    assert_refused(cli("generate", bundle, "--prompts", tmp_path / "prompts.txt", "--json", *grammar, *FEW), dead)
+
+
 def test_statistics_go_to_standard_error_and_the_text_stays_clean(bundle: Path):
     outcome = run_process("generate", bundle, "the cat", "--stats", *FEW, check=True)
     assert outcome.out == run("generate", bundle, "the cat", *FEW).out

@@ -15,7 +15,9 @@ from cllm_export.runtime.decoding.jacobi import Autoregressive, SlidingJacobi
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
+from cllm_export.verification.grammars import check_grammars
 from cllm_export.verification.tokens import MARGIN_EPSILON as VERIFY_EPSILON
 from tests.checkpoints import EOS, VARIANTS
 from tests.conftest import DEMO, PINNED, THREADS, Workshop
@@ -234,3 +236,11 @@ def _decode_at_once(engine: Engine, prompts: list[list[int]], *, active: tuple[i
             if running[slot]:
                 tokens[slot] += policy.commit(forward.next_ids[slot], forward.num_accepted[slot]).tokens
     return [sequence[:NUM_NEW_TOKENS] for sequence in tokens]
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_drafts_into_dead_ends_of_grammars_change_nothing_on_the_engine(workshop: Workshop, size: int):
+    pytest.importorskip("llguidance", reason="the extra `grammar` is not installed")
+    with load(workshop.bundle("llama").path, threads=THREADS) as model:
+        check = check_grammars(model, [size], lambda *_: None)
+    assert check.passed, check.detail

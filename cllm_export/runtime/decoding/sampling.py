@@ -158,7 +158,9 @@ class Sampler:
     ) -> None:
         sampling.check_tokens(vocab_size)
         self._constraint = constraint
-        self._num_constrained = len(prompt)
+        self._num_prompt = len(prompt)
+        self._num_constrained = 0
+        """Tokens after the prompt that the grammar knows to be text."""
         self._sampling = sampling
         self._text = list(prompt)
         self._seen = np.zeros(vocab_size, bool)
@@ -184,16 +186,22 @@ class Sampler:
         """
         if not self._constraint or limit < 1:
             return []
-        self._constrain(write_index)
-        forced = self._constraint.forced(self._text[write_index + 1 :], limit)
+        length = self._enter(self._constraint, write_index)
+        known = self._text[write_index + 1 :]
+        for index, token in enumerate(known, start=length):
+            self._constraint.push(index, token)
+        forced = self._constraint.forced(length + len(known), limit)
         banned = (index for index, token in enumerate(forced) if self._bias_of.get(token) == -math.inf)
         return forced[: next(banned, len(forced))]
 
-    def _constrain(self, write_index: int) -> None:
-        """Advance the grammar to the state after the token at ``write_index``, the first token of the block."""
-        if self._constraint:
-            self._constraint.advance(self._text[self._num_constrained : write_index + 1])
-            self._num_constrained = max(self._num_constrained, write_index + 1)
+    def _enter(self, constraint: Constraint, write_index: int) -> int:
+        """Tell the grammar the text up to ``write_index``, the first token of the block. Returns its length."""
+        length = write_index + 1 - self._num_prompt
+        for index in range(self._num_constrained, length):
+            constraint.push(index, self._text[self._num_prompt + index])
+        self._num_constrained = length
+        constraint.forget(length)
+        return length
 
     def draw(self, block: Sequence[int], num_committed: int, write_index: int, logits: Float32Array) -> DrawnBlock:
         """Draw the token after each row of a block, and count the accepted rows.
@@ -206,9 +214,13 @@ class Sampler:
 
         Raises:
             EngineError: logits are NaN.
+            GrammarError: the grammar allows no token after the text.
             OptionError: bias and grammar leave no token.
         """
-        scores = self.scores(block, write_index, logits)
+        scores = self._adjusted(block, write_index, logits)
+        if self._constraint:
+            return self._draw_constrained(self._constraint, block, num_committed, write_index, scores)
+        scores = self._drawn(scores, self._noise_of(write_index, len(block)))
         dead = self._first_dead(scores, num_known=len(self._text) - write_index - 1)
         next_ids: list[int] = scores.argmax(axis=-1).tolist()
         right = num_committed
@@ -217,21 +229,54 @@ class Sampler:
         return DrawnBlock(next_ids, min(right, dead))
 
     def scores(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
-        """The scores [n, V] whose argmax is drawn: adjusted logits / temperature, filtered, plus noise.
+        """The scores [n, V] whose argmax is drawn without a grammar: adjusted logits / temperature, filtered, noisy.
 
         At temperature 0 they are the adjusted logits. Arguments and errors are those of ``draw``.
         """
-        if np.isnan(logits.max(axis=-1)).any():
-            raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
-        scores = self._adjusted(block, write_index, logits)
-        if self._sampling.temperature:
-            scores = scores / np.float32(self._sampling.temperature)
-            noisy = scores + self._noise_of(write_index, len(block))
-            scores = np.where(self._support(scores), noisy, -np.inf)
-        return scores
+        return self._drawn(self._adjusted(block, write_index, logits), self._noise_of(write_index, len(block)))
+
+    def _drawn(self, scores: Float32Array, noise: Float32Array | None) -> Float32Array:
+        """The scores [n, V] whose argmax is drawn, of adjusted scores and Gumbel noise [n, V]."""
+        if noise is None:
+            return scores
+        scores = scores / np.float32(self._sampling.temperature)
+        return np.where(self._support(scores), scores + noise, -np.inf)
+
+    def _draw_constrained(
+        self, constraint: Constraint, block: Sequence[int], num_committed: int, write_index: int, scores: Float32Array
+    ) -> DrawnBlock:
+        """Draw under the grammar, row by row: it reads a token of the block only when that is known to be right.
+
+        The rows after the right ones only give drafts, which the grammar does not see.
+        """
+        length = self._enter(constraint, write_index)
+        num_known = len(self._text) - write_index - 1
+        noise = self._noise_of(write_index, len(block))
+        next_ids: list[int] = []
+        for row in range(len(block)):
+            allowed = constraint.state(length + row).allowed
+            masked = None if allowed is None else np.where(allowed, scores[row : row + 1], np.float32(-np.inf))
+            if masked is None or np.isneginf(masked.max()):
+                if row <= num_known:
+                    constraint.check(length + row)
+                    raise OptionError("logit_bias and grammar leave no token to go on with: allow one at least")
+                break
+            next_ids += self._drawn(masked, None if noise is None else noise[row : row + 1]).argmax(axis=-1).tolist()
+            if row + 1 == len(block) or (row + 1 >= num_committed and block[row + 1] != next_ids[row]):
+                break
+            if constraint.ends_with(block[row + 1]):
+                break
+            constraint.push(length + row, block[row + 1])
+        right = len(next_ids)
+        if right < len(block):
+            drafts = self._drawn(scores[right:], None if noise is None else noise[right:])
+            next_ids += drafts.argmax(axis=-1).tolist()
+        return DrawnBlock(next_ids, right)
 
     def _adjusted(self, block: Sequence[int], write_index: int, logits: Float32Array) -> Float32Array:
-        """Scores [n, V] after bias, penalty and grammar. Row i is penalised for the text up to its own token."""
+        """Scores [n, V] after bias and penalty. Row i is penalised for the text up to its own token."""
+        if np.isnan(logits.max(axis=-1)).any():
+            raise EngineError(f"the model's logits are NaN at write index {write_index}: check the checkpoint")
         scores = logits
         if self._bias is not None:
             scores = scores + self._bias
@@ -239,9 +284,6 @@ class Sampler:
             penalty = np.float32(self._sampling.repetition_penalty)
             seen = self._seen_by_row(block, write_index)
             scores = np.where(seen, np.where(scores > 0, scores / penalty, scores * penalty), scores)
-        if self._constraint:
-            self._constrain(write_index)
-            scores = np.where(self._constraint.allowed(block[1:]), scores, -np.inf).astype(np.float32, copy=False)
         return scores
 
     def _first_dead(self, scores: Float32Array, *, num_known: int) -> int:
@@ -250,7 +292,7 @@ class Sampler:
         Raises:
             OptionError: the row holds a token of the text, at most ``num_known`` rows after the block's first row.
         """
-        if not self._constraint and self._bias is None:
+        if self._bias is None:
             return len(scores)
         is_dead = np.isneginf(scores.max(axis=-1))
         dead = int(is_dead.argmax()) if is_dead.any() else len(scores)
@@ -282,8 +324,13 @@ class Sampler:
             kept &= scores >= scores.max(axis=-1, keepdims=True) + np.float32(math.log(sampling.min_p))
         return kept
 
-    def _noise_of(self, write_index: int, block_size: int) -> Float32Array:
-        """Gumbel noise [n, V] of the tokens that a block's rows predict. Positions of the last block are reused."""
+    def _noise_of(self, write_index: int, block_size: int) -> Float32Array | None:
+        """Gumbel noise [n, V] of the tokens that a block's rows predict; None at temperature 0.
+
+        Positions of the last block are reused.
+        """
+        if not self._sampling.temperature:
+            return None
         positions = range(write_index + 1, write_index + 1 + block_size)
         self._noise = {
             position: self._noise[position]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +33,14 @@ def compile_regex(model, regex):
     limits = model.limits
     compiler = GrammarCompiler(model.codec, vocab_size=limits.vocab_size, eos_token_ids=limits.eos_token_ids)
     return compiler.compile("regex", regex)
+
+
+def state_after(model, regex, text):
+    """What may follow a text, of a constraint that has seen nothing else."""
+    fresh = compile_regex(model, regex)
+    for index, token in enumerate(text):
+        fresh.push(index, token)
+    return fresh.state(len(text))
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +88,15 @@ def test_forced_tokens_are_those_that_single_token_masks_leave_no_choice_about(m
     known = text[start : start + num_known]
     expected = []
     while len(expected) < limit:
-        fresh = compile_regex(model, regex)
-        fresh.advance([*text[:start], *known, *expected])
-        if fresh._matcher.is_stopped():
-            break
-        allowed = [token for token, may in enumerate(fresh.allowed(())[0]) if may]
+        allowed = np.flatnonzero(state_after(model, regex, [*text[:start], *known, *expected]).allowed).tolist()
         if len(allowed) != 1 or allowed == [EOS]:
             break
         expected += allowed
     constraint = compile_regex(model, regex)
-    constraint.advance(text[:start])
-    before = constraint.allowed(())
-    assert constraint.forced(known, limit) == expected
-    assert (constraint.allowed(()) == before).all()
+    for index, token in enumerate([*text[:start], *known]):
+        constraint.push(index, token)
+    assert constraint.forced(start + len(known), limit) == expected
+    assert (constraint.state(start).allowed == state_after(model, regex, text[:start]).allowed).all()
 
 
 @pytest.mark.parametrize("method", ["jacobi", "jacobi-block"])
