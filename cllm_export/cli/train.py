@@ -16,6 +16,7 @@ from cllm_export.cli.show.training import show_collection, show_evaluation, show
 from cllm_export.cli.signature import with_options
 from cllm_export.evaluation.evaluate import EvaluateOptions
 from cllm_export.evaluation.tasks.task import TaskName
+from cllm_export.evaluation.verdict import UNKNOWN
 from cllm_export.extras import needs_extra
 from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.model.options import LoraOptions
@@ -57,6 +58,8 @@ def evaluate(
         else:
             report = run_evaluation(source, data, task, parent, options, output=output, progress=progress)
     (show_probe if probe else show_evaluation)(report)
+    if probe and report["verdict"]["readiness"] == UNKNOWN:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

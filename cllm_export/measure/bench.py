@@ -22,6 +22,7 @@ from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, random_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.block_size.latency_file import write_latency
+from cllm_export.runtime.decoding.block_size.measured_times import MeasuredTimes
 from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHOD_OF_LOOP, METHODS, Method
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
@@ -38,8 +39,6 @@ DEFAULT_SIZES = (4, 8, 12, 16, 24, 32)
 """Values of n to try if there are several bundles."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 NUM_RANDOM_PROMPTS = 16
-Times = Mapping[int, float]
-"""T(n), the seconds of a forward, by n."""
 
 
 class Setting(NamedTuple):
@@ -66,6 +65,11 @@ class Pass:
     def new_tokens(self) -> int:
         return sum(map(len, self.tokens))
 
+    @property
+    def rate(self) -> float:
+        """New tokens per second of decode."""
+        return self.new_tokens / self.decode_seconds
+
 
 def run_bench(
     bundles: Sequence[Bundle],
@@ -89,8 +93,11 @@ def run_bench(
       by forward, the method takes no n, or the bundle is pinned to one shape.
     - ``equal``: number of prompts whose tokens equal those of the first bundle, which come from autoregressive decoding
       if that is timed. At another n a near tie may round to another token.
+    - ``fastest_in``: number of passes in which no other setting was faster.
 
-    ``bundles`` describes each bundle with its T(n). A single writable bundle keeps T(n) as ``latency.json``.
+    ``bundles`` describes each bundle with its T(n), which never falls with n, and the spread of T(n) / T(1).
+    ``why_busy`` says why these times decide nothing, if the machine was too busy. A single writable bundle keeps T(n)
+    as ``latency.json``, but not the times of a busy machine.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -112,7 +119,7 @@ def run_bench(
         options = replace(options, ignore_eos=True)
     settings = _settings(models, options, sizes)
     passes = _in_turn(models, encoded, settings, options, progress or (lambda *_: None))
-    times = _time_forwards(models, encoded, sizes)
+    times = _time_forwards(models, encoded, sizes, progress or (lambda *_: None))
     if len(bundles) == 1 and times[0]:
         _leave_latency(bundles[0], times[0], options.threads)
     entries = [
@@ -121,7 +128,7 @@ def run_bench(
     ]
     return _about_run(options, len(encoded)) | {
         "bundles": [
-            {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), "latency": _latency(found)}
+            {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), **_latency(found)}
             for name, bundle, found in zip(names, bundles, times, strict=True)
         ],
         "settings": sorted(entries, key=lambda entry: -entry["tokens_per_second"]),
@@ -270,35 +277,52 @@ def _collect(generations: Sequence[Generation]) -> Pass:
     )
 
 
-def _time_forwards(models: Sequence[Model], prompts: Sequence[list[int]], sizes: Sequence[int]) -> list[Times]:
-    """T(n) of each bundle over as many KV rows as the median prompt has. Empty for a bundle that is pinned."""
+def _time_forwards(
+    models: Sequence[Model], prompts: Sequence[list[int]], sizes: Sequence[int], progress: Progress
+) -> Sequence[MeasuredTimes | None]:
+    """T(n) of each bundle over as many KV rows as the median prompt has. None for a bundle that is pinned."""
     if models[0].engine.fixed_shapes:
-        return [{}]
+        return [None]
     wanted = {1, *sizes, *(LATENCY_BLOCK_SIZES if len(models) == 1 else ())}
     past = int(median(len(prompt) for prompt in prompts))
-    return list(time_in_turn([model.engine for model in models], sorted(wanted), past=past))
+    return time_in_turn([model.engine for model in models], sorted(wanted), past=past, progress=progress)
 
 
-def _leave_latency(bundle: Bundle, times: Times, threads: int | None) -> None:
+def _leave_latency(bundle: Bundle, times: MeasuredTimes, threads: int | None) -> None:
+    """Keep the times for ``auto``, unless the machine was too busy for them to say anything."""
+    if times.why_busy:
+        log.warning("the times of forwards are not kept: %s", times.why_busy)
+        return
     try:
-        write_latency(bundle, times, num_slots=1, threads=threads)
+        write_latency(bundle, times.seconds, num_slots=1, threads=threads)
     except OutputError as error:
         log.warning("the times of forwards are not kept: %s", error)
 
 
-def _latency(times: Times) -> list[dict[str, float]]:
-    return [
-        {"block_size": size, "milliseconds": seconds * 1e3, "ratio": seconds / times[1]}
-        for size, seconds in times.items()
+def _latency(times: MeasuredTimes | None) -> dict[str, Any]:
+    if times is None:
+        return {"latency": [], "why_busy": None}
+    entries = [
+        {
+            "block_size": size,
+            "milliseconds": seconds * 1e3,
+            "ratio": times.relative(size),
+            "ratio_spread": times.spread(size),
+        }
+        for size, seconds in times.seconds.items()
     ]
+    return {"latency": entries, "why_busy": times.why_busy}
 
 
 def _summaries(
-    settings: Sequence[Setting], passes: Mapping[Setting, list[Pass]], models: Sequence[Model], times: Sequence[Times]
+    settings: Sequence[Setting],
+    passes: Mapping[Setting, list[Pass]],
+    models: Sequence[Model],
+    times: Sequence[MeasuredTimes | None],
 ) -> list[dict[str, Any]]:
     """The measured results of each setting."""
     first = next((each for each in settings if each[:2] == (0, "autoregressive")), settings[0])
-    expected = passes[first][0].tokens
+    expected, winners = passes[first][0].tokens, _winners(passes)
     summaries = []
     for setting in settings:
         size = setting.block_size
@@ -311,14 +335,21 @@ def _summaries(
             | found
             | _expectation(found["tokens_per_forward"], size, times[setting.bundle])
             | {"equal": sum(a == b for a, b in zip(passes[setting][0].tokens, expected, strict=True))}
+            | {"fastest_in": winners.count(setting)}
         )
     return summaries
+
+
+def _winners(passes: Mapping[Setting, list[Pass]]) -> list[Setting]:
+    """The setting of most tokens a second, for each pass."""
+    num_passes = min(map(len, passes.values()))
+    return [max(passes, key=lambda setting: passes[setting][number].rate) for number in range(num_passes)]
 
 
 def _summary(passes: Sequence[Pass], baseline: Sequence[Pass] | None) -> dict[str, Any]:
     first = passes[0]
     summary: dict[str, Any] = {
-        "tokens_per_second": median(each.new_tokens / each.decode_seconds for each in passes),
+        "tokens_per_second": median(each.rate for each in passes),
         "tokens_per_forward": first.new_tokens / first.forwards,
         "forwards": first.forwards,
         "new_tokens": first.new_tokens,
@@ -336,16 +367,18 @@ def _summary(passes: Sequence[Pass], baseline: Sequence[Pass] | None) -> dict[st
     return summary
 
 
-def _expectation(tokens_per_forward: float, size: BlockSize | None, times: Times) -> dict[str, float | None]:
+def _expectation(
+    tokens_per_forward: float, size: BlockSize | None, times: MeasuredTimes | None
+) -> dict[str, float | None]:
     """The speed if every forward took T(n) and the loop took no time."""
-    if not isinstance(size, int) or size not in times:
+    if not isinstance(size, int) or times is None or size not in times.seconds:
         names = ("first_milliseconds", "milliseconds", "expected_speedup", "expected_tokens_per_second")
         return dict.fromkeys(names)
     return {
-        "first_milliseconds": times[1] * 1e3,
-        "milliseconds": times[size] * 1e3,
-        "expected_speedup": tokens_per_forward * times[1] / times[size],
-        "expected_tokens_per_second": tokens_per_forward / times[size],
+        "first_milliseconds": times.seconds[1] * 1e3,
+        "milliseconds": times.seconds[size] * 1e3,
+        "expected_speedup": tokens_per_forward / times.relative(size),
+        "expected_tokens_per_second": tokens_per_forward / times.seconds[size],
     }
 
 

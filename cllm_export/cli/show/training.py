@@ -82,13 +82,14 @@ def show_probe(report: Mapping[str, Any]) -> None:
 
 
 def _probe_table(sizes: Sequence[Mapping[str, float]]) -> Table:
-    table = plain_table("n", "TPF", "T(n) ms", "T(n)/T(1)", "expected", "even at TPF", "2x at TPF", "at most")
+    table = plain_table("n", "TPF", "T(n) ms", "T(n)/T(1)", "spread", "expected", "1x at TPF", "2x at TPF", "at most")
     for size in sizes:
         table.add_row(
             str(int(size["block_size"])),
             f"{size['tokens_per_forward']:.2f}",
             f"{size['milliseconds']:.2f}",
             f"{size['relative_time']:.2f}",
+            f"{size['relative_spread']:.0%}",
             f"{size['expected_speedup']:.2f}x",
             f"{size['break_even_tokens_per_forward']:.2f}",
             f"{size['twice_tokens_per_forward']:.2f}",
