@@ -72,5 +72,5 @@ def run_tune(
     }
 
 
-def _silent(_stage: str, _done: int, _total: int) -> None:
+def _silent(_stage: str, _done: int, _total: int, _note: str = "", /) -> None:
     """Show nothing: only the first process shows progress."""

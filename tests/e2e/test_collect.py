@@ -53,7 +53,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_bundle_gives_a_collection_in_the_form_it_was_trained_with(cli: Cli, bundle: Path, prompts: Path, tmp_path):
     outcome = cli("collect", bundle, "--prompts", prompts, "--output", tmp_path / "out", *FEW)
     assert outcome.code == 0, outcome
-    assert outcome.err == "", "no progress bar in a pipe"
+    assert outcome.complaints == "", "no progress bar in a pipe"
     for phrase in (
         f"of {NUM_PROMPTS} prompts",
         "tokens per forward",

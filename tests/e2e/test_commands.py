@@ -58,7 +58,7 @@ def run(*arguments: object, stdin: bytes = b"") -> Outcome:
     """A run that must succeed and be plain: no escape sequence, and nothing on standard error."""
     outcome = run_process(*arguments, stdin=stdin, check=True)
     assert ESCAPE not in outcome.out + outcome.err
-    assert outcome.err == ""
+    assert outcome.complaints == ""
     return outcome
 
 

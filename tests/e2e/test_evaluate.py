@@ -45,7 +45,7 @@ def test_a_prompt_file_gives_scores_measures_and_what_was_skipped(bundle: Path, 
     outcome = run_process(
         "evaluate", bundle, "--task", "prompts", "--data", prompt_file, "--output", output, *FEW, check=True
     )
-    assert outcome.err == ""
+    assert outcome.complaints == ""
     report = json.loads(output.read_text(encoding="utf-8"))
     entry = report["models"]["model"]
     assert report["settings"] == {"method": "jacobi", "block_size": 8, "proposer": "repeat", "max_new_tokens": 6}

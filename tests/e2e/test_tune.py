@@ -107,7 +107,7 @@ def test_the_output_is_a_checkpoint_like_its_parent_that_builds_and_verifies(
     parent, output = workshop.checkpoint("llama-llama3-bf16-sharded"), tmp_path / "out"
     outcome = cli(*arguments(parent, prompts, output, *FEW, "--steps", 3, "--proposer", "repeat", "--loop", "block"))
     assert outcome.code == 0, outcome
-    assert outcome.err == "", "quiet in a pipe"
+    assert outcome.complaints == "", "quiet in a pipe"
     for phrase in ("34 samples (dropped: none), 3 steps", "tokens/forward", f"wrote {output}"):
         assert phrase in outcome.out
     tuned, source = open_checkpoint(output), open_checkpoint(parent)
@@ -131,7 +131,7 @@ def test_the_output_is_a_checkpoint_like_its_parent_that_builds_and_verifies(
 def test_every_family_is_tuned(cli: Cli, workshop: Workshop, prompts: Path, tmp_path: Path, name: str):
     parent = workshop.checkpoint(name)
     outcome = cli(*arguments(parent, prompts, tmp_path / "out", *FEW, "--steps", 2))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     assert load_checkpoint(tmp_path / "out").generate("the cat", max_new_tokens=4).token_ids
     stored = {name for path in parent.glob("*.safetensors") for name in load_file(path)}
     assert set(weights_of(tmp_path / "out")) == stored
@@ -156,7 +156,7 @@ def test_every_way_of_tuning_learns_the_answers(cli: Cli, llama: Path, prompts: 
     limit = ("--minutes", 0.02) if name == "minutes" else ("--steps", 30)
     options = (*FEW, *limit, "--limit", 3, "--num-held-out", 1, "--evaluate-every", 0.5, *VARIATIONS[name])
     outcome = cli(*arguments(llama, prompts, tmp_path / "out", *options))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     report = report_of(tmp_path / "out")
     if name == "minutes":  # how many steps they hold is the machine's
         assert report["minutes"] >= 0.02
@@ -202,7 +202,7 @@ def test_lora_leaves_a_plain_checkpoint_in_which_only_projections_changed(
 ):
     output = tmp_path / "out"
     outcome = cli(*arguments(llama, prompts, output, *FEW, "--steps", 4, "--lora-rank", 2, *checkpointing))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     before, after = weights_of(llama), weights_of(output)
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
@@ -321,7 +321,7 @@ SAVING = {
 
 def resume(cli: Cli, llama: Path, prompts: Path, output: Path) -> None:
     outcome = cli(*arguments(llama, prompts, output, *SIX_STEPS, "--resume"))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
 
 
 @pytest.mark.parametrize("event", SAVING)
@@ -583,7 +583,7 @@ def test_prompts_that_are_of_no_use_are_counted_and_reported(cli: Cli, llama: Pa
     given = write_prompts(tmp_path / "p.jsonl", [*useless, *questions(20)])
     held_out = write_prompts(tmp_path / "h.jsonl", [*questions(3), {"prompt": "", "answer": "x"}])
     outcome = cli(*arguments(llama, given, tmp_path / "out", *FEW, "--steps", 1, "--held-out", held_out))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     text = " ".join(outcome.out.split())
     for phrase in ("20 samples", "empty prompt 1", "does not tokenise 1", "too long 1", "no answer 1"):
         assert phrase in text
@@ -682,7 +682,7 @@ def test_prompts_without_answers_are_answered_by_the_model_first(
     output = tmp_path / "out"
     options = (*FEW, "--steps", 2, "--max-length", 80, "--objective", objective)
     outcome = cli(*arguments(workshop.checkpoint(ENDING), unanswered, output, *options))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     collections = list((tmp_path / "out.trajectories").iterdir())
     assert len(collections) == 1
     assert report_of(output)["curve"][0]["exact_match"] == 1.0, "its own answers, before it learnt anything"
@@ -735,7 +735,7 @@ def test_trajectories_are_trained_on_instead_of_answers(
 ):
     options = (*FEW, "--steps", 2, "--trajectories", trajectories, "--objective", "global", "--limit", 40)
     outcome = cli(*arguments(workshop.checkpoint(ENDING), unanswered, tmp_path / "out", *options))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     assert not (tmp_path / "out.trajectories").exists()
 
 
@@ -806,7 +806,7 @@ def test_two_processes_tune_one_model_with_samples_of_their_own(llama: Path, pro
     given = arguments(llama, prompts, output, *SIX_STEPS)
     outcomes = two(given, tmp_path, weights=lambda rank: tmp_path / f"weights-{rank}.pt")
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
-    assert [outcome.err for outcome in outcomes] == ["", ""]
+    assert [outcome.complaints for outcome in outcomes] == ["", ""]
     assert f"wrote {output}" in outcomes[0].out
     assert outcomes[1].out == "", "the first process speaks for all"
     assert report_of(output)["samples_seen"] == 2 * 6 * 4
@@ -885,7 +885,7 @@ def test_sharded_over_two_processes_a_model_is_tuned_as_in_two_copies(llama: Pat
     for name in ("copies", "sharded"):
         given = arguments(llama, prompts, tmp_path / name, *options)
         outcomes = two(given, tmp_path, **(sharding() if name == "sharded" else {}))
-        assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, "")] * 2, outcomes
+        assert [(outcome.code, outcome.complaints) for outcome in outcomes] == [(0, "")] * 2, outcomes
     copies, sharded = weights_of(tmp_path / "copies"), weights_of(tmp_path / "sharded")
     for name, tensor in copies.items():
         torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=1e-4)
@@ -912,7 +912,7 @@ def test_a_sharded_run_killed_and_resumed_gives_the_weights_of_one_that_was_not(
 )
 def test_a_sharded_run_takes_the_other_options(llama: Path, prompts: Path, tmp_path: Path, options: tuple[object, ...]):
     outcomes = two(arguments(llama, prompts, tmp_path / "out", *FEW, *options), tmp_path, **sharding())
-    assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, "")] * 2, outcomes
+    assert [(outcome.code, outcome.complaints) for outcome in outcomes] == [(0, "")] * 2, outcomes
     assert load_checkpoint(tmp_path / "out").generate("the cat", max_new_tokens=4).token_ids
 
 
