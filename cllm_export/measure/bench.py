@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -111,6 +112,7 @@ def run_bench(
         EngineError: an engine failed.
     """
     options, names = options or BenchOptions(), names or [str(bundle.path) for bundle in bundles]
+    progress = progress or (lambda *_: None)
     _check(bundles, checkpoint)
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
@@ -118,8 +120,8 @@ def run_bench(
     if not prompts:
         options = replace(options, ignore_eos=True)
     settings = _settings(models, options, sizes)
-    passes = _in_turn(models, encoded, settings, options, progress or (lambda *_: None))
-    times = _time_forwards(models, encoded, sizes, progress or (lambda *_: None))
+    passes = _in_turn(models, encoded, settings, options, progress)
+    times = _time_forwards(models, encoded, sizes, progress)
     if len(bundles) == 1 and times[0]:
         _leave_latency(bundles[0], times[0], options.threads)
     entries = [
@@ -132,7 +134,7 @@ def run_bench(
             for name, bundle, found in zip(names, bundles, times, strict=True)
         ],
         "settings": sorted(entries, key=lambda entry: -entry["tokens_per_second"]),
-        "transformers": _bench_transformers(bundles[0], checkpoint, encoded, options) if checkpoint else None,
+        "transformers": _bench_transformers(bundles[0], checkpoint, encoded, options, progress) if checkpoint else None,
     }
 
 
@@ -249,12 +251,22 @@ def _in_turn(
     for done in range(total):
         setting, model = settings[done % len(settings)], models[settings[done % len(settings)].bundle]
         model.pool.clear()  # the pool would know the answers from the previous pass
-        decoded = decode_all(model, prompts, at_most=options.max_new_tokens, **_request_options(setting, options))
+        decoded = decode_all(
+            model,
+            prompts,
+            at_most=options.max_new_tokens,
+            progress=partial(_report_prompts, progress, done, total, len(prompts)),
+            **_request_options(setting, options),
+        )
         finished = _collect([each.generation for each in decoded])
         if done >= len(settings):
             passes[setting].append(finished)
-        progress("passes", done + 1, total)
     return passes
+
+
+def _report_prompts(progress: Progress, num_passes: int, of_passes: int, num_prompts: int, done: int) -> None:
+    """Report prompts over all passes, the warm-up included."""
+    progress("prompts", num_passes * num_prompts + done, of_passes * num_prompts, f"pass {num_passes + 1}/{of_passes}")
 
 
 def _request_options(setting: Setting, options: BenchOptions) -> dict[str, Any]:
@@ -383,7 +395,7 @@ def _expectation(
 
 
 def _bench_transformers(
-    bundle: Bundle, checkpoint: Path, prompts: Sequence[list[int]], options: BenchOptions
+    bundle: Bundle, checkpoint: Path, prompts: Sequence[list[int]], options: BenchOptions, progress: Progress
 ) -> dict[str, float | int]:
     import torch
 
@@ -394,7 +406,8 @@ def _bench_transformers(
     reference = Reference(checkpoint, max_length=manifest.max_length, num_layers=manifest.geometry.num_layers)
     reference.generate(prompts[0], 4, ())
     tokens, seconds = 0, 0.0
-    for prompt in prompts:
+    for index, prompt in enumerate(prompts):
+        progress("prompts of transformers", index, len(prompts))
         limit = min(options.max_new_tokens, manifest.max_length - len(prompt))
         new, taken = reference.generate(prompt, limit, manifest.eos_token_ids)
         tokens, seconds = tokens + new, seconds + taken
