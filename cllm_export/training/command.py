@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 
 from cllm_export.checks import require_at_least
 from cllm_export.progress import Progress
+from cllm_export.training.intake import describe_data
 from cllm_export.training.options import TuneOptions
+from cllm_export.training.outcome import compare
 from cllm_export.training.prepare import prepare
 from cllm_export.training.processes import explain_lost_rank, join_processes, rank0_first
 from cllm_export.training.tune import tune
@@ -30,9 +33,12 @@ def run_tune(
     threads: int | None,
     resume: bool,
     force: bool,
-    progress: Progress,
+    progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Tune, and return a description of the result; None in every process but the first.
+
+    ``say`` receives what the run keeps and drops, before it begins, one line per call.
 
     Raises:
         CllmExportError: see ``prepare`` and ``tune``.
@@ -42,7 +48,7 @@ def run_tune(
         torch.set_num_threads(threads)
     state = join_processes()
     if not state.is_main_process:
-        progress = _silent
+        progress, say = _silent, _mute
     work = rank0_first(lambda: WorkDirectory(output, force=force, resume=resume))
     data = rank0_first(  # the first process collects missing answers; the others read them
         lambda: prepare(
@@ -57,6 +63,8 @@ def run_tune(
             progress=progress,
         )
     )
+    for line in describe_data(data, options, num_processes=state.num_processes):
+        say(line)
     with explain_lost_rank():
         report = tune(
             checkpoint, output, data.samples, data.held_out, options, resume=resume, force=force, progress=progress
@@ -69,8 +77,15 @@ def run_tune(
         "held_out": len(data.held_out),
         "dropped": data.dropped,
         **asdict(report),
+        "outcome": asdict(
+            compare(report.curve, is_collapsed=report.stopped == "collapse", num_prompts=len(data.held_out))
+        ),
     }
 
 
 def _silent(_stage: str, _done: int, _total: int, _note: str = "", /) -> None:
     """Show nothing: only the first process shows progress."""
+
+
+def _mute(_line: str) -> None:
+    """Say nothing: only the first process speaks."""

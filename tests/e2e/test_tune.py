@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm_export import progress
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import TuningError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
@@ -28,7 +30,7 @@ from cllm_export.training.data.samples import Sample
 from cllm_export.training.model.torch_engine import load_checkpoint
 from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import prepare
-from cllm_export.training.tune import tune
+from cllm_export.training.tune import _Run, tune
 from tests.checkpoints import EOS, MAX_POSITIONS, PAD, Variant, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, snapshot
@@ -95,6 +97,87 @@ def whole(llama: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) 
     outcome = run(orders)
     assert outcome.code == 0, outcome
     return place / "out"
+
+
+# What it says
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_what_was_saved_and_goes_on_to_the_same_weights(
+    cli: Cli, llama: Path, prompts: Path, whole: Path, tmp_path: Path, sent: int, code: int
+):
+    """Its last state is of step 3, and the signal comes in step 5."""
+    given = arguments(llama, prompts, tmp_path / "out", *SIX_STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 5, sent)
+        stopped = cli(*given)
+    assert stopped.code == code, stopped
+    name = signal.Signals(sent).name
+    assert stopped.err.splitlines()[-1] == (
+        f"stopped by {name}: {tmp_path / 'out'}.tuning holds the state of step 3, and 2 later steps are lost: run the "
+        "same command with --resume"
+    )
+    assert cli(*given, "--resume").code == 0
+    assert_same_weights(weights_of(tmp_path / "out"), weights_of(whole))
+
+
+def stop_in_step(patch: pytest.MonkeyPatch, step: int, sent: int) -> None:
+    """Send this process a signal at the end of a step."""
+    report = _Run._report_step
+
+    def report_and_stop(run: _Run) -> None:
+        report(run)
+        if run._step == step:
+            os.kill(os.getpid(), sent)
+
+    patch.setattr(_Run, "_report_step", report_and_stop)
+
+
+def test_a_run_that_is_stopped_before_it_saved_anything_says_to_start_again(
+    cli: Cli, llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = arguments(llama, prompts, tmp_path / "out", *SIX_STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 2, signal.SIGINT)
+        stopped = cli(*given)
+    assert stopped.code == 130
+    assert "no state was saved yet, and 2 steps are lost: run the same command again" in stopped.err
+    assert cli(*given).code == 0
+
+
+def test_a_run_says_first_what_it_keeps_and_drops_and_last_how_it_compares_with_its_parent(
+    cli: Cli, llama: Path, tmp_path: Path
+):
+    long = {"prompt": "the cat ?", "answer": " the cat sat on the mat" * 4}
+    given = write_prompts(tmp_path / "p.jsonl", [*questions(20), *[long] * 10, {"prompt": "the cat ?"}])
+    outcome = cli(*arguments(llama, given, tmp_path / "out", *FEW, "--steps", 2, "--max-length", 24))
+    assert outcome.code == 0, outcome
+    kept, too_long, no_answer, length, *_ = [
+        line.split("] ", 1)[1] for line in outcome.err.splitlines() if "] " in line
+    ]
+    assert kept == "kept 20 of 31 prompts: 14 to train on, 6 to measure on"
+    assert too_long.startswith(
+        "dropped 10 (32%): too long; they take more than 24 tokens with their answers: --max-length"
+    )
+    assert no_answer.startswith("dropped 1 (3%): no answer; give each row an answer")
+    assert "14 steps an epoch, each sample 4 times; 2 steps of training are 0.14 epochs" in length
+    assert re.fullmatch(
+        r"(better|worse|equal|faster, but of lower quality|of higher quality, but slower)( than| to|, compared with) its "
+        r"parent on 6 held-out prompts: tokens per forward .* -> .*, exact match .* -> .*, perplexity .* -> .*",
+        outcome.out.splitlines()[-1],
+    )
+
+
+def test_a_log_file_gets_lines_of_a_run_that_is_slow(
+    cli: Cli, llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is slow here: the lines come as if half a minute lay between two reports."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "STAGE_INTERVAL", 0.0)
+    outcome = cli(*arguments(llama, prompts, tmp_path / "out", *SIX_STEPS))
+    for line in ("loading the model", "held-out prompts: 6 of 6 (100%)", "training: 5 of 6 (83%)", "saving"):
+        assert f"] {line}" in outcome.err
+    assert "to go; loss" in outcome.err
 
 
 # What it writes

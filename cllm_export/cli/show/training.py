@@ -125,10 +125,15 @@ def show_tuning(path: str, report: Mapping[str, Any]) -> None:
         f"{report['minutes']:.1f} minutes of training",
         markup=False,
     )
-    table = plain_table("minutes", "step", "loss", "tokens/forward", "exact match", "repetitive")
+    table = plain_table("minutes", "step", "loss", "tokens/forward", "exact match", "perplexity", "repetitive")
     for entry in report["curve"]:
         loss = f"{entry['loss']:.3f}" if "loss" in entry else "-"
-        rates = [f"{entry['tokens_per_forward']:.2f}", f"{entry['exact_match']:.1%}", f"{entry['repetitive']:.1%}"]
+        rates = [
+            f"{entry['tokens_per_forward']:.2f}",
+            f"{entry['exact_match']:.1%}",
+            f"{entry['perplexity']:.3g}",
+            f"{entry['repetitive']:.1%}",
+        ]
         table.add_row(f"{entry['minutes']:.1f}", str(entry["step"]), loss, *rates)
     OUT.print(table)
     reasons = {
@@ -138,3 +143,4 @@ def show_tuning(path: str, report: Mapping[str, Any]) -> None:
         "or lower the learning rate",
     }
     OUT.print(reasons[report["stopped"]], markup=False)
+    OUT.print(report["outcome"]["sentence"], markup=False)
