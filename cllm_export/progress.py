@@ -69,6 +69,8 @@ class ProgressLines:
         self._started = self._last_line = clock()
         self._stage, self._done, self._total, self._note = stage, 0, 0, ""
         self._starts = {stage: _Start(self._started, 0)}
+        self.is_hushed = False
+        """Whether lines would stand in the middle of other text, and are kept back."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> None:
         with self._lock:
@@ -89,10 +91,10 @@ class ProgressLines:
         with self._lock:
             now = self._clock()
             self._write_if_after(INTERVAL, now)
-            return self._last_line + INTERVAL - now
+            return INTERVAL if self.is_hushed else self._last_line + INTERVAL - now
 
     def _write_if_after(self, interval: float, now: float) -> None:
-        if now - self._last_line >= interval:
+        if now - self._last_line >= interval and not self.is_hushed:
             self._last_line = now
             self._write(self._line(now))
 

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from cllm_export import __version__
 from cllm_export.cli.flags import Flag, with_flags
-from cllm_export.cli.show.console import is_first_process, progress_lines, say
+from cllm_export.cli.show.console import is_first_process, progress_lines, say, spelling
 from cllm_export.cli.signature import flags_of_fields
 from cllm_export.errors import CllmExportError
 from cllm_export.progress import Terminated
@@ -28,23 +28,23 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command. Its errors name options by their flags."""
+
+        def spell(text: str) -> str:
+            running = ctx.invoked_subcommand
+            return with_flags(CllmExportError(text), self._flags(running)) if running else text
+
         try:
-            with progress_lines():
+            with spelling(spell), progress_lines():
                 return super().invoke(ctx)
         except CllmExportError as error:
             error.args = (with_flags(error, self._flags(ctx.invoked_subcommand)),)
             raise
         except KeyboardInterrupt as stop:
-            self._say_what_was_saved(stop, ctx.invoked_subcommand)
+            if is_first_process():
+                signal = "SIGTERM" if isinstance(stop, Terminated) else "SIGINT"
+                saved = "; ".join(getattr(stop, "__notes__", [])) or NOTHING_SAVED
+                say(f"stopped by {signal}: {spell(saved)}")
             raise SystemExit(EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from None
-
-    def _say_what_was_saved(self, stop: KeyboardInterrupt, running: str) -> None:
-        """Say it once, in the first of several processes."""
-        if not is_first_process():
-            return
-        signal = "SIGTERM" if isinstance(stop, Terminated) else "SIGINT"
-        saved = CllmExportError("; ".join(getattr(stop, "__notes__", [])) or NOTHING_SAVED)
-        say(f"stopped by {signal}: {with_flags(saved, self._flags(running))}")
 
     def _flags(self, running: str) -> dict[str, Flag]:
         """Flags by field, of the running command and of all others, because advice may name their options."""

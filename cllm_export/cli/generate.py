@@ -27,9 +27,11 @@ from cllm_export.cli.options import (
     ThreadsOption,
     require_use,
 )
+from cllm_export.cli.show.console import plain_progress, streaming_text
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError, PromptError
+from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
@@ -177,13 +179,15 @@ def generate(
         if len(given) != 1:
             raise OptionError(f"save_prefix keeps the state of one prompt, got {len(given)} prompts")
         check_target(save_prefix)
+    progress = plain_progress()
     with engine.load(bundle, num_prompts=len(given)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
         if len(given) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
-            _print_together(model, given, options, view)
+            _print_together(model, given, options, view, progress)
             return
-        for entry in given:
+        for index, entry in enumerate(given):
+            progress("prompts", index, len(given))
             with _naming(entry, len(given)):
                 if view.as_json:
                     _print_json_line(entry, model.generate(entry.content, options))
@@ -287,12 +291,22 @@ def _slots_for(bundle: Path, num_prompts: int) -> int | None:
     return None if pinned else min(manifest.batch_size, max(1, num_prompts))
 
 
-def _print_together(model: Model, given: Sequence[Prompt], options: GenerateOptions, view: View) -> None:
+def _print_together(
+    model: Model, given: Sequence[Prompt], options: GenerateOptions, view: View, progress: Progress
+) -> None:
     def refused(index: int, error: PromptError) -> None:
         raise PromptError(f"prompt {given[index].id}: {error}")
 
     contents = [entry.content for entry in given]
-    for index, _, generation in decode_all(model, contents, options, in_slots=True, refused=refused):
+    decoded = decode_all(
+        model,
+        contents,
+        options,
+        in_slots=True,
+        refused=refused,
+        progress=lambda done: progress("prompts", done, len(given)),
+    )
+    for index, _, generation in decoded:
         if view.as_json:
             _print_json_line(given[index], generation)
         else:
@@ -313,9 +327,10 @@ def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: Vi
         if view.show_blocks:
             _print_generation(model, stream.result(), view)
             return
-        for delta in stream:
-            typer.echo(delta, nl=False)
-            sys.stdout.flush()
-        typer.echo()
+        with streaming_text():
+            for delta in stream:
+                typer.echo(delta, nl=False)
+                sys.stdout.flush()
+            typer.echo()
         if view.stats:
             show_statistics(stream.result())

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cllm_export.cli.app import EXIT_FAILED, app
-from cllm_export.cli.flags import Flag, with_flags
 from cllm_export.cli.options import LimitOption, PromptFileOption, ThreadsOption
 from cllm_export.cli.show.console import progress_bar, say
 from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
-from cllm_export.cli.signature import flags_of_fields, with_options
-from cllm_export.errors import CllmExportError
+from cllm_export.cli.signature import with_options
 from cllm_export.evaluation.evaluate import EvaluateOptions
 from cllm_export.evaluation.tasks.task import TaskName
 from cllm_export.evaluation.verdict import UNKNOWN
@@ -26,12 +23,6 @@ from cllm_export.training.model.options import LoraOptions
 from cllm_export.training.options import TuneOptions
 
 SourceArgument = Annotated[Path, typer.Argument(help="A bundle, or a Hugging Face checkpoint.", show_default=False)]
-
-
-def _say_with_flags(command: Callable[..., Any]) -> Callable[[str], None]:
-    """Say lines that name options, by the flags of this command."""
-    flags = {field: Flag(on=flag) for field, flag in flags_of_fields(command).items()}
-    return lambda line: say(with_flags(CllmExportError(line), flags))
 
 
 @app.command()
@@ -155,7 +146,7 @@ def tune(
             resume=resume,
             force=force,
             progress=progress,
-            say=_say_with_flags(tune),
+            say=say,
         )
     if report is None:  # not the first of several processes
         return

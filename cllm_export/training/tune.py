@@ -191,8 +191,8 @@ class _Run:
             return f"no state was saved yet, and {self._step} steps are lost: run the same command again"
         num_lost = self._step - self._saved_step
         return (
-            f"{self._work.path} holds the state of step {self._saved_step}, and {num_lost} later steps are lost: run the "
-            "same command with resume=True"
+            f"{self._work.path} holds the state of step {self._saved_step}, and {num_lost} later steps are lost: run "
+            "the same command with resume=True"
         )
 
     def _make_module(self) -> PackedModel:

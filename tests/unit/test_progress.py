@@ -117,6 +117,14 @@ def test_what_the_work_says_has_the_time_too_and_is_a_line():
     assert work.after(6) == []
 
 
+def test_a_hushed_heart_writes_nothing_into_the_middle_of_a_text():
+    work = Work()
+    work.lines.is_hushed = True
+    assert work.after(100) == []
+    work.lines.is_hushed = False
+    assert work.after(1) == ["[1:41] tune, 1:41 so far"]
+
+
 def test_durations_are_read_as_on_a_clock():
     assert [duration(seconds) for seconds in (0, 59.6, 3599, 36061)] == ["0:00", "1:00", "59:59", "10:01:01"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -44,6 +44,20 @@ _running: ContextVar[ProgressLines | None] = ContextVar("running", default=None)
 """The lines about the command that runs. None where a terminal shows a bar instead, or another process writes them."""
 
 
+_spell: ContextVar[Callable[[str], str]] = ContextVar("spell", default=str)
+"""Puts the flags of the command that runs in place of the names of options."""
+
+
+@contextmanager
+def spelling(spell: Callable[[str], str]) -> Iterator[None]:
+    """Let ``say`` spell the names of options in this way during the block."""
+    token = _spell.set(spell)
+    try:
+        yield
+    finally:
+        _spell.reset(token)
+
+
 @contextmanager
 def progress_lines() -> Iterator[None]:
     """Write plain lines about the progress of a command on standard error, unless that is a terminal."""
@@ -64,11 +78,38 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def plain_progress() -> Progress:
+    """A progress callback that writes plain lines, and draws no bar: for commands whose text goes to the terminal."""
+    return _running.get() or (lambda *_: None)
+
+
+@contextmanager
+def streaming_text() -> Iterator[None]:
+    """Keep lines of progress back during the block if they would stand in the middle of the text on standard output."""
+    lines = _running.get()
+    if lines is None or not _share_a_file():
+        yield
+        return
+    lines.is_hushed = True
+    try:
+        yield
+    finally:
+        lines.is_hushed = False
+
+
+def _share_a_file() -> bool:
+    """Whether standard output and standard error go to one file, as with 2>&1."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # not files
+        return False
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A progress callback. It draws a bar on standard error if that is a terminal, else it writes plain lines."""
     if not sys.stderr.isatty():
-        yield _running.get() or (lambda *_: None)
+        yield plain_progress()
         return
     columns = (
         SpinnerColumn(),
@@ -88,9 +129,9 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def say(line: str) -> None:
-    """Print a line about the work itself on standard error."""
+    """Print a line about the work itself on standard error. Options that it names are spelled as flags."""
     lines = _running.get()
-    (lines.say if lines else _print_line)(line)
+    (lines.say if lines else _print_line)(_spell.get()(line))
 
 
 def _print_line(line: str) -> None:
