@@ -28,6 +28,17 @@ class Progress(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Voice:
+    """How long work speaks: about its progress, and in sentences."""
+
+    progress: Progress = lambda *_: None
+    say: Callable[[str], None] = lambda _: None
+
+
+SILENT = Voice()
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived. It ends work as Ctrl-C does."""
 

@@ -18,6 +18,7 @@ from cllm_export.evaluation.evaluate import EvaluateOptions
 from cllm_export.evaluation.tasks.task import TaskName
 from cllm_export.evaluation.verdict import UNKNOWN
 from cllm_export.extras import needs_extra
+from cllm_export.progress import Voice
 from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.model.options import LoraOptions
 from cllm_export.training.options import TuneOptions
@@ -145,8 +146,7 @@ def tune(
             threads=threads,
             resume=resume,
             force=force,
-            progress=progress,
-            say=say,
+            voice=Voice(progress=progress, say=say),
         )
     if report is None:  # not the first of several processes
         return

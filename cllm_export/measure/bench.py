@@ -96,9 +96,8 @@ def run_bench(
       if that is timed. At another n a near tie may round to another token.
     - ``fastest_in``: number of passes in which no other setting was faster.
 
-    ``bundles`` describes each bundle with its T(n), which never falls with n, and the spread of T(n) / T(1).
-    ``why_busy`` says why these times decide nothing, if the machine was too busy. A single writable bundle keeps T(n)
-    as ``latency.json``, but not the times of a busy machine.
+    ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
+    busy for these times to decide anything. If not, a single writable bundle keeps T(n) as ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -119,15 +118,12 @@ def run_bench(
     encoded = _encode(bundles, models[0], prompts)
     if not prompts:
         options = replace(options, ignore_eos=True)
-    settings = _settings(models, options, sizes)
-    passes = _in_turn(models, encoded, settings, options, progress)
+    passes = _in_turn(models, encoded, settings := _settings(models, options, sizes), options, progress)
     times = _time_forwards(models, encoded, sizes, progress)
-    if len(bundles) == 1 and times[0]:
-        _leave_latency(bundles[0], times[0], options.threads)
-    entries = [
-        {"name": names[setting.bundle], **_about(bundles[setting.bundle])} | entry
-        for setting, entry in zip(settings, _summaries(settings, passes, models, times), strict=True)
-    ]
+    _leave_latency(bundles, times, options.threads)
+    entries = _summaries(settings, passes, models, times)
+    for setting, entry in zip(settings, entries, strict=True):
+        entry |= {"name": names[setting.bundle], **_about(bundles[setting.bundle])}
     return _about_run(options, len(encoded)) | {
         "bundles": [
             {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), **_latency(found)}
@@ -300,13 +296,16 @@ def _time_forwards(
     return time_in_turn([model.engine for model in models], sorted(wanted), past=past, progress=progress)
 
 
-def _leave_latency(bundle: Bundle, times: MeasuredTimes, threads: int | None) -> None:
-    """Keep the times for ``auto``, unless the machine was too busy for them to say anything."""
-    if times.why_busy:
-        log.warning("the times of forwards are not kept: %s", times.why_busy)
+def _leave_latency(bundles: Sequence[Bundle], times: Sequence[MeasuredTimes | None], threads: int | None) -> None:
+    """Keep the times of a single bundle for ``auto``, unless the machine was too busy for them to say anything."""
+    [bundle, *others], [found, *_] = bundles, times
+    if others or found is None:
+        return
+    if found.why_busy:
+        log.warning("the times of forwards are not kept: %s", found.why_busy)
         return
     try:
-        write_latency(bundle, times.seconds, num_slots=1, threads=threads)
+        write_latency(bundle, found.seconds, num_slots=1, threads=threads)
     except OutputError as error:
         log.warning("the times of forwards are not kept: %s", error)
 

@@ -23,15 +23,15 @@ class Outcome:
     sentence: str
 
 
-def compare(curve: Sequence[Mapping[str, float]], *, is_collapsed: bool, num_prompts: int) -> Outcome:
+def compare(curve: Sequence[Mapping[str, float]], *, stopped: str, num_prompts: int) -> Outcome:
     """Compare the model that a run wrote with the parent, which the first entry of the curve measured.
 
     Args:
         curve: the held-out decodes of the run, see ``TuneReport``.
-        is_collapsed: the last entry is of a collapsed model, and the one before it was written.
+        stopped: why the run ended. After a collapse the model of the entry before the last was written.
         num_prompts: number of held-out prompts.
     """
-    parent, child = curve[0], curve[-2 if is_collapsed else -1]
+    parent, child = curve[0], curve[-2 if stopped == "collapse" else -1]
     speed = _sign(child["tokens_per_forward"] / parent["tokens_per_forward"], 1 / SPEED_MARGIN, SPEED_MARGIN)
     quality = _quality(parent, child)
     judgement = _judgement(speed, quality)
