@@ -80,7 +80,7 @@ def time_in_turn(
     ]
     started, num_rounds = clock(), 0
     while True:
-        progress("timing forwards", num_rounds, max(rounds, num_rounds))
+        progress("timing forwards", 0, 1, f"round {num_rounds + 1}, of at least {rounds}")
         for size in sizes[:: -1 if num_rounds % 2 else 1]:
             for engine, found in zip(engines, samples, strict=True):
                 if size in found:
