@@ -25,10 +25,14 @@ test: lint types tests
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@echo "setup 1 of 2: make an environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	@echo "setup 2 of 2: install the pinned packages; pip names each, and the largest is torch"
+	@(while sleep 25 > /dev/null 2>&1; do echo "setup 2 of 2: still installing"; done) & beat=$$!; trap "kill $$beat" EXIT; \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 		"setuptools" --editable ".[cpu,train,evaluate,dev]"
-	touch $(READY)
+	@touch $(READY)
+	@echo "setup: $(VENV) is ready"
 
 lint: setup
 	$(BIN)/ruff check .

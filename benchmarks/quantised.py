@@ -77,8 +77,8 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
     rows = {name: Row(precision_of(bundle), bundle.weight_bytes) for name, bundle in bundles.items()}
     engines = {name: OrtEngine(bundle, num_slots=1, threads=args.threads) for name, bundle in bundles.items()}
     times = time_in_turn(list(engines.values()), BLOCK_SIZES, past=args.past, rounds=args.rounds)
-    for row, seconds in zip(rows.values(), times, strict=True):
-        row.milliseconds = {size: 1e3 * each for size, each in seconds.items()}
+    for row, found in zip(rows.values(), times, strict=True):
+        row.milliseconds = {size: 1e3 * each for size, each in found.seconds.items()}
     del engines
     if args.prompts:
         prompts = read_prompts(args.prompts, limit=args.limit)

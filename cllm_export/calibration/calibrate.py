@@ -29,7 +29,7 @@ from cllm_export.calibration.run_directory import RunDirectory, RunSettings, run
 from cllm_export.calibration.selection import RowCounts, Selection, count_rows, select_rows
 from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import CalibrationError, DamagedRunError, OutputError
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, resumable
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.decoding.shared_options import (
     block_size_option,
@@ -133,7 +133,7 @@ def calibrate(
     graph = read_graph(bundle)
     inputs = linear_inputs(graph, linear_layers(graph))
     settings = _settle(bundle, sha256_of(prompts_path), len(prompts), options)
-    with run_directory(output, settings) as directory:
+    with run_directory(output, settings) as directory, resumable(directory.describe):
         run = _Run(bundle, graph, inputs, settings, directory, options.threads, progress or (lambda *_: None))
         num_recorded = run.record(prompts)
         statistics, provenance = run.observe(num_recorded)
@@ -196,7 +196,13 @@ class _Run:
             if not path.exists():
                 model = model or load(self._bundle.path, threads=self._threads, prefix_cache_bytes=0)
                 chosen = prompts[first : first + SHARD_SIZE]
-                recordings = record(model, chosen, self._record_options(), first=first)
+                recordings = record(
+                    model,
+                    chosen,
+                    self._record_options(),
+                    first=first,
+                    progress=lambda done, first=first: self._progress("decoding", first + done, len(prompts)),  # type: ignore[misc]
+                )
                 self._directory.make(path, lambda target, found=recordings: write_recordings(target, found))  # type: ignore[misc]
             self._progress("decoding", min(first + SHARD_SIZE, len(prompts)), len(prompts))
         self._counts = [[count_rows(entry) for entry in self._recordings(shard)] for shard in range(self._num_shards)]

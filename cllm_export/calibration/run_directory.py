@@ -59,6 +59,12 @@ class RunDirectory:
     def gram(self, index: int) -> Path:
         return self._path / f"gram-{index:05}.npy"
 
+    def describe(self) -> str:
+        """What an interruption leaves, and how to go on."""
+        counts = {name: len(list(self._path.glob(f"{name}-*"))) for name in ("recordings", "statistics", "gram")}
+        held = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no finished part yet"
+        return f"{self._path} keeps what was done ({held}): run the same command again to go on"
+
     def make(self, path: Path, write: Callable[[Path], None]) -> None:
         """Write one of the directory's files whole, unless it exists."""
         if path.exists():

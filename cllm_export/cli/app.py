@@ -10,9 +10,11 @@ from typer.core import TyperGroup
 
 from cllm_export import __version__
 from cllm_export.cli.flags import Flag, with_flags
+from cllm_export.cli.show.console import is_first_process, progress_lines, say, spelling
 from cllm_export.cli.show.help import Command, write_sections
 from cllm_export.cli.signature import flags_of_fields
 from cllm_export.errors import CllmExportError
+from cllm_export.progress import Terminated
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
@@ -42,11 +44,23 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command. Its errors name options by their flags."""
+
+        def spell(text: str) -> str:
+            running = ctx.invoked_subcommand
+            return with_flags(CllmExportError(text), self._flags(running)) if running else text
+
         try:
-            return super().invoke(ctx)
+            with spelling(spell), progress_lines():
+                return super().invoke(ctx)
         except CllmExportError as error:
             error.args = (with_flags(error, self._flags(ctx.invoked_subcommand)),)
             raise
+        except KeyboardInterrupt as stop:
+            if is_first_process():
+                signal = "SIGTERM" if isinstance(stop, Terminated) else "SIGINT"
+                saved = "; ".join(getattr(stop, "__notes__", [])) or NOTHING_SAVED
+                say(f"stopped by {signal}: {spell(saved)}")
+            raise SystemExit(EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED) from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_sections(self, ctx, formatter)
@@ -94,6 +108,9 @@ def command(example: str) -> Callable[[Run], Run]:
         example: a command line that the help shows.
     """
     return app.command(cls=Command, epilog=example)
+
+
+NOTHING_SAVED = "nothing was saved, and nothing is left half-written; run the same command again"
 
 
 def _print_version(wanted: bool) -> None:

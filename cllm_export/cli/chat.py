@@ -15,7 +15,7 @@ from cllm_export.bundle.manifest import CHAT_TEMPLATE_NAME, open_bundle
 from cllm_export.cli.app import command
 from cllm_export.cli.generate import METAVARS, PARSE, EngineChoice
 from cllm_export.cli.options import BundleArgument, given, require_use
-from cllm_export.cli.show.console import say
+from cllm_export.cli.show.console import say, streaming_text
 from cllm_export.cli.show.decoding import show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import BundleError, PromptError
@@ -44,7 +44,7 @@ def chat(
     """Talk with a model that has a chat template. In a pipe, each line of standard input is one message."""
     require_use(engine.draft_model, options.method, options.proposer)
     _require_template(bundle)
-    with engine.load(bundle, num_prompts=1) as model:
+    with engine.load(bundle, num_prompts=1) as model, streaming_text(interactive=True):
         conversation = Conversation(model, options, system)
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
         if is_terminal:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import typer
@@ -11,13 +16,15 @@ import typer
 from cllm_export.cli.app import EXIT_DEFECT, EXIT_ERROR, app
 from cllm_export.cli.show.console import ERR
 from cllm_export.errors import CllmExportError
+from cllm_export.progress import Terminated
 
 
 def main() -> None:
     """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
     debug = _take_debug_flag(sys.argv)
     try:
-        sys.exit(app(prog_name="cllm-export", standalone_mode=False))
+        with _sigterm_as_interruption():
+            sys.exit(app(prog_name="cllm-export", standalone_mode=False))
     except typer.TyperException as error:
         _fail_usage(error)
     except CllmExportError as error:
@@ -30,6 +37,23 @@ def main() -> None:
             f"{type(error).__name__}: {error}; this is a defect of cllm-export: run again with --debug and report it"
         )
         _fail(message, EXIT_DEFECT, error if debug else None)
+
+
+@contextmanager
+def _sigterm_as_interruption() -> Iterator[None]:
+    """Let SIGTERM end the work in order, as Ctrl-C does, so that it says what was saved and removes what was not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _take_debug_flag(argv: list[str]) -> bool:

@@ -29,9 +29,11 @@ from cllm_export.cli.options import (
     given,
     require_use,
 )
+from cllm_export.cli.show.console import plain_progress, streaming_text
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import GrammarError, OptionError, PromptError
+from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
@@ -195,13 +197,15 @@ def generate(
             raise OptionError(f"save_prefix keeps the state of one prompt, got {len(entries)} prompts")
         check_target(save_prefix)
         check_file(save_prefix, force=force, name="save_prefix")
+    progress = plain_progress()
     with engine.load(bundle, num_prompts=len(entries)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
         if len(entries) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
-            _print_together(model, entries, options, view)
+            _print_together(model, entries, options, view, progress)
             return
-        for entry in entries:
+        for index, entry in enumerate(entries):
+            progress("prompts", index, len(entries))
             with _naming(entry, len(entries)):
                 if view.as_json:
                     _print_json_line(entry, model.generate(entry.content, options))
@@ -293,12 +297,22 @@ def _slots_for(bundle: Path, num_prompts: int) -> int | None:
     return None if pinned else min(manifest.batch_size, max(1, num_prompts))
 
 
-def _print_together(model: Model, given: Sequence[Prompt], options: GenerateOptions, view: View) -> None:
+def _print_together(
+    model: Model, given: Sequence[Prompt], options: GenerateOptions, view: View, progress: Progress
+) -> None:
     def refused(index: int, error: PromptError) -> None:
         raise PromptError(f"prompt {given[index].id}: {error}")
 
     contents = [entry.content for entry in given]
-    for index, _, generation in decode_all(model, contents, options, in_slots=True, refused=refused):
+    decoded = decode_all(
+        model,
+        contents,
+        options,
+        in_slots=True,
+        refused=refused,
+        progress=lambda done: progress("prompts", done, len(given)),
+    )
+    for index, _, generation in decoded:
         if view.as_json:
             _print_json_line(given[index], generation)
         else:
@@ -319,9 +333,10 @@ def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: Vi
         if view.show_blocks:
             _print_generation(model, stream.result(), view)
             return
-        for delta in stream:
-            typer.echo(delta, nl=False)
-            sys.stdout.flush()
-        typer.echo()
+        with streaming_text():
+            for delta in stream:
+                typer.echo(delta, nl=False)
+                sys.stdout.flush()
+            typer.echo()
         if view.stats:
             show_statistics(stream.result())

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.cli.show.bundle import show_parity
-from cllm_export.cli.show.console import OUT, bytes_text, progress_bar
+from cllm_export.cli.show.console import OUT, bytes_text, progress_bar, say
 from cllm_export.cli.show.decoding import show_bench, show_blocks, show_statistics
 from cllm_export.errors import CheckpointError
 from cllm_export.measure.bench import run_bench
 from cllm_export.measure.options import BenchOptions
+from cllm_export.progress import resumable
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
@@ -37,20 +38,22 @@ def run_demo(example: Path, output: Path, *, threads: int | None = None, force: 
             f"{example} has no checkpoint/; run the demo from a clone of the repository, or give --example"
         )
     prompts = read_prompts(example / "prompts.jsonl")
-    bundle = _build(example / "checkpoint", output, force=force)
-    if not _verify(bundle, prompts, example / "checkpoint", threads):
-        return False
-    _decode(load(bundle.path, threads=threads), prompts[:SHOWN])
-    _time(bundle, prompts[:TIMED], threads)
-    return True
+    with resumable(lambda: f"{output} is as it was before: run the same command again"):
+        bundle = _build(example / "checkpoint", output, force=force)
+    with resumable(lambda: f"{output} is whole: go on with cllm-export verify, generate and bench, or run demo again"):
+        if not _verify(bundle, prompts, example / "checkpoint", threads):
+            return False
+        _decode(load(bundle.path, threads=threads), prompts[:SHOWN])
+        _time(bundle, prompts[:TIMED], threads)
+        return True
 
 
 def _build(checkpoint: Path, output: Path, *, force: bool) -> Bundle:
-    from cllm_export.exporter.pipeline import build
+    from cllm_export.exporter.pipeline import export
 
     OUT.rule("build")
     with progress_bar() as progress:
-        bundle = build(checkpoint, output, force=force, progress=progress)
+        bundle = export(checkpoint, output, force=force, progress=progress, say=say).bundle
     size = sum(entry.size for entry in bundle.manifest.files.values())
     OUT.print(f"wrote {output} ({bytes_text(size)})", markup=False)
     return bundle

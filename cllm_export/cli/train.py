@@ -20,13 +20,15 @@ from cllm_export.cli.options import (
     ThreadsOption,
     given,
 )
-from cllm_export.cli.show.console import progress_bar
+from cllm_export.cli.show.console import progress_bar, say
 from cllm_export.cli.show.report import show_report
 from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
 from cllm_export.cli.signature import with_options
 from cllm_export.evaluation.evaluate import EvaluateOptions
 from cllm_export.evaluation.tasks.task import TaskName
+from cllm_export.evaluation.verdict import UNKNOWN
 from cllm_export.extras import needs_extra
+from cllm_export.progress import Voice
 from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.model.options import LoraOptions
 from cllm_export.training.options import TuneOptions
@@ -64,6 +66,8 @@ def evaluate(
     with progress_bar() as progress:
         report = (run_probe if probe else run_evaluation)(source, data, task, parent, options, progress=progress)
     show_report(report, show_probe if probe else show_evaluation, as_json=as_json, output=output)
+    if probe and report["verdict"]["readiness"] == UNKNOWN:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @command("cllm-export collect my-bundle --prompts prompts.jsonl --output trajectories")
@@ -152,7 +156,7 @@ def tune(
             threads=threads,
             resume=resume,
             force=force,
-            progress=progress,
+            voice=Voice(progress=progress, say=say),
         )
     if report is None:  # not the first of several processes
         return

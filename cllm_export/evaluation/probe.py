@@ -26,6 +26,7 @@ from cllm_export.evaluation.verdict import Expectation, judge
 from cllm_export.extras import needs_extra
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
+from cllm_export.runtime.decoding.block_size.measured_times import MeasuredTimes
 from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
 from cllm_export.runtime.decoding.shared_options import limit_option, max_new_tokens_option, threads_option
 from cllm_export.runtime.engines.machine import describe_machine
@@ -60,7 +61,8 @@ def probe(
     """Probe a bundle, or a checkpoint through a temporary bundle, and return the report, JSON-ready.
 
     ``forms`` holds the tokens per forward of each loop and proposer at the model's own n. ``sizes`` holds an
-    ``Expectation`` for each n with the best loop and proposer. ``verdict`` holds the advice.
+    ``Expectation`` for each n with the best loop and proposer. ``verdict`` holds the advice; it is unknown where the
+    machine was too busy to time forwards.
 
     Raises:
         CllmExportError: the model cannot be opened or built, or no prompt can be decoded.
@@ -78,7 +80,13 @@ def probe(
         rates, skipped = _measure_sizes(model, sample, best, progress)
         times = _measure_times(bundle, model, sample, options.threads, progress)
     sizes = [
-        Expectation(block_size=size, tokens_per_forward=rate, milliseconds=times[size], relative=times[size] / times[1])
+        Expectation(
+            block_size=size,
+            tokens_per_forward=rate,
+            milliseconds=times.seconds[size] * 1e3,
+            relative=times.relative(size),
+            spread=times.spread(size),
+        )
         for size, rate in rates.items()
     ]
     return {
@@ -91,7 +99,7 @@ def probe(
         "form_block_size": defaults.block_size,
         "best_form": _named(best),
         "sizes": [_expectation(size) for size in sizes],
-        "verdict": asdict(judge(sizes)),
+        "verdict": asdict(judge(sizes, why_busy=times.why_busy)),
     }
 
 
@@ -145,17 +153,16 @@ def _rate(
 
 def _measure_times(
     bundle: Bundle, model: Model, prompts: Sequence[Prompt], threads: int | None, progress: Progress | None
-) -> dict[int, float]:
-    """T(n) in milliseconds, by n."""
-    if progress:
-        progress("latency", 0, 1)
+) -> MeasuredTimes:
+    progress = progress or (lambda *_: None)
+    progress("timing forwards", 0, 1)
     decodable = decode_prompts(
         model, prompts, Settings(method="jacobi", block_size=1, proposer="pad", max_new_tokens=1), compare=False
     )
     past = int(median(answer.generation.statistics.prompt_tokens for answer in decodable.answers))
     engine = OrtEngine(bundle, num_slots=1, threads=threads)
-    [seconds] = time_in_turn([engine], (1, *_block_sizes(model)), past=past)
-    return {size: each * 1e3 for size, each in seconds.items()}
+    [times] = time_in_turn([engine], (1, *_block_sizes(model)), past=past, progress=progress)
+    return times
 
 
 def _named(form: Settings) -> dict[str, Any]:
@@ -168,6 +175,7 @@ def _expectation(size: Expectation) -> dict[str, float | int]:
         "tokens_per_forward": round(size.tokens_per_forward, 4),
         "milliseconds": round(size.milliseconds, 4),
         "relative_time": round(size.relative, 4),
+        "relative_spread": round(size.spread, 4),
         "expected_speedup": round(size.speedup, 4),
         "break_even_tokens_per_forward": round(size.needed(1.0), 4),
         "twice_tokens_per_forward": round(size.needed(2.0), 4),

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Readiness = Literal["ready", "gains a little", "needs consistency tuning", "this machine gains nothing"]
+Readiness = Literal[
+    "ready", "gains a little", "needs consistency tuning", "this machine gains nothing", "unknown: machine busy"
+]
+UNKNOWN: Readiness = "unknown: machine busy"
+"""The verdict where times vary so much that any other would be chance."""
 READY, LITTLE = 1.5, 1.1
 """A model is ready from the first expected speed-up on, and gains a little from the second on."""
 BUDGETS = (
@@ -30,7 +34,9 @@ class Expectation:
     milliseconds: float
     """T(n)."""
     relative: float
-    """T(n) / T(1)."""
+    """T(n) / T(1), at least 1."""
+    spread: float = 0.0
+    """Distance of the quartiles of T(n) / T(1), as a share of it."""
 
     @property
     def speedup(self) -> float:
@@ -58,17 +64,21 @@ class Verdict:
     meaning: str = MEANING
 
 
-def judge(sizes: Sequence[Expectation]) -> Verdict:
-    """Judge a model by its best block size."""
+def judge(sizes: Sequence[Expectation], *, why_busy: str | None = None) -> Verdict:
+    """Judge a model by its best block size.
+
+    Args:
+        why_busy: why the times decide nothing. The verdict is then "unknown: machine busy", whatever they are.
+    """
     best = max(sizes, key=lambda size: size.speedup)
     room = max(sizes, key=lambda size: size.highest)
     target = max(sizes, key=lambda size: size.speedup * size.highest)
-    readiness = _readiness(best, room)
+    readiness = UNKNOWN if why_busy else _readiness(best, room)
     return Verdict(
         readiness=readiness,
         best_block_size=best.block_size,
         expected_speedup=round(best.speedup, 4),
-        advice=_advice(readiness, best, room, target),
+        advice=why_busy or _advice(readiness, best, room, target),
     )
 
 

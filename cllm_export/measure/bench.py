@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, random_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.block_size.latency_file import write_latency
+from cllm_export.runtime.decoding.block_size.measured_times import MeasuredTimes
 from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHOD_OF_LOOP, METHODS, Method
 from cllm_export.runtime.engines.machine import available_threads, describe_machine
@@ -38,8 +40,6 @@ DEFAULT_SIZES = (4, 8, 12, 16, 24, 32)
 """Values of n to try if there are several bundles."""
 LATENCY_BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 NUM_RANDOM_PROMPTS = 16
-Times = Mapping[int, float]
-"""T(n), the seconds of a forward, by n."""
 
 
 class Setting(NamedTuple):
@@ -66,6 +66,11 @@ class Pass:
     def new_tokens(self) -> int:
         return sum(map(len, self.tokens))
 
+    @property
+    def rate(self) -> float:
+        """New tokens per second of decode."""
+        return self.new_tokens / self.decode_seconds
+
 
 def run_bench(
     bundles: Sequence[Bundle],
@@ -89,8 +94,10 @@ def run_bench(
       by forward, the method takes no n, or the bundle is pinned to one shape.
     - ``equal``: number of prompts whose tokens equal those of the first bundle, which come from autoregressive decoding
       if that is timed. At another n a near tie may round to another token.
+    - ``fastest_in``: number of passes in which no other setting was faster.
 
-    ``bundles`` describes each bundle with its T(n). A single writable bundle keeps T(n) as ``latency.json``.
+    ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
+    busy for these times to decide anything. If not, a single writable bundle keeps T(n) as ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -104,28 +111,26 @@ def run_bench(
         EngineError: an engine failed.
     """
     options, names = options or BenchOptions(), names or [str(bundle.path) for bundle in bundles]
+    progress = progress or (lambda *_: None)
     _check(bundles, checkpoint)
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
     encoded = _encode(bundles, models[0], prompts)
     if not prompts:
         options = replace(options, ignore_eos=True)
-    settings = _settings(models, options, sizes)
-    passes = _in_turn(models, encoded, settings, options, progress or (lambda *_: None))
-    times = _time_forwards(models, encoded, sizes)
-    if len(bundles) == 1 and times[0]:
-        _leave_latency(bundles[0], times[0], options.threads)
-    entries = [
-        {"name": names[setting.bundle], **_about(bundles[setting.bundle])} | entry
-        for setting, entry in zip(settings, _summaries(settings, passes, models, times), strict=True)
-    ]
+    passes = _in_turn(models, encoded, settings := _settings(models, options, sizes), options, progress)
+    times = _time_forwards(models, encoded, sizes, progress)
+    _leave_latency(bundles, times, options.threads)
+    entries = _summaries(settings, passes, models, times)
+    for setting, entry in zip(settings, entries, strict=True):
+        entry |= {"name": names[setting.bundle], **_about(bundles[setting.bundle])}
     return _about_run(options, len(encoded)) | {
         "bundles": [
-            {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), "latency": _latency(found)}
+            {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), **_latency(found)}
             for name, bundle, found in zip(names, bundles, times, strict=True)
         ],
         "settings": sorted(entries, key=lambda entry: -entry["tokens_per_second"]),
-        "transformers": _bench_transformers(bundles[0], checkpoint, encoded, options) if checkpoint else None,
+        "transformers": _bench_transformers(bundles[0], checkpoint, encoded, options, progress) if checkpoint else None,
     }
 
 
@@ -242,12 +247,22 @@ def _in_turn(
     for done in range(total):
         setting, model = settings[done % len(settings)], models[settings[done % len(settings)].bundle]
         model.pool.clear()  # the pool would know the answers from the previous pass
-        decoded = decode_all(model, prompts, at_most=options.max_new_tokens, **_request_options(setting, options))
+        decoded = decode_all(
+            model,
+            prompts,
+            at_most=options.max_new_tokens,
+            progress=partial(_report_prompts, progress, done, total, len(prompts)),
+            **_request_options(setting, options),
+        )
         finished = _collect([each.generation for each in decoded])
         if done >= len(settings):
             passes[setting].append(finished)
-        progress("passes", done + 1, total)
     return passes
+
+
+def _report_prompts(progress: Progress, num_passes: int, of_passes: int, num_prompts: int, done: int) -> None:
+    """Report prompts over all passes, the warm-up included."""
+    progress("prompts", num_passes * num_prompts + done, of_passes * num_prompts, f"pass {num_passes + 1}/{of_passes}")
 
 
 def _request_options(setting: Setting, options: BenchOptions) -> dict[str, Any]:
@@ -270,35 +285,55 @@ def _collect(generations: Sequence[Generation]) -> Pass:
     )
 
 
-def _time_forwards(models: Sequence[Model], prompts: Sequence[list[int]], sizes: Sequence[int]) -> list[Times]:
-    """T(n) of each bundle over as many KV rows as the median prompt has. Empty for a bundle that is pinned."""
+def _time_forwards(
+    models: Sequence[Model], prompts: Sequence[list[int]], sizes: Sequence[int], progress: Progress
+) -> Sequence[MeasuredTimes | None]:
+    """T(n) of each bundle over as many KV rows as the median prompt has. None for a bundle that is pinned."""
     if models[0].engine.fixed_shapes:
-        return [{}]
+        return [None]
     wanted = {1, *sizes, *(LATENCY_BLOCK_SIZES if len(models) == 1 else ())}
     past = int(median(len(prompt) for prompt in prompts))
-    return list(time_in_turn([model.engine for model in models], sorted(wanted), past=past))
+    return time_in_turn([model.engine for model in models], sorted(wanted), past=past, progress=progress)
 
 
-def _leave_latency(bundle: Bundle, times: Times, threads: int | None) -> None:
+def _leave_latency(bundles: Sequence[Bundle], times: Sequence[MeasuredTimes | None], threads: int | None) -> None:
+    """Keep the times of a single bundle for ``auto``, unless the machine was too busy for them to say anything."""
+    [bundle, *others], [found, *_] = bundles, times
+    if others or found is None:
+        return
+    if found.why_busy:
+        log.warning("the times of forwards are not kept: %s", found.why_busy)
+        return
     try:
-        write_latency(bundle, times, num_slots=1, threads=threads)
+        write_latency(bundle, found.seconds, num_slots=1, threads=threads)
     except OutputError as error:
         log.warning("the times of forwards are not kept: %s", error)
 
 
-def _latency(times: Times) -> list[dict[str, float]]:
-    return [
-        {"block_size": size, "milliseconds": seconds * 1e3, "ratio": seconds / times[1]}
-        for size, seconds in times.items()
+def _latency(times: MeasuredTimes | None) -> dict[str, Any]:
+    if times is None:
+        return {"latency": [], "why_busy": None}
+    entries = [
+        {
+            "block_size": size,
+            "milliseconds": seconds * 1e3,
+            "ratio": times.relative(size),
+            "ratio_spread": times.spread(size),
+        }
+        for size, seconds in times.seconds.items()
     ]
+    return {"latency": entries, "why_busy": times.why_busy}
 
 
 def _summaries(
-    settings: Sequence[Setting], passes: Mapping[Setting, list[Pass]], models: Sequence[Model], times: Sequence[Times]
+    settings: Sequence[Setting],
+    passes: Mapping[Setting, list[Pass]],
+    models: Sequence[Model],
+    times: Sequence[MeasuredTimes | None],
 ) -> list[dict[str, Any]]:
     """The measured results of each setting."""
     first = next((each for each in settings if each[:2] == (0, "autoregressive")), settings[0])
-    expected = passes[first][0].tokens
+    expected, winners = passes[first][0].tokens, _winners(passes)
     summaries = []
     for setting in settings:
         size = setting.block_size
@@ -311,14 +346,21 @@ def _summaries(
             | found
             | _expectation(found["tokens_per_forward"], size, times[setting.bundle])
             | {"equal": sum(a == b for a, b in zip(passes[setting][0].tokens, expected, strict=True))}
+            | {"fastest_in": winners.count(setting)}
         )
     return summaries
+
+
+def _winners(passes: Mapping[Setting, list[Pass]]) -> list[Setting]:
+    """The setting of most tokens a second, for each pass."""
+    num_passes = min(map(len, passes.values()))
+    return [max(passes, key=lambda setting: passes[setting][number].rate) for number in range(num_passes)]
 
 
 def _summary(passes: Sequence[Pass], baseline: Sequence[Pass] | None) -> dict[str, Any]:
     first = passes[0]
     summary: dict[str, Any] = {
-        "tokens_per_second": median(each.new_tokens / each.decode_seconds for each in passes),
+        "tokens_per_second": median(each.rate for each in passes),
         "tokens_per_forward": first.new_tokens / first.forwards,
         "forwards": first.forwards,
         "new_tokens": first.new_tokens,
@@ -336,21 +378,23 @@ def _summary(passes: Sequence[Pass], baseline: Sequence[Pass] | None) -> dict[st
     return summary
 
 
-def _expectation(tokens_per_forward: float, size: BlockSize | None, times: Times) -> dict[str, float | None]:
+def _expectation(
+    tokens_per_forward: float, size: BlockSize | None, times: MeasuredTimes | None
+) -> dict[str, float | None]:
     """The speed if every forward took T(n) and the loop took no time."""
-    if not isinstance(size, int) or size not in times:
+    if not isinstance(size, int) or times is None or size not in times.seconds:
         names = ("first_milliseconds", "milliseconds", "expected_speedup", "expected_tokens_per_second")
         return dict.fromkeys(names)
     return {
-        "first_milliseconds": times[1] * 1e3,
-        "milliseconds": times[size] * 1e3,
-        "expected_speedup": tokens_per_forward * times[1] / times[size],
-        "expected_tokens_per_second": tokens_per_forward / times[size],
+        "first_milliseconds": times.seconds[1] * 1e3,
+        "milliseconds": times.seconds[size] * 1e3,
+        "expected_speedup": tokens_per_forward / times.relative(size),
+        "expected_tokens_per_second": tokens_per_forward / times.seconds[size],
     }
 
 
 def _bench_transformers(
-    bundle: Bundle, checkpoint: Path, prompts: Sequence[list[int]], options: BenchOptions
+    bundle: Bundle, checkpoint: Path, prompts: Sequence[list[int]], options: BenchOptions, progress: Progress
 ) -> dict[str, float | int]:
     import torch
 
@@ -361,7 +405,8 @@ def _bench_transformers(
     reference = Reference(checkpoint, max_length=manifest.max_length, num_layers=manifest.geometry.num_layers)
     reference.generate(prompts[0], 4, ())
     tokens, seconds = 0, 0.0
-    for prompt in prompts:
+    for index, prompt in enumerate(prompts):
+        progress("prompts of transformers", index, len(prompts))
         limit = min(options.max_new_tokens, manifest.max_length - len(prompt))
         new, taken = reference.generate(prompt, limit, manifest.eos_token_ids)
         tokens, seconds = tokens + new, seconds + taken

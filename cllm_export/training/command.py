@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from cllm_export.checks import require_at_least
-from cllm_export.progress import Progress
+from cllm_export.progress import SILENT, Voice
+from cllm_export.training.intake import describe_data
 from cllm_export.training.options import TuneOptions
-from cllm_export.training.prepare import prepare
+from cllm_export.training.outcome import compare
+from cllm_export.training.prepare import TrainingData, prepare
 from cllm_export.training.processes import explain_lost_rank, join_processes, rank0_first
-from cllm_export.training.tune import tune
+from cllm_export.training.tune import TuneReport, tune
 from cllm_export.training.work import WorkDirectory
 
 
@@ -30,9 +32,11 @@ def run_tune(
     threads: int | None,
     resume: bool,
     force: bool,
-    progress: Progress,
+    voice: Voice = SILENT,
 ) -> dict[str, Any] | None:
     """Tune, and return a description of the result; None in every process but the first.
+
+    The run says what it keeps and drops before it begins, one line per call.
 
     Raises:
         CllmExportError: see ``prepare`` and ``tune``.
@@ -42,7 +46,7 @@ def run_tune(
         torch.set_num_threads(threads)
     state = join_processes()
     if not state.is_main_process:
-        progress = _silent
+        voice = SILENT
     work = rank0_first(lambda: WorkDirectory(output, force=force, resume=resume))
     data = rank0_first(  # the first process collects missing answers; the others read them
         lambda: prepare(
@@ -54,23 +58,34 @@ def run_tune(
             num_held_out=num_held_out,
             limit=limit,
             collected=work.collected_path,
-            progress=progress,
+            progress=voice.progress,
         )
     )
+    for line in describe_data(data, options, num_processes=state.num_processes):
+        voice.say(line)
     with explain_lost_rank():
         report = tune(
-            checkpoint, output, data.samples, data.held_out, options, resume=resume, force=force, progress=progress
+            checkpoint,
+            output,
+            data.samples,
+            data.held_out,
+            options,
+            resume=resume,
+            force=force,
+            progress=voice.progress,
         )
     state.destroy_process_group()
     if not state.is_main_process:
         return None
+    return _describe(data, report)
+
+
+def _describe(data: TrainingData, report: TuneReport) -> dict[str, Any]:
+    outcome = compare(report.curve, stopped=report.stopped, num_prompts=len(data.held_out))
     return {
         "samples": len(data.samples),
         "held_out": len(data.held_out),
         "dropped": data.dropped,
         **asdict(report),
+        "outcome": asdict(outcome),
     }
-
-
-def _silent(_stage: str, _done: int, _total: int) -> None:
-    """Show nothing: only the first process shows progress."""

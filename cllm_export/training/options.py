@@ -114,6 +114,10 @@ class TuneOptions:
         maximum=1,
     )
     """Each time this share of the run is done, the held-out set is decoded and the state is saved."""
+    held_out_tokens: int = option(
+        128, help="Largest number of tokens of a held-out answer that are decoded and compared.", minimum=1
+    )
+    """Bounds the time of a held-out decode: a parent may make one token a forward, and never end."""
     patience: int | None = option(None, help="Stop after this many held-out decodes without progress.", minimum=1)
     """Stop if tokens per forward did not improve by one per cent in this many held-out decodes in a row."""
     seed: int = option(0, help="Seed of the order of samples and of their noisy states.", minimum=0, maximum=MAX_SEED)
@@ -134,6 +138,11 @@ class TuneOptions:
     def claim(self) -> TrainedWith | None:
         """What the tuned checkpoint records as trained with. None for ordinary fine-tuning, which trains no block."""
         return None if self.objective == "autoregressive" else self.trained_with
+
+    @property
+    def visits(self) -> int:
+        """Forwards for which a sample stays in training, each from other states of its windows."""
+        return 1 if self.objective == "autoregressive" else 4
 
     @property
     def trained_with(self) -> TrainedWith:

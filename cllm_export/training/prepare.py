@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,12 @@ class TrainingData:
     held_out: list[Sample]
     dropped: dict[str, int]
     """Reason -> number of prompts dropped for it."""
+    too_long: tuple[int, ...]
+    """Tokens of each prompt that was dropped as too long, as far as they were counted."""
+    max_length: int
+    """Tokens that a sample may have in this run."""
+    longest: int
+    """Tokens that the checkpoint holds."""
 
 
 def prepare(
@@ -68,10 +74,10 @@ def prepare(
     checkpoint = open_checkpoint(checkpoint_path, max_length=options.max_length)
     reader = _Reader(checkpoint, options, collected, progress)
     found = reader.trajectories(trajectories, prompts, limit) if trajectories else reader.prompts(prompts, limit)
-    kept, dropped = found.samples, dict(found.dropped)
+    kept, dropped, too_long = found.samples, dict(found.dropped), found.too_long
     if held_out:
         own = reader.prompts(held_out, num_held_out)
-        measured = own.samples
+        measured, too_long = own.samples, too_long + own.too_long
         dropped |= {f"{reason} (held out)": count for reason, count in own.dropped.items()}
     else:
         measured, kept = kept[-num_held_out:], kept[:-num_held_out]
@@ -81,7 +87,14 @@ def prepare(
             f"{len(kept)} samples are left to train on and {len(measured)} to measure on (dropped: {left_out}): "
             "tuning needs both; give more prompts, a smaller num_held_out, or held_out"
         )
-    return TrainingData(samples=kept, held_out=measured, dropped=dropped)
+    return TrainingData(
+        samples=kept,
+        held_out=measured,
+        dropped=dropped,
+        too_long=too_long,
+        max_length=reader.max_length,
+        longest=int(checkpoint.config.max_position_embeddings),
+    )
 
 
 class _Reader:
@@ -92,12 +105,13 @@ class _Reader:
             raise OptionError(f"{checkpoint.path} names no eos_token_id, so that no answer would ever end: set it")
         self._checkpoint, self._options = checkpoint, options
         self._collected, self._progress = collected, progress
-        self._max_length = settle_tuning(options, checkpoint).max_length
+        self.max_length = settle_tuning(options, checkpoint).max_length
         self._codec = TextCodec(
             checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens
         )
 
     def prompts(self, path: Path, limit: int | None) -> Samples:
+        self._progress("reading prompts", 0, 1)
         prompts = read_prompts(path, limit=limit)
         if not any(prompt.answer for prompt in prompts):
             return self._answered_by_model(path, limit)
@@ -113,18 +127,23 @@ class _Reader:
                 "from, or collect these with: cllm-export collect"
             )
         with_states = self._options.objective in ("global", "local")
-        rows = islice(found.samples(with_states=with_states), limit)
-        kept = list(with_shared_ids(sample for sample in rows if self._fits(sample)))
-        dropped = {reason: entry.count for reason, entry in found.dropped.items()}
-        if too_long := min(len(found), limit or len(found)) - len(kept):
-            dropped[TOO_LONG] = too_long
-        return Samples(samples=kept, dropped=dropped)
+        too_long: list[int] = []
 
-    def _fits(self, sample: Sample) -> bool:
-        return len(sample.tokens) <= self._max_length
+        def fitting() -> Iterator[Sample]:
+            for sample in islice(found.samples(with_states=with_states), limit):
+                if len(sample.tokens) <= self.max_length:
+                    yield sample
+                else:
+                    too_long.append(len(sample.tokens))
+
+        kept = list(with_shared_ids(fitting()))
+        dropped = {reason: entry.count for reason, entry in found.dropped.items()}
+        if too_long:
+            dropped[TOO_LONG] = len(too_long)
+        return Samples(samples=kept, dropped=dropped, too_long=tuple(too_long))
 
     def _encode(self, prompts: Sequence[Prompt]) -> Samples:
-        return encode_samples(prompts, self._codec, eos_token_id=self._end_token(), max_length=self._max_length)
+        return encode_samples(prompts, self._codec, eos_token_id=self._end_token(), max_length=self.max_length)
 
     def _end_token(self) -> int:
         """The token that ends an answer: the tokenizer's own end-of-sequence token if the model stops at it.

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from cllm_export.errors import OptionError, TuningError
 from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, resumable
 from cllm_export.runtime.options import pad_token
 from cllm_export.training.data.samples import Sample, digest_samples
-from cllm_export.training.held_out import HeldOutScore, held_out_length, measure
+from cllm_export.training.held_out import held_out_length, measure
 from cllm_export.training.losses import autoregressive_loss, consistency_loss
 from cllm_export.training.model.attention import CPU_ATTENTION, register_cpu_attention
 from cllm_export.training.model.lora import add_lora, merge_lora
@@ -49,6 +49,8 @@ from cllm_export.training.settle import settle_tuning
 from cllm_export.training.work import WorkDirectory
 
 HELD_OUT_SLOTS = 16
+MAX_LOSS = 80.0
+"""Losses above this count as this, so that a perplexity is a finite number."""
 COLLAPSE = 0.2
 """Tuning counts as collapsed if the share of repetitive held-out outputs exceeds the parent's by more than this."""
 
@@ -100,7 +102,9 @@ def tune(
             f"{len(samples)}"
         )
     try:
-        return _Run(checkpoint, work, samples, held_out, options, progress).run()
+        run = _Run(checkpoint, work, samples, held_out, options, progress)
+        with resumable(run.describe_saved):
+            return run.run()
     finally:
         work.close()
         AcceleratorState._reset_state()  # a later run in this process may choose another precision
@@ -120,6 +124,7 @@ class _Run:
     ) -> None:
         self._checkpoint, self._work, self._options = checkpoint, work, options
         self._held_out, self._progress = held_out, progress
+        progress("loading the model", 0, 1)
         settings = settle_tuning(options, checkpoint)
         self._accelerator = _make_accelerator(options)
         self._is_main = self._accelerator.is_main_process
@@ -142,7 +147,12 @@ class _Run:
         self._decodes = model_around(
             module,
             checkpoint,
-            max_length=held_out_length(held_out, settings.max_length, options.block_sizes[0]),
+            max_length=held_out_length(
+                held_out,
+                most_tokens=options.held_out_tokens,
+                longest=settings.max_length,
+                block_size=options.block_sizes[0],
+            ),
             trained_with=options.trained_with,
             num_slots=min(HELD_OUT_SLOTS, len(held_out)),
         )
@@ -161,6 +171,7 @@ class _Run:
         self._last_sample = ""
         self._next_evaluation = 0.0
         self._stopped = ""
+        self._saved_step = 0
 
     def run(self) -> TuneReport:
         with raise_on_all_ranks():
@@ -173,6 +184,16 @@ class _Run:
             else:
                 self._train_step()
         return self._finish()
+
+    def describe_saved(self) -> str:
+        """What an interruption leaves, and how to go on."""
+        if not self._saved_step:
+            return f"no state was saved yet, and {self._step} steps are lost: run the same command again"
+        num_lost = self._step - self._saved_step
+        return (
+            f"{self._work.path} holds the state of step {self._saved_step}, and {num_lost} later steps are lost: run "
+            "the same command with resume=True"
+        )
 
     def _make_module(self) -> PackedModel:
         options = self._options
@@ -254,8 +275,8 @@ class _Run:
                 where = f"in a batch with sample {self._last_sample!r}, though the loss is finite"
                 self._fail(f"the gradient's norm is {norm}", where)
 
-    def _require_sound(self) -> None:
-        """Fail if the held-out logits are not finite.
+    def _perplexity(self) -> float:
+        """Perplexity of the answers of the first held-out samples. Fail if their logits are not finite.
 
         Held-out decoding sees only tokens, so it would not notice broken weights, and the run would save them.
         """
@@ -267,6 +288,7 @@ class _Run:
         with raise_on_all_ranks():
             if not is_sound:
                 self._fail("the model's output is not finite", f"{_name_bad(packed, logits, samples)} (held out)")
+        return math.exp(min(MAX_LOSS, autoregressive_loss(logits, packed.targets).item()))
 
     def _fail(self, what: str, where: str) -> None:
         if not self._curve:
@@ -284,29 +306,40 @@ class _Run:
         done = self._step if self._options.steps else min(total, round(self._seconds))
         last = self._curve[-1]
         self._progress(
-            f"loss {entry['loss']:.3f}, held out: {last['tokens_per_forward']:.2f} tokens per forward, "
-            f"{last['exact_match']:.2f} exact",
+            "training" if self._options.steps else "seconds of training",
             done,
             total,
+            f"loss {entry['loss']:.3f}, held out: {last['tokens_per_forward']:.2f} tokens per forward, "
+            f"{last['exact_match']:.2f} exact",
         )
 
     def _evaluate(self) -> None:
         """Decode the held-out set, log the scores, decide whether the run ends here, and save."""
-        self._require_sound()
-        score = broadcast_from_rank0(measure(self._decodes, self._held_out))
+        total = len(self._held_out)
+        self._progress("held-out prompts", 0, total)
+        perplexity = broadcast_from_rank0(self._perplexity())
+        score = broadcast_from_rank0(
+            measure(
+                self._decodes,
+                self._held_out,
+                most_tokens=self._options.held_out_tokens,
+                finished=lambda done: self._progress("held-out prompts", done, total),
+            )
+        ).to_dict()
+        score["perplexity"] = round(perplexity, 4)
         means = _means(self._losses) if self._losses else {}
         self._losses = []
-        self._curve.append({"step": self._step, "minutes": round(self._seconds / 60, 3), **means, **score.to_dict()})
+        self._curve.append({"step": self._step, "minutes": round(self._seconds / 60, 3), **means, **score})
         self._log_evaluation(score)
         self._stopped = broadcast_from_rank0(self._why_stop())
         self._next_evaluation = min(1.0, self._share + self._options.evaluate_every)
         if self._stopped != "collapse":
             self._save()
 
-    def _log_evaluation(self, score: HeldOutScore) -> None:
+    def _log_evaluation(self, score: dict[str, float]) -> None:
         with raise_on_all_ranks():
             if self._is_main:
-                self._work.log_scalars("held-out", score.to_dict(), self._step)
+                self._work.log_scalars("held-out", score, self._step)
                 self._work.write_curve(self._curve)
 
     def _why_stop(self) -> str:
@@ -335,7 +368,9 @@ class _Run:
             "curve": self._curve,
         }
         if self._step:
+            self._progress("saving", 0, 1)
             self._work.save_state(self._accelerator, self._pool.state(), counters)
+            self._saved_step = self._step
         self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
@@ -351,6 +386,7 @@ class _Run:
         with raise_on_all_ranks():
             self._pool.restore(self._work.load_state(self._accelerator))
         self._step, self._seconds = counters["step"], counters["seconds"]
+        self._saved_step = self._step
         self._processor_seconds = counters["processor_seconds"]
         self._next_evaluation, self._curve = counters["next_evaluation"], counters["curve"]
         self._stopped = counters["stopped"]
@@ -398,7 +434,7 @@ def _pool_options(options: TuneOptions) -> PoolOptions:
         block_sizes=options.block_sizes,
         loop=options.loop,
         proposer=options.proposer,
-        visits=4 if num_windows else 1,
+        visits=options.visits,
         keep_previous=options.objective == "local",
     )
 

@@ -161,7 +161,9 @@ class TokenSession:
             return Check(name=name, passed=None, detail="no checkpoint given")
         ties = Ties(MARGIN_EPSILON[self._bundle.manifest.precision])
         generations = self._decode("autoregressive", block_size)
-        for (prompt_id, prompt), generation in zip(self._prompts.items(), generations, strict=True):
+        pairs = zip(self._prompts.items(), generations, strict=True)
+        for done, ((prompt_id, prompt), generation) in enumerate(pairs):
+            self._progress("prompts of the checkpoint", done, len(self._prompts))
             ties.count_prompt(len(generation.token_ids))
             predictions = self._reference.predict(prompt, generation.token_ids)
             for position, prediction in enumerate(predictions):

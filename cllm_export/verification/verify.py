@@ -37,6 +37,8 @@ from cllm_export.verification.report import (
 )
 from cllm_export.verification.tokens import TokenSession, open_reference
 
+ENGINE_CHECKS = (check_rows_are_isolated, check_dead_rows_are_hidden, check_cache_is_in_place)
+
 
 def verify(
     bundle: Bundle | str | Path,
@@ -87,13 +89,12 @@ def verify(
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
         checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
     else:
+        progress("opening bundle and checkpoint", 0, 1)
         reference = open_reference(bundle, checkpoint, base) if checkpoint else None
         checks += TokenSession(bundle, prompts, reference, options, progress).token_checks()
-        checks += [
-            check_rows_are_isolated(bundle, options.threads),
-            check_dead_rows_are_hidden(bundle, options.threads),
-            check_cache_is_in_place(bundle, options.threads),
-        ]
+        progress("checks of the engine", 0, 1)
+        checks += [check(bundle, options.threads) for check in ENGINE_CHECKS]
+    progress("checks of the files", 0, 1)
     checks.append(check_corruption_is_caught(bundle))
     parity = Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks))
     write_parity(bundle, parity)

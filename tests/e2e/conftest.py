@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,11 @@ class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+    @property
+    def complaints(self) -> str:
+        """Standard error without the lines about progress, which begin with the time."""
+        return "".join(line for line in self.err.splitlines(keepends=True) if not re.match(r"\[[\d:]+\] ", line))
 
 
 Cli = Callable[..., Outcome]

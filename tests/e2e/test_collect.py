@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cllm_export.errors import TrajectoryError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.runtime.load import load
-from cllm_export.training.collection.collection import MANIFEST_NAME, read_manifest
+from cllm_export.training.collection import collect
+from cllm_export.training.collection.collection import MANIFEST_NAME, read_manifest, write_shard
 from cllm_export.training.collection.trajectories import read_trajectories
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.e2e.conftest import Cli, assert_refused, environment, run_process, snapshot
@@ -53,7 +55,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_bundle_gives_a_collection_in_the_form_it_was_trained_with(cli: Cli, bundle: Path, prompts: Path, tmp_path):
     outcome = cli("collect", bundle, "--prompts", prompts, "--output", tmp_path / "out", *FEW)
     assert outcome.code == 0, outcome
-    assert outcome.err == "", "no progress bar in a pipe"
+    assert outcome.complaints == "", "no progress bar in a pipe"
     for phrase in (
         f"of {NUM_PROMPTS} prompts",
         "tokens per forward",
@@ -174,6 +176,24 @@ def test_a_killed_collection_goes_on_where_it_stopped_and_ends_with_the_same_byt
     assert cli("collect", bundle, *arguments, "--output", killed).code == 0
     assert contents(killed) == contents(tmp_path / "whole")
     read_trajectories(killed)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_collection_says_what_it_keeps_and_how_to_go_on(
+    cli: Cli, bundle: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int, code: int
+):
+    """The signal comes before the third shard is written."""
+
+    def write_or_stop(directory: Path, number: int, *others: Any) -> Any:
+        if number == 2:
+            os.kill(os.getpid(), sent)
+        return write_shard(directory, number, *others)
+
+    monkeypatch.setattr(collect, "write_shard", write_or_stop)
+    outcome = cli("collect", bundle, "--prompts", prompts, "--output", tmp_path / "out", "--shard-size", 2, *FEW)
+    assert outcome.code == code
+    assert f"stopped by {signal.Signals(sent).name}: {tmp_path / 'out'} keeps 2 of " in outcome.err
+    assert "shards: run the same command again to go on" in outcome.err
 
 
 def test_a_collection_killed_again_and_again_still_ends_with_the_same_bytes(cli: Cli, bundle, prompts, tmp_path: Path):

@@ -12,6 +12,8 @@ import pytest
 from cllm_export.bundle.manifest import PROPOSERS
 from cllm_export.bundle.storage import write_json
 from cllm_export.errors import OutputError
+from cllm_export.evaluation import probe
+from cllm_export.runtime.decoding.block_size.measured_times import settle_times
 from tests.conftest import PINNED, Workshop
 from tests.e2e.conftest import Cli, assert_refused, run_process
 from tests.e2e.test_missing_extras import without
@@ -43,7 +45,7 @@ def test_a_prompt_file_gives_scores_measures_and_what_was_skipped(bundle: Path, 
     outcome = run_process(
         "evaluate", bundle, "--task", "prompts", "--data", prompt_file, "--output", output, *FEW, check=True
     )
-    assert outcome.err == ""
+    assert outcome.complaints == ""
     report = json.loads(output.read_text(encoding="utf-8"))
     entry = report["models"]["model"]
     assert report["settings"] == {"method": "jacobi", "block_size": 8, "proposer": "repeat", "max_new_tokens": 6}
@@ -90,10 +92,17 @@ def test_options_reach_the_loop(bundle: Path, prompt_file: Path, cli: Cli):
     assert "method jacobi-block, block_size 4, proposer prompt, max_new_tokens 6" in outcome.out
 
 
+def let_forwards_take(monkeypatch: pytest.MonkeyPatch, *rounds: dict[int, float]) -> None:
+    """Let the probe measure these times: seconds of a forward by n, for each round."""
+    times = settle_times({size: [each[size] for each in rounds] for size in rounds[0]})
+    monkeypatch.setattr(probe, "time_in_turn", lambda *_, **__: [times])
+
+
 def test_the_probe_tells_what_to_expect_of_a_checkpoint(
-    workshop: Workshop, prompt_file: Path, tmp_path: Path, cli: Cli
+    workshop: Workshop, prompt_file: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ):
     output = tmp_path / "report.json"
+    let_forwards_take(monkeypatch, {1: 1.0, 4: 1.1, 8: 1.3, 16: 2.0, 32: 4.0})
     outcome = cli("evaluate", workshop.checkpoint("small"), "--probe", "--data", prompt_file, "--output", output, *FEW)
     assert outcome.code == 0, outcome
     assert "a product of two measurements" in outcome.out
@@ -105,11 +114,33 @@ def test_the_probe_tells_what_to_expect_of_a_checkpoint(
         assert size["expected_speedup"] == pytest.approx(expected, rel=0.01)
 
 
+def test_an_untuned_model_gains_nothing_from_a_forward_of_four_tokens_that_was_timed_as_half_of_one(
+    bundle: Path, prompt_file: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "report.json"
+    let_forwards_take(monkeypatch, {1: 1.0, 4: 0.53, 8: 1.5, 16: 2.0, 32: 4.0})
+    cli("evaluate", bundle, "--probe", "--data", prompt_file, "--output", output, *FEW)
+    report = json.loads(output.read_text(encoding="utf-8"))
+    [four] = (size for size in report["sizes"] if size["block_size"] == 4)
+    assert four["relative_time"] == 1
+    assert four["expected_speedup"] == four["tokens_per_forward"]
+
+
+def test_the_probe_says_when_the_machine_is_too_busy_to_tell(
+    bundle: Path, prompt_file: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+):
+    slow = {1: 1.0, 4: 3.0, 8: 4.0, 16: 5.0, 32: 8.0}
+    let_forwards_take(monkeypatch, *[slow | {1: each} for each in (1.0, 3.0, 1.0, 3.0)])
+    outcome = cli("evaluate", bundle, "--probe", "--data", prompt_file, *FEW)
+    assert outcome.code == 1, outcome
+    assert "unknown: machine busy: half of the measured T(" in outcome.out
+
+
 def test_the_probe_refuses_what_it_has_no_use_for(workshop: Workshop, bundle: Path, prompt_file: Path, cli: Cli):
-    probe = ("evaluate", bundle, "--probe", "--data", prompt_file)
-    assert_refused(cli(*probe, "--task", "prompts"), "--task is not for --probe")
-    assert_refused(cli(*probe, "--parent", bundle), "--parent is not for --probe")
-    assert_refused(cli(*probe, "--block-size", 4), "--block-size is not for --probe")
+    given = ("evaluate", bundle, "--probe", "--data", prompt_file)
+    assert_refused(cli(*given, "--task", "prompts"), "--task is not for --probe")
+    assert_refused(cli(*given, "--parent", bundle), "--parent is not for --probe")
+    assert_refused(cli(*given, "--block-size", 4), "--block-size is not for --probe")
     pinned = workshop.bundle("llama", **PINNED).path
     assert_refused(cli("evaluate", pinned, "--probe", "--data", prompt_file), "--fixed-shapes")
 

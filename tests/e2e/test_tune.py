@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cllm_export import progress
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import TuningError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
@@ -28,7 +30,7 @@ from cllm_export.training.data.samples import Sample
 from cllm_export.training.model.torch_engine import load_checkpoint
 from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import prepare
-from cllm_export.training.tune import tune
+from cllm_export.training.tune import _Run, tune
 from tests.checkpoints import EOS, MAX_POSITIONS, PAD, Variant, edit_json, edit_weights
 from tests.conftest import THREADS, Workshop
 from tests.e2e.conftest import Cli, Outcome, assert_refused, environment, snapshot
@@ -97,6 +99,89 @@ def whole(llama: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) 
     return place / "out"
 
 
+# What it says
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_what_was_saved_and_goes_on_to_the_same_weights(
+    cli: Cli, llama: Path, prompts: Path, whole: Path, tmp_path: Path, sent: int, code: int
+):
+    """Its last state is of step 3, and the signal comes in step 5."""
+    given = arguments(llama, prompts, tmp_path / "out", *SIX_STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 5, sent)
+        stopped = cli(*given)
+    assert stopped.code == code, stopped
+    name = signal.Signals(sent).name
+    assert stopped.err.splitlines()[-1] == (
+        f"stopped by {name}: {tmp_path / 'out'}.tuning holds the state of step 3, and 2 later steps are lost: run the "
+        "same command with --resume"
+    )
+    assert cli(*given, "--resume").code == 0
+    assert_same_weights(weights_of(tmp_path / "out"), weights_of(whole))
+
+
+def stop_in_step(patch: pytest.MonkeyPatch, step: int, sent: int) -> None:
+    """Send this process a signal at the end of a step."""
+    report = _Run._report_step
+
+    def report_and_stop(run: _Run) -> None:
+        report(run)
+        if run._step == step:
+            os.kill(os.getpid(), sent)
+
+    patch.setattr(_Run, "_report_step", report_and_stop)
+
+
+def test_a_run_that_is_stopped_before_it_saved_anything_says_to_start_again(
+    cli: Cli, llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = arguments(llama, prompts, tmp_path / "out", *SIX_STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_step(patch, 2, signal.SIGINT)
+        stopped = cli(*given)
+    assert stopped.code == 130
+    assert "no state was saved yet, and 2 steps are lost: run the same command again" in stopped.err
+    assert cli(*given).code == 0
+
+
+def test_a_run_says_first_what_it_keeps_and_drops_and_last_how_it_compares_with_its_parent(
+    cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress, "INTERVAL", 1e6)
+    monkeypatch.setattr(progress, "STAGE_INTERVAL", 1e6)
+    long = {"prompt": "the cat ?", "answer": " the cat sat on the mat" * 4}
+    given = write_prompts(tmp_path / "p.jsonl", [*questions(20), *[long] * 10, {"prompt": "the cat ?"}])
+    outcome = cli(*arguments(llama, given, tmp_path / "out", *FEW, "--steps", 2, "--max-length", 24))
+    assert outcome.code == 0, outcome
+    kept, too_long, no_answer, length, *_ = [
+        line.split("] ", 1)[1] for line in outcome.err.splitlines() if "] " in line
+    ]
+    assert kept == "kept 20 of 31 prompts: 14 to train on, 6 to measure on"
+    assert too_long.startswith(
+        "dropped 10 (32%): too long; they take more than 24 tokens with their answers: --max-length 30 keeps all"
+    )
+    assert no_answer.startswith("dropped 1 (3%): no answer; give each row an answer")
+    assert "14 steps an epoch, each sample 4 times; 2 steps of training are 0.14 epochs" in length
+    assert re.fullmatch(
+        r"(better than|worse than|equal to|.*, but .*, compared with) its parent on 6 held-out prompts: "
+        r"tokens per forward .* -> .*, exact match .* -> .*, perplexity .* -> .*",
+        outcome.out.splitlines()[-1],
+    )
+
+
+def test_a_log_file_gets_lines_of_a_run_that_is_slow(
+    cli: Cli, llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is slow here: the lines come as if half a minute lay between two reports."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "STAGE_INTERVAL", 0.0)
+    outcome = cli(*arguments(llama, prompts, tmp_path / "out", *SIX_STEPS))
+    for line in ("loading the model", "held-out prompts: 6 of 6 (100%)", "training: 5 of 6 (83%)", "saving"):
+        assert f"] {line}" in outcome.err
+    assert "to go; loss" in outcome.err
+
+
 # What it writes
 
 
@@ -107,7 +192,7 @@ def test_the_output_is_a_checkpoint_like_its_parent_that_builds_and_verifies(
     parent, output = workshop.checkpoint("llama-llama3-bf16-sharded"), tmp_path / "out"
     outcome = cli(*arguments(parent, prompts, output, *FEW, "--steps", 3, "--proposer", "repeat", "--loop", "block"))
     assert outcome.code == 0, outcome
-    assert outcome.err == "", "quiet in a pipe"
+    assert outcome.complaints == "", "quiet in a pipe"
     for phrase in ("34 samples (dropped: none), 3 steps", "tokens/forward", f"wrote {output}"):
         assert phrase in outcome.out
     tuned, source = open_checkpoint(output), open_checkpoint(parent)
@@ -131,7 +216,7 @@ def test_the_output_is_a_checkpoint_like_its_parent_that_builds_and_verifies(
 def test_every_family_is_tuned(cli: Cli, workshop: Workshop, prompts: Path, tmp_path: Path, name: str):
     parent = workshop.checkpoint(name)
     outcome = cli(*arguments(parent, prompts, tmp_path / "out", *FEW, "--steps", 2))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     assert load_checkpoint(tmp_path / "out").generate("the cat", max_new_tokens=4).token_ids
     stored = {name for path in parent.glob("*.safetensors") for name in load_file(path)}
     assert set(weights_of(tmp_path / "out")) == stored
@@ -156,7 +241,7 @@ def test_every_way_of_tuning_learns_the_answers(cli: Cli, llama: Path, prompts: 
     limit = ("--minutes", 0.02) if name == "minutes" else ("--steps", 30)
     options = (*FEW, *limit, "--limit", 3, "--num-held-out", 1, "--evaluate-every", 0.5, *VARIATIONS[name])
     outcome = cli(*arguments(llama, prompts, tmp_path / "out", *options))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     report = report_of(tmp_path / "out")
     if name == "minutes":  # how many steps they hold is the machine's
         assert report["minutes"] >= 0.02
@@ -202,7 +287,7 @@ def test_lora_leaves_a_plain_checkpoint_in_which_only_projections_changed(
 ):
     output = tmp_path / "out"
     outcome = cli(*arguments(llama, prompts, output, *FEW, "--steps", 4, "--lora-rank", 2, *checkpointing))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     before, after = weights_of(llama), weights_of(output)
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
@@ -321,7 +406,7 @@ SAVING = {
 
 def resume(cli: Cli, llama: Path, prompts: Path, output: Path) -> None:
     outcome = cli(*arguments(llama, prompts, output, *SIX_STEPS, "--resume"))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
 
 
 @pytest.mark.parametrize("event", SAVING)
@@ -583,7 +668,7 @@ def test_prompts_that_are_of_no_use_are_counted_and_reported(cli: Cli, llama: Pa
     given = write_prompts(tmp_path / "p.jsonl", [*useless, *questions(20)])
     held_out = write_prompts(tmp_path / "h.jsonl", [*questions(3), {"prompt": "", "answer": "x"}])
     outcome = cli(*arguments(llama, given, tmp_path / "out", *FEW, "--steps", 1, "--held-out", held_out))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     text = " ".join(outcome.out.split())
     for phrase in ("20 samples", "empty prompt 1", "does not tokenise 1", "too long 1", "no answer 1"):
         assert phrase in text
@@ -682,7 +767,7 @@ def test_prompts_without_answers_are_answered_by_the_model_first(
     output = tmp_path / "out"
     options = (*FEW, "--steps", 2, "--max-length", 80, "--objective", objective)
     outcome = cli(*arguments(workshop.checkpoint(ENDING), unanswered, output, *options))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     collections = list((tmp_path / "out.trajectories").iterdir())
     assert len(collections) == 1
     assert report_of(output)["curve"][0]["exact_match"] == 1.0, "its own answers, before it learnt anything"
@@ -735,7 +820,7 @@ def test_trajectories_are_trained_on_instead_of_answers(
 ):
     options = (*FEW, "--steps", 2, "--trajectories", trajectories, "--objective", "global", "--limit", 40)
     outcome = cli(*arguments(workshop.checkpoint(ENDING), unanswered, tmp_path / "out", *options))
-    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert (outcome.code, outcome.complaints) == (0, ""), outcome
     assert not (tmp_path / "out.trajectories").exists()
 
 
@@ -806,7 +891,7 @@ def test_two_processes_tune_one_model_with_samples_of_their_own(llama: Path, pro
     given = arguments(llama, prompts, output, *SIX_STEPS)
     outcomes = two(given, tmp_path, weights=lambda rank: tmp_path / f"weights-{rank}.pt")
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
-    assert [outcome.err for outcome in outcomes] == ["", ""]
+    assert [outcome.complaints for outcome in outcomes] == ["", ""]
     assert f"wrote {output}" in outcomes[0].out
     assert outcomes[1].out == "", "the first process speaks for all"
     assert report_of(output)["samples_seen"] == 2 * 6 * 4
@@ -885,7 +970,7 @@ def test_sharded_over_two_processes_a_model_is_tuned_as_in_two_copies(llama: Pat
     for name in ("copies", "sharded"):
         given = arguments(llama, prompts, tmp_path / name, *options)
         outcomes = two(given, tmp_path, **(sharding() if name == "sharded" else {}))
-        assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, "")] * 2, outcomes
+        assert [(outcome.code, outcome.complaints) for outcome in outcomes] == [(0, "")] * 2, outcomes
     copies, sharded = weights_of(tmp_path / "copies"), weights_of(tmp_path / "sharded")
     for name, tensor in copies.items():
         torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=1e-4)
@@ -912,7 +997,7 @@ def test_a_sharded_run_killed_and_resumed_gives_the_weights_of_one_that_was_not(
 )
 def test_a_sharded_run_takes_the_other_options(llama: Path, prompts: Path, tmp_path: Path, options: tuple[object, ...]):
     outcomes = two(arguments(llama, prompts, tmp_path / "out", *FEW, *options), tmp_path, **sharding())
-    assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, "")] * 2, outcomes
+    assert [(outcome.code, outcome.complaints) for outcome in outcomes] == [(0, "")] * 2, outcomes
     assert load_checkpoint(tmp_path / "out").generate("the cat", max_new_tokens=4).token_ids
 
 

@@ -29,7 +29,7 @@ from cllm_export.exporter.quantize.options import QuantizeOptions, SchemeOptions
 from cllm_export.extras import needs_extra
 from cllm_export.measure.bench import run_bench
 from cllm_export.measure.options import BenchOptions
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, resumable
 from cllm_export.runtime.load import load
 
 
@@ -152,7 +152,10 @@ def quantize(
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(error, output) from None
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory:
+    with (
+        resumable(lambda: f"{output} was not written, and a search keeps nothing: run the same command again"),
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory,
+    ):
         build = _Builder(checkpoint, baseline, Path(directory), options)
         candidates = tuple(
             _fit(baseline, questions, how, build.of(scheme), options, progress) for scheme, how in stand_ins.items()

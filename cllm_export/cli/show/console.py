@@ -1,17 +1,26 @@
-"""Terminal output: tables, progress bars and colours. In a pipe the output is plain text without progress bars."""
+"""Terminal output: tables, progress bars and colours. In a pipe the output is plain text, progress too."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
 from rich.table import Table
 
-from cllm_export.progress import Progress as ProgressCallback
+from cllm_export.progress import Progress, ProgressLines, heartbeat
 
 PIPE_WIDTH = 200
 """Width in columns if there is no terminal. No table of this project is wider, and a wrapped table is hard to read."""
@@ -31,11 +40,80 @@ FAST_FORWARDED, ACCEPTED, STATIONARY, REJECTED = "green", "bold white on green",
 MARKS = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("skip", "yellow")}
 
 
+_running: ContextVar[ProgressLines | None] = ContextVar("running", default=None)
+"""The lines about the command that runs. None where a terminal shows a bar instead, or another process writes them."""
+
+
+_spell: ContextVar[Callable[[str], str]] = ContextVar("spell", default=str)
+"""Puts the flags of the command that runs in place of the names of options."""
+
+
 @contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
-    """A progress callback that draws on standard error, but only if that is a terminal."""
+def spelling(spell: Callable[[str], str]) -> Iterator[None]:
+    """Let ``say`` spell the names of options in this way during the block."""
+    token = _spell.set(spell)
+    try:
+        yield
+    finally:
+        _spell.reset(token)
+
+
+@contextmanager
+def progress_lines() -> Iterator[None]:
+    """Write plain lines about the progress of a command on standard error, unless that is a terminal."""
+    if sys.stderr is None or sys.stderr.isatty() or not is_first_process():
+        yield
+        return
+    lines = ProgressLines(_print_line, stage="starting")
+    token = _running.set(lines)
+    try:
+        with heartbeat(lines):
+            yield
+    finally:
+        _running.reset(token)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all those that ``torchrun`` or ``accelerate launch`` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def plain_progress() -> Progress:
+    """A progress callback that writes plain lines, and draws no bar: for commands whose text goes to the terminal."""
+    return _running.get() or (lambda *_: None)
+
+
+@contextmanager
+def streaming_text(*, interactive: bool = False) -> Iterator[None]:
+    """Keep lines of progress back during the block if they would stand in the middle of the text on standard output.
+
+    Args:
+        interactive: keep them back in any case, because most of the time the program waits for its user.
+    """
+    lines = _running.get()
+    if lines is None or not (interactive or _share_a_file()):
+        yield
+        return
+    lines.is_hushed = True
+    try:
+        yield
+    finally:
+        lines.is_hushed = False
+
+
+def _share_a_file() -> bool:
+    """Whether standard output and standard error go to one file, as with 2>&1."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # not files
+        return False
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress callback. It draws a bar on standard error if that is a terminal, else it writes plain lines."""
     if not sys.stderr.isatty():
-        yield lambda *_: None
+        yield plain_progress()
         return
     columns = (
         SpinnerColumn(),
@@ -43,14 +121,24 @@ def progress_bar() -> Iterator[ProgressCallback]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=ERR, transient=True) as bar:
+    with Bar(*columns, console=ERR, transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+        def update(stage: str, done: int, total: int, note: str = "", /) -> None:
+            bar.update(task, description=f"{stage}, {note}" if note else stage, completed=done, total=total)
+
+        yield update
 
 
 def say(line: str) -> None:
-    """Print a line about the work itself on standard error."""
+    """Print a line about the work itself on standard error. Options that it names are spelled as flags."""
+    lines = _running.get()
+    (lines.say if lines else _print_line)(_spell.get()(line))
+
+
+def _print_line(line: str) -> None:
     ERR.print(line, markup=False, style="dim")
 
 

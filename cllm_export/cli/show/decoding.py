@@ -24,10 +24,18 @@ def show_bench(report: Mapping[str, Any]) -> None:
     )
     OUT.print(_settings_table(report))
     best = report["settings"][0]
+    doubt = (
+        ""
+        if best["fastest_in"] == report["repeats"]
+        else f", but only in {best['fastest_in']} of {report['repeats']} passes: too close or too noisy to tell"
+    )
     OUT.print(
-        f"fastest here: {best['name']} ({best['precision']}), {best['method']} with n = {best['block_size']}",
+        f"fastest here: {best['name']} ({best['precision']}), {best['method']} with n = {best['block_size']}{doubt}",
         markup=False,
     )
+    for bundle in bundles:
+        if bundle["why_busy"]:
+            OUT.print(f"times of forwards of {bundle['name']}: unknown, {bundle['why_busy']}", markup=False)
     if len(bundles) == 1 and bundles[0]["latency"]:
         OUT.print(_latency_table(bundles[0]["latency"]))
     if other := report["transformers"]:
@@ -149,8 +157,9 @@ def _cell(value: Any, key: str, form: str, num_prompts: int) -> str:
 
 def _latency_table(latency: Sequence[Mapping[str, float]]) -> Table:
     table = Table(box=None)
-    for name in ("n", "T(n) ms", "T(n)/T(1)"):
+    for name in ("n", "T(n) ms", "T(n)/T(1)", "spread"):
         table.add_column(name, justify="right")
     for entry in latency:
-        table.add_row(str(int(entry["block_size"])), f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}")
+        cells = [f"{entry['milliseconds']:.2f}", f"{entry['ratio']:.2f}", f"{entry['ratio_spread']:.0%}"]
+        table.add_row(str(int(entry["block_size"])), *cells)
     return table

@@ -82,13 +82,14 @@ def show_probe(report: Mapping[str, Any]) -> None:
 
 
 def _probe_table(sizes: Sequence[Mapping[str, float]]) -> Table:
-    table = plain_table("n", "TPF", "T(n) ms", "T(n)/T(1)", "expected", "even at TPF", "2x at TPF", "at most")
+    table = plain_table("n", "TPF", "T(n) ms", "T(n)/T(1)", "spread", "expected", "1x at TPF", "2x at TPF", "at most")
     for size in sizes:
         table.add_row(
             str(int(size["block_size"])),
             f"{size['tokens_per_forward']:.2f}",
             f"{size['milliseconds']:.2f}",
             f"{size['relative_time']:.2f}",
+            f"{size['relative_spread']:.0%}",
             f"{size['expected_speedup']:.2f}x",
             f"{size['break_even_tokens_per_forward']:.2f}",
             f"{size['twice_tokens_per_forward']:.2f}",
@@ -124,10 +125,15 @@ def show_tuning(path: str, report: Mapping[str, Any]) -> None:
         f"{report['minutes']:.1f} minutes of training",
         markup=False,
     )
-    table = plain_table("minutes", "step", "loss", "tokens/forward", "exact match", "repetitive")
+    table = plain_table("minutes", "step", "loss", "tokens/forward", "exact match", "perplexity", "repetitive")
     for entry in report["curve"]:
         loss = f"{entry['loss']:.3f}" if "loss" in entry else "-"
-        rates = [f"{entry['tokens_per_forward']:.2f}", f"{entry['exact_match']:.1%}", f"{entry['repetitive']:.1%}"]
+        rates = [
+            f"{entry['tokens_per_forward']:.2f}",
+            f"{entry['exact_match']:.1%}",
+            f"{entry['perplexity']:.3g}",
+            f"{entry['repetitive']:.1%}",
+        ]
         table.add_row(f"{entry['minutes']:.1f}", str(entry["step"]), loss, *rates)
     OUT.print(table)
     reasons = {
@@ -137,3 +143,4 @@ def show_tuning(path: str, report: Mapping[str, Any]) -> None:
         "or lower the learning rate",
     }
     OUT.print(reasons[report["stopped"]], markup=False)
+    OUT.print(report["outcome"]["sentence"], markup=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.storage import locked_directory, sha256_of, unfinished_files
 from cllm_export.errors import OutputError
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, resumable
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.model import Model
 from cllm_export.training.collection.collection import (
@@ -71,13 +71,15 @@ def collect(
         EngineError: the engine failed.
     """
     check_collection_output(output)
-    options = options or CollectOptions()
+    options, progress = options or CollectOptions(), progress or (lambda *_: None)
     prompts = read_prompts(prompts_path, limit=options.limit)
     settings = _settle(source, prompts_path, len(prompts), options)
     with _locked(output):
         manifest = _begin(output, settings)
-        _collect_shards(source.model, prompts, output, manifest, progress or (lambda *_: None))
-        return Trajectories(output, _finish(output))
+        with resumable(lambda: _describe(output)):
+            _collect_shards(source.model, prompts, output, manifest, progress)
+            progress("summing up", 0, 1)
+            return Trajectories(output, _finish(output))
 
 
 def _settle(source: Source, prompts_path: Path, num_prompts: int, options: CollectOptions) -> CollectionSettings:
@@ -148,6 +150,14 @@ def _collect_shards(
         shard = write_shard(output, number, rows, dropped)
         manifest = replace(manifest, shards=(*manifest.shards, shard))
         write_manifest(output, manifest)
+
+
+def _describe(output: Path) -> str:
+    """What an interruption leaves, and how to go on."""
+    found = read_manifest(output)
+    num_shards = len(found.shards) if found else 0
+    of_shards = found.settings.num_shards if found else 0
+    return f"{output} keeps {num_shards} of {of_shards} shards: run the same command again to go on"
 
 
 def _finish(output: Path) -> CollectionManifest:

@@ -49,6 +49,8 @@ class Samples:
     samples: list[Sample]
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> number of prompts dropped for it."""
+    too_long: tuple[int, ...] = ()
+    """Tokens of each prompt that was dropped as too long, answer and end-of-sequence included."""
 
 
 def encode_samples(prompts: Iterable[Prompt], codec: TextCodec, *, eos_token_id: int, max_length: int) -> Samples:
@@ -58,16 +60,21 @@ def encode_samples(prompts: Iterable[Prompt], codec: TextCodec, *, eos_token_id:
     prompt, answer and end-of-sequence together exceed ``max_length`` tokens.
     """
     dropped: Counter[str] = Counter()
+    too_long: list[int] = []
 
     def encoded() -> Iterator[Sample]:
         for prompt in prompts:
-            made = _encode(prompt, codec, eos_token_id, max_length)
-            if isinstance(made, Sample):
-                yield made
-            else:
+            made = _encode(prompt, codec, eos_token_id)
+            if isinstance(made, str):
                 dropped[made] += 1
+            elif len(made.tokens) > max_length:
+                dropped[TOO_LONG] += 1
+                too_long.append(len(made.tokens))
+            else:
+                yield made
 
-    return Samples(samples=list(with_shared_ids(encoded())), dropped=dict(dropped))
+    samples = list(with_shared_ids(encoded()))
+    return Samples(samples=samples, dropped=dict(dropped), too_long=tuple(too_long))
 
 
 def with_shared_ids(samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -82,7 +89,7 @@ def with_shared_ids(samples: Iterable[Sample]) -> Iterator[Sample]:
         yield replace(sample, tokens=share(sample.tokens), states=states)
 
 
-def _encode(prompt: Prompt, codec: TextCodec, eos_token_id: int, max_length: int) -> Sample | str:
+def _encode(prompt: Prompt, codec: TextCodec, eos_token_id: int) -> Sample | str:
     """The sample, or the reason why there is none."""
     if not prompt.content:
         return EMPTY_PROMPT
@@ -95,8 +102,6 @@ def _encode(prompt: Prompt, codec: TextCodec, eos_token_id: int, max_length: int
         return UNTOKENISABLE
     if not ids or not answer:
         return EMPTY_PROMPT if not ids else NO_ANSWER
-    if len(ids) + len(answer) + 1 > max_length:
-        return TOO_LONG
     return Sample(id=prompt.id, tokens=(*ids, *answer, eos_token_id), num_prompt=len(ids))
 
 

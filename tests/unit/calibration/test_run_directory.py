@@ -51,6 +51,18 @@ def test_an_interrupted_run_goes_on_with_what_is_done(output):
         assert directory.recordings(0).read_text() == "done"
 
 
+def test_an_interruption_tells_what_is_kept_and_how_to_go_on(output):
+    with run_directory(output, SETTINGS) as directory:
+        assert "keeps what was done (no finished part yet)" in directory.describe()
+        for shard in (0, 1):
+            directory.make(directory.recordings(shard), lambda path: path.write_text("done"))
+        directory.make(directory.statistics(0), lambda path: path.write_text("done"))
+        assert directory.describe() == (
+            f"{output}.calibrating keeps what was done (2 recordings, 1 statistics): "
+            "run the same command again to go on"
+        )
+
+
 @pytest.mark.parametrize("change", [{"bundle_fingerprint": "c" * 64}, {"mix": 1.0}, {"seed": 1}, {"gram": True}])
 def test_an_interrupted_run_of_another_bundle_or_of_other_options_is_refused(output, change):
     interrupt(output)

@@ -102,6 +102,11 @@ def test_a_machine_on_which_wide_forwards_cost_as_much_gains_nothing():
     assert verdict.readiness == "this machine gains nothing"
 
 
+def test_a_machine_too_busy_to_time_forwards_gives_no_verdict_however_good_the_figures_look():
+    verdict = judge(expectations((1, 2.5, 5), (1, 1.2, 2)), why_busy="the machine is too busy to tell")
+    assert (verdict.readiness, verdict.advice) == ("unknown: machine busy", "the machine is too busy to tell")
+
+
 def test_what_is_needed_follows_from_the_latency_alone():
     [_, four, _] = expectations((1, 2, 3), (1, 1.5, 4))
     assert four.needed(2.0) == 3.0

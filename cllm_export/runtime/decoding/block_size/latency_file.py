@@ -14,6 +14,7 @@ from typing import Any
 
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.bundle.storage import write_json
+from cllm_export.runtime.decoding.block_size.measured_times import monotone
 from cllm_export.runtime.engines.machine import describe_machine
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ _CONDITIONS = ("processor", "threads", "onnxruntime")
 
 
 def read_latency(bundle: Bundle, *, num_slots: int, threads: int | None) -> dict[int, float] | None:
-    """Seconds of a forward by block size; None if the file is missing, or if it is not valid here, which is logged."""
+    """Seconds of a forward by block size, which never fall with it. None if the file is missing, or if it is not valid
+    here, which is logged."""
     path = bundle.path / LATENCY_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +42,7 @@ def read_latency(bundle: Bundle, *, num_slots: int, threads: int | None) -> dict
     if differing:
         log.info("%s is left alone, it was measured with another %s", path, ", ".join(differing))
         return None
-    return seconds
+    return monotone(seconds)
 
 
 def write_latency(bundle: Bundle, seconds: Mapping[int, float], *, num_slots: int, threads: int | None) -> None:

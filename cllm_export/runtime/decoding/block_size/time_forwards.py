@@ -1,39 +1,52 @@
-"""Measures T(n), the time of a forward of n tokens: either quickly within a budget, or as medians of several rounds."""
+"""Measures T(n), the time of a forward of n tokens: either quickly within a budget, or over many rounds.
+
+Both let the sizes take turns, so that a slow moment of the machine does not fall on one size alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from cllm_export.bundle.contract import Batch
+from cllm_export.progress import Progress
+from cllm_export.runtime.decoding.block_size.measured_times import MeasuredTimes, monotone, settle_times
 from cllm_export.runtime.engines.base import Engine
 
 BUDGET_SECONDS = 0.15
-FORWARDS = 4
-"""Forwards of each size. The first one does not count, because it sets up what the others reuse."""
+TURNS = 2
+"""Turns of each size within the budget. In a turn the first forward does not count: it sets up what the next reuses."""
+MAX_SECONDS = 30.0
+"""Rounds end after this time even if the machine is still too busy to tell."""
 SHORT_SECONDS, REFILLS, SHORT_FORWARDS = 0.02, 8, 5
 """A forward of at most ``SHORT_SECONDS`` is repeated. ``REFILLS`` forwards refill the caches that a wider one emptied,
 then ``SHORT_FORWARDS`` are timed."""
 
 
 def time_forwards(
-    engine: Engine, sizes: Sequence[int], *, pad_token_id: int, budget: float = BUDGET_SECONDS
+    engine: Engine,
+    sizes: Sequence[int],
+    *,
+    pad_token_id: int,
+    budget: float = BUDGET_SECONDS,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[int, float]:
     """Seconds of a forward by block size: always for the first of ``sizes``, for the others as the budget allows.
 
-    The forwards write KV rows that no text uses, so they may run between requests. Later forwards correct these times;
-    see ``latency.py``.
+    Each is the least of a few, and they never fall with n. The forwards write KV rows that no text uses, so they may
+    run between requests. Later forwards correct these times; see ``latency.py``.
 
     Raises:
         EngineError: the engine failed.
     """
-    started, seconds = perf_counter(), dict[int, float]()
-    for size in sizes:
-        if seconds and perf_counter() - started > budget:
-            break
-        seconds[size] = _time_size(engine, size, pad_token_id, until=started + budget)
-    return seconds
+    until, seconds = clock() + budget, dict[int, float]()
+    for turn in range(TURNS):
+        for size in sizes:
+            if seconds and (clock() > until or (turn and size not in seconds)):
+                break
+            found = _time_size(engine, size, pad_token_id, clock)
+            seconds[size] = min(found, seconds.get(size, found))
+    return monotone(seconds)
 
 
 def time_in_turn(
@@ -41,34 +54,43 @@ def time_in_turn(
     sizes: Sequence[int],
     *,
     past: int,
-    rounds: int = 3,
+    rounds: int = 5,
     min_seconds: float = 5.0,
-) -> list[dict[int, float]]:
-    """Median seconds inside each engine of a forward after ``past`` KV rows, by block size.
+    clock: Callable[[], float] = perf_counter,
+    progress: Progress = lambda *_: None,
+) -> list[MeasuredTimes]:
+    """T(n) inside each engine after ``past`` KV rows.
 
-    A round times every size once in every engine, so a slow period of the machine affects all of them. The forwards
-    overwrite KV rows that the engines hold.
+    A round times every size once in every engine, so a slow period of the machine affects all of them. Every other
+    round takes the sizes backwards. The forwards overwrite KV rows that the engines hold.
 
     Args:
         sizes: block sizes. An engine's result has only those that the engine takes.
         past: KV rows before the block.
         rounds: the least number of rounds.
-        min_seconds: rounds continue until this time has passed.
+        min_seconds: rounds continue until this time has passed, and up to ``MAX_SECONDS`` while the machine is too busy
+            to tell.
+        clock: seconds from any start.
 
     Raises:
         EngineError: an engine failed.
     """
-    times: list[dict[int, list[float]]] = [
+    samples: list[dict[int, list[float]]] = [
         {size: [] for size in sizes if size <= engine.geometry.max_block_size} for engine in engines
     ]
-    started, num_rounds = perf_counter(), 0
-    while num_rounds < rounds or perf_counter() - started < min_seconds:
-        for size in sizes:
-            for engine, found in zip(engines, times, strict=True):
+    started, num_rounds = clock(), 0
+    while True:
+        progress("timing forwards", 0, 1, f"round {num_rounds + 1}, of at least {rounds}")
+        for size in sizes[:: -1 if num_rounds % 2 else 1]:
+            for engine, found in zip(engines, samples, strict=True):
                 if size in found:
                     found[size].append(time_forward(engine, size, past))
         num_rounds += 1
-    return [{size: median(seconds) for size, seconds in found.items()} for found in times]
+        passed = clock() - started
+        if num_rounds >= rounds and passed >= min_seconds:
+            times = [settle_times(found) for found in samples]
+            if passed >= MAX_SECONDS or not any(each.why_busy for each in times):
+                return times
 
 
 def time_forward(engine: Engine, block_size: int, past: int) -> float:
@@ -103,13 +125,11 @@ def _mean_seconds(engine: Engine, block_size: int, past: int, count: int) -> flo
     return (engine.run_seconds - started) / count
 
 
-def _time_size(engine: Engine, size: int, pad_token_id: int, *, until: float) -> float:
+def _time_size(engine: Engine, size: int, pad_token_id: int, clock: Callable[[], float]) -> float:
     slots = engine.num_slots
     last_rows = engine.geometry.cache_length - size  # after the rows that a text of the maximum length fills
     batch = Batch([[pad_token_id] * size] * slots, [0] * slots, [last_rows] * slots)
-    times: list[float] = []
-    while len(times) < FORWARDS and (not times or perf_counter() < until):
-        started = perf_counter()
-        engine.forward(batch)
-        times.append(perf_counter() - started)
-    return min(times[1:] or times)
+    engine.forward(batch)
+    started = clock()
+    engine.forward(batch)
+    return clock() - started

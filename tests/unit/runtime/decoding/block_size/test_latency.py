@@ -15,6 +15,7 @@ from cllm_export.bundle.contract import Batch
 from cllm_export.errors import OutputError
 from cllm_export.runtime.decoding.block_size.latency import ForwardTimes
 from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME, read_latency, write_latency
+from cllm_export.runtime.decoding.block_size.measured_times import monotone, settle_times
 from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards, time_in_turn
 from tests.fakes import PAD, FakeEngine, HashModel, make_geometry, write_bundle
 
@@ -103,6 +104,17 @@ def test_the_first_look_writes_rows_that_no_text_holds_and_stops_at_its_budget()
     assert list(time_forwards(engine, (1, 8, 4), pad_token_id=PAD, budget=0)) == [1]
 
 
+class CountedEngine(FakeEngine):
+    """Its clock tells how long its forwards take: the given seconds, one for every second forward."""
+
+    def __init__(self, *seconds: float) -> None:
+        super().__init__(HashModel(vocab_size=9), make_geometry(vocab_size=9, max_length=64))
+        self._seconds = seconds
+
+    def clock(self) -> float:
+        return sum(self._seconds[: len(self.calls) // 2])
+
+
 class TimedEngine(FakeEngine):
     """Its forwards take what they are told to, in the order of ``seconds``."""
 
@@ -121,14 +133,79 @@ def test_forwards_that_take_turns_give_medians_of_each_engine_and_size():
     plain = TimedEngine(lambda size, call: float(size) * (100 if call < 4 else 1))
     faster, narrow = TimedEngine(lambda size, _: size / 2), TimedEngine(lambda size, _: float(size), max_block_size=4)
     times = time_in_turn([plain, faster, narrow], (1, 8), past=20, rounds=3, min_seconds=0)
-    assert times == [{1: 1.0, 8: 8.0}, {1: 0.5, 8: 4.0}, {1: 1.0}]
+    assert [each.seconds for each in times] == [{1: 1.0, 8: 8.0}, {1: 0.5, 8: 4.0}, {1: 1.0}]
+    assert [each.why_busy for each in times] == [None] * 3
     assert {index for call in plain.calls for index in call.write_index} == {20}
     assert len(plain.calls) == 2 * 2 * 3
 
 
 def test_a_short_forward_is_timed_after_others_that_refill_the_caches():
     engine = TimedEngine(lambda _, call: 0.016 if call < 10 else 0.001)
-    assert time_in_turn([engine], (2,), past=0, rounds=1, min_seconds=0) == [{2: pytest.approx(0.001)}]
+    [times] = time_in_turn([engine], (2,), past=0, rounds=1, min_seconds=0)
+    assert times.seconds == {2: pytest.approx(0.001)}
+
+
+def test_sizes_take_turns_forwards_and_backwards():
+    engine = TimedEngine(lambda size, _: float(size))
+    time_in_turn([engine], (1, 4, 8), past=0, rounds=2, min_seconds=0)
+    assert [len(call.input_ids[0]) for call in engine.calls[1::2]] == [1, 4, 8, 8, 4, 1]
+
+
+def test_a_busy_machine_is_timed_longer_and_then_called_busy():
+    """Its forwards of 8 tokens take now as long as one of a token, and now ten times as long."""
+    clock = iter(range(0, 1000, 10))
+    engine = TimedEngine(lambda size, call: 10.0 if size == 8 and call % 8 < 4 else 1.0)
+    [times] = time_in_turn([engine], (1, 8), past=0, rounds=2, min_seconds=0, clock=lambda: float(next(clock)))
+    assert len(engine.calls) == 3 * 4, "rounds until 30 seconds have passed"
+    assert "T(8) / T(1)" in (times.why_busy or "")
+    assert "too busy to tell" in (times.why_busy or "")
+
+
+def test_a_machine_that_slows_down_as_a_whole_is_not_busy():
+    """Each ratio is taken within a round, where both forwards are slow."""
+    times = settle_times({1: [1.0, 4.0, 9.0], 8: [2.0, 8.0, 18.0]})
+    assert (times.why_busy, times.relative(8), times.spread(8)) == (None, 2, 0)
+
+
+def test_times_never_fall_with_the_number_of_tokens():
+    """Four tokens were measured at half the time of one. Both then take their mean, and nothing gains from it."""
+    times = settle_times({1: [1.0] * 5, 4: [0.5] * 5, 8: [2.0] * 5})
+    assert times.seconds == {1: 0.75, 4: 0.75, 8: 2.0}
+    assert times.relative(4) == 1
+
+
+def test_neighbours_in_the_wrong_order_get_their_mean_whatever_the_order_of_the_sizes():
+    measured = {16: 4.0, 1: 3.0, 2: 1.0, 4: 2.0, 8: 5.0, 32: 4.2, 64: 9.0}
+    pooled = (5.0 + 4.0 + 4.2) / 3
+    assert monotone(measured) == pytest.approx({16: pooled, 1: 2, 2: 2, 4: 2, 8: pooled, 32: pooled, 64: 9})
+    assert list(monotone(measured)) == list(measured)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_settled_times_are_the_best_of_all_that_rise(seed):
+    """Isotonic regression by its definition: each value is the largest mean of a run that ends at or after it, over
+    the least one of those that begin at or before it."""
+    numbers = random.Random(seed)
+    values = [numbers.uniform(1, 3) for _ in range(8)]
+
+    def mean(first, last):
+        return sum(values[first : last + 1]) / (last + 1 - first)
+
+    expected = [max(min(mean(a, b) for b in range(i, 8)) for a in range(i + 1)) for i in range(8)]
+    assert list(monotone(dict(enumerate(values))).values()) == pytest.approx(expected)
+
+
+def test_the_first_look_lets_sizes_take_turns_and_trusts_the_least_time():
+    """The forward of one token is slow when it is first looked at, and not when it is looked at again."""
+    engine = CountedEngine(9, 2, 1, 3)
+    assert time_forwards(engine, (1, 8), pad_token_id=PAD, budget=100, clock=engine.clock) == {1: 1, 8: 2}
+    assert [len(call.input_ids[0]) for call in engine.calls] == [1, 1, 8, 8, 1, 1, 8, 8]
+
+
+def test_the_first_look_gives_times_that_never_fall():
+    engine = CountedEngine(4, 2, 4, 2)
+    found = time_forwards(engine, (1, 8), pad_token_id=PAD, budget=100, clock=engine.clock)
+    assert found == {1: 3, 8: 3}
 
 
 def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):
@@ -136,6 +213,8 @@ def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):
     assert read_latency(bundle, num_slots=1, threads=2) is None
     write_latency(bundle, {1: 0.001, 16: 0.004}, num_slots=1, threads=2)
     assert read_latency(bundle, num_slots=1, threads=2) == {1: 0.001, 16: 0.004}
+    write_latency(bundle, {1: 0.001, 4: 0.0005, 16: 0.004}, num_slots=1, threads=2)
+    assert read_latency(bundle, num_slots=1, threads=2) == {1: 0.00075, 4: 0.00075, 16: 0.004}, "times never fall"
     assert read_latency(bundle, num_slots=8, threads=2) is None
     assert read_latency(bundle, num_slots=1, threads=1) is None
 
