@@ -34,7 +34,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ex
 
 
 def sending(number: int) -> Callable[..., None]:
-    return lambda *_: os.kill(os.getpid(), number)
+    return lambda *_, **__: os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize(("sent", "code"), SIGNALS)
@@ -50,7 +50,7 @@ def test_a_demo_that_is_stopped_while_it_builds_left_everything_as_it_was(
 def test_a_demo_that_is_stopped_later_names_the_bundle_that_it_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], example: Path, sent: signal.Signals, code: int
 ):
-    monkeypatch.setattr(run_demo, "_build", lambda *_: None)
+    monkeypatch.setattr(run_demo, "_build", lambda *_, **__: None)
     monkeypatch.setattr(run_demo, "_verify", sending(sent))
     found, line = demo(monkeypatch, capsys, example)
     assert found == code

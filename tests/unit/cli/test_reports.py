@@ -16,6 +16,7 @@ from cllm_export.cli.show.report import show_report
 from cllm_export.errors import OutputError
 from cllm_export.measure.bench import _leave_latency
 from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME
+from cllm_export.runtime.decoding.block_size.measured_times import MeasuredTimes
 from tests.fakes import write_bundle
 
 REPORT = {"tokens_per_second": 123}
@@ -42,7 +43,7 @@ def test_a_report_is_printed_as_json_and_written_as_the_same_json(tmp_path, caps
 def test_times_that_a_bundle_cannot_keep_are_no_error(bundle: Bundle, caplog: pytest.LogCaptureFixture):
     """A container mounts its bundle read-only."""
     (bundle.path / LATENCY_NAME).mkdir()
-    _leave_latency(bundle, {1: 0.5}, threads=1)
+    _leave_latency([bundle], [MeasuredTimes(seconds={1: 0.5}, quartiles={1: (1.0, 1.0)})], 1)
     assert "the times of forwards are not kept: cannot write" in caplog.text
 
 
