@@ -85,6 +85,11 @@ class GenerateOptions(Sampling):
     draft model is loaded, else ``lookup``. For ``lookahead``, which fills its window once, it is ``prompt``."""
     stop: Sequence[str] = option((), help="Stop before this text; repeat the option for several.")
     """Strings to stop at. The text is cut before the first one."""
+    deadline: float | None = option(
+        None, above=0, help="End a request after this many seconds, with the tokens that it has by then."
+    )
+    """Seconds until the request ends with what it has, and the finish reason ``deadline``. They count from ``submit``,
+    over queue and decoding; without a service, from the first forward. A forward that runs is not interrupted."""
     ignore_eos: bool = option(False, help="Decode on past an end-of-sequence token, up to the limit.", hidden=True)
     """Continue after an end-of-sequence token, up to the limit. For measurements."""
     logprobs: int | None = option(
@@ -302,6 +307,8 @@ class ResolvedRequest:
     """The tokens that end the request. Empty with ``ignore_eos``."""
     forwards_per_sync: int | None
     """k if the loop runs on the device, else None."""
+    deadline: float | None
+    """Seconds that the request may take in all, else None."""
 
     @property
     def seed(self) -> int:
@@ -359,6 +366,7 @@ def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) ->
         stop=tuple(options.stop),
         eos_token_ids=frozenset(() if options.ignore_eos else limits.eos_token_ids),
         forwards_per_sync=options.forwards_per_sync,
+        deadline=options.deadline,
     )
 
 
