@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import inspect
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from cllm_export.errors import BundleError, OptionError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise OptionError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", fields=(name,))
+
+
+def no_such_option(name: str, names: Collection[str]) -> OptionError:
+    """The error for an option that does not exist. It names all there are, and the one that was probably meant."""
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f": did you mean {nearest[0]}?" if nearest else ""
+    return OptionError(f"no such option: {name}; there are {', '.join(names)}{hint}", fields=(name,))
+
+
+def names_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function raise OptionError for a keyword that it does not have, where Python raises TypeError."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in names:
+                raise no_such_option(name, names)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_plain_name(name: str) -> None:
@@ -54,6 +78,8 @@ class OptionSpec:
     choices: tuple[str, ...] = ()
     flag: str | None = None
     """The flag on the command line, if it is not ``--name-with-dashes``."""
+    check: Callable[[Any], None] | None = None
+    """Raises OptionError for a value that the range does not rule out."""
     hidden: bool = False
     """If True, the command line does not offer the option under its own name."""
 
@@ -75,7 +101,8 @@ def option_specs(cls: Any) -> dict[str, OptionSpec]:
 
 
 def documented(cls: type[T]) -> type[T]:
-    """Add the meaning of each option to the docstring of an options class, for ``help``."""
+    """Add the meaning of each option to the docstring of a public options class, and let it name unknown ones."""
+    cls.__init__ = names_options(cls.__init__)  # type: ignore[method-assign]
     lines = [f"    {name}: {spec.help}" for name, spec in option_specs(cls).items()]
     cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nOptions:\n" + "\n".join(lines)
     return cls
@@ -94,6 +121,8 @@ def check_options(options: Any) -> None:
             continue
         for item in value if isinstance(value, tuple) else (value,):
             _check_option(field.name, item, spec, is_integer="float" not in str(field.type))
+            if spec.check:
+                spec.check(item)
 
 
 def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool) -> None:

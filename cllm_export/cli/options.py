@@ -18,6 +18,7 @@ from cllm_export.runtime.decoding.shared_options import (
     max_new_tokens_option,
     threads_option,
 )
+from cllm_export.runtime.engines.machine import require_threads
 
 
 def _help_of(field: Any) -> str:
@@ -59,7 +60,14 @@ BaseOption = Annotated[
 BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help=_help_of(block_size_option()))]
 
 
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help=_help_of(threads_option()))]
+def _checked_threads(threads: int | None) -> int | None:
+    require_threads(threads)
+    return threads
+
+
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help=_help_of(threads_option()), callback=_checked_threads)
+]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -65,6 +65,12 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.lookahead and self.fixed_shapes:
+            raise OptionError(
+                "lookahead and fixed_shapes exclude each other, since a lookahead block grows and shrinks by what was "
+                "accepted: leave one of them out",
+                fields=("lookahead", "fixed_shapes"),
+            )
         if self.quantize:
             self._require_compute(self.quantize)
 

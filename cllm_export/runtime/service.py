@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from cllm_export.checks import require_at_least
+from cllm_export.checks import names_options, require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
 from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target, write_snapshot
@@ -197,6 +197,7 @@ class Service:
         EngineError: the model is in use.
     """
 
+    @names_options
     def __init__(
         self,
         model: Model,
