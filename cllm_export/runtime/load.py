@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
+from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
 from cllm_export.checks import names_options, require_at_least, require_one_of
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.latency_file import read_latency
@@ -16,7 +17,7 @@ from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.machine import require_threads
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import PREFIX_CACHE_BYTES, pad_token
+from cllm_export.runtime.options import pad_token
 
 
 @names_options

@@ -21,9 +21,6 @@ from cllm_export.runtime.engines.base import Engine
 BlockSize = int | Literal["auto"]
 """n, or ``auto``: n is chosen for each forward."""
 
-PREFIX_CACHE_BYTES = 256 << 20
-"""Default size of the prefix cache: about ten thousand tokens of a small model, or two thousand of a 7 B model."""
-
 GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 
 FILTERS = ("top_k", "top_p", "min_p")

@@ -65,6 +65,15 @@ def available_memory() -> int | None:
     return min(limits, default=None)
 
 
+def total_memory() -> int:
+    """Bytes of memory that this machine or its container has in all."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int((CGROUP / "memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # there is no limit
+        return total
+
+
 def _left_of_cgroup() -> int | None:
     """What a container's limit leaves, in bytes; None without a limit. Cached files count as free."""
     try:
