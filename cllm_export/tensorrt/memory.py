@@ -112,6 +112,12 @@ def _load(bundle: Bundle, options: MemoryOptions) -> Load:
             "block_size, or a larger max_length",
             fields=("block_size", "max_length"),
         )
+    if manifest.quantization and options.precision not in (None, manifest.precision):
+        raise OptionError(
+            f"precision is for bundles that are not quantised, and this one has {manifest.quantization.scheme} weights "
+            f"and computes in {manifest.precision}: leave precision out",
+            fields=("precision",),
+        )
     if fixed := manifest.graphs[GREEDY_GRAPH].fixed_shapes:
         pinned = {"batch_size": fixed.batch_size, "block_size": fixed.block_size, "max_length": manifest.max_length}
         for name, value in pinned.items():

@@ -9,9 +9,10 @@ import pytest
 from cllm_export.bundle.contract import FixedShapes
 from cllm_export.bundle.inspect import describe
 from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import OptionError
 from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures
-from tests.fakes import write_bundle
+from tests.fakes import with_manifest, write_bundle
 
 
 @pytest.fixture
@@ -114,3 +115,14 @@ def test_a_bundles_memory_names_each_part_of_its_total(bundle: Bundle):
     assert memory["activations"] == found["activations"] > 0
     assert memory["prefix_cache"] == found["prefix cache"] == 256 << 20
     assert memory["total"] == found["running engine"] + found["prefix cache"]
+
+
+def test_a_quantised_bundle_is_planned_in_its_own_precision(bundle: Bundle):
+    """Its weights would not shrink with the dtype of the computation."""
+    record = Quantization(
+        scheme="int4", method="round to nearest", group_size=32, engines=("tensorrt",), weights=("weight",), kept={}
+    )
+    quantised = with_manifest(bundle, quantization=record)
+    with pytest.raises(OptionError, match="precision is for bundles that are not quantised, and this one has int4"):
+        memory_figures(quantised, MemoryOptions(precision="fp16"))
+    assert memory_figures(quantised, MemoryOptions(precision="fp32"))
