@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import inspect
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from cllm_export.errors import BundleError, OptionError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 OptionGroup = Literal[
     "Input",
@@ -37,6 +40,27 @@ def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise OptionError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", fields=(name,))
+
+
+def no_such_option(name: str, names: Collection[str]) -> OptionError:
+    """The error for an option that does not exist. It names all there are, and the one that was probably meant."""
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f": did you mean {nearest[0]}?" if nearest else ""
+    return OptionError(f"no such option: {name}; there are {', '.join(names)}{hint}", fields=(name,))
+
+
+def names_options(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function raise OptionError for a keyword that it does not have, where Python raises TypeError."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in names:
+                raise no_such_option(name, names)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def require_plain_name(name: str) -> None:
@@ -72,6 +96,8 @@ class OptionSpec:
     choices: tuple[str, ...] = ()
     flag: str | None = None
     """The flag on the command line, if it is not ``--name-with-dashes``."""
+    check: Callable[[Any], None] | None = None
+    """Raises OptionError for a value that the range does not rule out."""
     hidden: bool = False
     """If True, the command line does not offer the option under its own name."""
     otherwise: str | None = None
@@ -114,7 +140,8 @@ def _grouped(spec: OptionSpec, name: str, kind: type) -> OptionSpec:
 
 
 def documented(cls: type[T]) -> type[T]:
-    """Add the meaning of each option to the docstring of an options class, for ``help``."""
+    """Add the meaning of each option to the docstring of a public options class, and let it name unknown ones."""
+    cls.__init__ = names_options(cls.__init__)  # type: ignore[method-assign]
     lines = [f"    {name}: {spec.sentences}" for name, spec in option_specs(cls).items()]
     cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nOptions:\n" + "\n".join(lines)
     return cls
@@ -143,9 +170,13 @@ def check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool
     """
     if spec.choices:
         require_one_of(name, value, spec.choices)
-    limits = (spec.minimum, spec.above, spec.maximum)
-    if limits == (None, None, None):
-        return
+    if (spec.minimum, spec.above, spec.maximum) != (None, None, None):
+        _check_range(name, value, spec, is_integer=is_integer)
+    if spec.check:
+        spec.check(value)
+
+
+def _check_range(name: str, value: object, spec: OptionSpec, *, is_integer: bool) -> None:
     if is_integer and spec.minimum is not None and spec.maximum is None:
         require_at_least(name, value, int(spec.minimum))  # type: ignore[arg-type]
         return

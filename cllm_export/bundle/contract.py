@@ -126,6 +126,10 @@ class Geometry:
         """Bytes of KV cache that one token of one slot takes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES[KV_DTYPE[precision]]
 
+    def cache_bytes(self, precision: Precision) -> int:
+        """Bytes of the whole KV cache of one slot."""
+        return self.cache_length * self.kv_bytes_per_token(precision)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

@@ -7,19 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle
+from cllm_export.bundle.memory import PREFIX_CACHE_BYTES, Load, running_figures
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Contents, memory and proof of a bundle, JSON-ready.
 
-    Memory counts the engine's own data: weights, and the KV cache of every slot. Activations need more memory; for a
-    block of a few dozen tokens they are small compared with both.
+    Memory has every part of a running engine, and their total: see ``bundle/memory.py``.
     """
     manifest = bundle.manifest
     geometry = manifest.geometry
-    weights = bundle.weight_bytes
-    per_token = geometry.kv_bytes_per_token(manifest.precision)
-    cache = per_token * geometry.cache_length * manifest.batch_size
     return {
         "path": str(bundle.path),
         "fingerprint": bundle.fingerprint,
@@ -38,15 +35,22 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         },
         "files": {name: entry.size for name, entry in manifest.files.items()},
         "linked_files": {file.path: file.size for file in manifest.linked_files.values()},
-        "memory": {
-            "weights": weights,
-            "kv_per_token": per_token,
-            "kv_cache": cache,
-            "total": weights + cache,
-        },
+        "memory": _memory(bundle),
         "checkpoint_fingerprint": manifest.checkpoint_fingerprint,
         "tool_versions": manifest.tool_versions,
         "parity": _parity(bundle),
+    }
+
+
+def _memory(bundle: Bundle) -> dict[str, int]:
+    weights, cache, activations = (figure.bytes for figure in running_figures(bundle, Load.of(bundle)))
+    return {
+        "weights": weights,
+        "kv_per_token": bundle.manifest.geometry.kv_bytes_per_token(bundle.manifest.precision),
+        "kv_cache": cache,
+        "activations": activations,
+        "prefix_cache": PREFIX_CACHE_BYTES,
+        "total": weights + cache + activations + PREFIX_CACHE_BYTES,
     }
 
 

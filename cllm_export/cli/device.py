@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.cli.app import command
+from cllm_export.cli.app import EXIT_FAILED, command
 from cllm_export.cli.options import BundleArgument, JsonOption, given, parse_size
 from cllm_export.cli.show.bundle import show_findings, show_memory
 from cllm_export.cli.show.console import say
 from cllm_export.cli.signature import with_options
 from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
-from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
+from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures
 
 PARSE = {"workspace": partial(parse_size, name="workspace")}
 
@@ -32,14 +32,17 @@ def plan(
 
 
 @command("cllm-export plan-memory my-bundle --precision fp16 --batch-size 4")
-@with_options(MemoryOptions, parse=PARSE)
+@with_options(MemoryOptions, parse=PARSE | {"device_memory": partial(parse_size, name="device_memory")})
 def plan_memory(bundle: BundleArgument, options: MemoryOptions, as_json: JsonOption = False) -> None:
-    """Say what memory a device needs for a bundle and for building its plan, and how each figure is computed."""
-    figures = memory_figures(open_bundle(bundle), options)
+    """Say what memory a device needs for a bundle and for building its plan, and exit with 1 if it does not fit."""
+    opened = open_bundle(bundle)
+    figures, verdict = memory_figures(opened, options), judge_memory(opened, options)
     if as_json:
-        typer.echo(json.dumps([vars(figure) for figure in figures], indent=2))
+        typer.echo(json.dumps({"figures": [vars(each) for each in figures], "verdict": vars(verdict)}, indent=2))
     else:
-        show_memory(figures)
+        show_memory(figures, verdict)
+    if not verdict.fits:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @command("cllm-export doctor --json")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from cllm_export.bundle.manifest import MANIFEST_NAME
-from cllm_export.checks import require_at_least
 from cllm_export.errors import BundleError
 from cllm_export.extras import needs_extra
-from cllm_export.runtime.engines.machine import available_threads
+from cllm_export.runtime.engines.machine import available_threads, require_threads
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 
@@ -42,8 +41,7 @@ def open_source(path: Path, *, threads: int | None = None) -> Model:
     """
     if kind_of(path) == "bundle":
         return load(path, threads=threads, prefix_cache_bytes=0)
-    if threads is not None:
-        require_at_least("threads", threads, 1)
+    require_threads(threads)
     with needs_extra("train"):
         import torch
 

@@ -67,12 +67,19 @@ class BuildOptions:
         False, help="Fix the batch size, block size and KV length in the graph, for compilers that need fixed shapes."
     )
     lookahead: bool = option(False, help="Add the graph that lookahead decoding needs.")
-    """Add the lookahead graph. Where the model cannot have one, only the greedy graph is built; the report says why."""
+    """Add the lookahead graph, which fixed shapes exclude. Where the model cannot have one, only the greedy graph is
+    built; the report says why."""
     trained_with: TrainedWith | None = None
     """Overrides the ``cllm`` section of the checkpoint's config."""
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.lookahead and self.fixed_shapes:
+            raise OptionError(
+                "lookahead and fixed_shapes exclude each other: the block of the one grows and shrinks by what was "
+                "accepted, and the other pins it; leave one of them out",
+                fields=("lookahead", "fixed_shapes"),
+            )
         if self.quantize:
             self._require_compute(self.quantize)
 

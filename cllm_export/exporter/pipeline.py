@@ -30,6 +30,7 @@ from cllm_export.bundle.manifest import (
 )
 from cllm_export.bundle.scales import Scales, open_scales
 from cllm_export.bundle.storage import check_output, staged_output
+from cllm_export.checks import names_options
 from cllm_export.exporter.checkpoint.adapter import Adapter, open_source
 from cllm_export.exporter.checkpoint.families import truncated_config
 from cllm_export.exporter.checkpoint.files import TensorInfo
@@ -98,6 +99,7 @@ class Export:
     report: BuildReport
 
 
+@names_options
 def build(
     checkpoint_path: str | Path,
     output: str | Path,
@@ -249,9 +251,7 @@ class _Work:
         """Derive the lookahead graph if it was requested. Returns the reason if the model cannot have one."""
         if not self._options.lookahead:
             return None
-        obstacle = lookahead_obstacle(
-            checkpoint.config, max_length=settings.max_length, fixed_shapes=settings.fixed is not None
-        )
+        obstacle = lookahead_obstacle(checkpoint.config, max_length=settings.max_length)
         if obstacle is not None:
             self.stages.say(f"no lookahead graph: {obstacle}")
             return obstacle

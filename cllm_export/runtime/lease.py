@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ class Lease:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self.is_closed = False
         """True once a user has closed the engine. The engine is then never lent again."""
 
@@ -25,6 +27,11 @@ class Lease:
             EngineError: another user holds it, or it is closed.
         """
         if not self._lock.acquire(blocking=False):
+            if os.getpid() != self._pid:
+                raise EngineError(
+                    "this model was in use when the process was forked, and its user is in the parent: load the "
+                    "bundle after the fork"
+                )
             raise EngineError("another request is running on this model: finish or close its stream first")
         try:
             if self.is_closed:

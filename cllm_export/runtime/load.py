@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
-from cllm_export.checks import require_at_least, require_one_of
+from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
+from cllm_export.checks import names_options, require_at_least, require_one_of
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.latency_file import read_latency
 from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair
 from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.engines.machine import require_threads
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import PREFIX_CACHE_BYTES, pad_token
+from cllm_export.runtime.options import pad_token
 
 
+@names_options
 def load(
     path: str | Path,
     *,
@@ -34,7 +37,7 @@ def load(
         path: a directory that ``cllm-export build`` wrote.
         num_slots: B, the number of requests that a ``Service`` decodes at once. By default it is the bundle's batch
             size. A bundle with fixed shapes allows no other number.
-        threads: CPU threads inside ONNX Runtime; by default as many as the process may use.
+        threads: CPU threads inside ONNX Runtime, at most as many as the process may use, which is the default.
         draft_model: another bundle with the same tokenizer, for requests with the ``model`` proposer. It is a smaller
             model or a CLLM.
         prefix_cache_bytes: host memory for the KV of earlier prompts and their new tokens. A prompt with the same
@@ -50,8 +53,7 @@ def load(
         EngineError: the engine does not take the graph.
         MissingExtraError: no engine is installed.
     """
-    if threads is not None:
-        require_at_least("threads", threads, 1)
+    require_threads(threads)
     if prefix_cache_bytes is not None:
         require_at_least("prefix_cache_bytes", prefix_cache_bytes, 0)
     bundle = open_bundle(path)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from cllm_export.bundle.contract import check_block_size
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.checks import OptionGroup, documented, option
+from cllm_export.checks import OptionGroup, documented, no_such_option, option
 from cllm_export.errors import OptionError, PromptError
 from cllm_export.runtime.decoding.constraint import GrammarKind
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
@@ -21,10 +21,10 @@ from cllm_export.runtime.engines.base import Engine
 BlockSize = int | Literal["auto"]
 """n, or ``auto``: n is chosen for each forward."""
 
-PREFIX_CACHE_BYTES = 256 << 20
-"""Default size of the prefix cache: about ten thousand tokens of a small model, or two thousand of a 7 B model."""
-
 GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
+
+FILTERS = ("top_k", "top_p", "min_p")
+"""The options of sampling that do nothing without a temperature."""
 
 SHAPE = ("window", "ngram", "guesses")
 
@@ -92,6 +92,11 @@ class GenerateOptions(Sampling):
     draft model is loaded, else ``lookup``. For ``lookahead``, which fills its window once, it is ``prompt``."""
     stop: Sequence[str] = option((), help="Stop before this text; repeat the option for several.")
     """Strings to stop at. The text is cut before the first one."""
+    deadline: float | None = option(
+        None, above=0, help="End a request after this many seconds, with the tokens that it has by then."
+    )
+    """Seconds until the request ends with what it has, and the finish reason ``deadline``. They count from ``submit``,
+    over queue and decoding; without a service, from the first forward. A forward that runs is not interrupted."""
     ignore_eos: bool = option(False, help="Decode on past an end-of-sequence token, up to the limit.", hidden=True)
     """Continue after an end-of-sequence token, up to the limit. For measurements."""
     logprobs: int | None = option(
@@ -136,6 +141,7 @@ class GenerateOptions(Sampling):
         is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         if not is_list or not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop must be a list of non-empty strings, got {self.stop!r}", fields=("stop",))
+        self._check_filters()
         self._check_grammars()
         self._check_block_size()
         self._check_lookahead()
@@ -154,6 +160,20 @@ class GenerateOptions(Sampling):
     def given_grammar(self) -> tuple[GrammarKind, str | Mapping[str, Any]] | None:
         """The grammar that the text must follow."""
         return next(((kind, source) for kind in GRAMMARS if (source := getattr(self, kind)) is not None), None)
+
+    def _check_filters(self) -> None:
+        """Refuse options that choose among tokens to draw from where nothing is drawn, unless 0 was asked for.
+
+        A seed alone is taken: it is also the seed of a proposer, and it changes no token of a greedy request.
+        """
+        defaults = {field.name: field.default for field in fields(Sampling)}
+        for name in FILTERS if self.temperature is None else ():
+            if getattr(self, name) != defaults[name]:
+                raise OptionError(
+                    f"{name} does nothing without a temperature, since decoding is greedy: give temperature too (0 "
+                    f"if greedy is meant), or leave {name} out",
+                    fields=(name, "temperature"),
+                )
 
     def _check_grammars(self) -> None:
         given = [kind for kind in GRAMMARS if getattr(self, kind) is not None]
@@ -238,7 +258,7 @@ def override(options: GenerateOptions | None, overrides: Mapping[str, Any]) -> G
         )
     names = [field.name for field in fields(GenerateOptions)]
     if unknown := sorted(overrides.keys() - set(names)):
-        raise OptionError(f"no such option: {unknown[0]}; there are {', '.join(names)}", fields=(unknown[0],))
+        raise no_such_option(unknown[0], names)
     given = {name: value for name, value in overrides.items() if value is not None}
     return replace(options, **given) if options else GenerateOptions(**given)
 
@@ -316,6 +336,8 @@ class ResolvedRequest:
     """The tokens that end the request. Empty with ``ignore_eos``."""
     forwards_per_sync: int | None
     """k if the loop runs on the device, else None."""
+    deadline: float | None
+    """Seconds that the request may take in all, else None."""
 
     @property
     def seed(self) -> int:
@@ -373,6 +395,7 @@ def resolve(options: GenerateOptions, limits: ModelLimits, prompt: list[int]) ->
         stop=tuple(options.stop),
         eos_token_ids=frozenset(() if options.ignore_eos else limits.eos_token_ids),
         forwards_per_sync=options.forwards_per_sync,
+        deadline=options.deadline,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from time import monotonic
 
 from cllm_export.errors import EngineError
 from cllm_export.runtime.decoding.constraint import GrammarCompiler
@@ -35,7 +36,7 @@ class Generation:
     token_ids: tuple[int, ...]
     """New tokens, including the end-of-sequence token if one was reached."""
     finish_reason: FinishReason
-    """``eos``, ``length``, ``stop`` for a stop string, or ``cancelled``."""
+    """``eos``, ``length``, ``stop`` for a stop string, ``deadline`` or ``cancelled``."""
     statistics: Statistics
     seed: int
     """The seed of the sampler. The same request with this seed and the same n gives the same tokens."""
@@ -43,6 +44,10 @@ class Generation:
     """One for each of ``token_ids``; None if the request did not ask for them."""
     forwards: tuple[ForwardRecord, ...] = field(repr=False)
     """Every decode forward: its block, its predictions and its new tokens."""
+
+
+Clock = Callable[[], float]
+"""Gives seconds, from any start."""
 
 
 class RequestRun:
@@ -56,6 +61,7 @@ class RequestRun:
         codec: the model's tokenizer and chat template.
         sampler: draws the tokens; None takes the graph's argmax.
         ended: called once when the request ends, before its status changes.
+        clock: the seconds that the deadline is judged by.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class RequestRun:
         codec: TextCodec,
         sampler: Sampler | None = None,
         ended: Callable[[], None] | None = None,
+        clock: Clock = monotonic,
     ) -> None:
         self.request = request
         self.decoder = decoder
@@ -75,6 +82,8 @@ class RequestRun:
         """Called in the thread that runs the request, when there is something new to read."""
         self._codec = codec
         self._ended = ended
+        self._clock = clock
+        self._started: float | None = None
         self._new: list[int] = []
         self._text = TextStream(codec, request.stop)
         decode = Decode(
@@ -94,6 +103,17 @@ class RequestRun:
         """Whether ``read`` would return something new. Hold ``changed`` when you ask."""
         return bool(self._new) or self.status.has_ended
 
+    def start_clock(self) -> None:
+        """Let the time of the deadline run. It does so from the first call on."""
+        if self._started is None:
+            self._started = self._clock()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the deadline has passed."""
+        deadline, started = self.request.deadline, self._started
+        return deadline is not None and started is not None and self._clock() - started >= deadline
+
     def read(self) -> tuple[str, bool]:
         """The text since the last ``read``, and whether the request has ended, so that no more will come."""
         with self.changed:
@@ -105,14 +125,20 @@ class RequestRun:
     def drive(self, loops: LoopMaker) -> Generator[None]:
         """Run the request on an otherwise idle engine, one forward per turn. Closing the generator cancels it.
 
+        If its deadline passes, it ends before the next forward.
+
         Raises:
             CllmExportError: the error of the request; EngineError if the engine failed.
         """
         loop: Loop | None = None
         try:
             loop = loops.make(self.request, self.task, self.decoder)
+            self.start_clock()
             self.task.begin()
             while not loop.is_idle:
+                if self.is_due:
+                    self.task.decode.cancel("deadline")
+                    break
                 loop.step()
                 self.raise_failure()
                 yield
@@ -205,12 +231,19 @@ class RequestRun:
 class Stream(Iterator[str]):
     """Text deltas of one request. The request starts when the first delta is read.
 
-    Close it (or use it in a ``with``) to stop early. ``result`` reads the rest and returns the whole generation.
+    Close it (or use it in a ``with``) to stop early. Leaving a ``for`` over it, or dropping it, closes it as well.
+    ``result`` reads the rest and returns the whole generation, also after single deltas that ``next`` gave.
     """
 
     def __init__(self, run: RequestRun, loops: LoopMaker, lease: Lease) -> None:
         self._run = run
         self._deltas = _deltas(run, loops, lease)
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._deltas
+        finally:
+            self.close()
 
     def __next__(self) -> str:
         return next(self._deltas)
@@ -254,12 +287,14 @@ class RequestMaker:
         limits: the model's limits.
         codec: the model's tokenizer and chat template.
         pool: n-grams that requests with the ``pool`` proposer share.
+        clock: the seconds that deadlines are judged by.
     """
 
-    def __init__(self, limits: ModelLimits, codec: TextCodec, pool: NgramPool) -> None:
+    def __init__(self, limits: ModelLimits, codec: TextCodec, pool: NgramPool, *, clock: Clock = monotonic) -> None:
         self._limits = limits
         self._codec = codec
         self._pool = pool
+        self._clock = clock
 
     def make(
         self, prompt: list[int], options: GenerateOptions, *, ended: Callable[[], None] | None = None
@@ -275,7 +310,12 @@ class RequestMaker:
             options = replace(options, seed=secrets.randbelow(MAX_SEED))
         request = resolve(options, self._limits, prompt)
         return RequestRun(
-            request, self._make_decoder(request), codec=self._codec, sampler=self._make_sampler(request), ended=ended
+            request,
+            self._make_decoder(request),
+            codec=self._codec,
+            sampler=self._make_sampler(request),
+            ended=ended,
+            clock=self._clock,
         )
 
     @cached_property

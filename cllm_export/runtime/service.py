@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from cllm_export.checks import require_at_least
+from cllm_export.checks import names_options, require_at_least
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
 from cllm_export.prompts import split_chat_arguments
 from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
@@ -44,10 +46,20 @@ class Handle:
 
     Iteration ends when the request ends or is cancelled. If the request failed, iteration raises its error. A handle
     is safe to use from any thread, but it can be iterated only once: each delta is returned once.
+
+    A request that nobody waits for any more is cancelled. That is one whose handle was dropped, whose reader left the
+    iteration early, or whose ``result`` or ``wait`` was given up.
     """
 
     def __init__(self, run: RequestRun, *, cancel: Callable[[], None], check_reader: Callable[[], None]) -> None:
-        """``check_reader`` raises EngineError in a thread that must not wait: the service's worker."""
+        """A handle of a run. It must not be reachable from what the worker holds, or it is never dropped.
+
+        Args:
+            run: the request.
+            cancel: stops the request. It takes no lock, since a garbage collection calls it in any thread.
+            check_reader: raises EngineError where nobody may wait: in the service's worker, and after a fork.
+        """
+        weakref.finalize(self, cancel).atexit = False
         self._run = run
         self._cancel = cancel
         self._check_reader = check_reader
@@ -69,51 +81,89 @@ class Handle:
     def result(self, timeout: float | None = None) -> Generation:
         """Wait for the end and return the whole generation. If it was cancelled, ``finish_reason`` is ``cancelled``.
 
+        Whoever stops waiting gives the request up. To look without giving up, ask ``done``.
+
         Raises:
-            TimeoutError: the request has not ended within ``timeout`` seconds. It continues.
+            TimeoutError: the request has not ended within ``timeout`` seconds, and is cancelled. A second ``result``
+                has its tokens so far.
             EngineError: the engine failed, or a watcher called this before the request ended.
             CllmExportError: the error of the request.
         """
         self._require_reader()
-        with self._run.changed:
-            if not self._run.changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"the request has not ended within {timeout} seconds; it goes on")
+        try:
+            with self._run.changed:
+                if not self._run.changed.wait_for(lambda: self.done, timeout):
+                    raise TimeoutError(
+                        f"the request has not ended within {timeout} seconds, so it was cancelled: call result() "
+                        "again for its tokens so far, or give the request a deadline instead"
+                    )
+        finally:
+            self.cancel()  # does nothing if the request has ended
+        return self._run.result()
+
+    async def wait(self) -> Generation:
+        """Like ``result``, for an event loop. If the waiting task is cancelled, so is the request.
+
+        Raises:
+            EngineError, CllmExportError: as for ``result``.
+        """
+        self._require_reader()
+        try:
+            with self._woken(only_at_end=True) as event:
+                while not self.done:
+                    await event.wait()
+        finally:
+            self.cancel()
         return self._run.result()
 
     def __iter__(self) -> Iterator[str]:
         self._start_reading()
-        has_ended = False
-        while not has_ended:
-            with self._run.changed:
-                self._run.changed.wait_for(lambda: self._run.has_news)
-            delta, has_ended = self._run.read()
-            if delta:
-                yield delta
+        try:
+            has_ended = False
+            while not has_ended:
+                with self._run.changed:
+                    self._run.changed.wait_for(lambda: self._run.has_news)
+                delta, has_ended = self._run.read()
+                if delta:
+                    yield delta
+        finally:
+            self.cancel()  # does nothing if the request has ended
         self._run.raise_failure()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         self._start_reading()
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            with self._woken() as event:
+                has_ended = False
+                while not has_ended:
+                    event.clear()  # before the read: text that arrives in between sets the event again
+                    delta, has_ended = self._run.read()
+                    if delta:
+                        yield delta
+                    if not has_ended:
+                        await event.wait()
+        finally:
+            self.cancel()
+        self._run.raise_failure()
 
-        def wake() -> None:
+    @contextmanager
+    def _woken(self, *, only_at_end: bool = False) -> Iterator[asyncio.Event]:
+        """An event of the running loop. It is set whenever there is news of the request, or only at its end."""
+        run, loop, event = self._run, asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:  # the worker holds it, so it must not hold the handle
+            if only_at_end and not run.status.has_ended:
+                return
             with suppress(RuntimeError):  # the event loop was closed while a reader was still waiting
                 loop.call_soon_threadsafe(event.set)
 
-        with self._run.changed:
-            self._run.watchers.append(wake)
+        with run.changed:
+            run.watchers.append(wake)
         try:
-            has_ended = False
-            while not has_ended:
-                event.clear()  # before the read: text that arrives in between sets the event again
-                delta, has_ended = self._run.read()
-                if delta:
-                    yield delta
-                if not has_ended:
-                    await event.wait()
-            self._run.raise_failure()
+            yield event
         finally:
-            with self._run.changed:
-                self._run.watchers.remove(wake)
+            with run.changed:
+                run.watchers.remove(wake)
 
     def _require_reader(self) -> None:
         if not self.done:
@@ -134,7 +184,8 @@ class Service:
     With ``auto``, n is chosen for the batch before each forward, for the most tokens per second. A request then gives
     the same tokens, except that a near tie may round differently on a processor where this was not checked.
 
-    Use it in a ``with``, or ``close`` it. While it is open, ``Model.generate`` is refused.
+    Use it in a ``with`` or an ``async with``, or ``close`` it. While it is open, ``Model.generate`` is refused. Make it
+    after a fork: its worker does not run in a child process, where every call is refused.
 
     Args:
         model: a model with as many slots as requests should run at once (``load(path, num_slots=8)``).
@@ -147,6 +198,7 @@ class Service:
         EngineError: the model is in use.
     """
 
+    @names_options
     def __init__(
         self,
         model: Model,
@@ -171,6 +223,9 @@ class Service:
         lock = threading.Lock()
         self._work, self._room = threading.Condition(lock), threading.Condition(lock)
         self._num_open = 0
+        self._pid = os.getpid()
+        self._timed: list[RequestRun] = []
+        """The open requests that have a deadline. Only the worker uses it."""
         self._capacity = model.engine.num_slots + queue_size
         self._is_closed = False
         with ExitStack() as stack:
@@ -186,6 +241,12 @@ class Service:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
+    async def __aenter__(self) -> Service:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)  # which waits for the forward that runs
+
     @property
     def num_open(self) -> int:
         """Number of requests that were submitted and have not ended."""
@@ -197,14 +258,15 @@ class Service:
         """Queue a request and return at once.
 
         Options and overrides are those of ``Model.generate``, except ``block_size`` and ``deterministic``: the service
-        has one n for all requests. Safe from any thread.
+        has one n for all requests. Safe from any thread. Keep the handle: a request without one is cancelled.
 
         Raises:
             PromptError, OptionError: the request is refused before it is queued.
             QueueFullError: the queue is full.
-            EngineError: the service is closed.
+            EngineError: the service is closed, or was made before this process was forked.
         """
         arguments, overrides = split_chat_arguments(overrides)
+        self._require_own_process()
         run = self._make_run(prompt, self._override(options, overrides), arguments)
         with self._work:
             self._require_open()
@@ -234,12 +296,17 @@ class Service:
         arguments, overrides = split_chat_arguments(overrides)
         given = self._override(options, overrides)
         runs = [self._make_run(prompt, given, arguments) for prompt in prompts]
-        for run in runs:
-            with self._work:
-                self._room.wait_for(lambda: self._num_open < self._capacity or self._is_closed)
-                self._require_open()
-                self._put(run)
-        return [self._handle_of(run).result() for run in runs]
+        handles = [self._handle_of(run) for run in runs]
+        try:
+            for run in runs:
+                with self._work:
+                    self._room.wait_for(lambda: self._num_open < self._capacity or self._is_closed)
+                    self._require_open()
+                    self._put(run)
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()  # does nothing if it has ended
 
     def warm_up(self) -> None:
         """Run a forward of the service's shape, so that the first request does not pay for one-time work of the engine.
@@ -283,7 +350,12 @@ class Service:
         return len(snapshot.tokens)
 
     def close(self) -> None:
-        """Cancel all running and waiting requests, stop the worker, and release the model. Safe to call again."""
+        """Cancel all running and waiting requests, stop the worker, and release the model. Safe to call again.
+
+        In a process that was forked after the service was made, it does nothing: the parent has them all.
+        """
+        if self._is_forked:
+            return
         with self._work:
             self._is_closed = True
             self._work.notify_all()
@@ -305,7 +377,9 @@ class Service:
     def _make_run(
         self, prompt: str | Sequence[int] | Messages, options: GenerateOptions, arguments: Mapping[str, Any]
     ) -> RequestRun:
-        return self.model.requests.make(self.model.encode(prompt, **arguments), options, ended=self._has_ended)
+        run = self.model.requests.make(self.model.encode(prompt, **arguments), options, ended=self._has_ended)
+        run.start_clock()
+        return run
 
     def _handle_of(self, run: RequestRun) -> Handle:
         return Handle(run, cancel=partial(self._cancel, run), check_reader=self._require_caller)
@@ -326,18 +400,34 @@ class Service:
         return future.result()
 
     def _require_caller(self) -> None:
-        """Refuse to wait in the worker thread: it would wait for itself, forever."""
+        """Refuse to wait where it would be forever: in the worker thread for itself, in a forked process for it."""
+        self._require_own_process()
         if threading.current_thread() is self._worker:
             raise EngineError("a watcher must not wait for the service whose worker it runs in: ask in another thread")
+
+    @property
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._pid
+
+    def _require_own_process(self) -> None:
+        """Refuse a forked process before any lock is taken: the parent's worker may have held it at the fork."""
+        if self._is_forked:
+            raise EngineError(
+                "this service was made before the process was forked, and its worker runs only in the parent: load "
+                "the model and make the Service after the fork"
+            )
 
     def _require_open(self) -> None:
         if self._is_closed:
             raise EngineError("the service is closed")
 
     def _cancel(self, run: RequestRun) -> None:
-        with self._work:
+        """Let the worker cancel a request. It takes no lock, since a dropped handle may call it in any thread.
+
+        The worker need not be woken: it does not sleep while a request is open.
+        """
+        if not run.status.has_ended:
             self._cancelled.append(run)
-            self._work.notify_all()
 
     def _has_ended(self) -> None:
         with self._work:
@@ -362,22 +452,29 @@ class Service:
     def _collect(self) -> bool:
         """Wait for work and hand it to the scheduler. Returns False once the service is closed."""
         with self._work:
-            self._work.wait_for(
-                lambda: self._is_closed or self._inbox or self._cancelled or self._calls or not self._scheduler.is_idle
-            )
-            arrived, cancelled, calls = list(self._inbox), list(self._cancelled), list(self._calls)
-            for queue in (self._inbox, self._cancelled, self._calls):
+            self._work.wait_for(lambda: self._is_closed or self._inbox or self._calls or not self._scheduler.is_idle)
+            arrived, calls = list(self._inbox), list(self._calls)
+            for queue in (self._inbox, self._calls):
                 queue.clear()
             is_closed = self._is_closed
         for run in arrived:
             self._scheduler.submit(run.task)
-        for run in cancelled:
-            self._scheduler.cancel(run.task)
+        self._timed += [run for run in arrived if run.request.deadline is not None]
+        self._end_early()
         for function, future in calls:
             _run_call(function, future)
         if is_closed:
             self._scheduler.cancel_all()
         return not is_closed
+
+    def _end_early(self) -> None:
+        """Cancel the requests that were given up, and end those whose deadline has passed."""
+        while self._cancelled:
+            self._scheduler.cancel(self._cancelled.popleft().task)
+        for run in self._timed:
+            if run.is_due:
+                self._scheduler.cancel(run.task, "deadline")
+        self._timed = [run for run in self._timed if not run.status.has_ended]
 
 
 def _run_call(function: Callable[[], T], future: Future[T]) -> None:

@@ -211,7 +211,7 @@ def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
     figures = memory_figures(
         bundle,
         MemoryOptions(
-            block_size=settings.block_sizes[-1],
+            block_size=min(settings.block_sizes[-1], bundle.manifest.max_length),
             batch_size=settings.batch_size,
             prefill_chunk=settings.prefill_chunk,
             workspace=settings.workspace,

@@ -1,8 +1,7 @@
 """Memory that a bundle needs on a device, and that the build of its plan needs. Each figure says how it is computed.
 
-The figures come from the manifest alone, on any machine. Weights and KV cache are exact. Activations are an upper
-bound, from the widest forward. The memory of TensorRT's builder is an estimate that no run has confirmed yet, and the
-figure says so.
+The figures come from the manifest alone, on any machine: see ``bundle/memory.py``. The memory of TensorRT's builder is
+an estimate that no run has confirmed yet, and the figure says so. The verdict compares them with a device.
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cllm_export.bundle.contract import BYTES, KV_DTYPE, PRECISIONS, Geometry, Precision, check_block_size
-from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.contract import PRECISIONS, Precision, check_block_size
+from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
+from cllm_export.bundle.memory import PREFILL_CHUNK, Figure, Load, prefix_cache_figure, running_figures
 from cllm_export.checks import OptionGroup, check_options, option
+from cllm_export.errors import CllmExportError, OptionError
 from cllm_export.runtime.decoding.shared_options import block_size_option
-
-LIVE_ROWS = 4
-"""Vectors of the hidden size that a row holds at once: the residual, the normed input, and the input and output of
-attention's output projection."""
-FLOAT32 = 4
+from cllm_export.runtime.engines.cuda import open_cuda
+from cllm_export.runtime.engines.machine import total_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +39,31 @@ class MemoryOptions:
     batch_size: int | None = option(
         None, help="Number of slots: prompts that are decoded at once.", otherwise="the bundle's", minimum=1
     )
-    prefill_chunk: int = option(128, help="Number of prompt tokens that one forward reads.", minimum=1)
+    prefill_chunk: int = option(PREFILL_CHUNK, help="Number of prompt tokens that one forward reads.", minimum=1)
     workspace: int | None = option(
         None, help="Scratch memory that the builder may use, such as 512MB.", otherwise="all", minimum=1
     )
     """Bytes that the builder may give to a kernel; None for all memory of the device."""
+    device_memory: int | None = option(
+        None, help="Memory of the device, such as 8GB.", otherwise="that of this machine", minimum=1
+    )
+    """Bytes that the verdict is about."""
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One figure of memory, in bytes."""
+class Verdict:
+    """Whether a device has the memory that a running engine needs."""
 
-    name: str
-    bytes: int
-    how: str
-    """The computation, in numbers."""
+    fits: bool
+    needed: int
+    """Bytes."""
+    device_memory: int
+    """Bytes."""
+    why: str
+    """Both in a sentence, and what to do if it does not fit."""
 
 
 def memory_figures(bundle: Bundle, options: MemoryOptions) -> list[Figure]:
@@ -67,66 +72,83 @@ def memory_figures(bundle: Bundle, options: MemoryOptions) -> list[Figure]:
     Raises:
         OptionError: an option is out of range for the bundle.
     """
+    parts = running_figures(bundle, _load(bundle, options))
+    running = Figure(
+        name="running engine",
+        bytes=sum(part.bytes for part in parts),
+        how="weights + KV cache + activations; CUDA's own context, some hundred MB, is not in it",
+    )
+    return [*parts, running, prefix_cache_figure(), *_build(parts[0], running, options.workspace)]
+
+
+def judge_memory(bundle: Bundle, options: MemoryOptions) -> Verdict:
+    """Whether a device has the memory: the one that ``device_memory`` describes, else this machine's.
+
+    Raises:
+        OptionError: an option is out of range for the bundle.
+    """
+    load = _load(bundle, options)
+    weights, cache, activations = (figure.bytes for figure in running_figures(bundle, load))
+    needed, (there, whose) = weights + cache + activations, _device_memory(options.device_memory)
+    why = f"a running engine needs {needed:,} bytes, and {whose} has {there:,}"
+    if needed <= there:
+        return Verdict(fits=True, needed=needed, device_memory=there, why=why)
+    slots = (there - weights) * load.batch_size // (cache + activations)
+    fewer = f"; {slots} slots would fit" if slots > 0 else "; not even one slot would fit"
+    advice = "give a smaller batch_size, max_length or prefill_chunk, or another precision"
+    return Verdict(fits=False, needed=needed, device_memory=there, why=f"{why}{fewer}: {advice}")
+
+
+def _load(bundle: Bundle, options: MemoryOptions) -> Load:
     manifest, own = bundle.manifest, bundle.manifest.geometry
-    precision = options.precision or manifest.precision
     block = options.block_size or manifest.block_size
     length, batch = options.max_length or manifest.max_length, options.batch_size or manifest.batch_size
     check_block_size(block, largest=own.max_block_size)
-    weights = _weights(bundle.weight_bytes, manifest.precision, precision)
-    cache = _kv_cache(own, precision, rows=length + own.max_block_size - 1, batch=batch)
-    widest = max(block, options.prefill_chunk)
-    activations = _activations(
-        own, precision, rows=batch * widest, head_rows=batch * block, parameters=_parameters(bundle)
+    if length > manifest.max_length:
+        raise OptionError(
+            f"max_length must be at most the bundle's {manifest.max_length}, got {length}: build the bundle with a "
+            "larger max_length first",
+            fields=("max_length",),
+        )
+    if block > length:
+        raise OptionError(
+            f"block_size must be at most max_length, got a block of {block} and {length} tokens: give a smaller "
+            "block_size, or a larger max_length",
+            fields=("block_size", "max_length"),
+        )
+    if manifest.quantization and options.precision not in (None, manifest.precision):
+        raise OptionError(
+            f"precision is for bundles that are not quantised, and this one has {manifest.quantization.scheme} weights "
+            f"and computes in {manifest.precision}: leave precision out",
+            fields=("precision",),
+        )
+    if fixed := manifest.graphs[GREEDY_GRAPH].fixed_shapes:
+        pinned = {"batch_size": fixed.batch_size, "block_size": fixed.block_size, "max_length": manifest.max_length}
+        for name, value in pinned.items():
+            if getattr(options, name) not in (None, value):
+                raise OptionError(
+                    f"this bundle is pinned to {name} {value}, got {getattr(options, name)}: leave {name} out, or "
+                    "build the bundle without fixed_shapes",
+                    fields=(name,),
+                )
+    return Load(
+        precision=options.precision or manifest.precision,
+        rows=length + own.max_block_size - 1,
+        batch_size=batch,
+        block_size=block,
+        prefill_chunk=options.prefill_chunk,
     )
-    running = Figure(
-        name="running engine",
-        bytes=weights.bytes + cache.bytes + activations.bytes,
-        how="weights + KV cache + activations; CUDA's own context, some hundred MB, is not in it",
-    )
-    return [weights, cache, activations, running, *_build(weights, running, options.workspace)]
 
 
-def _weights(stored: int, own: Precision, wanted: Precision) -> Figure:
-    mine, other = BYTES[KV_DTYPE[own]], BYTES[KV_DTYPE[wanted]]
-    how = f"{stored:,} bytes of the bundle's weights" + ("" if mine == other else f", x {other} / {mine} for {wanted}")
-    return Figure(name="weights", bytes=stored * other // mine, how=how)
-
-
-def _kv_cache(geometry: Geometry, precision: Precision, *, rows: int, batch: int) -> Figure:
-    per_token = geometry.kv_bytes_per_token(precision)
-    how = (
-        f"2 x {geometry.num_layers} layers x {geometry.num_kv_heads} heads x {geometry.head_dim} x "
-        f"{BYTES[KV_DTYPE[precision]]} bytes = {per_token:,} a token; x {rows:,} rows "
-        f"(max length + largest block - 1) x {batch} slots"
-    )
-    return Figure(name="KV cache", bytes=per_token * rows * batch, how=how)
-
-
-def _parameters(bundle: Bundle) -> int:
-    return bundle.weight_bytes // BYTES[KV_DTYPE[bundle.manifest.precision]]
-
-
-def _activations(geometry: Geometry, precision: Precision, *, rows: int, head_rows: int, parameters: int) -> Figure:
-    """Memory of the widest forward's rows in one layer, plus the head's logits. Each layer reuses this memory."""
-    projected = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    inner = _inner_width(geometry, parameters)
-    width = LIVE_ROWS * geometry.hidden_size + projected + 2 * inner
-    size = BYTES[KV_DTYPE[precision]]
-    logits = head_rows * geometry.vocab_size * (size + FLOAT32)
-    how = (
-        f"{rows:,} rows x ({LIVE_ROWS} x {geometry.hidden_size} hidden + {projected} for q, k, v + 2 x {inner} of the "
-        f"MLP, told from the number of weights) x {size} bytes, and {head_rows} rows x {geometry.vocab_size} logits in "
-        f"{size} and {FLOAT32} bytes; scores of attention are not in it, which fused kernels never store"
-    )
-    return Figure(name="activations", bytes=rows * width * size + logits, how=how)
-
-
-def _inner_width(geometry: Geometry, parameters: int) -> int:
-    """Width of the MLP, from the number of a layer's weights without attention. It counts one embedding table only."""
-    hidden, width = geometry.hidden_size, geometry.num_heads * geometry.head_dim
-    attention = hidden * (2 * width + 2 * geometry.num_kv_heads * geometry.head_dim)
-    layer = (parameters - geometry.vocab_size * hidden) // geometry.num_layers - attention
-    return max(0, layer // (3 * hidden))
+def _device_memory(given: int | None) -> tuple[int, str]:
+    """The memory to judge by, in bytes, and whose it is."""
+    if given is not None:
+        return given, "the given device"
+    try:
+        facts = open_cuda().facts()
+    except (CllmExportError, RuntimeError, OSError):
+        return total_memory(), "this machine, where no GPU can be asked,"
+    return facts.memory, f"this machine's {facts.name}"
 
 
 def _build(weights: Figure, running: Figure, workspace: int | None) -> Sequence[Figure]:

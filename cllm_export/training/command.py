@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from cllm_export.checks import require_at_least
 from cllm_export.progress import SILENT, Voice
+from cllm_export.runtime.engines.machine import require_threads
 from cllm_export.training.intake import describe_data
 from cllm_export.training.options import TuneOptions
 from cllm_export.training.outcome import compare
@@ -41,8 +41,8 @@ def run_tune(
     Raises:
         CllmExportError: see ``prepare`` and ``tune``.
     """
+    require_threads(threads)
     if threads is not None:
-        require_at_least("threads", threads, 1)
         torch.set_num_threads(threads)
     state = join_processes()
     if not state.is_main_process:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, open_bundle
+from cllm_export.checks import names_options
 from cllm_export.errors import ChecksumError, EngineError, GraphError, OptionError
 from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.engines.machine import available_threads, describe_machine
+from cllm_export.runtime.engines.machine import available_memory, available_threads, describe_machine
 from cllm_export.verification.engine_checks import (
     check_cache_is_in_place,
     check_dead_rows_are_hidden,
@@ -40,6 +41,7 @@ from cllm_export.verification.tokens import TokenSession, open_reference
 ENGINE_CHECKS = (check_rows_are_isolated, check_dead_rows_are_hidden, check_cache_is_in_place)
 
 
+@names_options
 def verify(
     bundle: Bundle | str | Path,
     *,
@@ -151,12 +153,3 @@ def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
     if free is None or needed <= free:
         return None
     return f"bundle and checkpoint would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-
-
-def available_memory() -> int | None:
-    """Bytes of memory available without swapping. None if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

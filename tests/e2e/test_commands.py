@@ -86,7 +86,8 @@ def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
     memory = described["memory"]
     assert memory["kv_per_token"] == 2 * 2 * 2 * 16 * 4, "2 layers of keys and values, 2 heads of 16, 4 bytes"
     assert memory["kv_cache"] == memory["kv_per_token"] * bundle.manifest.geometry.cache_length
-    assert memory["total"] == memory["weights"] + memory["kv_cache"]
+    parts = ("weights", "kv_cache", "activations", "prefix_cache")
+    assert memory["total"] == sum(memory[part] for part in parts)
 
     verified = run("verify", path, "--checkpoint", checkpoint, "--prompts", prompt_file, *FEW)
     assert "FAIL" not in verified.out

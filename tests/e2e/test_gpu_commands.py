@@ -67,7 +67,11 @@ def test_plan_memory_shows_each_figure_and_how_it_comes_about(cli: Cli, tmp_path
     shown = cli("plan-memory", tmp_path / "bundle", "--precision", "fp16", "--workspace", "512MB")
     assert shown.code == 0
     assert "x 2 / 4 for fp16" in shown.out
-    figures = json.loads(cli("plan-memory", tmp_path / "bundle", "--json").out)
-    assert [figure["name"] for figure in figures][:2] == ["weights", "KV cache"]
+    found = json.loads(cli("plan-memory", tmp_path / "bundle", "--json").out)
+    assert [figure["name"] for figure in found["figures"]][:2] == ["weights", "KV cache"]
+    assert found["verdict"]["fits"] is True
+    small = cli("plan-memory", tmp_path / "bundle", "--device-memory", "1KB")
+    assert (small.code, "does not fit: " in small.out) == (1, True)
+    assert "--device-memory must be a size" in cli("plan-memory", tmp_path / "bundle", "--device-memory", "much").err
     assert cli("plan-memory", tmp_path / "bundle", "--block-size", "99").code == 2
     assert "--workspace must be a size" in cli("plan-memory", tmp_path / "bundle", "--workspace", "much").err

@@ -27,7 +27,7 @@ from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.verification.tokens import MARGIN_EPSILON as VERIFY_EPSILON
 from tests.checkpoints import MAX_POSITIONS, WINDOW
-from tests.conftest import DEMO, PINNED, THREADS, Workshop
+from tests.conftest import DEMO, THREADS, Workshop
 from tests.parity.compare import (
     MARGIN_EPSILON,
     NUM_NEW_TOKENS,
@@ -255,20 +255,12 @@ def test_a_bundle_without_the_graph_runs_as_before_and_says_how_to_build_one(wor
     assert model.generate([5, 6], max_new_tokens=3).token_ids
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "reason"),
-    [
-        ("mistral-sliding", {}, f"layers of this model see {WINDOW} tokens of the max length {MAX_POSITIONS}"),
-        ("small", PINNED, "fixed_shapes pins the block"),
-    ],
-)
 def test_a_model_that_can_have_no_lookahead_graph_gets_its_greedy_graph_and_the_reason(
-    workshop: Workshop, tmp_path: Path, name: str, options: dict[str, Any], reason: str
+    workshop: Workshop, tmp_path: Path
 ):
-    said: list[str] = []
-    done = export(
-        workshop.checkpoint(name), tmp_path / "bundle", BuildOptions(lookahead=True, **options), say=said.append
-    )
+    reason = f"layers of this model see {WINDOW} tokens of the max length {MAX_POSITIONS}"
+    checkpoint, said = workshop.checkpoint("mistral-sliding"), list[str]()
+    done = export(checkpoint, tmp_path / "bundle", BuildOptions(lookahead=True), say=said.append)
     assert done.report.graphs == (GREEDY_GRAPH,)
     assert reason in str(done.report.lookahead_refused)
     assert any(line.startswith("no lookahead graph: ") and reason in line for line in said)

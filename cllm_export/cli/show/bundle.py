@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cllm_export.bundle.memory import Figure
 from cllm_export.cli.show.console import MARKS, OUT, bytes_text, plain_table
 from cllm_export.tensorrt.doctor import Finding
-from cllm_export.tensorrt.memory import Figure
+from cllm_export.tensorrt.memory import Verdict
 from cllm_export.verification.report import Parity
 
 
@@ -22,11 +23,13 @@ def show_description(description: Mapping[str, Any]) -> None:
         OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
 
 
-def show_memory(figures: Sequence[Figure]) -> None:
-    """Print each figure and, below it, how it is computed."""
+def show_memory(figures: Sequence[Figure], verdict: Verdict) -> None:
+    """Print each figure and, below it, how it is computed; last whether the device has the memory."""
     for figure in figures:
         OUT.print(Text.assemble((f"{figure.name:<16} ", "bold"), f"{bytes_text(figure.bytes):>10}"))
         OUT.print(Text(f"    {figure.how}", "dim"))
+    said = ("fits", "bold green") if verdict.fits else ("does not fit", "bold red")
+    OUT.print(Text.assemble(said, f": {verdict.why}"))
 
 
 def show_findings(findings: Sequence[Finding], report: Mapping[str, Any]) -> None:

@@ -19,10 +19,8 @@ from cllm_export.exporter.graph.passes import state_contract
 IR_DTYPE = {"int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
 
 
-def lookahead_obstacle(config: PretrainedConfig, *, max_length: int, fixed_shapes: bool) -> str | None:
+def lookahead_obstacle(config: PretrainedConfig, *, max_length: int) -> str | None:
     """The reason why a model cannot have a lookahead graph; None if it can."""
-    if fixed_shapes:
-        return "its block grows and shrinks by what was accepted, and fixed_shapes pins the block"
     if (window := window_within(config, max_length)) is not None:
         return (
             f"its mask knows no window, and layers of this model see {window} tokens of the max length {max_length}: "

@@ -24,7 +24,9 @@ SlotMethod = Literal["jacobi", "jacobi-block", "speculative", "autoregressive"]
 Method = Literal[SlotMethod, "lookahead"]
 LOOKAHEAD: Literal["lookahead"] = "lookahead"
 JacobiMethod = Literal["jacobi", "jacobi-block"]
-FinishReason = Literal["eos", "length", "stop", "cancelled"]
+EarlyEnd = Literal["cancelled", "deadline"]
+"""Why a request ended before its own end: somebody stopped it, or its deadline passed."""
+FinishReason = Literal["eos", "length", "stop", EarlyEnd]
 
 DECODERS: dict[SlotMethod, type[SlidingJacobi] | type[BlockJacobi] | type[Speculative] | type[Autoregressive]] = {
     "jacobi": SlidingJacobi,
@@ -56,6 +58,7 @@ class RequestStatus(Enum):
     FINISHED = "finished"
     """It reached its end: an end-of-sequence token, a stop string or the length limit."""
     CANCELLED = "cancelled"
+    """It ended early: its caller, its deadline or a closed service stopped it."""
     FAILED = "failed"
 
     @property
@@ -95,9 +98,9 @@ class Decode:
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
-    def cancel(self) -> None:
-        """End the request as cancelled, unless it has already ended."""
-        self.finish_reason = self.finish_reason or "cancelled"
+    def cancel(self, reason: EarlyEnd = "cancelled") -> None:
+        """End the request early, unless it has already ended."""
+        self.finish_reason = self.finish_reason or reason
 
     @property
     def write_index(self) -> int:

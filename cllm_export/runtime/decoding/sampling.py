@@ -55,8 +55,8 @@ class Sampling:
 
     GROUP: ClassVar[OptionGroup] = "Sampling"
 
-    temperature: float = option(0.0, help="Temperature of sampling; at 0 decoding is greedy.")
-    """0, or 1e-6 to 1e6."""
+    temperature: float | None = option(None, help="Temperature of sampling; at 0 decoding is greedy.", otherwise="0")
+    """0, or 1e-6 to 1e6. None is 0 that nobody asked for: ``GenerateOptions`` then refuses what needs a temperature."""
     top_k: int = option(
         0, minimum=0, help="Sample only from this many of the most probable tokens; 0 keeps all tokens."
     )
@@ -96,7 +96,7 @@ class Sampling:
     """Seed of the sampling noise and of the ``prompt`` proposer, 0 to 2^63 - 1. A ``Sampler`` reads None as 0."""
 
     def __post_init__(self) -> None:
-        heat = self.temperature
+        heat = 0 if self.temperature is None else self.temperature
         if not _is_number(heat) or not (heat == 0 or SMALLEST <= heat <= LARGEST):
             raise OptionError(
                 f"temperature must be a number, 0 or {SMALLEST:g} to {LARGEST:g}, got {heat!r}",
@@ -123,7 +123,7 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         """Whether the graph's own argmax gives the drawn token, so that no logits are needed."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logit_bias
+        return not self.temperature and self.repetition_penalty == 1 and not self.logit_bias
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise OptionError unless every biased token is one of the model's."""

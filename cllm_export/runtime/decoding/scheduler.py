@@ -18,6 +18,7 @@ from cllm_export.bundle.contract import Batch, check_block_size
 from cllm_export.runtime.decoding.block_size.chooser import DraftRecord, PinnedSize, SizePolicy
 from cllm_export.runtime.decoding.draft_model import Drafter
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
+from cllm_export.runtime.decoding.request import EarlyEnd
 from cllm_export.runtime.decoding.slot import Slot, engine_failure, memory_of
 from cllm_export.runtime.decoding.task import Task
 from cllm_export.runtime.engines.base import Engine, Forward
@@ -125,12 +126,12 @@ class Scheduler:
         """Put a task at the end of the queue."""
         self._waiting.append(task)
 
-    def cancel(self, task: Task) -> bool:
+    def cancel(self, task: Task, reason: EarlyEnd = "cancelled") -> bool:
         """End a waiting or running task at once. Its slot is free for the next step. False if it had already ended."""
         slot = next((slot for slot in self._slots if slot.task is task), None)
         if slot is None and task not in self._waiting:
             return False
-        task.decode.cancel()
+        task.decode.cancel(reason)
         if slot is not None:
             slot.leave()
         else:

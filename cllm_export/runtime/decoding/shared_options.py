@@ -7,6 +7,7 @@ from typing import Any
 from cllm_export.bundle.manifest import PROPOSERS
 from cllm_export.checks import option
 from cllm_export.runtime.decoding.request import METHOD_OF_LOOP
+from cllm_export.runtime.engines.machine import require_threads
 
 
 def block_size_option(*, minimum: int = 1, whose: str = "the bundle's own") -> Any:
@@ -54,4 +55,11 @@ def limit_option(default: int | None = None) -> Any:
 
 def threads_option() -> Any:
     """CPU threads of the engine."""
-    return option(None, help="Number of CPU threads of the engine.", otherwise="all", minimum=1, group="Machine")
+    return option(
+        None,
+        help="Number of CPU threads of the engine.",
+        otherwise="all",
+        minimum=1,
+        check=require_threads,
+        group="Machine",
+    )

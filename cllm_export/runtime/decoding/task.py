@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from cllm_export.runtime.decoding.block_size.chooser import DraftRecord
-from cllm_export.runtime.decoding.request import Decode
+from cllm_export.runtime.decoding.request import Decode, EarlyEnd
 from cllm_export.runtime.decoding.statistics import OnDevice, Statistics, summarize
 
 Taker = Callable[[list[int]], None]
@@ -70,7 +71,8 @@ class Task:
 
     @property
     def is_cancelled(self) -> bool:
-        return self.decode.finish_reason == "cancelled"
+        """Whether it ended early, without an error."""
+        return self.decode.finish_reason in get_args(EarlyEnd)
 
     def begin(self) -> None:
         if self._begun:

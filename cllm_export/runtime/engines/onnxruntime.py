@@ -30,7 +30,7 @@ from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionE
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import require_gpu
 from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
-from cllm_export.runtime.engines.machine import available_threads
+from cllm_export.runtime.engines.machine import available_threads, require_memory
 from cllm_export.runtime.engines.mapped_weights import MappedWeights
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class OrtEngine(EngineBase):
         log_severity: ONNX Runtime's log level; 2 shows its warnings.
 
     Raises:
-        OptionError: ``cuda_graphs`` is set for a device other than ``cuda``.
+        OptionError: ``cuda_graphs`` is set for a device other than ``cuda``; or so many slots do not fit into memory.
         GpuError: there is no GPU, or ONNX Runtime has no CUDA provider.
         EngineError: ONNX Runtime does not take the graph.
         MissingExtraError: ONNX Runtime is not installed.
@@ -250,6 +250,8 @@ class OrtEngine(EngineBase):
             prefill_chunk=fixed.block_size if fixed else SMALL_CHUNK if is_small else CHUNK,
             fixed_shapes=fixed,
         )
+        if device == "cpu":
+            require_memory(self.num_slots, self.geometry.cache_bytes(manifest.precision))
         self._bundle = bundle
         self._device: Device = device
         self._threads = threads or available_threads()

@@ -10,6 +10,7 @@ from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import require_at_least
 from cllm_export.errors import CheckpointError, OptionError
 from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.engines.machine import require_threads
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
 from cllm_export.training.collection.collection import EngineName
@@ -45,9 +46,9 @@ def open_source(
         BundleError: the bundle is damaged.
         OptionError: an option is out of range, or does not apply.
     """
-    for name, value in (("batch_size", batch_size), ("threads", threads)):
-        if value is not None:
-            require_at_least(name, value, 1)
+    if batch_size is not None:
+        require_at_least("batch_size", batch_size, 1)
+    require_threads(threads)
     if (path / MANIFEST_NAME).exists():
         if device not in (None, "cpu"):
             raise OptionError(f"device='{device}' is for checkpoints: a bundle runs on the CPU")

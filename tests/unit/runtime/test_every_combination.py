@@ -20,6 +20,7 @@ from cllm_export.errors import CllmExportError
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.request import METHODS
 from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import FILTERS
 from cllm_export.runtime.request_run import Generation
 from cllm_export.runtime.service import Handle, Service
 from tests.fakes import FakeEngine, HashModel, make_model, properties, with_manifest, write_bundle
@@ -72,7 +73,7 @@ drawing = st.one_of(
         logit_bias=st.dictionaries(tokens, st.sampled_from([float("-inf"), -3.0, 3.0]), max_size=12),
         logprobs=st.integers(0, 3),
         seed=st.integers(0, 2**63 - 1),
-    ),
+    ).map(lambda given: {"temperature": 0} | given if given.keys() & FILTERS else given),
     optional(
         regex=st.sampled_from(REGEXES),
         temperature=st.sampled_from([0.7, 2.0]),

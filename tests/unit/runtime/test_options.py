@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
+import cllm_export
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.checks import option_specs
 from cllm_export.errors import OptionError, PromptError
@@ -168,7 +169,54 @@ def test_single_options_stand_in_place_of_others_and_none_says_nothing():
 
 
 def test_an_unknown_option_is_refused_with_the_names_there_are():
-    with pytest.raises(OptionError, match=r"no such option: tempereture; there are temperature, top_k, .*, grammar"):
+    with pytest.raises(
+        OptionError,
+        match=r"no such option: tempereture; there are temperature, .*, grammar: did you mean temperature\?",
+    ):
         override(None, {"tempereture": None})
     with pytest.raises(OptionError, match="options must be GenerateOptions, got dict"):
         override({"temperature": 1.0}, {})
+
+
+@pytest.mark.parametrize("filtered", [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
+def test_an_option_that_would_do_nothing_without_a_temperature_is_refused(filtered):
+    """A client that sends temperature 0 means greedy, and a seed alone does no harm."""
+    (name,) = filtered
+    with pytest.raises(OptionError, match=f"{name} does nothing without a temperature, .* or leave {name} out"):
+        GenerateOptions(**filtered)
+    with pytest.raises(OptionError, match=name):
+        override(GenerateOptions(max_new_tokens=3), filtered)
+    assert settle(temperature=0, **filtered).needs_sampler is False
+    assert settle(temperature=0.5, **filtered).needs_sampler
+    assert override(GenerateOptions(temperature=0.5), filtered)
+    assert GenerateOptions(seed=5, top_p=1.0, top_k=0, min_p=0.0).is_greedy
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "meant"),
+    [
+        ("GenerateOptions", "temprature", "temperature"),
+        ("GenerateOptions", "maxnewtokens", "max_new_tokens"),
+        ("BuildOptions", "fixed_shape", "fixed_shapes"),
+        ("VerifyOptions", "thread", "threads"),
+        ("load", "thread", "threads"),
+        ("load", "slots", "num_slots"),
+        ("verify", "prompt", "prompts"),
+        ("build", "forced", "force"),
+        ("Service", "que_size", "queue_size"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_nearest_one(call, given, meant):
+    """Python's TypeError would name none."""
+    with pytest.raises(OptionError, match=rf"no such option: {given}; there are .*: did you mean {meant}\?"):
+        getattr(cllm_export, call)(**{given: 1})
+
+
+def test_an_option_like_no_other_is_answered_with_all_there_are():
+    with pytest.raises(OptionError, match=r"no such option: zzz; there are path, threads, .*, cuda_graphs$"):
+        cllm_export.load("bundle", zzz=1)
+
+
+def test_lookahead_and_fixed_shapes_exclude_each_other():
+    with pytest.raises(OptionError, match="lookahead and fixed_shapes exclude each other"):
+        cllm_export.BuildOptions(lookahead=True, fixed_shapes=True)

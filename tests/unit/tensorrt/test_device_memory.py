@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from cllm_export.bundle.contract import FixedShapes
+from cllm_export.bundle.inspect import describe
 from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import OptionError
-from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
-from tests.fakes import write_bundle
+from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures
+from tests.fakes import with_manifest, write_bundle
 
 
 @pytest.fixture
@@ -56,3 +59,70 @@ def test_every_figure_says_how_it_is_computed(bundle: Bundle):
 def test_a_block_beyond_the_bundle_is_refused(bundle: Bundle):
     with pytest.raises(OptionError, match="block_size must be at most 16"):
         memory_figures(bundle, MemoryOptions(block_size=17))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_length": 65}, "max_length must be at most the bundle's 64, got 65: build the bundle with a larger"),
+        ({"max_length": 3}, "block_size must be at most max_length, got a block of 4 and 3 tokens"),
+        ({"max_length": 8, "block_size": 9}, "block_size must be at most max_length, got a block of 9 and 8 tokens"),
+    ],
+)
+def test_a_size_that_the_bundle_cannot_have_is_refused(bundle: Bundle, options: dict[str, int], said: str):
+    for ask in (memory_figures, judge_memory):
+        with pytest.raises(OptionError, match=said):
+            ask(bundle, MemoryOptions(**options))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "block_size", "max_length", "prefill_chunk", "device_memory"])
+def test_nothing_is_planned_for_none_of_anything(name: str):
+    with pytest.raises(OptionError, match=f"{name} must be an integer of at least 1, got 0"):
+        MemoryOptions(**{name: 0})
+
+
+def test_a_bundle_with_fixed_shapes_is_planned_as_it_is(tmp_path: Path):
+    pinned = write_bundle(tmp_path / "pinned", fixed_shapes=FixedShapes(batch_size=2, block_size=8, kv_length=79))
+    for name, value in (("batch_size", 3), ("block_size", 4), ("max_length", 32)):
+        with pytest.raises(OptionError, match=f"pinned to {name} "):
+            judge_memory(pinned, MemoryOptions(**{name: value}))
+
+
+def test_a_device_fits_from_the_byte_on_that_the_engine_needs(bundle: Bundle):
+    needed = figures(bundle)["running engine"]
+    fits = judge_memory(bundle, MemoryOptions(device_memory=needed))
+    assert (fits.fits, fits.needed, fits.device_memory) == (True, needed, needed)
+    short = judge_memory(bundle, MemoryOptions(device_memory=needed - 1))
+    assert not short.fits
+    assert f"needs {needed:,} bytes, and the given device has {needed - 1:,}; not even one slot" in short.why
+
+
+def test_a_verdict_says_how_many_slots_would_fit(bundle: Bundle):
+    four = figures(bundle, MemoryOptions(batch_size=4))["running engine"]
+    short = judge_memory(bundle, MemoryOptions(batch_size=100, device_memory=four))
+    assert "; 4 slots would fit: " in short.why
+    assert judge_memory(bundle, MemoryOptions(batch_size=4, device_memory=four)).fits
+    assert not judge_memory(bundle, MemoryOptions(batch_size=5, device_memory=four)).fits
+
+
+def test_this_machine_is_judged_where_no_device_is_given(bundle: Bundle):
+    assert "this machine" in judge_memory(bundle, MemoryOptions()).why
+
+
+def test_a_bundles_memory_names_each_part_of_its_total(bundle: Bundle):
+    """The prefix cache is in it, and what a forward needs besides weights and cache."""
+    memory, found = describe(bundle)["memory"], figures(bundle)
+    assert memory["activations"] == found["activations"] > 0
+    assert memory["prefix_cache"] == found["prefix cache"] == 256 << 20
+    assert memory["total"] == found["running engine"] + found["prefix cache"]
+
+
+def test_a_quantised_bundle_is_planned_in_its_own_precision(bundle: Bundle):
+    """Its weights would not shrink with the dtype of the computation."""
+    record = Quantization(
+        scheme="int4", method="round to nearest", group_size=32, engines=("tensorrt",), weights=("weight",), kept={}
+    )
+    quantised = with_manifest(bundle, quantization=record)
+    with pytest.raises(OptionError, match="precision is for bundles that are not quantised, and this one has int4"):
+        memory_figures(quantised, MemoryOptions(precision="fp16"))
+    assert memory_figures(quantised, MemoryOptions(precision="fp32"))
