@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import shutil
 import sys
@@ -11,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from cllm_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from cllm_export.exporter.checkpoint.files import read_json
@@ -24,6 +26,7 @@ from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.verification.encoding import compare_tokenizers
 from tests.checkpoints import BOS, edit_json
 from tests.conftest import Workshop
+from tests.fakes import llama_style_tokenizer
 
 LLAMA_SETTINGS: dict[str, Any] = {
     "tokenizer_class": "LlamaTokenizer",
@@ -191,9 +194,9 @@ def test_the_family_does_not_change_the_tokens(trained: dict[str, bytes], tmp_pa
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"model_type": "unigram"}, "is a unigram model, and only BPE converts to the same tokens"),
+        ({"model_type": "unigram"}, "is a unigram model, and only BPE converts without a difference"),
         ({"model_type": "char", "vocab_size": 400}, "is a char model"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "cannot be converted to a tokenizer.json of the same tokens"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "cannot be converted to tokenizer.json without a difference"),
         ({"treat_whitespace_as_suffix": True}, "in sentencepiece, and "),
     ],
 )
@@ -312,6 +315,21 @@ def test_a_bundle_of_such_a_checkpoint_encodes_as_the_reference_does(workshop: W
     codec, reference = TextCodec.of_bundle(bundle), Reference(checkpoint, max_length=64)
     for text in (*SAMPLES, *LED_BY_SPACE):
         assert codec.encode(text) == reference.tokenizer.encode(text) == slow_tokens(checkpoint, text)
+
+
+def test_decoding_is_that_of_transformers_where_it_knows_the_special_tokens(tmp_path: Path):
+    """Those of ``normalized: false``. Of the others transformers and the tokenizers library leave the text in."""
+    plain = json.loads(llama_style_tokenizer().to_str())
+    for token in plain["added_tokens"]:
+        token["normalized"] = False
+    reference = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)))
+    llama_style_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path, chat_template=None, special_tokens={})
+    chance, size = random.Random(3), llama_style_tokenizer().get_vocab_size()
+    for _ in range(1000):
+        special = chance.choices([0, 1, 2, size - 1], k=3)
+        tokens = chance.sample([*special, *chance.choices(range(size), k=8)], k=8)
+        assert codec.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
 
 
 def test_training_asks_for_the_converted_tokenizer(checkpoint: Path):

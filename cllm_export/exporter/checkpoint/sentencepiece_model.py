@@ -97,7 +97,7 @@ def _refuse(name: Path, proto: Any) -> None:
     kind = proto.trainer_spec.model_type
     if kind != BPE:
         stated = proto.trainer_spec.ModelType.Name(kind).lower()
-        raise UnsupportedError(f"{name} is a {stated} model, and only BPE converts to the same tokens; {NEXT}")
+        raise UnsupportedError(f"{name} is a {stated} model, and only BPE converts without a difference; {NEXT}")
     if any(piece.type == UNUSED for piece in proto.pieces):
         raise UnsupportedError(f"{name} has pieces marked as unused, which tokenizer.json cannot express; {NEXT}")
 

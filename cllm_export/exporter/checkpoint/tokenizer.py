@@ -58,4 +58,4 @@ def require_equal(tokenizer: Tokenizer, model: SentencePieceModel) -> None:
 
 
 def _refusal(model: SentencePieceModel, what: str) -> UnsupportedError:
-    return UnsupportedError(f"{model.name} cannot be converted to a tokenizer.json of the same tokens: {what}; {NEXT}")
+    return UnsupportedError(f"{model.name} cannot be converted to tokenizer.json without a difference: {what}; {NEXT}")
