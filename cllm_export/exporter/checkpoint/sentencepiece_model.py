@@ -146,8 +146,9 @@ def _named(settings: Mapping[str, Any]) -> Iterator[Any]:
     for name in NAMED:
         yield settings.get(name)
     for name in ("additional_special_tokens", "extra_special_tokens"):
-        extra = settings.get(name) or []
-        yield from extra.values() if isinstance(extra, dict) else extra
+        extra = settings.get(name)
+        if isinstance(extra, list | dict):
+            yield from extra.values() if isinstance(extra, dict) else extra
 
 
 def _content(value: Any) -> str | None:
