@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from hypothesis import settings
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cllm_export.bundle.contract import Batch, FixedShapes, Geometry, check_forward
 from cllm_export.bundle.manifest import (
@@ -334,6 +334,25 @@ def byte_level_tokenizer() -> Tokenizer:
         vocab_size=300, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["the cat sat on the mat", "select the name where the city"], trainer)
+    return tokenizer
+
+
+def llama_style_tokenizer():
+    """As older Llama checkpoints have it: a normalizer that writes spaces, and special tokens that pass through it."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdx<>|im_end"]
+    vocab = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    special = [AddedToken(text, normalized=True, special=True) for text in ("<unk>", "<s>", "</s>", "<|im_end|>")]
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 

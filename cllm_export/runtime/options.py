@@ -91,7 +91,8 @@ class GenerateOptions(Sampling):
     By default it is the one that the model was trained with, else ``pad``. For ``speculative`` it is ``model`` if a
     draft model is loaded, else ``lookup``. For ``lookahead``, which fills its window once, it is ``prompt``."""
     stop: Sequence[str] = option((), help="Stop before this text; repeat the option for several.")
-    """Strings to stop at. The text is cut before the first one."""
+    """Strings to stop at. The text is cut before the first one. A special token gives no text, but its own text stops
+    here too."""
     deadline: float | None = option(
         None, above=0, help="End a request after this many seconds, with the tokens that it has by then."
     )

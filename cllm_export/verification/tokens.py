@@ -18,6 +18,7 @@ from cllm_export.runtime.decoding.sampling import Sampler, Sampling
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.load import load
 from cllm_export.runtime.request_run import Generation
+from cllm_export.verification.encoding import compare_tokenizers
 from cllm_export.verification.grammars import check_grammars
 from cllm_export.verification.report import DEFAULT_NUM_PROMPTS, GREEDY, SAMPLED, Check, VerifyOptions, reported
 
@@ -183,12 +184,7 @@ class TokenSession:
         name = "prompts encode as in the checkpoint"
         if self._reference is None or not self._contents:
             return Check(name=name, passed=None, detail="needs a checkpoint and prompts")
-        different = [
-            key for key, content in self._contents.items() if self._reference.encode(content) != self._prompts[key]
-        ]
-        equal = len(self._contents) - len(different)
-        detail = f"{equal} of {len(self._contents)} prompts give transformers' own token ids"
-        return Check(name=name, passed=not different, detail=detail, data={"different": different})
+        return compare_tokenizers(name, self._contents, self._prompts, self._reference.tokenizer)
 
     def _margin(self, prompt: list[int], tokens: Sequence[int], position: int) -> float | None:
         """How far this token is below the reference's best, in standard deviations of the logits. None if unknown."""

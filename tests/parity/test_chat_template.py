@@ -150,7 +150,7 @@ def test_a_bundle_and_the_reference_of_verify_take_the_same_template(workshop: W
     bundle = workshop.build(checkpoint, max_length=64)
     codec, reference = TextCodec.of_bundle(bundle), Reference(checkpoint, max_length=64)
     encoded = [codec.encode_chat(chat) for chat in CHATS]
-    assert encoded == [reference.encode(chat) for chat in CHATS]
+    assert encoded == [reference.tokenizer.encode(chat) for chat in CHATS]
     assert len(set(map(tuple, encoded))) == len(CHATS)
 
 

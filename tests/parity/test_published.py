@@ -82,7 +82,7 @@ def test_a_shrunk_copy_of_a_published_checkpoint_decodes_losslessly_with_its_cha
     model = load(workshop.build(checkpoint, max_length=300).path, threads=THREADS)
     reference = Reference(checkpoint, max_length=300)
     chat = model.encode(MESSAGES)
-    assert chat == reference.encode(MESSAGES)
+    assert chat == reference.tokenizer.encode(MESSAGES)
     for prompt in (chat, *random_prompts(model.engine.geometry.vocab_size, [5, 60])):
         what = f"{name}, prompt of {len(prompt)}"
         expected = model.generate(prompt, max_new_tokens=20, method="autoregressive").token_ids

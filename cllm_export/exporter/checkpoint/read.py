@@ -40,7 +40,8 @@ from cllm_export.exporter.checkpoint.files import (
     refuse_links,
     weight_files,
 )
-from cllm_export.exporter.checkpoint.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
+from cllm_export.exporter.checkpoint.sentencepiece_model import SENTENCEPIECE_NAME
+from cllm_export.exporter.checkpoint.tokenizer import convert_tokenizer
 from cllm_export.runtime.decoding.chat_template import ChatTemplate
 from cllm_export.runtime.decoding.text import DEFAULT, templates_by_name
 
@@ -101,11 +102,11 @@ class Checkpoint:
 
         Raises:
             MissingExtraError: the packages for the conversion are not installed.
+            UnsupportedError: the converted tokenizer would give other tokens than sentencepiece.
         """
         if (self.text_path / TOKENIZER_NAME).is_file():
             return (self.text_path / TOKENIZER_NAME).read_bytes()
-        text: str = convert_tokenizer(self.text_path, self.tokenizer_config).backend_tokenizer.to_str(pretty=True)
-        return text.encode()
+        return convert_tokenizer(self.text_path, self.tokenizer_config).to_str(pretty=True).encode()
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -1,59 +1,61 @@
-"""Converts the tokenizer of a checkpoint that has only a sentencepiece model to the form that the runtime reads."""
+"""The ``tokenizer.json`` of a checkpoint that has a sentencepiece model alone: equal to sentencepiece, or refused."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
-from cllm_export.errors import CheckpointError
-from cllm_export.extras import needs_extra
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-SENTENCEPIECE_NAME = "tokenizer.model"
+from cllm_export.errors import CheckpointError, CllmExportError, UnsupportedError
+from cllm_export.exporter.checkpoint.sentencepiece_convert import build_tokenizer
+from cllm_export.exporter.checkpoint.sentencepiece_judge import SentencePieceJudge
+from cllm_export.exporter.checkpoint.sentencepiece_model import NEXT, SentencePieceModel, read_model
+from cllm_export.exporter.checkpoint.sentencepiece_texts import texts_of
 
 
-def convert_tokenizer(path: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``tokenizer.model`` and ``tokenizer_config.json`` describe, in the form of ``tokenizer.json``.
-
-    transformers does the conversion but loses two behaviours of its sentencepiece tokenizer; they are restored here.
-    A Llama tokenizer adds the beginning-of-sequence token unless its settings say otherwise. If it is ``legacy``,
-    sentencepiece adds a space before a text even if the text already begins with a space.
+def convert_tokenizer(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that ``tokenizer.model`` describes. It was compared with sentencepiece on thousands of texts.
 
     Args:
-        path: the checkpoint directory.
+        path: the directory of ``tokenizer.model`` and of the settings.
         settings: the contents of its ``tokenizer_config.json``.
 
     Raises:
         MissingExtraError: sentencepiece or protobuf is not installed; the error says what to install.
         CheckpointError: the model is damaged.
+        UnsupportedError: no ``tokenizer.json`` gives the tokens of sentencepiece. The error shows a text.
     """
-    with needs_extra("sentencepiece"):
-        importlib.import_module("sentencepiece")
-        importlib.import_module("google.protobuf")
-    from transformers import AutoTokenizer
-
-    is_llama = str(settings.get("tokenizer_class")).startswith("Llama")
-    defaults = {"add_bos_token": True} if is_llama and settings.get("add_bos_token") is None else {}
+    model = read_model(path, settings)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, **defaults
-        )
-        if is_llama and settings.get("legacy") in (None, True):
-            _prefix_every_text(tokenizer.backend_tokenizer)
-    except Exception as error:  # transformers raises many unrelated types for a bad file
-        raise CheckpointError(f"{path / SENTENCEPIECE_NAME} is no sentencepiece model: {error}") from None
+        tokenizer = build_tokenizer(model)
+    except CllmExportError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{model.name} cannot be converted to tokenizer.json: {error}") from None
+    require_equal(tokenizer, model)
     return tokenizer
 
 
-def _prefix_every_text(tokenizer: Tokenizer) -> None:
-    metaspace = tokenizer.pre_tokenizer
-    if isinstance(metaspace, pre_tokenizers.Metaspace) and metaspace.prepend_scheme != "never":
-        spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        tokenizer.normalizer = normalizers.Sequence(spaces)
-        tokenizer.pre_tokenizer = None
+def require_equal(tokenizer: Tokenizer, model: SentencePieceModel) -> None:
+    """Compare a converted tokenizer with sentencepiece, on ids and on text.
+
+    Raises:
+        UnsupportedError: they differ on one of the texts.
+    """
+    judge = SentencePieceJudge(model)
+    for text in texts_of(model):
+        expected, ids = judge.encode(text), tokenizer.encode(text).ids
+        if ids != expected:
+            raise _refusal(model, f"{text!r} has the tokens {expected} in sentencepiece, and {ids} converted")
+        if not judge.has_added(text) and model.proto.trainer_spec.unk_id not in expected:
+            back, converted = judge.decode(expected), tokenizer.decode(expected)
+            if model.proto.normalizer_spec.remove_extra_whitespaces:  # it drops all spaces before a text
+                back, converted = back.lstrip(" "), converted.lstrip(" ")
+            if back != converted:
+                raise _refusal(model, f"tokens {expected} are {back!r} in sentencepiece, and {converted!r} converted")
+
+
+def _refusal(model: SentencePieceModel, what: str) -> UnsupportedError:
+    return UnsupportedError(f"{model.name} cannot be converted to tokenizer.json without a difference: {what}; {NEXT}")

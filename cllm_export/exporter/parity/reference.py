@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cllm_export.bundle.manifest import TOKENIZER_NAME
 from cllm_export.errors import CheckpointError, MissingExtraError
 from cllm_export.exporter.checkpoint.adapter import open_source
 from cllm_export.exporter.checkpoint.read import default_max_length
-from cllm_export.exporter.checkpoint.tokenizer import convert_tokenizer
 from cllm_export.exporter.graph.rotary import settle_rope
-from cllm_export.prompts import as_chat
-from cllm_export.runtime.decoding.text import Messages
+from cllm_export.exporter.parity.tokenization import ReferenceTokenizer
 
 
 class Prediction(NamedTuple):
@@ -84,37 +75,12 @@ class Reference:
                 **options,
             )
             self._model = (_merged(model, adapter.path) if adapter else model).eval()
-            self._tokenizer = self._load_tokenizer(options)
         except MissingExtraError:
             raise
         except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
             raise CheckpointError(f"transformers does not load {checkpoint_path}: {error}") from None
         settle_rope(self._model.model.rotary_emb, max_length or default_max_length(self.checkpoint.config))
-
-    def _load_tokenizer(self, options: Mapping[str, bool]) -> PreTrainedTokenizerBase:
-        path = self.checkpoint.text_path
-        if not (path / TOKENIZER_NAME).is_file():
-            return convert_tokenizer(path, self.checkpoint.tokenizer_config)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
-        return tokenizer
-
-    def encode(self, content: str | Messages) -> list[int]:
-        """Token ids of a prompt (text or a chat) by transformers' tokenizer of the checkpoint."""
-        if isinstance(content, str):
-            return list(self._tokenizer(content)["input_ids"])
-        chat = as_chat(content)
-        has_names = isinstance(self._tokenizer.chat_template, dict)
-        text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in chat.messages],
-            tools=None if chat.tools is None else [dict(tool) for tool in chat.tools],
-            documents=None if chat.documents is None else [dict(document) for document in chat.documents],
-            chat_template=chat.chat_template if has_names else None,
-            add_generation_prompt=chat.is_prompted,
-            continue_final_message=chat.continue_final_message,
-            tokenize=False,
-            **(chat.chat_template_kwargs or {}),
-        )
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.tokenizer = ReferenceTokenizer(self.checkpoint.text_path, self.checkpoint.tokenizer_config)
 
     @torch.inference_mode()
     def predict(self, prompt: Sequence[int], new: Sequence[int]) -> list[Prediction]:

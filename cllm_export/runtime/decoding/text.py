@@ -51,6 +51,8 @@ class TextCodec:
             raise BundleError(f"{directory / TOKENIZER_NAME} is not a tokenizer: {error}") from None
         self.tokenizer.no_truncation()  # trainers save these settings, but a prompt must not be cut or padded silently
         self.tokenizer.no_padding()
+        self.special_texts = _special_texts(self.tokenizer, special_tokens)
+        """Id -> text of every special token. In decoded text they are left out."""
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> TextCodec:
@@ -98,8 +100,12 @@ class TextCodec:
         return self._template_for(chat).render(chat)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids)))
+        """Text of token ids, without special tokens.
+
+        They are left out here, by their ids. The tokenizers library knows them by a text that it may have normalized
+        (``normalized: true``), and leaves none of those out.
+        """
+        return str(self.tokenizer.decode([token for token in token_ids if token not in self.special_texts]))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -160,11 +166,24 @@ def _read_text(bundle: Bundle, name: str) -> str:
         raise BundleError(f"{bundle.path / name} cannot be read: {error}") from None
 
 
+def _special_texts(tokenizer: Tokenizer, named: Mapping[str, str]) -> dict[int, str]:
+    """Special as in transformers: what ``tokenizer.json`` marks so, and every token that has a name."""
+    added = tokenizer.get_added_tokens_decoder()
+    special = {index: token.content for index, token in added.items() if token.special}
+    ids = {token.content: index for index, token in added.items()}
+    for text in named.values():
+        index = ids.get(text, tokenizer.token_to_id(text))
+        if index is not None:
+            special[index] = text
+    return special
+
+
 class TextStream:
     """Turns tokens into text, one by one. The first complete stop string ends the text.
 
-    The stream holds back bytes that are not yet a whole character, and text that may still become a stop string. How
-    the tokens are split between calls of ``push`` does not change the text. All text of a request goes through here.
+    Special tokens give no text, but a stop string may be the text of one, or hold it. The stream holds back bytes that
+    are not yet a whole character, and text that may still become a stop string. How the tokens are split between calls
+    of ``push`` does not change the text. All text of a request goes through here.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
@@ -174,13 +193,21 @@ class TextStream:
         """The tokens of the last piece of text, as context for the next ones, then tokens that are not yet text."""
         self._num_context = 0
         self._text = ""
+        self._spoken = ""
+        """The text with that of special tokens, in which stop strings are looked for too. Empty without them."""
+        self._specials: list[tuple[int, int]] = []
+        """Where the special tokens stand in it: from, to."""
         self._emitted = 0
         self.stopped = False
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that these tokens make certain. It is empty after a stop string."""
         for token in tokens:
-            if not self.stopped:
+            if self.stopped:
+                break
+            if self._stop and token in self._codec.special_texts:
+                self._hear(self._codec.special_texts[token])
+            else:
                 self._window.append(token)
                 self._advance(at_end=False)
         return self._emit(len(self._text) if self.stopped else len(self._text) - self._held())
@@ -200,21 +227,45 @@ class TextStream:
         before = self._codec.decode(self._window[: self._num_context])
         after = self._codec.decode(self._window)
         if len(after) > len(before) and (at_end or not after.endswith(INCOMPLETE)):
-            self._text += after[len(before) :]
+            new = after[len(before) :]
             del self._window[: self._num_context]
             self._num_context = len(self._window)
+            self._text += new
+            if self._stop:
+                self._spoken += new
+                self._cut()
+
+    def _hear(self, special: str) -> None:
+        """Take a special token. If it ends the text, what was held back of a cut-off character belongs before it."""
+        if any(text in self._spoken + special for text in self._stop):
+            self._advance(at_end=True)
+        if not self.stopped:
+            self._specials.append((len(self._spoken), len(self._spoken) + len(special)))
+            self._spoken += special
             self._cut()
 
     def _cut(self) -> None:
         starts = [start for text in self._stop if (start := self._text.find(text)) >= 0]
+        starts += [self._seen(start) for text in self._stop if (start := self._spoken.find(text)) >= 0]
         if starts:
             self._text, self.stopped = self._text[: min(starts)], True
 
+    def _seen(self, position: int) -> int:
+        """How much of the text lies before a position of the text with special tokens."""
+        return position - sum(min(end, position) - start for start, end in self._specials if start < position)
+
     def _held(self) -> int:
-        lengths = (size for text in self._stop for size in range(1, len(text)) if self._text.endswith(text[:size]))
-        return max(lengths, default=0)
+        """Characters at the end of the text that may still become part of a stop string."""
+        spoken = self._seen(len(self._spoken) - _begun(self._spoken, self._stop))
+        return max(_begun(self._text, self._stop), len(self._text) - spoken) if self._stop else 0
 
     def _emit(self, end: int) -> str:
         delta = self._text[self._emitted : end]
         self._emitted = max(self._emitted, end)
         return delta
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of a text that begins a stop string."""
+    lengths = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
+    return max(lengths, default=0)

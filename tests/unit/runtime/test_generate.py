@@ -502,6 +502,18 @@ def test_where_stop_strings_overlap_every_method_gives_the_same_text(reciter, me
     assert generated.text == " sat on the mat; "
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_text_of_a_special_token_is_a_stop_string_for_every_method(bundle, method):
+    """The token stops the request, is its last one, and appears in no text and no delta."""
+    model = make_reciter(bundle, text=" sat<pad> on the mat")
+    generated = model.generate(PROMPT, method=method, block_size=16, stop=["<pad>"])
+    assert (generated.text, generated.finish_reason) == (" sat", "stop")
+    assert generated.token_ids[-1] == PAD
+    with model.stream(PROMPT, method=method, block_size=16, stop=["<pad>"]) as stream:
+        assert "".join(stream) == " sat"
+    assert model.generate(PROMPT, method=method, block_size=16).text == " sat on the mat"
+
+
 def test_a_stop_string_that_never_comes_changes_nothing(reciter):
     stopped, plain = (reciter.generate(PROMPT, stop=stop) for stop in (["TABLES"], []))
     assert (stopped.text, stopped.token_ids, stopped.finish_reason) == (plain.text, plain.token_ids, "eos")

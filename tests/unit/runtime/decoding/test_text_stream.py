@@ -15,6 +15,7 @@ from tests.fakes import (
     PAD,
     byte_fallback_tokenizer,
     byte_level_tokenizer,
+    llama_style_tokenizer,
     properties,
     write_bundle,
     write_chat_bundle,
@@ -77,6 +78,62 @@ def test_half_a_character_at_the_end_is_flushed_as_the_tokenizer_decodes_it(code
 def test_special_tokens_leave_no_text(codec):
     tokens = [PAD, *codec.encode("the"), EOS, *codec.encode(" cat"), PAD]
     assert "".join(deltas_of(codec, tokens)) == "the cat"
+
+
+@pytest.fixture(scope="module")
+def llama_style(tmp_path_factory):
+    tokenizer = llama_style_tokenizer()
+    return TextCodec.of_bundle(write_bundle(tmp_path_factory.mktemp("llama") / "bundle", tokenizer=tokenizer))
+
+
+def end_of(codec):
+    return next(index for index, text in codec.special_texts.items() if text == "<|im_end|>")
+
+
+def test_special_tokens_that_are_normalized_leave_no_text_either(llama_style):
+    """The tokenizers library alone gives the text of ``<s>`` and ``</s>``."""
+    words = llama_style.encode("ab cd")
+    tokens = [1, *words, 2, end_of(llama_style), *words, 0, 1]
+    expected = llama_style.tokenizer.decode([*words, *words])
+    assert llama_style.decode(tokens) == "".join(deltas_of(llama_style, tokens)) == expected
+    assert "".join(deltas_of(llama_style, tokens, stop=["zzz"])) == expected
+
+
+def test_a_token_that_only_its_name_makes_special_leaves_no_text(tmp_path):
+    """transformers makes special what tokenizer_config.json names, whatever tokenizer.json says."""
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    the = byte_level_tokenizer().encode("the").ids
+    assert len(the) == 1
+    named = {"pad_token": byte_level_tokenizer().id_to_token(the[0])}
+    codec = TextCodec(tmp_path, chat_template=None, special_tokens=named)
+    assert codec.decode([*the, *codec.encode(" cat")]) == " cat"
+
+
+@pytest.mark.parametrize("group", [1, 2, 9])
+def test_a_stop_string_that_is_a_special_token_stops_and_does_not_appear(llama_style, group):
+    words = llama_style.encode("ab cd")
+    tokens = [*words, end_of(llama_style), *words]
+    assert "".join(deltas_of(llama_style, tokens, stop=["<|im_end|>"], group=group)) == "ab cd"
+    stream = TextStream(llama_style, ["<|im_end|>"])
+    stream.push(tokens)
+    assert stream.stopped
+
+
+@pytest.mark.parametrize(("stop", "text"), [("d<|im_end|>", "ab c"), ("<|im_end|>x", "ab cd"), ("<|im_end|>y", None)])
+def test_a_stop_string_may_hold_a_special_token_and_text_around_it(llama_style, stop, text):
+    tokens = [*llama_style.encode("ab cd"), end_of(llama_style), llama_style.tokenizer.token_to_id("x")]
+    given = "".join(deltas_of(llama_style, tokens, stop=[stop]))
+    assert given == ("ab cdx" if text is None else text)
+
+
+def test_a_stop_string_across_a_special_token_still_stops_as_the_text_reads(llama_style):
+    tokens = [*llama_style.encode("ab c"), end_of(llama_style), llama_style.tokenizer.token_to_id("d")]
+    assert "".join(deltas_of(llama_style, tokens, stop=["cd"])) == "ab "
+
+
+def test_half_a_character_before_a_special_stop_token_is_given_as_it_decodes(codec):
+    tokens = [*codec.encode("the 🙂")[:-1], EOS]
+    assert "".join(deltas_of(codec, tokens, stop=["</s>"])) == f"the {REPLACEMENT}"
 
 
 def test_flushing_twice_gives_the_rest_once(codec):
