@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cllm_export.prompts import Message
 from cllm_export.runtime.decode_all import first_difference
+from cllm_export.runtime.decoding.text import Messages
 from cllm_export.verification.report import Check
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def compare_tokenizers(
     name: str,
-    contents: Mapping[str, str | Sequence[Message]],
+    contents: Mapping[str, str | Messages],
     encoded: Mapping[str, list[int]],
     reference: ReferenceTokenizer,
 ) -> Check:
