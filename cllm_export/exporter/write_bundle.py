@@ -19,6 +19,7 @@ from cllm_export.bundle.manifest import (
     GREEDY_GRAPH,
     LOOKAHEAD_GRAPH,
     TOKENIZER_NAME,
+    UNFOLDED_GRAPH,
     FileEntry,
     GraphEntry,
     Manifest,
@@ -36,7 +37,7 @@ from cllm_export.exporter.weights.weights import (
 
 log = logging.getLogger(__name__)
 
-GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx"}
+GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx", UNFOLDED_GRAPH: "unfolded.onnx"}
 
 TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
