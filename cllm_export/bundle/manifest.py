@@ -1,7 +1,7 @@
 """The bundle, a directory that the exporter writes and the runtime reads, and its manifest.
 
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
-    model.onnx             the greedy graph; further graphs of the same bundle are separate files (lookahead.onnx)
+    model.onnx             the greedy graph; further graphs are separate files (lookahead.onnx, unfolded.onnx)
     weights.bin            the one weights file that all graphs share; linked weights stay in the checkpoint instead
     tokenizer.json         and, if the checkpoint has them, chat_template.jinja, more_chat_templates.json and
                            generation_config.json
@@ -46,7 +46,8 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 
 PARITY_NAME = "parity.json"
 
-GREEDY_GRAPH, LOOKAHEAD_GRAPH = "greedy", "lookahead"
+GREEDY_GRAPH, LOOKAHEAD_GRAPH, UNFOLDED_GRAPH = "greedy", "lookahead", "unfolded"
+"""The names of a bundle's graphs. TensorRT parses the unfolded one; a model without query groups needs none."""
 
 Loop = Literal["sliding", "block"]
 
@@ -199,6 +200,11 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.path} has no {graph!r} graph; it has {', '.join(sorted(self.manifest.graphs))}")
         return self.file(entry.file)
+
+    @property
+    def tensorrt_graph(self) -> str:
+        """Name of the graph that TensorRT parses."""
+        return UNFOLDED_GRAPH if UNFOLDED_GRAPH in self.manifest.graphs else GREEDY_GRAPH
 
     @property
     def weight_bytes(self) -> int:

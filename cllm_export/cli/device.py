@@ -14,8 +14,9 @@ from cllm_export.cli.options import BundleArgument, JsonOption, given, parse_siz
 from cllm_export.cli.show.bundle import show_findings, show_memory
 from cllm_export.cli.show.console import say
 from cllm_export.cli.signature import with_options
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures
+from cllm_export.tensorrt.plan_options import PlanOptions
 
 PARSE = {"workspace": partial(parse_size, name="workspace")}
 

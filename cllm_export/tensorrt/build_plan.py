@@ -1,33 +1,37 @@
-"""Build a TensorRT plan from a bundle, on the machine that will run it. Needs TensorRT and a GPU, not torch or onnx.
+"""Build a TensorRT plan from a bundle. Needs one of the two TensorRT libraries, and neither torch nor onnx.
 
-The network is the bundle's own graph, parsed unchanged and strongly typed, so precision is that of the ONNX file. There
+TensorRT builds on the GPU that will run the plan. TensorRT for RTX builds on any machine, for named generations. The
+network is the bundle's own graph, parsed unchanged and strongly typed, so precision is that of the ONNX file. There
 is one optimization profile for prefill chunks and one for each block size n: the best kernel for one row is not the
-best for sixteen. On success the plan is in its place, deserializes and runs.
+best for sixteen. On success the plan is in its place; if there is a GPU, it deserializes and runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, check_block_size, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
-from cllm_export.checks import OptionGroup, check_options, option
-from cllm_export.errors import CllmExportError, GpuError, OptionError, PlanError
-from cllm_export.runtime.decoding.batch import MIN_PREFILL_WIDTH
+from cllm_export.errors import CllmExportError, GpuError, PlanError
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
 from cllm_export.tensorrt.graph import GraphSource, errors_of
-from cllm_export.tensorrt.library import Gpu, Log, open_gpu, version_numbers
+from cllm_export.tensorrt.library import (
+    LIBRARIES,
+    Gpu,
+    Log,
+    import_library,
+    open_gpu,
+)
 from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
+from cllm_export.tensorrt.plan_contents import read_contents
 from cllm_export.tensorrt.plan_files import (
-    HARDWARE,
     PLAN_MANIFEST_NAME,
     PLAN_NAME,
     Hardware,
@@ -35,18 +39,17 @@ from cllm_export.tensorrt.plan_files import (
     PlanManifest,
     PlanSettings,
     Platform,
+    Targets,
     open_plan,
     plan_key,
     plans_of,
+    this_system,
 )
+from cllm_export.tensorrt.plan_options import PlanOptions, settle
 
-DEFAULT_CHUNK = 128
-"""Tokens per prefill forward. This is wide enough to be compute-bound on most GPUs, and narrow enough to need little
-scratch memory."""
-SMALLEST_KV_LENGTH = 256
 MEGABYTE = 1_000_000
-BFLOAT16_SINCE = 8
-"""Major compute capability of Ampere, the first generation with bf16 matrix units."""
+OLDEST_GENERATION = {"bf16": 80, "int4": 80, "fp8": 89}
+"""Number format -> the first generation of cards that has it, as ten times its compute capability."""
 
 Say = Callable[[str], None]
 Shape = tuple[int, ...]
@@ -60,115 +63,6 @@ class Range(NamedTuple):
     largest: Shape
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """The options of ``cllm-export plan``. None and () mean the value that the bundle suggests."""
-
-    GROUP: ClassVar[OptionGroup] = "Plan"
-
-    batch_size: int | None = option(
-        None, help="Number of slots: prompts that are decoded at once.", otherwise="the bundle's", minimum=1
-    )
-    block_sizes: tuple[int, ...] = option(
-        (),
-        help="Block size n, in tokens; repeat the option for several.",
-        otherwise="1 and the bundle's own",
-        minimum=1,
-        flag="--block-size",
-    )
-    """n of each decode profile. By default 1, the bundle's block size, and 16, which batches use for prefill."""
-    prefill_chunk: int | None = option(
-        None, help="Number of prompt tokens that one forward reads.", otherwise="128", minimum=1
-    )
-    kv_lengths: tuple[int, ...] = option(
-        (),
-        help="KV rows that attention reads; repeat the option for several.",
-        otherwise="256, 512 and so on",
-        minimum=1,
-        flag="--kv-length",
-    )
-    """KV lengths. By default they double from 256 up to the whole cache."""
-    workspace: int | None = option(
-        None, help="Scratch memory that the builder may use, such as 512MB.", otherwise="all", minimum=1
-    )
-    optimization_level: int = option(3, help="How long the builder looks for faster kernels.", minimum=0, maximum=5)
-    hardware: Hardware = option(
-        "same", help="GPUs that the plan runs on; a wider choice leaves fewer fast kernels.", choices=HARDWARE
-    )
-    logits: bool = option(True, help="Keep the logits, which sampling, grammars and log-probabilities need.")
-    weight_streaming: bool = option(False, help="Let weights stay in host memory, which is slower.")
-    strip_weights: bool = option(
-        False, help="Write a small plan without weights, which are read from the bundle when it is loaded."
-    )
-    version_compatible: bool = option(
-        False, help="Write a plan that later versions of TensorRT run too; it is larger and may be slower."
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:
-    """The settings for one bundle: the options, with every default filled in.
-
-    Raises:
-        OptionError: an option is out of range for the bundle.
-    """
-    fixed, geometry = manifest.graphs[GREEDY_GRAPH].fixed_shapes, manifest.geometry
-    sizes = tuple(sorted(set(options.block_sizes))) or _default_sizes(manifest)
-    kv_lengths = tuple(sorted(set(options.kv_lengths) | {geometry.cache_length})) if options.kv_lengths else ()
-    batch, chunk = options.batch_size or manifest.batch_size, options.prefill_chunk
-    if fixed:
-        _require_pinned(options, fixed.block_size, fixed.batch_size)
-        sizes, kv_lengths = (fixed.block_size,), (fixed.kv_length,)
-        batch, chunk = fixed.batch_size, fixed.block_size
-    check_block_size(sizes[-1], largest=geometry.max_block_size)
-    if kv_lengths and kv_lengths[-1] > geometry.cache_length:
-        raise OptionError(f"kv_lengths must be at most the cache's {geometry.cache_length} rows, got {kv_lengths[-1]}")
-    return PlanSettings(
-        batch_size=batch,
-        block_sizes=sizes,
-        prefill_chunk=min(chunk or DEFAULT_CHUNK, geometry.cache_length),
-        kv_lengths=kv_lengths or default_kv_lengths(geometry.cache_length),
-        workspace=options.workspace,
-        optimization_level=options.optimization_level,
-        logits=options.logits,
-        weight_streaming=options.weight_streaming,
-        strip_weights=options.strip_weights,
-        version_compatible=options.version_compatible,
-        hardware=options.hardware,
-    )
-
-
-def _default_sizes(manifest: Manifest) -> tuple[int, ...]:
-    """Default block sizes: 1 for autoregressive decoding, the bundle's own, and the prefill width of a batch."""
-    prefill = min(max(manifest.block_size, MIN_PREFILL_WIDTH), manifest.geometry.max_block_size)
-    return tuple(sorted({1, manifest.block_size, prefill}))
-
-
-def _require_pinned(options: PlanOptions, block_size: int, batch_size: int) -> None:
-    asked = (*options.block_sizes, options.batch_size, options.prefill_chunk, *options.kv_lengths)
-    if any(value is not None for value in asked) and (
-        set(options.block_sizes) - {block_size} or options.batch_size not in (None, batch_size) or options.kv_lengths
-    ):
-        raise OptionError(
-            f"this bundle is pinned to {batch_size} slots and blocks of {block_size}; leave batch_size, "
-            "block_sizes and kv_lengths out, or build the bundle without fixed_shapes"
-        )
-
-
-def default_kv_lengths(cache_length: int) -> tuple[int, ...]:
-    """Default KV lengths. Each is double the last, so a forward reads less than twice what it needs (or 256 rows).
-
-    This keeps the number of captured graphs small.
-    """
-    kv_lengths, kv_length = [], SMALLEST_KV_LENGTH
-    while kv_length < cache_length:
-        kv_lengths.append(kv_length)
-        kv_length *= 2
-    return (*kv_lengths, cache_length)
-
-
 def build_plan(
     bundle: Bundle,
     options: PlanOptions | None = None,
@@ -177,32 +71,45 @@ def build_plan(
     force: bool = False,
     say: Say | None = None,
 ) -> Plan:
-    """Build the plan of a bundle for this machine, or return the existing one.
+    """Build the plan of a bundle for this machine or for the targets, or return the existing one.
 
-    ``say`` is called with single lines: the predicted memory of the build, and the time that each stage took.
+    ``say`` is called with single lines: the predicted memory of the build, the time that each stage took, and what the
+    plan holds.
 
     Raises:
         GpuError: there is no GPU, or it lacks the bundle's precision. Or TensorRT is too old or does not load.
-        MissingExtraError: TensorRT or cuda-python is not installed.
+        MissingExtraError: the library or cuda-python is not installed.
         OptionError: an option is out of range for the bundle.
         PlanError: TensorRT refused the graph, could not build a plan, or the plan does not run.
         OutputError: the plan cannot be written.
     """
+    options, say = options or PlanOptions(), say or (lambda _: None)
+    library = LIBRARIES[options.engine]
     _require_graph(bundle)
-    gpu, say = gpu or open_gpu(), say or (lambda _: None)
-    settings, platform = settle(options or PlanOptions(), bundle.manifest), platform_of(gpu)
-    _require_precision(bundle, platform)
-    target = plans_of(bundle) / plan_key(bundle.fingerprint, platform, settings)
+    settings = settle(options, bundle.manifest)
+    if library.targets:
+        targets = tuple(sorted(set(options.targets), key=library.targets.index))
+        _require_precision(bundle, targets)
+        tensorrt, on_gpu = import_library(library), None
+        built_for: Platform | Targets = Targets(
+            targets=targets, tensorrt=str(tensorrt.__version__), system=this_system(), engine=library.name
+        )
+    else:
+        on_gpu = gpu or open_gpu(library)
+        tensorrt, built_for = on_gpu.tensorrt, platform_of(on_gpu)
+        _require_precision(bundle, (built_for.generation,))
+    target = plans_of(bundle) / plan_key(bundle.fingerprint, built_for, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:
         plan = open_plan(target)
         plan.check_file()
-        say(f"{target} is there already, built for this bundle, machine and settings")
+        say(f"{target} is there already, built for this bundle, {library.title} and settings")
         return plan
     for line in predicted_memory(bundle, settings):
         say(line)
     with staged_output(target, force=True, marker=PLAN_MANIFEST_NAME) as staging:
-        _write_plan(bundle, settings, platform, gpu, staging, say)
-        _smoke(bundle, open_plan(staging), gpu, say)
+        _Build(bundle, settings, built_for, tensorrt, say).write(staging)
+        if on_gpu is not None:
+            _smoke(bundle, open_plan(staging), on_gpu, say)
     return open_plan(target)
 
 
@@ -230,54 +137,98 @@ def _require_graph(bundle: Bundle) -> None:
         )
 
 
-def _require_precision(bundle: Bundle, platform: Platform) -> None:
-    if bundle.manifest.precision == "bf16" and version_numbers(platform.compute_capability)[0] < BFLOAT16_SINCE:
-        raise GpuError(
-            f"{bundle.path} is a bf16 bundle, and {platform.gpu} (compute capability {platform.compute_capability}) "
-            f"has no bf16: build the bundle with precision='fp16', or use a GPU of {BFLOAT16_SINCE}.0 or newer"
-        )
+def _require_precision(bundle: Bundle, generations: Sequence[str]) -> None:
+    """Refuse a number format that a generation of cards does not have, before the graph is parsed."""
+    quantization = bundle.manifest.quantization
+    formats = [bundle.manifest.precision, *([quantization.scheme] if quantization else [])]
+    for generation in generations:
+        for name in formats:
+            oldest = OLDEST_GENERATION.get(name)
+            if oldest is not None and int(generation.removeprefix("sm")) < oldest:
+                raise GpuError(
+                    f"{bundle.path} is a bundle with {name}, which {generation} does not have: build the bundle with "
+                    f"precision='fp16', or for cards of sm{oldest} or newer"
+                )
 
 
-def _write_plan(bundle: Bundle, settings: PlanSettings, platform: Platform, gpu: Gpu, staging: Path, say: Say) -> None:
-    """Parse the graph, configure and build the plan, and write the plan and its manifest."""
-    log = Log(gpu.tensorrt)
-    builder = gpu.tensorrt.Builder(log.logger)
-    started = perf_counter()
-    source = GraphSource(bundle)
-    network, parser = _parse(source, gpu.tensorrt, builder, log)
-    _check_network(bundle, network)
-    if not settings.logits:
-        _drop_logits(network)
-    say(f"parsed in {perf_counter() - started:.1f} s")
-    config = _configure(bundle, settings, gpu.tensorrt, builder)
-    started = perf_counter()
-    with _timing_cache(plans_of(bundle), platform, config):
-        serialized = builder.build_serialized_network(network, config)
+class _Build:
+    """One build: parses the graph, configures the builder, and writes the plan and its manifest."""
+
+    def __init__(
+        self, bundle: Bundle, settings: PlanSettings, built_for: Platform | Targets, tensorrt: Any, say: Say
+    ) -> None:
+        self._bundle, self._settings, self._built_for = bundle, settings, built_for
+        self._tensorrt, self._say = tensorrt, say
+        self._library = LIBRARIES[built_for.engine]
+        self._log = Log(tensorrt)
+        self._builder = tensorrt.Builder(self._log.logger)
+
+    def write(self, staging: Path) -> None:
+        bundle, title = self._bundle, f"{self._library.title} {self._tensorrt.__version__}"
+        started = perf_counter()
+        source = GraphSource(bundle)
+        network, parser = self._parse(source, title)
+        _check_network(bundle, network)
+        allow_decomposing(network, self._tensorrt)
+        if not self._settings.logits:
+            _drop_logits(network)
+        self._say(f"parsed in {perf_counter() - started:.1f} s")
+        started = perf_counter()
+        serialized = self._build(network)
         if serialized is None:
-            raise PlanError(log.explain(f"TensorRT {gpu.version} could not build a plan of {bundle.path}"))
-    say(f"built in {perf_counter() - started:.1f} s")
-    path = staging / PLAN_NAME
-    path.write_bytes(serialized)
-    manifest = PlanManifest(
-        bundle_fingerprint=bundle.fingerprint,
-        platform=platform,
-        settings=settings,
-        size=path.stat().st_size,
-        sha256=sha256_of(path),
-    )
-    (staging / PLAN_MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    del parser  # until here it must hold the network's weights; it reads some from the source's maps
+            raise PlanError(self._log.explain(f"{title} could not build a plan of {bundle.path}"))
+        self._say(f"built in {perf_counter() - started:.1f} s")
+        path = staging / PLAN_NAME
+        path.write_bytes(serialized)
+        manifest = PlanManifest(
+            bundle_fingerprint=bundle.fingerprint,
+            platform=self._built_for,
+            settings=self._settings,
+            size=path.stat().st_size,
+            sha256=sha256_of(path),
+            contents=read_contents(self._log.report),
+        )
+        (staging / PLAN_MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        del parser  # until here it must hold the network's weights; it reads some from the source's maps
+
+    def _parse(self, source: GraphSource, title: str) -> tuple[Any, Any]:
+        """The network of the bundle's graph, and the parser that holds its weights."""
+        strongly_typed = 1 << int(self._tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(strongly_typed)
+        parser = self._tensorrt.OnnxParser(network, self._log.logger)
+        if not source.parse(parser):
+            raise PlanError(self._log.explain(f"{title} does not take {source.path}: {errors_of(parser)}"))
+        return network, parser
+
+    def _build(self, network: Any) -> Any:
+        config = _configure(self._bundle, self._settings, self._tensorrt, self._builder)
+        if isinstance(self._built_for, Targets):
+            _set_targets(config, self._built_for.targets, self._tensorrt)
+            return self._builder.build_serialized_network(network, config)
+        with _timing_cache(plans_of(self._bundle), self._built_for, config):
+            return self._builder.build_serialized_network(network, config)
 
 
-def _parse(source: GraphSource, tensorrt: Any, builder: Any, log: Log) -> tuple[Any, Any]:
-    """The network of the bundle's graph, and the parser that holds its weights."""
-    strongly_typed = 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(strongly_typed)
-    parser = tensorrt.OnnxParser(network, log.logger)
-    if not source.parse(parser):
-        message = f"TensorRT {tensorrt.__version__} does not take {source.path}: {errors_of(parser)}"
-        raise PlanError(log.explain(message))
-    return network, parser
+def allow_decomposing(network: Any, tensorrt: Any) -> int:
+    """Let TensorRT spell out each attention that it has no fused kernel for. Returns the number of attentions.
+
+    Without this, fp32 does not build. An attention that has a kernel keeps it.
+    """
+    found = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == tensorrt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = tensorrt.IAttentionInputLayer  # the bindings hand out the base class
+            layer.attention.decomposable = True
+            found += 1
+    return found
+
+
+def _set_targets(config: Any, targets: Sequence[str], tensorrt: Any) -> None:
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        if not config.set_compute_capability(getattr(tensorrt.ComputeCapability, target.upper()), index):
+            raise PlanError(f"the library refuses the target {target}")
 
 
 def _check_network(bundle: Bundle, network: Any) -> None:
@@ -349,7 +300,18 @@ def profiles_of(manifest: Manifest, settings: PlanSettings) -> list[dict[str, Ra
         return []
     specs = graph_inputs(manifest.geometry, manifest.precision)
     prefill = _ranges(specs, settings, n=(1, settings.prefill_chunk, settings.prefill_chunk), h=1)
-    return [prefill, *(_ranges(specs, settings, n=(size, size, size), h=size) for size in settings.block_sizes)]
+    sizes = ((size, _rows_of(size, settings)) for size in settings.block_sizes)
+    return [prefill, *(_ranges(specs, settings, n=rows, h=size) for size, rows in sizes)]
+
+
+def _rows_of(size: int, settings: PlanSettings) -> Shape:
+    """Least, likely and largest n of a block size's profile.
+
+    A profile of one row alone gets kernels with a weight layout of their own, so that the plan holds every linear
+    weight twice. A range of one or two rows shares the layout of the other profiles.
+    """
+    shares_layout = size == 1 and not settings.single_row_kernels
+    return (1, 1, 2) if shares_layout else (size, size, size)
 
 
 def _ranges(specs: list[TensorSpec], settings: PlanSettings, *, n: Shape, h: int) -> dict[str, Range]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from cllm_export.errors import CllmExportError
 from cllm_export.runtime.engines.cuda import DRIVER_LIBRARY, GpuFacts, open_cuda, probe_driver, version_text
-from cllm_export.tensorrt.library import OLDEST, version_numbers
+from cllm_export.tensorrt.library import TENSORRT, version_numbers
 
 State = Literal["ok", "missing", "mismatch", "not needed"]
 
@@ -106,11 +106,11 @@ def _cuda_python(facts: GpuFacts | None) -> Finding:
 
 def _tensorrt(facts: GpuFacts | None) -> Finding:
     found = next((version for version in map(_version, TENSORRT_PACKAGES) if version), None)
-    oldest = ".".join(map(str, OLDEST))
+    oldest = TENSORRT.oldest_text
     if found is None:
         fix = PIP.format(f"tensorrt>={oldest}") + "; on a Jetson it comes with JetPack: see docs/tensorrt.md"
         return Finding(name="TensorRT", state="missing", detail="not installed", fix=fix)
-    if version_numbers(found)[:2] < OLDEST:
+    if version_numbers(found)[:2] < TENSORRT.oldest:
         fix = PIP.format(f"tensorrt>={oldest}")
         return Finding(name="TensorRT", state="mismatch", detail=f"{found} is older than {oldest}", fix=fix)
     if facts is None:
@@ -119,10 +119,10 @@ def _tensorrt(facts: GpuFacts | None) -> Finding:
 
 
 def _loaded_tensorrt(version: str) -> Finding:
-    from cllm_export.tensorrt.library import import_tensorrt
+    from cllm_export.tensorrt.library import import_library
 
     try:
-        import_tensorrt()
+        import_library(TENSORRT)
     except CllmExportError as error:
         fix = f"pip install --force-reinstall 'tensorrt=={version}'"
         return Finding(name="TensorRT", state="mismatch", detail=str(error), fix=fix)

@@ -54,7 +54,11 @@ def platform_of(gpu: Gpu) -> Platform:
     """The platform of this machine. A plan that is built or run here is tied to it."""
     facts = gpu.facts
     return Platform(
-        gpu=facts.name, compute_capability=facts.compute_capability, tensorrt=gpu.version, driver=facts.driver
+        gpu=facts.name,
+        compute_capability=facts.compute_capability,
+        tensorrt=gpu.version,
+        driver=facts.driver,
+        engine=gpu.library.name,
     )
 
 

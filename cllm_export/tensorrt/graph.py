@@ -19,7 +19,7 @@ class GraphSource:
     """Passes a graph to a parser or refitter, and must be kept as long as that parser or refitter."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.path = bundle.graph_path()
+        self.path = bundle.graph_path(bundle.tensorrt_graph)
         self._weights = bundle.manifest.linked_weights
         self._maps: dict[str, Any] = {}
         for name, file in bundle.manifest.linked_files.items():

@@ -1,21 +1,90 @@
-"""Import of TensorRT's Python module, and its log, which is kept for error messages.
+"""The two TensorRT libraries: what each can do, its Python module, and its log.
 
-TensorRT is imported only after a driver was found: its libraries crash on a machine without one.
+``tensorrt`` is the library for data-centre cards and Jetson. It builds a plan on the GPU that runs it. Its libraries
+crash on a machine without a GPU, so it is imported only after a driver was found. ``tensorrt-rtx`` is TensorRT for RTX.
+It parses and builds on any machine, for named generations of cards.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+from cllm_export.checks import require_one_of
 from cllm_export.errors import GpuError, MissingExtraError
 from cllm_export.runtime.engines.cuda import ADVICE, Cuda, GpuFacts, open_cuda
 
-OLDEST = (10, 15)
-"""The first TensorRT version with KVCacheUpdate, which implements the graph's TensorScatter."""
+LibraryName = Literal["tensorrt", "tensorrt-rtx"]
+LIBRARY_NAMES: tuple[LibraryName, ...] = get_args(LibraryName)
+
 KEPT_LINES, SHOWN_LINES = 64, 8
+NOISE = re.compile(r"Make sure (input|output) \S+ has Int64 binding")
+"""Warnings that every plan gets: all inputs and outputs of the contract that count something are int64."""
+REPORT = re.compile(r"\A(Layers:|Total (Weights|Activation|Device Persistent) Memory:|Max Scratch Memory:)")
+"""Log messages that describe the finished plan. ``plan_contents.py`` reads them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """One of the two libraries: its names, its oldest version that will do, and what it can do."""
+
+    name: LibraryName
+    title: str
+    module: str
+    package: str
+    """The package that pip installs."""
+    extra: str
+    oldest: tuple[int, int]
+    targets: tuple[str, ...] = ()
+    """Generations of cards that it builds for without a GPU. Empty if it builds for the GPU of this machine."""
+    has_timing_cache: bool = True
+    lacks: tuple[tuple[str, str], ...] = ()
+    """Options of a plan that it cannot do, and the reason."""
+
+    @property
+    def oldest_text(self) -> str:
+        return ".".join(map(str, self.oldest))
+
+    def require_version(self, version: str) -> None:
+        """Check that this version can run the graphs of a bundle.
+
+        Raises:
+            GpuError: it is older than the first version that can.
+        """
+        if version_numbers(version)[:2] < self.oldest:
+            raise GpuError(
+                f"{self.title} {version} is too old: the graphs need {self.oldest_text} or newer; "
+                f"install it with: pip install '{self.package}>={self.oldest_text}'"
+            )
+
+
+TENSORRT = Library(
+    name="tensorrt",
+    title="TensorRT",
+    module="tensorrt",
+    package="tensorrt",
+    extra="tensorrt",
+    oldest=(10, 15),  # the first version with KVCacheUpdate, which implements the graph's TensorScatter
+)
+TENSORRT_RTX = Library(
+    name="tensorrt-rtx",
+    title="TensorRT for RTX",
+    module="tensorrt_rtx_bindings",
+    package="tensorrt-rtx-cu13-bindings",
+    extra="tensorrt-rtx",
+    oldest=(1, 7),
+    targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    has_timing_cache=False,
+    lacks=(
+        ("strip_weights", "its builder needs a GPU to strip weights"),
+        ("version_compatible", "it ships no lean runtime, which such a plan needs"),
+        ("hardware", "name the generations of cards with targets instead"),
+    ),
+)
+LIBRARIES: dict[LibraryName, Library] = {each.name: each for each in (TENSORRT, TENSORRT_RTX)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +92,12 @@ class Gpu:
     """A GPU with its libraries. Plans are built with it, and engines run on it."""
 
     tensorrt: Any
+    """The Python module of ``library``."""
     cuda: Cuda
     facts: GpuFacts
     compiler: tuple[Any, Any] | None = None
     """``nvrtc`` and ``driver`` of cuda-python. With None they are imported when the first kernel is compiled."""
+    library: Library = TENSORRT
 
     @property
     def version(self) -> str:
@@ -34,41 +105,34 @@ class Gpu:
         return str(self.tensorrt.__version__)
 
 
-def open_gpu(device: int = 0) -> Gpu:
-    """TensorRT and CUDA on a device of this machine.
+def open_gpu(library: Library = TENSORRT, *, device: int = 0) -> Gpu:
+    """A TensorRT library and CUDA on a device of this machine.
 
     Raises:
-        GpuError: there is no GPU, or TensorRT is too old or does not load.
-        MissingExtraError: TensorRT or cuda-python is not installed.
+        GpuError: there is no GPU, or the library is too old or does not load.
+        MissingExtraError: the library or cuda-python is not installed.
     """
     cuda = open_cuda(device)
-    return Gpu(tensorrt=import_tensorrt(), cuda=cuda, facts=cuda.facts(device))
+    return Gpu(tensorrt=import_library(library), cuda=cuda, facts=cuda.facts(device), library=library)
 
 
-def import_tensorrt() -> Any:
-    """The module ``tensorrt``. Call this only on a machine with a GPU."""
-    try:
-        import tensorrt
-    except ModuleNotFoundError:
-        raise MissingExtraError("tensorrt", extra="tensorrt") from None
-    except (ImportError, OSError, RuntimeError) as error:
-        raise GpuError(f"TensorRT is installed and does not load: {error}; {ADVICE}") from None
-    require_version(str(tensorrt.__version__))
-    return tensorrt
-
-
-def require_version(version: str) -> None:
-    """Check that this TensorRT version can run the graphs of a bundle.
+def import_library(library: Library) -> Any:
+    """The Python module of a library. Import ``tensorrt`` only on a machine with a GPU.
 
     Raises:
-        GpuError: it is older than the first version that can.
+        GpuError: the library is too old or does not load.
+        MissingExtraError: it is not installed.
     """
-    if version_numbers(version)[:2] < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise GpuError(
-            f"TensorRT {version} is too old: the graphs need {oldest} or newer; "
-            f"install it with: pip install 'tensorrt>={oldest}'"
-        )
+    require_one_of("engine", library.name, LIBRARY_NAMES)
+    try:
+        module = importlib.import_module(library.module)
+    except ModuleNotFoundError:
+        raise MissingExtraError(library.package, extra=library.extra) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        advice = f"; {ADVICE}" if not library.targets else ""
+        raise GpuError(f"{library.title} is installed and does not load: {error}{advice}") from None
+    library.require_version(str(module.__version__))
+    return module
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -81,7 +145,9 @@ class Log:
 
     def __init__(self, tensorrt: Any) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self.logger = _make_logger(tensorrt, self._lines)
+        self.report: list[str] = []
+        """The messages that describe the plan that was built last."""
+        self.logger = _make_logger(tensorrt, self._lines, self.report)
 
     def explain(self, message: str) -> str:
         """A message followed by TensorRT's last log lines. Each line is used in one message only."""
@@ -90,7 +156,7 @@ class Log:
         return message + ("; TensorRT says: " + " | ".join(lines) if lines else "; TensorRT says nothing of it")
 
 
-def _make_logger(tensorrt: Any, lines: deque[str]) -> Any:
+def _make_logger(tensorrt: Any, lines: deque[str], report: list[str]) -> Any:
     severity = tensorrt.ILogger.Severity
     kept = (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING)
 
@@ -99,6 +165,9 @@ def _make_logger(tensorrt: Any, lines: deque[str]) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in kept:
-                lines.append(" ".join(msg.split()))
+                if not NOISE.search(msg):
+                    lines.append(" ".join(msg.split()))
+            elif REPORT.match(msg):
+                report.append(msg)
 
     return Logger()

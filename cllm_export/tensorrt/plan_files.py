@@ -1,7 +1,8 @@
 """TensorRT plans on disk: their dependencies, their manifests, and the search for the plan that fits this machine.
 
-    BUNDLE/plans/KEY/model.plan    the serialized engine, tied to a GPU, a TensorRT version and a driver
-    BUNDLE/plans/KEY/plan.json     the manifest: the bundle, platform and settings of the build, and the plan's sha256
+    BUNDLE/plans/KEY/model.plan    the serialized engine
+    BUNDLE/plans/KEY/plan.json     the manifest: what it was built for, its settings, its contents and its sha256
+    BUNDLE/plans/KEY/cache-*.bin   kernels that TensorRT for RTX compiled on a card, for the next load on it
     BUNDLE/plans/timing-*.cache    kernel timings on a GPU, for the next build on it
 
 The key is the start of the sha256 of everything that a plan depends on. So another GPU, version or option gets another
@@ -16,6 +17,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from platform import machine, system
 from typing import Any, Literal, get_args
 
 from cllm_export.bundle.contract import CONTRACT_VERSION
@@ -23,8 +25,10 @@ from cllm_export.bundle.manifest import Bundle
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import from_fields, require_at_least, require_one_of
 from cllm_export.errors import OptionError, PlanError
+from cllm_export.tensorrt.library import LIBRARIES, LibraryName
+from cllm_export.tensorrt.plan_contents import PlanContents
 
-PLAN_SCHEMA_VERSION = 1
+PLAN_SCHEMA_VERSION = 2
 PLANS_DIRECTORY = "plans"
 PLAN_NAME, PLAN_MANIFEST_NAME = "model.plan", "plan.json"
 KEY_LENGTH = 16
@@ -60,6 +64,8 @@ class PlanSettings:
     """The plan also runs on later TensorRT versions with the same major number. It can use only kernels that all of
     them have."""
     hardware: Hardware
+    single_row_kernels: bool = False
+    """n = 1 has kernels of its own, which read a second copy of every linear layer's weights."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "prefill_chunk"):
@@ -76,30 +82,96 @@ class PlanSettings:
             raise OptionError(f"optimization_level must be 0 to 5, got {self.optimization_level}")
         require_one_of("hardware", self.hardware, HARDWARE)
 
-    def command(self, bundle: Path) -> str:
+    def command(self, bundle: Path, built_for: Platform | Targets) -> str:
         """The command that builds a plan with these settings."""
-        words = ["cllm-export", "plan", str(bundle), "--batch-size", str(self.batch_size)]
+        words = ["cllm-export", "plan", str(bundle), "--engine", built_for.engine]
+        if isinstance(built_for, Targets):
+            words += [word for target in built_for.targets for word in ("--for", target)]
+        words += ["--batch-size", str(self.batch_size)]
         words += [word for size in self.block_sizes for word in ("--block-size", str(size))]
         words += ["--prefill-chunk", str(self.prefill_chunk)]
         words += [word for kv_length in self.kv_lengths for word in ("--kv-length", str(kv_length))]
         if self.workspace is not None:
             words += ["--workspace", str(self.workspace)]
-        words += ["--optimization-level", str(self.optimization_level), "--hardware", self.hardware]
+        words += ["--optimization-level", str(self.optimization_level)]
+        words += [] if self.hardware == "same" else ["--hardware", self.hardware]
         words += [] if self.logits else ["--no-logits"]
-        for name in ("weight_streaming", "strip_weights", "version_compatible"):
+        for name in ("weight_streaming", "strip_weights", "version_compatible", "single_row_kernels"):
             words += ["--" + name.replace("_", "-")] if getattr(self, name) else []
         return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """The machine and software that a plan is tied to, besides its bundle and settings."""
+    """A GPU and its software. A plan that was built on it is tied to all of them, besides its bundle and settings."""
 
     gpu: str
     compute_capability: str
     tensorrt: str
     driver: str
     """The newest CUDA version that the driver supports."""
+    engine: LibraryName = "tensorrt"
+
+    @property
+    def generation(self) -> str:
+        """The GPU's compute capability as TensorRT names it, such as sm89."""
+        return f"sm{self.compute_capability.replace('.', '')}"
+
+    def differences(self, here: Platform, settings: PlanSettings) -> list[str]:
+        """What of this machine differs from the one that the plan was built on, and matters."""
+        hardware, compared = settings.hardware, []
+        if hardware == "same":
+            compared.append(("GPU", self.gpu, here.gpu, self.gpu == here.gpu))
+        same_capability = self.compute_capability == here.compute_capability
+        from_ampere = hardware == "ampere+" and int(here.compute_capability.split(".")[0]) >= 8
+        compared += [
+            ("compute capability", self.compute_capability, here.compute_capability, same_capability or from_ampere),
+            ("TensorRT", self.tensorrt, here.tensorrt, self._runs_on(here.tensorrt, settings)),
+            ("driver (CUDA)", self.driver, here.driver, self.driver == here.driver),
+        ]
+        return _stated(compared)
+
+    def _runs_on(self, version: str, settings: PlanSettings) -> bool:
+        if not settings.version_compatible:
+            return self.tensorrt == version
+        mine, other = (tuple(map(int, text.split("."))) for text in (self.tensorrt, version))
+        return mine[0] == other[0] and mine <= other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The generations of cards that a plan was built for, on any machine, and the library that built it."""
+
+    targets: tuple[str, ...]
+    """Compute capabilities as TensorRT names them, such as sm89, ascending."""
+    tensorrt: str
+    system: str
+    """Operating system and processor that the plan runs on, such as ``Linux x86_64``."""
+    engine: LibraryName = "tensorrt-rtx"
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise OptionError("a plan without a GPU needs targets, got none", fields=("targets",))
+
+    def differences(self, here: Platform, settings: PlanSettings) -> list[str]:
+        """What of this machine is not among what the plan was built for."""
+        mine = here.generation
+        return _stated(
+            [
+                ("generation", ", ".join(self.targets), mine, mine in self.targets),
+                ("TensorRT for RTX", self.tensorrt, here.tensorrt, self.tensorrt == here.tensorrt),
+                ("system", self.system, this_system(), self.system == this_system()),
+            ]
+        )
+
+
+def this_system() -> str:
+    """Operating system and processor of this machine."""
+    return f"{system()} {machine()}"
+
+
+def _stated(compared: list[tuple[str, str, str, bool]]) -> list[str]:
+    return [f"{name}: built for {mine}, here is {yours}" for name, mine, yours, same in compared if not same]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +179,24 @@ class PlanManifest:
     """The content of ``plan.json``."""
 
     bundle_fingerprint: str
-    platform: Platform
+    platform: Platform | Targets
+    """What the plan runs on."""
     settings: PlanSettings
     size: int
     """Bytes of the plan."""
     sha256: str
+    contents: PlanContents | None
+    """What the builder says is inside. None if it says nothing that can be read."""
     schema_version: int = PLAN_SCHEMA_VERSION
     contract_version: int = CONTRACT_VERSION
 
     @property
     def key(self) -> str:
         return plan_key(self.bundle_fingerprint, self.platform, self.settings)
+
+    def command(self, bundle: Path) -> str:
+        """The command that builds this plan again."""
+        return self.settings.command(bundle, self.platform)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -137,32 +216,25 @@ class PlanManifest:
             settings = {**raw["settings"], "block_sizes": tuple(raw["settings"]["block_sizes"])}
             settings["kv_lengths"] = tuple(raw["settings"]["kv_lengths"])
             raw["settings"] = from_fields(PlanSettings, settings)
-            raw["platform"] = from_fields(Platform, raw["platform"])
+            raw["platform"] = _platform_from(raw["platform"])
+            raw["contents"] = PlanContents.from_json(raw["contents"]) if raw["contents"] else None
             return from_fields(cls, raw)
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise PlanError(f"{source} is damaged: {error}; build the plan again") from None
 
     def differences(self, fingerprint: str, here: Platform) -> list[str]:
         """All relevant differences between this bundle and machine and those that the plan was built for."""
-        built, hardware = self.platform, self.settings.hardware
-        compared = [("bundle", self.bundle_fingerprint, fingerprint, self.bundle_fingerprint == fingerprint)]
-        if hardware == "same":
-            compared.append(("GPU", built.gpu, here.gpu, built.gpu == here.gpu))
-        same_capability = built.compute_capability == here.compute_capability
-        from_ampere = hardware == "ampere+" and int(here.compute_capability.split(".")[0]) >= 8
-        compared += [
-            ("compute capability", built.compute_capability, here.compute_capability, same_capability or from_ampere),
-            ("TensorRT", built.tensorrt, here.tensorrt, self._runs_on(here.tensorrt)),
-            ("driver (CUDA)", built.driver, here.driver, built.driver == here.driver),
-        ]
-        return [f"{name}: built for {mine}, here is {yours}" for name, mine, yours, same in compared if not same]
+        same = self.bundle_fingerprint == fingerprint
+        found = _stated([("bundle", self.bundle_fingerprint, fingerprint, same)])
+        if self.platform.engine != here.engine:
+            return [*found, f"library: built by {self.platform.engine}, here is {here.engine}"]
+        return found + self.platform.differences(here, self.settings)
 
-    def _runs_on(self, version: str) -> bool:
-        own = self.platform.tensorrt
-        if not self.settings.version_compatible:
-            return own == version
-        mine, other = (tuple(map(int, text.split("."))) for text in (own, version))
-        return mine[0] == other[0] and mine <= other
+
+def _platform_from(raw: dict[str, Any]) -> Platform | Targets:
+    if "targets" not in raw:
+        return from_fields(Platform, raw)
+    return from_fields(Targets, {**raw, "targets": tuple(raw["targets"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +262,8 @@ class Plan:
             )
 
 
-def plan_key(fingerprint: str, platform: Platform, settings: PlanSettings) -> str:
-    """Name of a plan's directory. It is unique for a bundle, machine and settings."""
+def plan_key(fingerprint: str, platform: Platform | Targets, settings: PlanSettings) -> str:
+    """Name of a plan's directory. It is unique for a bundle, what the plan runs on, and settings."""
     depends: dict[str, Any] = {
         "bundle": fingerprint,
         "platform": asdict(platform),
@@ -232,17 +304,19 @@ def find_plan(bundle: Bundle, here: Platform) -> Plan:
     """
     plans = [open_plan(path) for path in _plan_directories(bundle)]
     if not plans:
-        raise PlanError(f"{bundle.path} has no plan; build one on this machine with: cllm-export plan {bundle.path}")
-    reasons = {plan: plan.manifest.differences(bundle.fingerprint, here) for plan in plans}
-    fitting = [plan for plan, differences in reasons.items() if not differences]
+        build = f"cllm-export plan {bundle.path} --engine {here.engine}"
+        build += f" --for {here.generation}" if LIBRARIES[here.engine].targets else ""
+        raise PlanError(f"{bundle.path} has no plan; build one with: {build}")
+    reasons = [(plan, plan.manifest.differences(bundle.fingerprint, here)) for plan in plans]
+    fitting = [plan for plan, differences in reasons if not differences]
     if len(fitting) > 1:
         names = ", ".join(plan.path.name for plan in fitting)
         raise PlanError(f"{bundle.path} has several plans that run here: {names}; remove those not wanted, or name one")
     if fitting:
         return fitting[0]
     lines = [
-        f"  {plan.path.name}: {'; '.join(differences)}; rebuild with: {plan.manifest.settings.command(bundle.path)}"
-        for plan, differences in reasons.items()
+        f"  {plan.path.name}: {'; '.join(differences)}; rebuild with: {plan.manifest.command(bundle.path)}"
+        for plan, differences in reasons
     ]
     raise PlanError(f"no plan of {bundle.path} runs here:\n" + "\n".join(lines))
 
@@ -256,7 +330,7 @@ def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
     if differences := plan.manifest.differences(bundle.fingerprint, here):
         raise PlanError(
             f"{plan.path} does not run here: {'; '.join(differences)}; "
-            f"rebuild it with: {plan.manifest.settings.command(bundle.path)}"
+            f"rebuild it with: {plan.manifest.command(bundle.path)}"
         )
 
 

@@ -65,8 +65,9 @@ class OrtSubject:
 
 class TrtSubject:
     def __init__(self, bundle: Bundle, num_slots: int, gpu: Any) -> None:
-        from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+        from cllm_export.tensorrt.build_plan import build_plan
         from cllm_export.tensorrt.engine import TrtEngine
+        from cllm_export.tensorrt.plan_options import PlanOptions
 
         plan = build_plan(bundle, PlanOptions(batch_size=num_slots, block_sizes=BLOCK_SIZES), gpu=gpu)
         self._gpu = gpu

@@ -25,12 +25,13 @@ from cllm_export.errors import EngineError, OptionError, WhileGraphError
 from cllm_export.runtime.decoding.drafts.sources import make_proposer
 from cllm_export.runtime.decoding.jacobi import SlidingJacobi
 from cllm_export.runtime.decoding.request import Decode
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.loop import commit_kernel, condition_kernel
 from cllm_export.tensorrt.loop.commit_kernel import REPEAT, SOURCE
 from cllm_export.tensorrt.loop.device_kernel import compile_kernel
 from cllm_export.tensorrt.loop.device_loop import DeviceLoop, Form
+from cllm_export.tensorrt.plan_options import PlanOptions
 from tests.acceptance.test_acceptance import decode as decode_on_host
 from tests.conftest import Workshop
 from tests.fakes import properties

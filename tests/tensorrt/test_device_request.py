@@ -31,11 +31,12 @@ from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
 from cllm_export.runtime.service import Service
 from cllm_export.tensorrt import engine as trt_engine
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.loop import device_loop
 from cllm_export.tensorrt.loop.device_request import DeviceLoops
 from cllm_export.tensorrt.plan_files import Plan
+from cllm_export.tensorrt.plan_options import PlanOptions
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import properties
 from tests.tensorrt.simulation import SimulatedGpu

@@ -18,7 +18,8 @@ import pytest
 
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.build_plan import build_plan
+from cllm_export.tensorrt.plan_options import PlanOptions
 from tests.conftest import THREADS, Workshop
 from tests.tensorrt.simulation import SimulatedGpu
 

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.runtime.decoding.batch import BatchRequest, decode_requests
 from cllm_export.runtime.engines import cuda as cuda_module
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.library import Gpu
 from cllm_export.tensorrt.loop import device_loop, launch_copy
 from cllm_export.tensorrt.loop.device_loop import DeviceLoop, Form
 from cllm_export.tensorrt.plan_files import Plan
+from cllm_export.tensorrt.plan_options import PlanOptions
 from tests.conftest import Workshop
 from tests.fakes import properties
 from tests.tensorrt.doubles import Nonconforming

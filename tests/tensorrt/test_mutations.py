@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
@@ -46,7 +46,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         plan_module,
-        "1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)",
+        "1 << int(self._tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)",
         "0",
         "the network is not strongly typed",
     ),
@@ -55,8 +55,8 @@ MUTATIONS = [
     ),
     Mutation(
         plan_module,
-        "tensorrt.OnnxParser(network, log.logger)",
-        "tensorrt.OnnxParser(network, log)",
+        "self._tensorrt.OnnxParser(network, self._log.logger)",
+        "self._tensorrt.OnnxParser(network, self._log)",
         "logger is a tensorrt_bindings.tensorrt.ILogger",
     ),
     Mutation(plan_module, "ignore_mismatch=False", "ignore=False", "unknown or repeated keyword 'ignore'"),
@@ -209,8 +209,8 @@ MUTATIONS = [
         trt_engine,
         'count * INT64, "to device"',
         'count * 4, "to device"',
-        "position_ids value -4294967296 at index 0 is out of range",
-        InvalidArgument,
+        "write_indices[0] = -4294967296 is negative",
+        Fail,
     ),
     Mutation(
         trt_engine,

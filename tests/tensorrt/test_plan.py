@@ -18,9 +18,10 @@ import pytest
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import GpuError, OptionError, PlanError
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan, default_kv_lengths, profiles_of, settle
+from cllm_export.tensorrt.build_plan import build_plan, profiles_of
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
 from cllm_export.tensorrt.plan_files import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
+from cllm_export.tensorrt.plan_options import PlanOptions, default_kv_lengths, settle
 from tests.conftest import PINNED, Workshop
 from tests.fakes import with_manifest
 from tests.tensorrt.simulation import SimulatedGpu, versions
@@ -42,7 +43,7 @@ def test_a_plan_has_a_profile_for_chunks_and_one_for_each_block_size(simulated: 
     profiles = json.loads(plan.file.read_bytes())["profiles"]
     assert [profile["input_ids"] for profile in profiles] == [
         [[1, 1], [1, 32], [1, 32]],
-        [[1, 1]] * 3,
+        [[1, 1], [1, 1], [1, 2]],
         [[1, 8]] * 3,
         [[1, 16]] * 3,
     ]
@@ -143,7 +144,10 @@ def test_a_timing_cache_that_does_not_fit_is_started_anew(bundle: Bundle):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("parse", r"does not take .*model.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed"),
+        (
+            "parse",
+            r"does not take .*unfolded.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed",
+        ),
         ("build", r"could not build a plan of .*; TensorRT says: \[simulated\] build failed"),
         ("deserialize", r"was built and does not run: TensorRT does not load .*simulated\] deserialize failed"),
         ("execute", r"was built and does not run: TensorRT failed in a forward .*simulated\] execute failed"),
@@ -184,7 +188,7 @@ def test_a_bundle_with_operators_of_onnx_runtime_is_refused_before_anything_star
 
 def test_a_bf16_bundle_is_refused_on_a_gpu_without_bf16(bundle: Bundle):
     bf16 = with_manifest(bundle, precision="bf16")
-    with pytest.raises(GpuError, match=r"compute capability 7.5\) has no bf16.*precision='fp16'"):
+    with pytest.raises(GpuError, match=r"bf16, which sm75 does not have.*precision='fp16'.*sm80 or newer"):
         build_plan(bf16, gpu=SimulatedGpu(capability=(7, 5)).gpu)
 
 
@@ -228,7 +232,7 @@ def test_a_plan_for_another_machine_says_exactly_what_differs_and_how_to_rebuild
     message = str(raised.value)
     assert f"{what}: built for " in message
     assert all(f"{other}: built" not in message for other in ELSEWHERE if other not in (what, "GPU"))
-    assert f"rebuild with: cllm-export plan {bundle.path} --batch-size 1 --block-size 4" in message
+    assert f"rebuild with: cllm-export plan {bundle.path} --engine tensorrt --batch-size 1 --block-size 4" in message
     assert "--strip-weights" in message
 
 
@@ -276,9 +280,10 @@ def test_the_key_follows_from_everything_a_plan_depends_on(bundle: Bundle):
             {"strip_weights": True},
             {"version_compatible": True},
             {"hardware": "ampere+"},
+            {"single_row_kernels": True},
         )
     }
-    assert len(keys) == 2 + len(ELSEWHERE) + 11
+    assert len(keys) == 2 + len(ELSEWHERE) + 12
 
 
 def test_two_plans_that_run_here_must_be_told_apart(bundle: Bundle):
@@ -291,7 +296,7 @@ def test_two_plans_that_run_here_must_be_told_apart(bundle: Bundle):
 
 
 def test_a_bundle_without_a_plan_names_the_command(bundle: Bundle):
-    with pytest.raises(PlanError, match="has no plan; build one on this machine with: cllm-export plan"):
+    with pytest.raises(PlanError, match="has no plan; build one with: cllm-export plan .* --engine tensorrt"):
         find_plan(bundle, HERE)
 
 

@@ -22,8 +22,9 @@ from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import prefill
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
-from cllm_export.tensorrt.build_plan import PlanOptions, build_plan
+from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.engine import TrtEngine
+from cllm_export.tensorrt.plan_options import PlanOptions
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.tensorrt import simulation
 from tests.tensorrt.caches import cache_addresses, read_cache, write_cache

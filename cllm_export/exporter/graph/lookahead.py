@@ -35,13 +35,7 @@ def derive_lookahead(greedy: DecoderGraph, geometry: Geometry) -> DecoderGraph:
     Raises:
         GraphError: a value that has to be replaced has no name in the greedy graph.
     """
-    graph = DecoderGraph(
-        model=greedy.model.clone(),
-        precision=greedy.precision,
-        weights=dict(greedy.weights),
-        constants=dict(greedy.constants),
-        quantization=greedy.quantization,
-    )
+    graph = greedy.copy()
     inputs = lookahead_inputs(geometry, graph.precision)
     values = _add_inputs(graph, inputs)
     positions, visible = _require_value(graph, POSITIONS), _require_value(graph, VISIBLE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,6 +69,10 @@ class DecoderGraph:
     @property
     def graph(self) -> ir.Graph:
         return self.model.graph
+
+    def copy(self) -> DecoderGraph:
+        """A graph that can be changed while this one stays as it is. Both read the same weights."""
+        return replace(self, model=self.model.clone(), weights=dict(self.weights), constants=dict(self.constants))
 
     @property
     def dtype(self) -> ir.DataType:

@@ -11,7 +11,7 @@ from cllm_export.errors import GpuError
 from cllm_export.runtime.engines import cuda
 from cllm_export.runtime.engines.cuda import GpuFacts, probe_driver
 from cllm_export.tensorrt import doctor
-from cllm_export.tensorrt.library import open_gpu, require_version
+from cllm_export.tensorrt.library import TENSORRT, open_gpu
 
 FACTS = GpuFacts(name="A GPU", compute_capability="9.0", memory=80_000_000_000, driver="12.9")
 
@@ -48,7 +48,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(doctor, "_version", packages.get)
         monkeypatch.setattr(doctor, "_providers", lambda: list(providers))
         monkeypatch.setattr(doctor, "_facts", lambda: FACTS if "cuda-bindings" in packages else None)
-        monkeypatch.setattr("cllm_export.tensorrt.library.import_tensorrt", lambda: None)
+        monkeypatch.setattr("cllm_export.tensorrt.library.import_library", lambda library: None)
         return doctor.report(doctor.examine())
 
     return make
@@ -135,6 +135,6 @@ def test_without_a_gpu_everything_for_one_ends_in_a_sentence(
 
 
 def test_an_older_tensorrt_is_refused():
-    require_version("10.15.1.29")
+    TENSORRT.require_version("10.15.1.29")
     with pytest.raises(GpuError, match=r"TensorRT 10.14.1.48 is too old.*pip install 'tensorrt>=10.15'"):
-        require_version("10.14.1.48")
+        TENSORRT.require_version("10.14.1.48")

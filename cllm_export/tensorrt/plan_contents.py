@@ -1,0 +1,118 @@
+"""What is inside a plan: kernels, attention, copies of the cache and memory, read from the builder's own log.
+
+TensorRT prints every layer of a finished engine, with its inputs and outputs, when profiling verbosity is DETAILED. The
+text is the same on a machine without a GPU, so a test can hold a plan to its counts before any card has run it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cllm_export.checks import from_fields
+
+LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+), Inputs: \[(?P<inputs>.*?)\](?:, Constants: \[.*?\])?"
+    r", Outputs: \[(?P<outputs>.*?)\], (?:Tactic|Param)"
+)
+TENSOR = re.compile(r"\{ Name: ([^,]+),")
+GROUP = re.compile(r"_myl(\d+)_\d+$")
+"""The compiled part that a kernel belongs to. Each profile has one, numbered in the order of the profiles."""
+PROFILE = re.compile(r"\[profile (\d+)\]")
+ATTENTION = re.compile(r"^_?(\w*mha\w*?)_myl")
+CACHE = re.compile(r"^(?:past|present)_(?:key|value)\.")
+PRESENT = re.compile(r"^present_(?:key|value)\.")
+BYTES = re.compile(r"^Total (Weights|Activation|Device Persistent) Memory: (\d+) bytes")
+NOT_KERNELS = ("shape_call", "ShapeHostToDevice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileContents:
+    """One optimization profile of a plan. Counts are of one forward."""
+
+    kernels: int
+    """Kernels that a forward launches, without shape computations on the host."""
+    attention: dict[str, int] = field(default_factory=dict)
+    """Fused attention kernels: name -> how many. Empty if attention is spelled out as matrix products."""
+    cache_copies: int
+    """Kernels that read keys or values of the cache only to write them elsewhere."""
+    reformats: int
+    """Layers that change only the layout of a tensor."""
+    host_copies: int
+    """Copies of shapes from the host, which a captured graph cannot repeat with other values."""
+    device_bytes: int
+    """Device memory of an execution context: activations and scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanContents:
+    """What the builder says of a finished plan."""
+
+    weight_bytes: int
+    """Device memory of the weights, each copy counted."""
+    profiles: tuple[ProfileContents, ...]
+    """The prefill profile first, then one for each block size."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> PlanContents:
+        """Make it from parsed JSON. Wrong keys raise TypeError or ValueError."""
+        profiles = tuple(from_fields(ProfileContents, dict(each)) for each in raw["profiles"])
+        return from_fields(cls, {**raw, "profiles": profiles})
+
+
+def read_contents(report: Sequence[str]) -> PlanContents | None:
+    """The contents of a plan from the messages of its build; None if the builder printed no layers.
+
+    ``report`` holds the messages that ``Log.report`` keeps, in their order.
+    """
+    dump = next((message for message in report if message.startswith("Layers:")), None)
+    if dump is None:
+        return None
+    memory = [(match[1], int(match[2])) for match in map(BYTES.match, report) if match]
+    weights = [size for kind, size in memory if kind == "Weights"]
+    activations = [size for kind, size in memory if kind == "Activation"]
+    layers = [match for line in dump.splitlines() if (match := LAYER.search(line))]
+    groups = _by_profile(layers)
+    if not weights or len(activations) != len(groups):
+        return None
+    return PlanContents(
+        weight_bytes=weights[-1],
+        profiles=tuple(_contents(group, size) for group, size in zip(groups, activations, strict=True)),
+    )
+
+
+def _by_profile(layers: Iterable[re.Match[str]]) -> list[list[re.Match[str]]]:
+    """Layers by profile. A kernel is told by its part, any other layer by the profile in its name."""
+    kernels: dict[int, list[re.Match[str]]] = {}
+    others: dict[int, list[re.Match[str]]] = {}
+    for layer in layers:
+        part, profile = GROUP.search(layer["name"]), PROFILE.search(layer["name"])
+        if part:
+            kernels.setdefault(int(part[1]), []).append(layer)
+        else:
+            others.setdefault(int(profile[1]) if profile else 0, []).append(layer)
+    ordered = [kernels[part] for part in sorted(kernels)]
+    return [[*group, *others.get(index, ())] for index, group in enumerate(ordered)]
+
+
+def _contents(layers: Sequence[re.Match[str]], device_bytes: int) -> ProfileContents:
+    kinds = Counter(layer["kind"] for layer in layers)
+    attention = Counter(match[1] for layer in layers if (match := ATTENTION.match(layer["name"])))
+    return ProfileContents(
+        kernels=len(layers) - sum(kinds[kind] for kind in NOT_KERNELS),
+        attention=dict(sorted(attention.items())),
+        cache_copies=sum(_copies_cache(layer) for layer in layers),
+        reformats=sum(count for kind, count in kinds.items() if "reformat" in kind.lower()),
+        host_copies=kinds["ShapeHostToDevice"],
+        device_bytes=device_bytes,
+    )
+
+
+def _copies_cache(layer: re.Match[str]) -> bool:
+    """Whether a layer reads the cache, and neither updates it nor is the attention."""
+    reads = any(CACHE.match(name) for name in TENSOR.findall(layer["inputs"]))
+    writes = any(PRESENT.match(name) for name in TENSOR.findall(layer["outputs"]))
+    return reads and not writes and not ATTENTION.match(layer["name"])
