@@ -113,15 +113,16 @@ def test_a_plan_that_is_there_is_not_built_again_unless_forced(bundle: Bundle):
 def test_the_memory_that_a_build_is_expected_to_take_is_said_first(bundle: Bundle):
     said: list[str] = []
     build_plan(bundle, gpu=SimulatedGpu().gpu, say=said.append)
-    assert [line.split(":")[0] for line in said[:6]] == [
+    assert [line.split(":")[0] for line in said[:7]] == [
         "predicted weights",
         "predicted KV cache",
         "predicted activations",
         "predicted running engine",
+        "predicted prefix cache",
         "predicted build, host",
         "predicted build, device",
     ]
-    assert [line.split(" in ")[0] for line in said[6:]] == ["parsed", "built", "loaded and ran"]
+    assert [line.split(" in ")[0] for line in said[7:]] == ["parsed", "built", "loaded and ran"]
 
 
 def test_what_kernels_took_is_kept_for_the_next_build_on_the_same_gpu(bundle: Bundle):
