@@ -164,12 +164,13 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
+        info = self.tensors[name]
         try:
-            with safe_open(self.tensors[name].file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+            with safe_open(info.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(info.stored_name or name)
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {name} from {self.tensors[name].file}: {error}") from None
+            raise CheckpointError(f"cannot read {name} from {info.file}: {error}") from None
 
     def fingerprint(self, known: Mapping[Path, str] | None = None) -> str:
         """The sha256 over ``config.json`` and every weight file. It does not depend on where the checkpoint is.
@@ -178,7 +179,8 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for path in sorted({self.path / "config.json", *self.weight_files, *self.adapter_files}):
-            digest.update(f"{path.name}:{(known or {}).get(path) or sha256_of(path)}\n".encode())
+            name = path.relative_to(self.path).as_posix() if path in self.weight_files else path.name
+            digest.update(f"{name}:{(known or {}).get(path) or sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
     def with_adapter(self, files: tuple[Path, ...]) -> Checkpoint:
@@ -236,7 +238,7 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
         path=path,
         raw_config=raw,
         config=config,
-        tensors=find_tensors(files),
+        tensors=_with_embedding(find_tensors(files), config),
         weight_files=tuple(files),
         text_path=text_path,
     )
@@ -276,6 +278,15 @@ def _read_config(path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types for a bad config
         raise CheckpointError(f"{path / 'config.json'} is not a valid config: {error}") from None
+
+
+def _with_embedding(tensors: dict[str, TensorInfo], config: PretrainedConfig) -> dict[str, TensorInfo]:
+    """The tensors; if the config ties head and embedding and only the head is stored, it stands for both."""
+    if not config.tie_word_embeddings or HEAD not in tensors or EMBEDDING in tensors:
+        return tensors
+    head = tensors[HEAD]
+    others = {name: info for name, info in tensors.items() if name != HEAD}
+    return {**others, EMBEDDING: replace(head, stored_name=head.stored_name or HEAD)}
 
 
 def _check_sections(checkpoint: Checkpoint) -> None:
