@@ -101,9 +101,9 @@ def _check_places(file: LinkedFile, weights: Mapping[str, LinkedWeight]) -> None
         raise BundleError(f"{file.path}, which this bundle is linked to, is damaged: {error}; rebuild it") from None
     for name, weight in weights.items():
         stated = (weight.offset, weight.length, weight.dtype, weight.shape)
-        held = places.get(weight.stored_name or name)
-        if held != stated:
+        stored = weight.stored_name or name
+        if places.get(stored) != stated:
             raise BundleError(
-                f"{file.path} holds {weight.stored_name or name} as {held}, the bundle's manifest says {stated}: the checkpoint "
+                f"{file.path} holds {stored} as {places.get(stored)}, the bundle's manifest says {stated}: the checkpoint "
                 "changed; put it back or rebuild the bundle"
             )

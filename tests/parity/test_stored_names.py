@@ -125,11 +125,11 @@ def test_a_checkpoint_in_training_is_the_same(checkpoint: Path):
 def test_a_tensor_stored_under_both_names_is_refused(checkpoint: Path):
     tensors = load_file(checkpoint / WEIGHTS)
     edit_weights(checkpoint, **{"norm.weight": tensors["model.norm.weight"] + 1})
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight'.*as .*norm\.weight and .*norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight'.*as model\.norm\.weight.*as norm\.weight"):
         open_checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("shard", ["../gone.safetensors", "a/../../gone.safetensors", "/etc/passwd", "a//b", "a/./b", ""])
+@pytest.mark.parametrize("shard", ["../gone.safetensors", "a/../../gone", "/etc/passwd", "a//b", "a/./b", "a\\b", ""])
 def test_a_shard_whose_path_leaves_the_checkpoint_is_refused(checkpoint: Path, shard: str):
     (checkpoint / INDEX).write_text(json.dumps({"weight_map": {EMBEDDING: shard}}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="names a shard outside the checkpoint"):

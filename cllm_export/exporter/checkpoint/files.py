@@ -66,8 +66,8 @@ def find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
             if name in tensors:
                 first = tensors[name]
                 raise CheckpointError(
-                    f"tensor {name!r} stands in both {first.file} and {file}"
-                    + ("" if stored == (first.stored_name or name) else f", as {first.stored_name or name} and {stored}")
+                    f"tensor {name!r} stands in both {first.file} (as {first.stored_name or name}) and {file} (as "
+                    f"{stored}): remove one"
                 )
             tensors[name] = info if name == stored else replace(info, stored_name=stored)
     return tensors
