@@ -104,6 +104,6 @@ def _check_places(file: LinkedFile, weights: Mapping[str, LinkedWeight]) -> None
         stored = weight.stored_name or name
         if places.get(stored) != stated:
             raise BundleError(
-                f"{file.path} holds {stored} as {places.get(stored)}, the bundle's manifest says {stated}: the checkpoint "
-                "changed; put it back or rebuild the bundle"
+                f"{file.path} holds {stored} as {places.get(stored)}, the bundle's manifest says {stated}: the "
+                "checkpoint changed; put it back or rebuild the bundle"
             )
