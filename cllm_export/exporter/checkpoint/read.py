@@ -41,6 +41,7 @@ from cllm_export.exporter.checkpoint.files import (
     weight_files,
 )
 from cllm_export.exporter.checkpoint.tokenizer import SENTENCEPIECE_NAME, convert_tokenizer
+from cllm_export.exporter.checkpoint.tokenizer_settings import refuse_contradictions
 from cllm_export.runtime.decoding.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -124,13 +125,13 @@ class Checkpoint:
         """Name (bos_token, eos_token and so on) -> token, for chat templates.
 
         The older ``special_tokens_map.json`` is handled as in transformers. It takes precedence if
-        ``tokenizer_config.json`` lists no added tokens, and is ignored otherwise.
+        ``tokenizer_config.json`` lists no added tokens, and is ignored otherwise. A null in it removes a token.
         """
         sources: list[Mapping[str, Any]] = [self.tokenizer_config]
         path = self.text_path / "special_tokens_map.json"
         if "added_tokens_decoder" not in self.tokenizer_config and path.exists():
             sources.append(read_json(path))
-        tokens = {}
+        tokens: dict[str, str] = {}
         for source in sources:
             named = {name: value for name, value in source.items() if name.endswith("_token")}
             extra = source.get("extra_special_tokens")
@@ -138,6 +139,8 @@ class Checkpoint:
                 text = value.get("content") if isinstance(value, dict) else value
                 if isinstance(text, str):
                     tokens[name] = text
+                elif text is None:
+                    tokens.pop(name, None)
         return tokens
 
     @property
@@ -300,7 +303,10 @@ def _check_sections(checkpoint: Checkpoint) -> None:
     _ = checkpoint.trained_with, checkpoint.special_tokens
     _check_chat_template(checkpoint)
     try:
-        Tokenizer.from_buffer(checkpoint.tokenizer_json)
+        tokenizer = Tokenizer.from_buffer(checkpoint.tokenizer_json)
+        if (checkpoint.text_path / TOKENIZER_NAME).is_file():
+            settings, tokens = checkpoint.tokenizer_config, checkpoint.special_tokens
+            refuse_contradictions(tokenizer, settings, tokens, checkpoint.text_path)
     except CllmExportError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
