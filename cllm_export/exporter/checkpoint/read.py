@@ -106,7 +106,10 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids. Those of ``generation_config.json`` take precedence, as in transformers."""
+        """End-of-sequence ids. Those of ``generation_config.json`` take precedence, as in transformers.
+
+        If that file names none, those of ``config.json`` count. transformers would then never end a text.
+        """
         for source in (self.generation_config, self.raw_config):
             value = source.get("eos_token_id")
             if value is not None:

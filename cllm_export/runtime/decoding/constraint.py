@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.errors import EngineError, MissingExtraError, OptionError
+from cllm_export.extras import require_floors
 from cllm_export.runtime.decoding.text import TextCodec
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class GrammarCompiler:
 
     Raises:
         MissingExtraError: llguidance is not installed.
+        OutdatedPackageError: it is older than its floor.
         OptionError: the model has no end-of-sequence token, or llguidance cannot read its tokenizer.
     """
 
@@ -41,6 +43,7 @@ class GrammarCompiler:
             import llguidance
         except ImportError:
             raise MissingExtraError("llguidance", extra="grammar") from None
+        require_floors("llguidance", "tokenizers")
         if not eos_token_ids:
             raise OptionError("constrained output needs a model with an end-of-sequence token, to end with")
         self._vocab_size = vocab_size
