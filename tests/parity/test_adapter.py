@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402 - after the skips
 from cllm_export.exporter.checkpoint.adapter import HARMLESS, READ, REFUSED  # noqa: E402
 from cllm_export.exporter.checkpoint.adapter_targets import targeted  # noqa: E402
-from tests.checkpoints import edit_json  # noqa: E402
+from tests.checkpoints import edit_json, edit_weights  # noqa: E402
 from tests.conftest import Workshop  # noqa: E402
 from tests.e2e.conftest import assert_refused, cli, output  # noqa: E402, F401 - fixtures
 
@@ -206,7 +206,6 @@ def test_what_is_not_merged_is_refused_by_name(
     assert_refused(cli("build", tmp_path / "adapter", "--output", output), *case[1])
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.")
 def test_a_head_that_is_tied_is_refused(
     workshop: Workshop,
     tmp_path: Path,
@@ -214,8 +213,16 @@ def test_a_head_that_is_tied_is_refused(
     output: Path,  # noqa: F811
 ):
     """PEFT would change the embedding too; and a head that is stored as well would take nothing of it."""
+    from safetensors.torch import load_file, save_file
+
     base = shutil.copytree(workshop.checkpoint("small"), tmp_path / "base")
-    save_adapter(tmp_path / "adapter", base, target_modules=["lm_head"])
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(base, **{"lm_head.weight": table.clone()})
+    save_adapter(tmp_path / "adapter", base)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    pair = {"A": torch.ones(4, table.shape[1]), "B": torch.ones(table.shape[0], 4)}
+    head = {f"base_model.model.lm_head.lora_{side}.weight": matrix for side, matrix in pair.items()}
+    save_file({**load_file(path), **head}, path)
     assert_refused(cli("build", tmp_path / "adapter", "--output", output), "lm_head", "ties to the embedding")
 
 
