@@ -24,7 +24,8 @@
     ├── GpuError                  a GPU, its driver or a library for it that is missing or too old
     ├── PlanError                 a TensorRT plan that is missing, damaged, cannot be built or was built for elsewhere
     ├── QueueFullError            a service that takes no more requests for now
-    └── MissingExtraError         a command that needs an extra that is not installed
+    ├── MissingExtraError         a command that needs an extra that is not installed
+    └── OutdatedPackageError      an installed package that is older than this project needs
 
 The command line prints the message of any of these errors and exits with 2. A message says what was wrong, which value
 was given, and what to do next. Any other exception that escapes is a defect of this project.
@@ -153,4 +154,14 @@ class MissingExtraError(CllmExportError, ImportError):
         super().__init__(
             f"this needs the package {package!r}, which is not installed; "
             f"install it with: pip install 'cllm-export[{extra}]'"
+        )
+
+
+class OutdatedPackageError(CllmExportError, ImportError):
+    """A package is installed, but older than the oldest version that this project works with."""
+
+    def __init__(self, package: str, *, installed: str, floor: str) -> None:
+        super().__init__(
+            f"this needs {package} {floor} or newer, and {installed} is installed; "
+            f"upgrade it with: pip install --upgrade '{package}>={floor}'"
         )

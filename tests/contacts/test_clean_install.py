@@ -7,8 +7,6 @@ runtime must not have.
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,8 @@ import pytest
 
 from cllm_export.bundle.manifest import Bundle
 from tests.conftest import Workshop
+from tests.contacts.environments import ROOT, copy_source, install, new_environment, run
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "The SQL database has table city with columns name, population. Question: how many cities are there?"
 GENERATE = ("generate", "--max-new-tokens", "24", "--threads", "1", "--block-size", "8", "--json")
 
@@ -26,24 +24,14 @@ GENERATE = ("generate", "--max-new-tokens", "24", "--threads", "1", "--block-siz
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment into which pip installed ``cllm-export[cpu]``, from a copy of the sources."""
     directory = tmp_path_factory.mktemp("clean")
-    source = directory / "source"
-    shutil.copytree(ROOT / "cllm_export", source / "cllm_export", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
-        shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
-    python = directory / "venv" / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "--constraint", source / "constraints.txt", f"{source}[cpu]"]
-    subprocess.run(command, check=True)
+    source, python = copy_source(directory), new_environment(Path(sys.executable), directory / "venv")
+    install(python, "--constraint", source / "constraints.txt", f"{source}[cpu]")
     return python
 
 
 @pytest.fixture(scope="module")
 def bundle(workshop: Workshop) -> Bundle:
     return workshop.bundle("demo")
-
-
-def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "onnx", "onnxscript", "pyarrow", "matplotlib"])

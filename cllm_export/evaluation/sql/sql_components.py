@@ -16,6 +16,7 @@ from typing import Any
 
 from cllm_export.errors import MissingExtraError
 from cllm_export.evaluation.sql.schema import Schema
+from cllm_export.extras import require_floors
 
 try:
     import sqlglot
@@ -24,6 +25,7 @@ try:
     from sqlglot.errors import SqlglotError
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "sqlglot", extra="evaluate") from None
+require_floors("sqlglot")
 
 VALUE = "value"
 Key = tuple[Any, ...] | str

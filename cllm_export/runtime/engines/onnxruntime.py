@@ -27,6 +27,7 @@ from cllm_export.bundle.contract import KV_DTYPE, LOGITS, Batch, DType, FixedSha
 from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionError
+from cllm_export.extras import require_floors
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import require_gpu
 from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
@@ -489,6 +490,7 @@ def _session_options(threads: int, log_severity: int, device: Device) -> onnxrun
         import onnxruntime
     except ImportError:
         raise MissingExtraError("onnxruntime", extra=device) from None
+    require_floors("onnxruntime", "onnxruntime-gpu", "tokenizers")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
