@@ -14,6 +14,9 @@ from cllm_export.errors import BundleError, OptionError
 
 T = TypeVar("T")
 
+LARGEST_INTEGER = 2**63 - 1
+"""Engines and files hold integers in 64 bits. No option may be larger."""
+
 
 def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise OptionError unless ``value`` is one of ``allowed``."""
@@ -99,6 +102,10 @@ def check_options(options: Any) -> None:
 def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool) -> None:
     if spec.choices:
         require_one_of(name, value, spec.choices)
+    if is_integer and isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise OptionError(f"{name} must be an integer of at most {LARGEST_INTEGER}, got {value}", fields=(name,))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"{name} must be a finite number, got {value}", fields=(name,))
     limits = (spec.minimum, spec.above, spec.maximum)
     if limits == (None, None, None):
         return

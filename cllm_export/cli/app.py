@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from cllm_export import __version__
-from cllm_export.cli.flags import Flag, with_flags
+from cllm_export.cli.flags import Flag, with_flags, with_value
 from cllm_export.cli.signature import flags_of_fields
 from cllm_export.errors import CllmExportError
 
@@ -25,9 +25,13 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. Its errors name options by their flags."""
+        """Run a command. Its errors name options by their flags, and the values that they were given."""
+        arguments = list(ctx.args)
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = with_value(error, arguments)
+            raise
         except CllmExportError as error:
             error.args = (with_flags(error, self._flags(ctx.invoked_subcommand)),)
             raise

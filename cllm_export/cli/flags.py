@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from cllm_export.errors import BundleError, CllmExportError, OptionError, ScalesError, SnapshotError
 
@@ -55,6 +56,19 @@ def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
     are_options = not isinstance(error, ABOUT_FILES)
     named = [name for name in flags if name in error.fields or (are_options and "_" in name)]
     return replace_words(text, {name: flags[name].on for name in named})
+
+
+def with_value(error: Any, arguments: Sequence[str]) -> str:
+    """The message of a ``typer.BadParameter``, with the value that the user gave.
+
+    Args:
+        arguments: those of the command, as the user wrote them.
+    """
+    spellings = [*error.param.opts, *error.param.secondary_opts] if error.param else []
+    joined = [text.partition("=")[2] for text in arguments if text.partition("=")[0] in spellings and "=" in text]
+    apart = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag in spellings]
+    values = [value for value in (*joined, *apart) if value not in error.message]
+    return f"{error.message}, got {', '.join(map(repr, values))}" if values else str(error.message)
 
 
 def _replaced(text: str, names: list[str], suffix: str, by: Callable[[re.Match[str]], str]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cllm_export.checks import OptionSpec, option_specs
+from cllm_export.checks import LARGEST_INTEGER, OptionSpec, option_specs
 from cllm_export.errors import OptionError
 from cllm_export.exporter.options import BuildOptions
 from cllm_export.runtime.decoding.drafts.sources import parse_proposers
@@ -18,6 +18,10 @@ from cllm_export.runtime.decoding.shared_options import (
     max_new_tokens_option,
     threads_option,
 )
+
+
+COUNT: Any = {"min": 1, "max": LARGEST_INTEGER}
+"""The range of an option that counts something."""
 
 
 def _help_of(field: Any) -> str:
@@ -56,18 +60,18 @@ BaseOption = Annotated[
 ]
 
 
-BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help=_help_of(block_size_option()))]
+BlockSizeOption = Annotated[int | None, typer.Option("--block-size", **COUNT, help=_help_of(block_size_option()))]
 
 
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help=_help_of(threads_option()))]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", **COUNT, help=_help_of(threads_option()))]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ReportOption = Annotated[Path | None, typer.Option("--json", help="Write the report to this file as JSON.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help=_help_of(limit_option()))]
+LimitOption = Annotated[int | None, typer.Option("--limit", **COUNT, help=_help_of(limit_option()))]
 
 
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help=_help_of(max_new_tokens_option()))]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", **COUNT, help=_help_of(max_new_tokens_option()))]
 
 
 def require_use(draft_model: Path | None, method: Method | None, proposer: str | None) -> None:

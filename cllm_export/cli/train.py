@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cllm_export.cli.app import EXIT_FAILED, app
-from cllm_export.cli.options import LimitOption, PromptFileOption, ThreadsOption
+from cllm_export.cli.options import COUNT, LimitOption, PromptFileOption, ThreadsOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
 from cllm_export.cli.signature import with_options
@@ -67,7 +67,8 @@ def collect(
     output: Annotated[Path, typer.Option("--output", "-o", help="The collection to write, or to continue.")],
     options: CollectOptions,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Number of prompts that are decoded at once; by default 8.")
+        int | None,
+        typer.Option("--batch-size", **COUNT, help="Number of prompts that are decoded at once; by default 8."),
     ] = None,
     threads: ThreadsOption = None,
     device: Annotated[
@@ -119,9 +120,11 @@ def tune(
             "--held-out", help="A file of held-out prompts with answers; by default the last prompts of --prompts."
         ),
     ] = None,
-    num_held_out: Annotated[int, typer.Option("--num-held-out", help="Number of held-out prompts.")] = 64,
+    num_held_out: Annotated[int, typer.Option("--num-held-out", **COUNT, help="Number of held-out prompts.")] = 64,
     limit: LimitOption = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Number of CPU threads of each process.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", **COUNT, help="Number of CPU threads of each process.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier run.")] = False,
 ) -> None:

@@ -1,0 +1,316 @@
+"""Wrong commands, made from the command line's own parameters, and a process that runs them all.
+
+A new option gets its wrong commands from its type, its range and its choices. Each command has one fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import typer
+from typer.core import TyperGroup
+
+import cllm_export.cli  # its modules add their commands
+from cllm_export.cli.app import app
+from cllm_export.cli.entry import main
+
+HEAVY = frozenset(
+    {
+        *("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "cuda"),
+        *("accelerate", "peft", "pyarrow", "matplotlib", "pandas"),
+    }
+)
+"""Packages that take seconds to import."""
+
+INPUTS = {
+    **dict.fromkeys(("bundle", "bundles", "against", "draft_model", "source", "parent"), "bundle"),
+    **dict.fromkeys(("checkpoint", "base"), "checkpoint"),
+    **dict.fromkeys(("prompts", "held_out", "data"), "prompts.jsonl"),
+    **{"json_schema": "schema.json", "grammar": "grammar.lark", "scales": "scales.safetensors"},
+    **{"load_prefix": "prefix.safetensors", "trajectories": "trajectories", "example": "example"},
+}
+"""Parameter that names something to read -> a right value. Its type says whether a directory or a file is expected."""
+OUTPUTS = frozenset({"output", "as_json", "save_prefix", "plots"})
+"""Parameters that name something to write."""
+DIRECTORY_OUTPUTS = frozenset({"build", "quantize", "collect", "tune", "demo"})
+"""Commands whose ``output`` is a directory. That of others is a file."""
+WRONG_TEXTS = {
+    **{"block_size": "several", "max_memory": "much", "workspace": "much", "proposer": "guesswork"},
+    **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
+}
+"""Option that takes text -> a text that it refuses."""
+FREE_TEXTS = frozenset({"prompt", "stop", "regex", "device"})
+"""Parameters that take any text, or text that needs an engine to be judged."""
+NEEDS = {
+    "--draft-model": ("--method", "speculative"),
+    "--scales": ("--precision", "int8"),
+    "--keep": ("--precision", "int8-dynamic"),
+    "--group-size": ("--precision", "int4"),
+    "--load-prefix": ("hello",),
+    "--save-prefix": ("hello",),
+    "--parent": ("--task", "prompts"),
+    "--logprobs": ("--json", "hello"),
+    "--lora-alpha": ("--lora-rank", 4),
+    "--top-k": ("--temperature", 1),
+    "--top-p": ("--temperature", 1),
+    "--min-p": ("--temperature", 1),
+    "--base": ("--checkpoint", "checkpoint"),
+}
+"""Option -> other arguments without which it is wrong for another reason. Those a command lacks are left out."""
+GIVEN = {
+    "output": "new/out",
+    "precision": "int8-dynamic",
+    "steps": "1",
+    "task": "prompts",
+    "prompt": "hello",
+}
+"""Values of parameters that are not paths, for commands that need them."""
+WANTED = {"tune": ("steps",), "evaluate": ("task",), "generate": ("prompt",), "demo": ("output", "example")}
+"""Parameters that a right command has besides the required ones."""
+
+
+class Case(NamedTuple):
+    """A wrong command, and what its message names."""
+
+    arguments: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(self.arguments)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    heavy: str | None
+    """The heavy package that it began to import."""
+    left: list[str]
+    """What it changed in its directory."""
+
+
+def commands() -> dict[str, Any]:
+    assert cllm_export.cli.main
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return dict(group.commands)
+
+
+class Parameter(NamedTuple):
+    """A parameter of a command, with the type that its signature says."""
+
+    command: str
+    name: str
+    flag: str | None
+    """None for an argument."""
+    kind: Any
+    choices: tuple[str, ...]
+    low: float | None
+    low_is_inside: bool
+    high: float | None
+    is_required: bool
+
+    @property
+    def title(self) -> str:
+        """What a message calls it."""
+        return self.flag or self.name
+
+    def given(self, value: str) -> tuple[str, ...]:
+        return (f"{self.flag}={value}",) if self.flag else (value,)
+
+
+def parameters(command: str) -> list[Parameter]:
+    given = commands()[command]
+    signature = inspect.signature(given.callback, eval_str=True)
+    found = [(entry, signature.parameters[entry.name]) for entry in given.params if entry.name in signature.parameters]
+    return [_parameter(command, entry, declared) for entry, declared in found]
+
+
+def _parameter(command: str, entry: Any, declared: inspect.Parameter) -> Parameter:
+    kind = _item(declared.annotation)
+    metavar = entry.metavar or ""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    bounds = re.search(r"<(?:int|float) (?:([-\d.e]+)(<=?))?x(?:(>=?|<=)([-\d.e]+))?>", metavar)
+    low, low_is_inside, high = entry.min, True, entry.max
+    if bounds:
+        if bounds[1]:
+            low, low_is_inside = float(bounds[1]), bounds[2] == "<="
+        if bounds[3] == "<=":
+            high = float(bounds[4])
+        elif bounds[3]:
+            low, low_is_inside = float(bounds[4]), bounds[3] == ">="
+    elif "|" in metavar and "N|auto" not in metavar:
+        choices = tuple(metavar.strip("<>").split("|"))
+    is_option = entry.param_type_name == "option"
+    return Parameter(
+        command=command,
+        name=entry.name,
+        flag=entry.opts[0] if is_option else None,
+        kind=str if choices else kind,
+        choices=choices,
+        low=low,
+        low_is_inside=low_is_inside,
+        high=high,
+        is_required=entry.required,
+    )
+
+
+def _item(hint: Any) -> Any:
+    """The type of one value, without Annotated, None and list."""
+    if get_origin(hint) is Annotated:
+        return _item(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return _item(next(each for each in get_args(hint) if each is not NoneType))
+    return _item(get_args(hint)[0]) if get_origin(hint) in (list, tuple) else hint
+
+
+def right_command(command: str, *, without: Sequence[str] = ()) -> list[str]:
+    """The arguments of a command that has no fault, less those of some parameters."""
+    wanted = WANTED.get(command, ())
+    given = [entry for entry in parameters(command) if entry.is_required or entry.name in wanted]
+    values = [entry.given(GIVEN.get(entry.name) or INPUTS[entry.name]) for entry in given if entry.name not in without]
+    return [command, *(text for value in values for text in value)]
+
+
+def missing() -> Iterator[Case]:
+    """Each required argument and option, left out."""
+    for command in commands():
+        for entry in parameters(command):
+            if entry.is_required:
+                yield Case(tuple(right_command(command, without=[entry.name])), (entry.title,))
+
+
+def wrong_values(kinds: str) -> Iterator[Case]:
+    """Each argument and option with each wrong value. ``kinds`` is ``numbers``, ``words``, ``inputs`` or ``outputs``."""
+    make = {"numbers": _numbers, "words": _words, "inputs": _inputs, "outputs": _outputs}[kinds]
+    for command in commands():
+        for entry in parameters(command):
+            for value in make(entry):
+                others = [] if not entry.flag else [str(each) for each in NEEDS.get(entry.flag, ())]
+                rest = right_command(command, without=[entry.name, *_replaced(command, others)])
+                names = (value, entry.flag) if entry.flag else (value,)
+                yield Case((*rest, *_accepted(command, others), *entry.given(value)), names)
+
+
+def _flags(command: str) -> dict[str, str]:
+    return {entry.flag: entry.name for entry in parameters(command) if entry.flag}
+
+
+def _replaced(command: str, others: Sequence[str]) -> list[str]:
+    """Parameters of the right command that other arguments give."""
+    flags = _flags(command)
+    return [flags[each] for each in others if each in flags] + (["prompt"] if "hello" in others else [])
+
+
+def _accepted(command: str, others: Sequence[str]) -> list[str]:
+    if others and others[0].startswith("-") and others[0] not in _flags(command):
+        return []
+    return list(others)
+
+
+def _numbers(entry: Parameter) -> Iterator[str]:
+    if entry.kind not in (int, float):
+        return
+    yield from ("many", "1.5") if entry.kind is int else ("much", "nan", "inf")
+    if entry.kind is int:
+        yield str(10**30)
+    if entry.low is not None:
+        below = entry.low if not entry.low_is_inside else entry.low - 1
+        yield f"{below:g}" if entry.kind is float else str(int(below))
+    elif entry.kind is int:
+        yield "-1"
+    if entry.high is not None:
+        yield f"{entry.high + 1:g}" if entry.kind is float else str(int(entry.high) + 1)
+
+
+def _words(entry: Parameter) -> Iterator[str]:
+    if entry.choices:
+        yield "nonsense"
+    elif entry.kind is str and entry.name not in INPUTS and entry.name not in FREE_TEXTS:
+        yield WRONG_TEXTS[entry.name]  # a new option has to say here what it refuses
+
+
+def _is_path(entry: Parameter) -> bool:
+    return entry.kind is Path or entry.name in ("json_schema", "grammar")
+
+
+def _inputs(entry: Parameter) -> Iterator[str]:
+    if not _is_path(entry) or entry.name in OUTPUTS:
+        return
+    yield from ("absent", "taken.txt/below", "dangling")
+    yield from ("taken", "taken.bin") if "." in INPUTS[entry.name] else ("empty", "taken.bin", "damaged")
+
+
+def _outputs(entry: Parameter) -> Iterator[str]:
+    if not _is_path(entry) or entry.name not in OUTPUTS:
+        return
+    is_directory = entry.name == "plots" or (entry.name == "output" and entry.command in DIRECTORY_OUTPUTS)
+    yield "taken.txt/below"
+    yield "taken.txt" if is_directory else "taken"
+    if is_directory and entry.name == "output":
+        yield from ("taken", "dangling")
+
+
+def cases(kind: str) -> list[Case]:
+    made = missing() if kind == "missing" else wrong_values(kind)
+    return list(dict.fromkeys(made))
+
+
+class _Imported(BaseException):
+    """A command began to import a heavy package."""
+
+
+class _Guard:
+    """Stops the import of a heavy package."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.split(".")[0] in HEAVY:
+            raise _Imported(name)
+
+
+def _run(arguments: Sequence[str]) -> Outcome:
+    before = _snapshot()
+    out, err, code, heavy = io.StringIO(), io.StringIO(), 0, None
+    sys.argv = ["cllm-export", *arguments]
+    sys.stdin = io.TextIOWrapper(io.BytesIO(b"hello"), encoding="utf-8")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(bool(error.code))
+        except _Imported as error:
+            heavy = str(error)
+    after = _snapshot()
+    left = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return Outcome(code=code, out=out.getvalue(), err=err.getvalue(), heavy=heavy, left=left)
+
+
+def _snapshot() -> dict[str, tuple[float, float]]:
+    found = {str(path): path.lstat() for path in Path().rglob("*")}
+    return {name: (math.inf if Path(name).is_dir() else entry.st_size, entry.st_mtime) for name, entry in found.items()}
+
+
+def run_all() -> None:
+    """Run the commands that standard input lists, and print their outcomes."""
+    sys.meta_path.insert(0, _Guard())  # type: ignore[arg-type]
+    commands = json.load(sys.stdin)
+    outcomes = [asdict(_run(arguments)) for arguments in commands]
+    json.dump(outcomes, sys.stdout)
+
+
+if __name__ == "__main__":
+    run_all()
