@@ -39,9 +39,15 @@ def from_fields(cls: type[T], raw: dict[str, Any]) -> T:
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Raise OptionError unless ``value`` is an int of at least ``minimum``."""
+    """Raise OptionError unless ``value`` is an int of at least ``minimum``, and of at most 64 bits."""
+    _require_64_bits(name, value)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise OptionError(f"{name} must be an integer of at least {minimum}, got {value!r}", fields=(name,))
+
+
+def _require_64_bits(name: str, value: object) -> None:
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise OptionError(f"{name} must be an integer of at most {LARGEST_INTEGER}, got {value}", fields=(name,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +108,8 @@ def check_options(options: Any) -> None:
 def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool) -> None:
     if spec.choices:
         require_one_of(name, value, spec.choices)
-    if is_integer and isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise OptionError(f"{name} must be an integer of at most {LARGEST_INTEGER}, got {value}", fields=(name,))
+    if is_integer:
+        _require_64_bits(name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise OptionError(f"{name} must be a finite number, got {value}", fields=(name,))
     limits = (spec.minimum, spec.above, spec.maximum)

@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, open_bundle
-from cllm_export.bundle.storage import check_report_path, write_json
+from cllm_export.bundle.storage import write_json
 from cllm_export.checks import option_specs
+from cllm_export.cli import before
 from cllm_export.cli.app import app
 from cllm_export.cli.options import CheckpointOption, LimitOption, PromptsOption, ReportOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.decoding import show_bench
 from cllm_export.cli.signature import with_options
-from cllm_export.errors import OptionError
+from cllm_export.errors import OptionError, about
 from cllm_export.extras import needs_extra
 from cllm_export.measure.options import BenchOptions
 from cllm_export.prompts import read_prompts
@@ -58,9 +59,13 @@ def bench(
             fields=("prompts",),
         )
     opened = [open_bundle(path) for path in bundles]
-    if as_json:
-        check_report_path(as_json)
-    check_plots(plots)
+    before.check_bundle("draft_model", options.draft_model)
+    before.check_bundle("bundles", bundles[0], block_sizes=options.block_sizes)
+    before.check_prompts("prompts", prompts, limit=limit)
+    before.check_checkpoint_or_adapter(checkpoint)
+    before.check_report("as_json", as_json)
+    with about("plots"):
+        check_plots(plots)
     if plots and opened[0].manifest.graphs[GREEDY_GRAPH].fixed_shapes:
         raise OptionError(f"plots are of several block sizes, and {opened[0].path} is pinned to one", fields=("plots",))
     given = read_prompts(prompts, limit=limit) if prompts else ()

@@ -10,15 +10,17 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.bundle.storage import check_report_path, write_json
+from cllm_export.bundle.storage import write_json
 from cllm_export.calibration.calibrate import CalibrateOptions
 from cllm_export.calibration.search.budget import FitOptions
 from cllm_export.calibration.search.fit import Budget, parse_share
 from cllm_export.calibration.search.measured import HeldOutOptions
+from cllm_export.cli import before
 from cllm_export.cli.app import app
 from cllm_export.cli.options import BundleArgument, LimitOption, PromptFileOption, ReportOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.signature import with_options
+from cllm_export.errors import about
 
 SHARES = {name: partial(parse_share, name=name) for name in ("max_tpf_loss", "max_quality_loss")}
 
@@ -37,6 +39,10 @@ def calibrate(
     from cllm_export.calibration.calibrate import calibrate as run
     from cllm_export.cli.show.calibration import show_calibration
 
+    before.check_bundle("bundle", bundle, block_sizes=[options.block_size])
+    before.check_prompts("prompts", prompts, limit=options.limit)
+    before.check_scales_output(output, force=force)
+    before.check_report("as_json", as_json)
     with progress_bar() as progress:
         report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
     if as_json:
@@ -66,8 +72,9 @@ def convergence(
     from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    if as_json:
-        check_report_path(as_json)
+    before.check_bundle("against", against, block_sizes=[options.block_size])
+    before.check_prompts("prompts", prompts, limit=limit)
+    before.check_report("as_json", as_json)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
@@ -111,9 +118,11 @@ def quantize(
     from cllm_export.cli.show.plots import check_plots, plot_choice
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    if as_json:
-        check_report_path(as_json)
-    check_plots(plots)
+    before.check_quantize(checkpoint, against, output, options, force=force, block_size=held_out.block_size)
+    before.check_prompts("prompts", prompts, limit=limit)
+    before.check_report("as_json", as_json)
+    with about("plots"):
+        check_plots(plots)
     options = replace(options, budget=budget, held_out=held_out, always_rank=options.always_rank or plots is not None)
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:

@@ -16,6 +16,7 @@ import typer
 from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, option
+from cllm_export.cli import before
 from cllm_export.cli.app import app
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -29,7 +30,7 @@ from cllm_export.cli.options import (
 )
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
-from cllm_export.errors import OptionError, PromptError
+from cllm_export.errors import OptionError, PromptError, about
 from cllm_export.prompts import Prompt, parse_prompts, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
@@ -176,7 +177,12 @@ def generate(
     if save_prefix is not None:
         if len(given) != 1:
             raise OptionError(f"save_prefix keeps the state of one prompt, got {len(given)} prompts")
-        check_target(save_prefix)
+        with about("save_prefix"):
+            check_target(save_prefix)
+        before.check_report("save_prefix", save_prefix)
+    before.check_bundle("bundle", bundle, block_sizes=[options.block_size if options.block_size != "auto" else None])
+    before.check_bundle("draft_model", engine.draft_model)
+    before.check_prefix(load_prefix)
     with engine.load(bundle, num_prompts=len(given)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
@@ -212,7 +218,10 @@ def trace(
     """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
     from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 
-    given = read_prompts(prompts, limit=limit)
+    before.check_bundle("bundle", bundle, block_sizes=[block_size])
+    before.check_report("output", output)
+    with about("prompts"):
+        given = read_prompts(prompts, limit=limit)
     with load(bundle, threads=threads) as model:
         traces = record_traces(
             open_bundle(bundle),
@@ -246,7 +255,8 @@ def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) ->
     if prompt is not None:
         return [Prompt(id="1", content=prompt)]
     if path is not None:
-        return read_prompts(path, limit=limit)
+        with about("prompts"):
+            return read_prompts(path, limit=limit)
     if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("no prompt: give one as an argument, with --prompts FILE, or on standard input")
     return _read_stdin(limit)

@@ -19,7 +19,6 @@ from cllm_export.runtime.decoding.shared_options import (
     threads_option,
 )
 
-
 COUNT: Any = {"min": 1, "max": LARGEST_INTEGER}
 """The range of an option that counts something."""
 

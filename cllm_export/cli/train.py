@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from cllm_export.cli import before
 from cllm_export.cli.app import EXIT_FAILED, app
-from cllm_export.cli.options import COUNT, LimitOption, PromptFileOption, ThreadsOption
+from cllm_export.cli.options import LimitOption, PromptFileOption, ThreadsOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
 from cllm_export.cli.signature import with_options
@@ -51,6 +52,9 @@ def evaluate(
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
     from cllm_export.evaluation.command import run_evaluation, run_probe
 
+    before.check_source("source", source, block_size=options.block_size)
+    before.check_source("parent", parent)
+    before.check_report("output", output)
     with progress_bar() as progress:
         if probe:
             report = run_probe(source, data, task, parent, options, output=output, progress=progress)
@@ -67,8 +71,7 @@ def collect(
     output: Annotated[Path, typer.Option("--output", "-o", help="The collection to write, or to continue.")],
     options: CollectOptions,
     batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", **COUNT, help="Number of prompts that are decoded at once; by default 8."),
+        int | None, typer.Option("--batch-size", help="Number of prompts that are decoded at once; by default 8.")
     ] = None,
     threads: ThreadsOption = None,
     device: Annotated[
@@ -77,12 +80,12 @@ def collect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
+    before.check_counts(batch_size=batch_size, threads=threads)
+    before.check_collect(source, prompts, output, block_size=options.block_size, limit=options.limit)
     with needs_extra("train"):
-        from cllm_export.training.collection.collect import check_collection_output
         from cllm_export.training.collection.collect import collect as run
         from cllm_export.training.collection.source import open_source
 
-        check_collection_output(output)
         opened = open_source(source, batch_size=batch_size, threads=threads, device=device)
         with progress_bar() as progress:
             collection = run(opened, prompts, output, options, progress=progress)
@@ -120,15 +123,16 @@ def tune(
             "--held-out", help="A file of held-out prompts with answers; by default the last prompts of --prompts."
         ),
     ] = None,
-    num_held_out: Annotated[int, typer.Option("--num-held-out", **COUNT, help="Number of held-out prompts.")] = 64,
+    num_held_out: Annotated[int, typer.Option("--num-held-out", help="Number of held-out prompts.")] = 64,
     limit: LimitOption = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", **COUNT, help="Number of CPU threads of each process.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Number of CPU threads of each process.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier run.")] = False,
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
+    before.check_counts(num_held_out=num_held_out, threads=threads)
+    before.check_tune(checkpoint, prompts, output, limit=limit, force=force, resume=resume)
+    before.check_tune_data(trajectories, held_out, num_held_out)
     with needs_extra("train"):
         from cllm_export.training.command import run_tune
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cllm_export.bundle.storage import check_report_path, write_json
 from cllm_export.checks import option_specs
-from cllm_export.errors import OptionError
+from cllm_export.errors import OptionError, about
 from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
 from cllm_export.evaluation.probe import ProbeOptions, probe
 from cllm_export.evaluation.tasks.task import TASKS, TaskName
@@ -39,9 +39,9 @@ def run_evaluation(
         )
     if output:
         check_report_path(output)
-    report = evaluate(
-        source, read_task(task, data, options), data=data, parent=parent, options=options, progress=progress
-    )
+    with about("data"):
+        read = read_task(task, data, options)
+    report = evaluate(source, read, data=data, parent=parent, options=options, progress=progress)
     if output:
         write_json(output, report)
     return report
@@ -71,7 +71,9 @@ def run_probe(
     if output:
         check_report_path(output)
     probe_options = ProbeOptions(**{name: given[name] for name in OF_PROBE if given[name] is not None})
-    report = probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)
+    with about("data"):
+        prompts = read_prompts(data, limit=options.limit)
+    report = probe(source, prompts, options=probe_options, progress=progress)
     if output:
         write_json(output, report)
     return report

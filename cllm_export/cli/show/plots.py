@@ -24,13 +24,13 @@ def check_plots(directory: Path | None) -> None:
     """
     if directory is None:
         return
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise MissingExtraError("matplotlib", extra="plot") from None
-    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
 
 
 def plot_sensitivity(layers: Sequence[Mapping[str, Any]], kept: Sequence[str], directory: Path) -> Path:

@@ -32,6 +32,9 @@ def make_place(place: Path) -> None:
     """What right commands name, and what wrong ones do."""
     write_bundle(place / "bundle")
     make_checkpoint(place / "checkpoint")
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    (place / "adapter" / "adapter_model.safetensors").write_bytes(bytes(8))
     make_checkpoint(place / "example" / "checkpoint")
     rows = [json.dumps({"prompt": f"count to {number}", "answer": "so be it"}) for number in range(100)]
     (place / "prompts.jsonl").write_text("\n".join(rows))

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -52,30 +52,18 @@ WRONG_TEXTS = {
 """Option that takes text -> a text that it refuses."""
 FREE_TEXTS = frozenset({"prompt", "stop", "regex", "device"})
 """Parameters that take any text, or text that needs an engine to be judged."""
-NEEDS = {
-    "--draft-model": ("--method", "speculative"),
-    "--scales": ("--precision", "int8"),
-    "--keep": ("--precision", "int8-dynamic"),
-    "--group-size": ("--precision", "int4"),
-    "--load-prefix": ("hello",),
-    "--save-prefix": ("hello",),
-    "--parent": ("--task", "prompts"),
-    "--logprobs": ("--json", "hello"),
-    "--lora-alpha": ("--lora-rank", 4),
-    "--top-k": ("--temperature", 1),
-    "--top-p": ("--temperature", 1),
-    "--min-p": ("--temperature", 1),
-    "--base": ("--checkpoint", "checkpoint"),
+NEEDS: dict[str, dict[str, str | None]] = {
+    **{"draft_model": {"methods": "speculative", "method": "speculative"}, "parent": {"task": "prompts"}},
+    **{"scales": {"precision": "int8"}, "keep": {"precision": "int8-dynamic"}, "group_size": {"precision": "int4"}},
+    **{"prompts": {"prompt": None}, "limit": {"prompt": None, "prompts": "prompts.jsonl"}, "logprobs": {"as_json": ""}},
+    **{"lora_alpha": {"lora_rank": "4"}, "trained_loop": {"trained_block_size": "4"}},
+    **{"trained_proposer": {"trained_block_size": "4"}, "base": {"checkpoint": "adapter"}},
+    **{name: {"methods": "lookahead", "method": "lookahead"} for name in ("window", "ngram", "guesses")},
+    **{name: {"temperature": "1"} for name in ("top_k", "top_p", "min_p", "seed")},
 }
-"""Option -> other arguments without which it is wrong for another reason. Those a command lacks are left out."""
-GIVEN = {
-    "output": "new/out",
-    "precision": "int8-dynamic",
-    "steps": "1",
-    "task": "prompts",
-    "prompt": "hello",
-}
-"""Values of parameters that are not paths, for commands that need them."""
+"""Parameter -> values of others without which it is wrong for another reason. None leaves a parameter out."""
+GIVEN = {"precision": "int8-dynamic", "steps": "1", "task": "prompts", "prompt": "hello", "output": "new/out"}
+"""Right values of parameters that name nothing to read."""
 WANTED = {"tune": ("steps",), "evaluate": ("task",), "generate": ("prompt",), "demo": ("output", "example")}
 """Parameters that a right command has besides the required ones."""
 
@@ -129,8 +117,10 @@ class Parameter(NamedTuple):
         """What a message calls it."""
         return self.flag or self.name
 
-    def given(self, value: str) -> tuple[str, ...]:
-        return (f"{self.flag}={value}",) if self.flag else (value,)
+    def given(self, value: str) -> str:
+        if self.kind is bool:
+            return str(self.flag)
+        return f"{self.flag}={value}" if self.flag else value
 
 
 def parameters(command: str) -> list[Parameter]:
@@ -178,12 +168,22 @@ def _item(hint: Any) -> Any:
     return _item(get_args(hint)[0]) if get_origin(hint) in (list, tuple) else hint
 
 
-def right_command(command: str, *, without: Sequence[str] = ()) -> list[str]:
-    """The arguments of a command that has no fault, less those of some parameters."""
-    wanted = WANTED.get(command, ())
-    given = [entry for entry in parameters(command) if entry.is_required or entry.name in wanted]
-    values = [entry.given(GIVEN.get(entry.name) or INPUTS[entry.name]) for entry in given if entry.name not in without]
-    return [command, *(text for value in values for text in value)]
+def command_line(command: str, own: Mapping[str, str | None]) -> tuple[str, ...]:
+    """A command that has these values. All others are right. None leaves a parameter out."""
+    words = [command]
+    for entry in parameters(command):
+        value = own.get(entry.name)
+        if entry.name not in own and (entry.is_required or entry.name in WANTED.get(command, ())):
+            value = _right_value(entry)
+        if value is not None:
+            words.append(entry.given(value))
+    return tuple(words)
+
+
+def _right_value(entry: Parameter) -> str:
+    if entry.name == "output" and entry.command not in DIRECTORY_OUTPUTS:
+        return "new.json"
+    return GIVEN.get(entry.name) or INPUTS[entry.name]
 
 
 def missing() -> Iterator[Case]:
@@ -191,35 +191,17 @@ def missing() -> Iterator[Case]:
     for command in commands():
         for entry in parameters(command):
             if entry.is_required:
-                yield Case(tuple(right_command(command, without=[entry.name])), (entry.title,))
+                yield Case(command_line(command, {entry.name: None}), (entry.title,))
 
 
-def wrong_values(kinds: str) -> Iterator[Case]:
-    """Each argument and option with each wrong value. ``kinds`` is ``numbers``, ``words``, ``inputs`` or ``outputs``."""
-    make = {"numbers": _numbers, "words": _words, "inputs": _inputs, "outputs": _outputs}[kinds]
+def wrong_values(kind: str) -> Iterator[Case]:
+    """Each argument and option with each wrong value of a kind: numbers, words, inputs or outputs."""
+    make = {"numbers": _numbers, "words": _words, "inputs": _inputs, "outputs": _outputs}[kind]
     for command in commands():
         for entry in parameters(command):
             for value in make(entry):
-                others = [] if not entry.flag else [str(each) for each in NEEDS.get(entry.flag, ())]
-                rest = right_command(command, without=[entry.name, *_replaced(command, others)])
                 names = (value, entry.flag) if entry.flag else (value,)
-                yield Case((*rest, *_accepted(command, others), *entry.given(value)), names)
-
-
-def _flags(command: str) -> dict[str, str]:
-    return {entry.flag: entry.name for entry in parameters(command) if entry.flag}
-
-
-def _replaced(command: str, others: Sequence[str]) -> list[str]:
-    """Parameters of the right command that other arguments give."""
-    flags = _flags(command)
-    return [flags[each] for each in others if each in flags] + (["prompt"] if "hello" in others else [])
-
-
-def _accepted(command: str, others: Sequence[str]) -> list[str]:
-    if others and others[0].startswith("-") and others[0] not in _flags(command):
-        return []
-    return list(others)
+                yield Case(command_line(command, NEEDS.get(entry.name, {}) | {entry.name: value}), names)
 
 
 def _numbers(entry: Parameter) -> Iterator[str]:
@@ -234,7 +216,7 @@ def _numbers(entry: Parameter) -> Iterator[str]:
     elif entry.kind is int:
         yield "-1"
     if entry.high is not None:
-        yield f"{entry.high + 1:g}" if entry.kind is float else str(int(entry.high) + 1)
+        yield str(entry.high + 1.0) if entry.kind is float else str(int(entry.high) + 1)
 
 
 def _words(entry: Parameter) -> Iterator[str]:
@@ -278,7 +260,7 @@ class _Guard:
     """Stops the import of a heavy package."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.split(".")[0] in HEAVY:
+        if name.split(".", maxsplit=1)[0] in HEAVY:
             raise _Imported(name)
 
 
