@@ -110,10 +110,10 @@ def _check_option(name: str, value: object, spec: OptionSpec, *, is_integer: boo
         require_one_of(name, value, spec.choices)
     if is_integer:
         _require_64_bits(name, value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(f"{name} must be a finite number, got {value}", fields=(name,))
     limits = (spec.minimum, spec.above, spec.maximum)
     if limits == (None, None, None):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"{name} must be a finite number, got {value}", fields=(name,))
         return
     if is_integer and spec.minimum is not None and spec.maximum is None:
         require_at_least(name, value, int(spec.minimum))  # type: ignore[arg-type]

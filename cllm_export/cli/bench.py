@@ -10,8 +10,8 @@ import typer
 from cllm_export.bundle.manifest import GREEDY_GRAPH, open_bundle
 from cllm_export.bundle.storage import write_json
 from cllm_export.checks import option_specs
-from cllm_export.cli import before
 from cllm_export.cli.app import app
+from cllm_export.cli.before.arguments import check_bundle, check_checkpoint_or_adapter, check_prompts, check_report
 from cllm_export.cli.options import CheckpointOption, LimitOption, PromptsOption, ReportOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.decoding import show_bench
@@ -59,11 +59,11 @@ def bench(
             fields=("prompts",),
         )
     opened = [open_bundle(path) for path in bundles]
-    before.check_bundle("draft_model", options.draft_model)
-    before.check_bundle("bundles", bundles[0], block_sizes=options.block_sizes)
-    before.check_prompts("prompts", prompts, limit=limit)
-    before.check_checkpoint_or_adapter(checkpoint)
-    before.check_report("as_json", as_json)
+    check_bundle("draft_model", options.draft_model)
+    check_bundle("bundles", bundles[0], block_sizes=options.block_sizes)
+    check_prompts("prompts", prompts, limit=limit)
+    check_checkpoint_or_adapter(checkpoint)
+    check_report("as_json", as_json)
     with about("plots"):
         check_plots(plots)
     if plots and opened[0].manifest.graphs[GREEDY_GRAPH].fixed_shapes:

@@ -12,8 +12,8 @@ import typer
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
 from cllm_export.bundle.storage import write_json
-from cllm_export.cli import before
 from cllm_export.cli.app import app
+from cllm_export.cli.before.commands import check_build
 from cllm_export.cli.flags import names_replaced
 from cllm_export.cli.show.console import bytes_text, progress_bar, say
 from cllm_export.cli.signature import with_options
@@ -72,8 +72,7 @@ def build(
         options = replace(
             options, precision=dtype, quantize=quantize, trained_with=trained.trained_with if trained else None
         )
-    before.check_build(checkpoint, output, options, force=force)
-    before.check_report("as_json", as_json)
+    check_build(checkpoint, output, options, force=force, report=as_json)
     gpu = None
     if target == "tensorrt":
         _require_tensorrt(quantize)

@@ -15,8 +15,9 @@ from cllm_export.calibration.calibrate import CalibrateOptions
 from cllm_export.calibration.search.budget import FitOptions
 from cllm_export.calibration.search.fit import Budget, parse_share
 from cllm_export.calibration.search.measured import HeldOutOptions
-from cllm_export.cli import before
 from cllm_export.cli.app import app
+from cllm_export.cli.before.arguments import check_bundle, check_prompts, check_report, check_scales_output
+from cllm_export.cli.before.commands import check_quantize
 from cllm_export.cli.options import BundleArgument, LimitOption, PromptFileOption, ReportOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.signature import with_options
@@ -39,10 +40,10 @@ def calibrate(
     from cllm_export.calibration.calibrate import calibrate as run
     from cllm_export.cli.show.calibration import show_calibration
 
-    before.check_bundle("bundle", bundle, block_sizes=[options.block_size])
-    before.check_prompts("prompts", prompts, limit=options.limit)
-    before.check_scales_output(output, force=force)
-    before.check_report("as_json", as_json)
+    check_bundle("bundle", bundle, block_sizes=[options.block_size])
+    check_prompts("prompts", prompts, limit=options.limit)
+    check_scales_output(output, force=force)
+    check_report("as_json", as_json)
     with progress_bar() as progress:
         report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
     if as_json:
@@ -72,9 +73,9 @@ def convergence(
     from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    before.check_bundle("against", against, block_sizes=[options.block_size])
-    before.check_prompts("prompts", prompts, limit=limit)
-    before.check_report("as_json", as_json)
+    check_bundle("against", against, block_sizes=[options.block_size])
+    check_prompts("prompts", prompts, limit=limit)
+    check_report("as_json", as_json)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
@@ -118,9 +119,9 @@ def quantize(
     from cllm_export.cli.show.plots import check_plots, plot_choice
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    before.check_quantize(checkpoint, against, output, options, force=force, block_size=held_out.block_size)
-    before.check_prompts("prompts", prompts, limit=limit)
-    before.check_report("as_json", as_json)
+    check_quantize(checkpoint, against, output, options, force=force, block_size=held_out.block_size)
+    check_prompts("prompts", prompts, limit=limit)
+    check_report("as_json", as_json)
     with about("plots"):
         check_plots(plots)
     options = replace(options, budget=budget, held_out=held_out, always_rank=options.always_rank or plots is not None)

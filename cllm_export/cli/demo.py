@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.cli import before
 from cllm_export.cli.app import EXIT_FAILED, app
+from cllm_export.cli.before.arguments import check_counts
+from cllm_export.cli.before.commands import check_demo
 from cllm_export.cli.options import ThreadsOption
 from cllm_export.extras import needs_extra
 
@@ -26,8 +27,8 @@ def demo(
     """Build the example's bundle, verify it, decode a few prompts and print the speed table."""
     from cllm_export.cli.run_demo import run_demo
 
-    before.check_demo(example, output)
-    before.check_counts(threads=threads)
+    check_demo(example, output)
+    check_counts(threads=threads)
     with needs_extra("export"):
         if not run_demo(example, output, threads=threads):
             raise typer.Exit(EXIT_FAILED)

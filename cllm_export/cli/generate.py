@@ -16,8 +16,8 @@ import typer
 from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, option
-from cllm_export.cli import before
 from cllm_export.cli.app import app
+from cllm_export.cli.before.arguments import check_bundle, check_prefix, check_report
 from cllm_export.cli.options import (
     BlockSizeOption,
     BundleArgument,
@@ -179,10 +179,10 @@ def generate(
             raise OptionError(f"save_prefix keeps the state of one prompt, got {len(given)} prompts")
         with about("save_prefix"):
             check_target(save_prefix)
-        before.check_report("save_prefix", save_prefix)
-    before.check_bundle("bundle", bundle, block_sizes=[options.block_size if options.block_size != "auto" else None])
-    before.check_bundle("draft_model", engine.draft_model)
-    before.check_prefix(load_prefix)
+        check_report("save_prefix", save_prefix)
+    check_bundle("bundle", bundle, block_sizes=[options.block_size if options.block_size != "auto" else None])
+    check_bundle("draft_model", engine.draft_model)
+    check_prefix(load_prefix)
     with engine.load(bundle, num_prompts=len(given)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
@@ -218,8 +218,8 @@ def trace(
     """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
     from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 
-    before.check_bundle("bundle", bundle, block_sizes=[block_size])
-    before.check_report("output", output)
+    check_bundle("bundle", bundle, block_sizes=[block_size])
+    check_report("output", output)
     with about("prompts"):
         given = read_prompts(prompts, limit=limit)
     with load(bundle, threads=threads) as model:

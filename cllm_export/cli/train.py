@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.cli import before
 from cllm_export.cli.app import EXIT_FAILED, app
+from cllm_export.cli.before.arguments import check_counts, check_report, check_source
+from cllm_export.cli.before.commands import check_collect, check_tune, check_tune_data
 from cllm_export.cli.options import LimitOption, PromptFileOption, ThreadsOption
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.training import show_collection, show_evaluation, show_probe, show_tuning
@@ -52,9 +53,9 @@ def evaluate(
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
     from cllm_export.evaluation.command import run_evaluation, run_probe
 
-    before.check_source("source", source, block_size=options.block_size)
-    before.check_source("parent", parent)
-    before.check_report("output", output)
+    check_source("source", source, block_size=options.block_size)
+    check_source("parent", parent)
+    check_report("output", output)
     with progress_bar() as progress:
         if probe:
             report = run_probe(source, data, task, parent, options, output=output, progress=progress)
@@ -80,8 +81,8 @@ def collect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
-    before.check_counts(batch_size=batch_size, threads=threads)
-    before.check_collect(source, prompts, output, block_size=options.block_size, limit=options.limit)
+    check_counts(batch_size=batch_size, threads=threads)
+    check_collect(source, prompts, output, block_size=options.block_size, limit=options.limit)
     with needs_extra("train"):
         from cllm_export.training.collection.collect import collect as run
         from cllm_export.training.collection.source import open_source
@@ -130,9 +131,9 @@ def tune(
     force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier run.")] = False,
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
-    before.check_counts(num_held_out=num_held_out, threads=threads)
-    before.check_tune(checkpoint, prompts, output, limit=limit, force=force, resume=resume)
-    before.check_tune_data(trajectories, held_out, num_held_out)
+    check_counts(num_held_out=num_held_out, threads=threads)
+    check_tune(checkpoint, prompts, output, limit=limit, force=force, resume=resume)
+    check_tune_data(trajectories, held_out, num_held_out)
     with needs_extra("train"):
         from cllm_export.training.command import run_tune
 

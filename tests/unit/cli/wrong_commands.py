@@ -6,6 +6,7 @@ A new option gets its wrong commands from its type, its range and its choices. E
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -45,6 +46,10 @@ OUTPUTS = frozenset({"output", "as_json", "save_prefix", "plots"})
 """Parameters that name something to write."""
 DIRECTORY_OUTPUTS = frozenset({"build", "quantize", "collect", "tune", "demo"})
 """Commands whose ``output`` is a directory. That of others is a file."""
+BOUNDED_BY_MODEL = frozenset({"block_size", "block_sizes", "num_layers", "max_length"})
+"""Numbers that the model bounds."""
+WITHOUT_MODEL = frozenset({"tune", "plan", "plan-memory"})
+"""Commands that bound them otherwise."""
 WRONG_TEXTS = {
     **{"block_size": "several", "max_memory": "much", "workspace": "much", "proposer": "guesswork"},
     **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
@@ -210,6 +215,8 @@ def _numbers(entry: Parameter) -> Iterator[str]:
     yield from ("many", "1.5") if entry.kind is int else ("much", "nan", "inf")
     if entry.kind is int:
         yield str(10**30)
+    if entry.name in BOUNDED_BY_MODEL and entry.command not in WITHOUT_MODEL:
+        yield str(10**9)
     if entry.low is not None:
         below = entry.low if not entry.low_is_inside else entry.low - 1
         yield f"{below:g}" if entry.kind is float else str(int(below))
@@ -288,6 +295,7 @@ def _snapshot() -> dict[str, tuple[float, float]]:
 
 def run_all() -> None:
     """Run the commands that standard input lists, and print their outcomes."""
+    typer.main.get_command = functools.cache(typer.main.get_command)  # it takes longer than most commands
     sys.meta_path.insert(0, _Guard())  # type: ignore[arg-type]
     commands = json.load(sys.stdin)
     outcomes = [asdict(_run(arguments)) for arguments in commands]
