@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,18 @@ ORDER = (
 """Order of commands in the help: those that most users need come first."""
 
 
+class Stopped(BaseException):
+    """A signal ended the command: SIGINT, SIGTERM, or SIGPIPE where nobody reads the output any more.
+
+    It is no Exception, so that a block that handles those does not stop it. Blocks that clean up see it.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+        self.exit_code = 128 + number
+
+
 class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
@@ -28,7 +42,13 @@ class _Commands(TyperGroup):
         """Run a command. Its errors name options by their flags, and the values that they were given."""
         arguments = list(ctx.args)
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT) from None
+        except BrokenPipeError:
+            raise Stopped(signal.SIGPIPE) from None
         except typer.BadParameter as error:
             error.message = with_value(error, arguments)
             raise
