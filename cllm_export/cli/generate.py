@@ -38,7 +38,7 @@ from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.shared_options import threads_option
 from cllm_export.runtime.load import PROVIDERS, Provider, load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import BlockSize, GenerateOptions
+from cllm_export.runtime.options import BlockSize, GenerateOptions, resolve
 from cllm_export.runtime.request_run import Generation
 
 
@@ -186,6 +186,7 @@ def generate(
     with engine.load(bundle, num_prompts=len(given)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
+        _check_all(model, given, options)
         if len(given) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
             _print_together(model, given, options, view)
             return
@@ -234,6 +235,13 @@ def trace(
         )
     write_text(output, json.dumps(traces) + "\n")
     typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
+
+
+def _check_all(model: Model, given: Sequence[Prompt], options: GenerateOptions) -> None:
+    """Refuse a prompt that does not fit before any prompt is decoded, so that no answer is lost or comes twice."""
+    for entry in given:
+        with _naming(entry, len(given)):
+            resolve(options, model.limits, model.encode(entry.content))
 
 
 @contextmanager

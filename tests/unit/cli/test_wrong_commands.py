@@ -14,7 +14,7 @@ from tests.fakes import byte_level_tokenizer, write_bundle
 from tests.unit.cli.wrong_commands import Case, Outcome, cases
 
 ROOT = Path(__file__).parents[3]
-KINDS = ("missing", "numbers", "words", "inputs", "outputs")
+KINDS = ("missing", "numbers", "words", "inputs", "outputs", "pairs")
 CASES = {f"{kind}: {case}": case for kind in KINDS for case in cases(kind)}
 CONFIG = {"model_type": "llama", "max_position_embeddings": 64, "num_hidden_layers": 2, "vocab_size": 300}
 

@@ -254,8 +254,50 @@ def _outputs(entry: Parameter) -> Iterator[str]:
         yield from ("taken", "dangling")
 
 
+PAIRS = {
+    "bench": ("bundle --limit=1", "bundle --proposer=pad --method=autoregressive", "bundle bundle"),
+    "build": (
+        *("checkpoint --output=new/out --group-size=32", "checkpoint --output=new/out --keep=model.norm.weight"),
+        *("checkpoint --output=new/out --precision=int8", "checkpoint --output=new/out --compute=fp16"),
+        *("checkpoint --output=new/out --base=checkpoint", "checkpoint --output=new/out --trained-loop=block"),
+    ),
+    "collect": ("bundle --prompts=prompts.jsonl --output=new/out --device=cuda",),
+    "evaluate": (
+        *("bundle --data=prompts.jsonl", "bundle --data=prompts.jsonl --probe --task=prompts"),
+        *("bundle --data=prompts.jsonl --probe --block-size=4", "bundle --data=prompts.jsonl --probe --parent=bundle"),
+        "bundle --data=prompts.jsonl --task=prompts --allow-code-execution",
+    ),
+    "generate": (
+        *("bundle hello --prompts=prompts.jsonl", "bundle hello --limit=1", "bundle hello --json --stats"),
+        *("bundle hello --json --show-blocks", "bundle hello --logprobs=1", "bundle hello --draft-model=bundle"),
+        *("bundle hello --cuda-graphs", "bundle --prompts=prompts.jsonl --save-prefix=new.safetensors"),
+    ),
+    "quantize": (
+        "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int8-dynamic --group-size=32",
+    ),
+    "tune": (
+        "checkpoint --prompts=prompts.jsonl --output=new/out",
+        "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --minutes=1",
+        "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --lora-alpha=1",
+        "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --resume",
+        "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --optimizer=muon --mixed-precision=fp16",
+    ),
+    "verify": ("bundle --limit=1", "bundle --by-layer", "bundle --base=checkpoint"),
+}
+"""Options that need each other, or exclude each other. The message names the last."""
+
+
+def pairs() -> Iterator[Case]:
+    """Each command with options that do not go together."""
+    for command, lines in PAIRS.items():
+        for line in lines:
+            words = line.split()
+            last = words[-1].partition("=")[0]
+            yield Case((command, *words), (last,) if last.startswith("--") and last != "--output" else ())
+
+
 def cases(kind: str) -> list[Case]:
-    made = missing() if kind == "missing" else wrong_values(kind)
+    made = {"missing": missing, "pairs": pairs}.get(kind, lambda: wrong_values(kind))()
     return list(dict.fromkeys(made))
 
 
