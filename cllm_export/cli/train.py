@@ -82,7 +82,7 @@ def collect(
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
     check_counts(batch_size=batch_size, threads=threads)
-    check_collect(source, prompts, output, block_size=options.block_size, limit=options.limit)
+    check_collect(source, prompts, output, options, device=device)
     with needs_extra("train"):
         from cllm_export.training.collection.collect import collect as run
         from cllm_export.training.collection.source import open_source

@@ -58,8 +58,11 @@ def verify(
     Raises:
         ChecksumError: a file of the bundle is corrupted.
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+        OptionError: an option needs another one.
     """
     options = options or VerifyOptions()
+    if base is not None and checkpoint is None:
+        raise OptionError("base needs checkpoint, an adapter", fields=("base", "checkpoint"))
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
     instead = _why_by_layer(bundle, options.by_layer)

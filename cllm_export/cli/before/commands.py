@@ -18,6 +18,7 @@ from cllm_export.errors import CalibrationError, CheckpointError, about
 from cllm_export.exporter.checkpoint.adapter_files import check_checkpoint, is_adapter, require_tensors
 from cllm_export.exporter.options import BuildOptions, check_lengths
 from cllm_export.prompts import read_prompts
+from cllm_export.training.collection.options import CollectOptions
 
 
 def check_build(
@@ -35,14 +36,16 @@ def check_build(
             require_tensors(checkpoint, options.quantize.keep)
 
 
-def check_collect(source: Path, prompts: Path, output: Path, *, block_size: int | None, limit: int | None) -> None:
+def check_collect(source: Path, prompts: Path, output: Path, options: CollectOptions, *, device: str | None) -> None:
     """Check the arguments of `collect`."""
     from cllm_export.training.collection.collection import check_collection_output
+    from cllm_export.training.collection.source import require_device
 
     with about("output"):
         check_collection_output(output)
-    check_source("source", source, block_size=block_size)
-    check_prompts("prompts", prompts, limit=limit)
+    check_source("source", source, block_size=options.block_size)
+    require_device(source, device)
+    check_prompts("prompts", prompts, limit=options.limit)
 
 
 def check_tune(checkpoint: Path, prompts: Path, output: Path, *, limit: int | None, force: bool, resume: bool) -> None:

@@ -263,7 +263,7 @@ PAIRS = {
     ),
     "collect": ("bundle --prompts=prompts.jsonl --output=new/out --device=cuda",),
     "evaluate": (
-        *("bundle --data=prompts.jsonl", "bundle --data=prompts.jsonl --probe --task=prompts"),
+        *("--data=prompts.jsonl bundle", "bundle --data=prompts.jsonl --probe --task=prompts"),
         *("bundle --data=prompts.jsonl --probe --block-size=4", "bundle --data=prompts.jsonl --probe --parent=bundle"),
         "bundle --data=prompts.jsonl --task=prompts --allow-code-execution",
     ),
@@ -282,7 +282,7 @@ PAIRS = {
         "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --resume",
         "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --optimizer=muon --mixed-precision=fp16",
     ),
-    "verify": ("bundle --limit=1", "bundle --by-layer", "bundle --base=checkpoint"),
+    "verify": ("bundle --limit=1", "--by-layer bundle", "bundle --base=checkpoint"),
 }
 """Options that need each other, or exclude each other. The message names the last."""
 
