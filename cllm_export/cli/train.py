@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cllm_export.cli.app import EXIT_FAILED, app
-from cllm_export.cli.before.arguments import check_counts, check_report, check_source
+from cllm_export.cli.before.arguments import check_counts, check_prompts, check_report, check_source
 from cllm_export.cli.before.commands import check_collect, check_tune, check_tune_data
 from cllm_export.cli.options import LimitOption, PromptFileOption, ThreadsOption
 from cllm_export.cli.show.console import progress_bar
@@ -132,7 +132,8 @@ def tune(
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
     check_counts(num_held_out=num_held_out, threads=threads)
-    check_tune(checkpoint, prompts, output, limit=limit, force=force, resume=resume)
+    check_tune(checkpoint, output, options, force=force, resume=resume)
+    check_prompts("prompts", prompts, limit=limit)
     check_tune_data(trajectories, held_out, num_held_out)
     with needs_extra("train"):
         from cllm_export.training.command import run_tune

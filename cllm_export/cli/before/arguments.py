@@ -10,7 +10,7 @@ from cllm_export.bundle.manifest import MANIFEST_NAME, Bundle, open_bundle
 from cllm_export.bundle.scales import check_scales
 from cllm_export.bundle.storage import check_output, check_parent, check_report_path
 from cllm_export.checks import require_at_least
-from cllm_export.errors import OutputError, about
+from cllm_export.errors import OptionError, OutputError, about
 from cllm_export.evaluation.sources import kind_of
 from cllm_export.exporter.checkpoint.adapter_files import (
     check_adapter,
@@ -39,6 +39,15 @@ def check_bundle(name: str, path: Path | None, *, block_sizes: Sequence[int | No
         if size is not None:
             check_block_size(size, largest=bundle.manifest.geometry.max_block_size)
     return bundle
+
+
+def check_new_tokens(bundle: Path, max_new_tokens: int | None) -> None:
+    """Refuse more new tokens than a bundle holds, whatever the prompt is."""
+    length = open_bundle(bundle).manifest.max_length
+    if max_new_tokens is not None and max_new_tokens >= length:
+        raise OptionError(
+            f"max_new_tokens must be below {length}, which {bundle} holds with the prompt, got {max_new_tokens}"
+        )
 
 
 def check_source(name: str, path: Path | None, *, block_size: int | None = None) -> None:

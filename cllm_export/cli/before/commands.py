@@ -19,6 +19,7 @@ from cllm_export.exporter.checkpoint.adapter_files import check_checkpoint, is_a
 from cllm_export.exporter.options import BuildOptions, check_lengths
 from cllm_export.prompts import read_prompts
 from cllm_export.training.collection.options import CollectOptions
+from cllm_export.training.options import TuneOptions
 
 
 def check_build(
@@ -48,19 +49,20 @@ def check_collect(source: Path, prompts: Path, output: Path, options: CollectOpt
     check_prompts("prompts", prompts, limit=options.limit)
 
 
-def check_tune(checkpoint: Path, prompts: Path, output: Path, *, limit: int | None, force: bool, resume: bool) -> None:
+def check_tune(checkpoint: Path, output: Path, options: TuneOptions, *, force: bool, resume: bool) -> None:
     """Check the arguments of `tune` that it cannot do without."""
     from cllm_export.training.arguments import check_tuning_output
 
     with about("output"):
         check_tuning_output(output, force=force, resume=resume)
     with about("checkpoint"):
-        check_checkpoint(checkpoint)
-    check_prompts("prompts", prompts, limit=limit)
+        config = check_checkpoint(checkpoint)
+    lengths = BuildOptions(max_length=options.max_length, block_size=options.block_sizes[0])
+    check_lengths(lengths, config, checkpoint)
 
 
 def check_tune_data(trajectories: Path | None, held_out: Path | None, num_held_out: int) -> None:
-    """Check the other data of `tune`."""
+    """Check the data of `tune` that may be left out."""
     from cllm_export.training.collection.collection import read_complete
 
     check_prompts("held_out", held_out, limit=num_held_out)

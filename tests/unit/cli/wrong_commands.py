@@ -46,10 +46,8 @@ OUTPUTS = frozenset({"output", "as_json", "save_prefix", "plots"})
 """Parameters that name something to write."""
 DIRECTORY_OUTPUTS = frozenset({"build", "quantize", "collect", "tune", "demo"})
 """Commands whose ``output`` is a directory. That of others is a file."""
-BOUNDED_BY_MODEL = frozenset({"block_size", "block_sizes", "num_layers", "max_length"})
+BOUNDED_BY_MODEL = frozenset({"block_size", "block_sizes", "num_layers", "max_length", "kv_lengths"})
 """Numbers that the model bounds."""
-WITHOUT_MODEL = frozenset({"tune", "plan", "plan-memory"})
-"""Commands that bound them otherwise."""
 WRONG_TEXTS = {
     **{"block_size": "several", "max_memory": "much", "workspace": "much", "proposer": "guesswork"},
     **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
@@ -215,7 +213,8 @@ def _numbers(entry: Parameter) -> Iterator[str]:
     yield from ("many", "1.5") if entry.kind is int else ("much", "nan", "inf")
     if entry.kind is int:
         yield str(10**30)
-    if entry.name in BOUNDED_BY_MODEL and entry.command not in WITHOUT_MODEL:
+    is_exact = (entry.command, entry.name) == ("generate", "max_new_tokens")  # elsewhere it is a limit
+    if is_exact or (entry.name in BOUNDED_BY_MODEL and entry.command != "plan-memory"):
         yield str(10**9)
     if entry.low is not None:
         below = entry.low if not entry.low_is_inside else entry.low - 1
