@@ -57,8 +57,8 @@ def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
     are_options = not isinstance(error, ABOUT_FILES)
     named = [name for name in flags if name in error.fields or (are_options and "_" in name)]
     text = replace_words(text, {name: flags[name].on for name in named})
-    about = flags[error.about].on if error.about in flags else ""
-    return text if about in text else f"{about}: {text}"
+    option = flags.get(error.about or "")
+    return f"{option.on}: {text}" if option and option.on not in text else text
 
 
 def with_value(error: Any, arguments: Sequence[str]) -> str:
