@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cllm_export.cli.app import EXIT_DEFECT, EXIT_ERROR, Stopped, app
 from cllm_export.cli.show.console import ERR
@@ -15,11 +18,11 @@ from cllm_export.errors import CllmExportError
 def main() -> None:
     """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
     debug = _take_debug_flag(sys.argv)
-    signal.signal(signal.SIGTERM, _terminate)
     if sys.stdout is None:
         _fail("standard output is closed: redirect it to a file, or to /dev/null", EXIT_ERROR)
     try:
-        app()
+        with _stopped_by_sigterm():
+            app()
     except Stopped as stop:
         _end(stop)
     except CllmExportError as error:
@@ -39,6 +42,19 @@ def main() -> None:
 
 def _terminate(number: int, _frame: object) -> None:
     raise Stopped(signal.Signals(number))
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM stop the block, as Ctrl-C does. Only the main thread may say so; in others nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(stop: Stopped) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cllm_export.cli import main
+
 COMMAND = """
 import signal, sys
 from pathlib import Path
@@ -83,3 +85,11 @@ def test_a_closed_standard_output_is_named(tmp_path: Path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: standard output is closed")
+
+
+def test_a_command_in_a_process_of_others_leaves_its_handler_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["cllm-export", "doctor"])
+    with pytest.raises(SystemExit):
+        main()
+    assert signal.getsignal(signal.SIGTERM) is before
