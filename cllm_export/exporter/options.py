@@ -146,7 +146,9 @@ def check_lengths(options: BuildOptions, config: Mapping[str, Any], path: Path) 
         OptionError: the model has fewer positions or layers.
     """
     limit, layers = config.get("max_position_embeddings"), config.get("num_hidden_layers")
-    if isinstance(limit, int):
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    is_dynamic = isinstance(rope, dict) and "dynamic" in (rope.get("rope_type"), rope.get("type"))
+    if isinstance(limit, int) and not is_dynamic:  # that type is refused beyond its length for a reason of its own
         length = options.max_length or min(limit, DEFAULT_MAX_LENGTH_CAP)
         require_lengths(options, max_length=length, limit=limit)
     if isinstance(layers, int) and options.num_layers is not None:
