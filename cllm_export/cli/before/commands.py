@@ -40,12 +40,12 @@ def check_build(
 def check_collect(source: Path, prompts: Path, output: Path, options: CollectOptions, *, device: str | None) -> None:
     """Check the arguments of `collect`."""
     from cllm_export.training.collection.collection import check_collection_output
-    from cllm_export.training.collection.source import require_device
+    from cllm_export.training.collection.source import check_kind
 
     with about("output"):
         check_collection_output(output)
+    check_kind(source, device)
     check_source("source", source, block_size=options.block_size)
-    require_device(source, device)
     check_prompts("prompts", prompts, limit=options.limit)
 
 

@@ -48,19 +48,25 @@ def open_source(
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if value is not None:
             require_at_least(name, value, 1)
-    require_device(path, device)
+    check_kind(path, device)
     if (path / MANIFEST_NAME).exists():
         return _open_bundle(path, batch_size, threads)
-    if not (path / "config.json").exists():
-        what = "it has neither bundle.json nor config.json" if path.is_dir() else "there is no such directory"
-        raise CheckpointError(f"{path} is neither a checkpoint nor a bundle: {what}")
     return _open_checkpoint(path, batch_size, threads, device or "cpu")
 
 
-def require_device(path: Path, device: str | None) -> None:
-    """Raise OptionError if a bundle is asked to run on another device than the CPU."""
-    if (path / MANIFEST_NAME).exists() and device not in (None, "cpu"):
-        raise OptionError(f"device='{device}' is for checkpoints: a bundle runs on the CPU")
+def check_kind(path: Path, device: str | None) -> None:
+    """Check that a path is a bundle or a checkpoint, and runs on this device.
+
+    Raises:
+        CheckpointError: it is neither.
+        OptionError: a bundle is asked to run on another device than the CPU.
+    """
+    if (path / MANIFEST_NAME).exists():
+        if device not in (None, "cpu"):
+            raise OptionError(f"device='{device}' is for checkpoints: a bundle runs on the CPU")
+    elif not (path / "config.json").exists():
+        what = "it has neither bundle.json nor config.json" if path.is_dir() else "there is no such directory"
+        raise CheckpointError(f"{path} is neither a checkpoint nor a bundle: {what}")
 
 
 def _open_bundle(path: Path, batch_size: int | None, threads: int | None) -> Source:
