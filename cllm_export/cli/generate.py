@@ -17,7 +17,7 @@ from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, option
 from cllm_export.cli.app import app
-from cllm_export.cli.before.arguments import check_bundle, check_new_tokens, check_prefix, check_report
+from cllm_export.cli.before.arguments import check_bundle, check_counts, check_new_tokens, check_prefix, check_report
 from cllm_export.cli.options import (
     BlockSizeOption,
     BundleArgument,
@@ -220,6 +220,7 @@ def trace(
     """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
     from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 
+    check_counts(threads=threads)
     check_bundle("bundle", bundle, block_sizes=[block_size])
     check_report("output", output)
     with about("prompts"):

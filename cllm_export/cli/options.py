@@ -59,10 +59,10 @@ BaseOption = Annotated[
 ]
 
 
-BlockSizeOption = Annotated[int | None, typer.Option("--block-size", **COUNT, help=_help_of(block_size_option()))]
+BlockSizeOption = Annotated[int | None, typer.Option("--block-size", help=_help_of(block_size_option()))]
 
 
-ThreadsOption = Annotated[int | None, typer.Option("--threads", **COUNT, help=_help_of(threads_option()))]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", help=_help_of(threads_option()))]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
