@@ -33,7 +33,8 @@ was given, and what to do next. Any other exception that escapes is a defect of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class CllmExportError(Exception):
@@ -42,11 +43,25 @@ class CllmExportError(Exception):
     Attributes:
         fields: the options that the message names, as Python spells them. The command line shows their flags instead.
             A name that has an underscore, or a value as in ``name=value``, need not be listed.
+        about: the option whose value is at fault, if the message does not name it. The command line puts its flag
+            before the message.
     """
+
+    about: str | None = None
 
     def __init__(self, message: str = "", *, fields: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.fields = tuple(fields)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Let errors say that they are about the value of this option."""
+    try:
+        yield
+    except CllmExportError as error:
+        error.about = error.about or name
+        raise
 
 
 class OptionError(CllmExportError, ValueError):

@@ -189,8 +189,9 @@ def build_plan(
         OutputError: the plan cannot be written.
     """
     _require_graph(bundle)
+    settings = settle(options or PlanOptions(), bundle.manifest)
     gpu, say = gpu or open_gpu(), say or (lambda _: None)
-    settings, platform = settle(options or PlanOptions(), bundle.manifest), platform_of(gpu)
+    platform = platform_of(gpu)
     _require_precision(bundle, platform)
     target = plans_of(bundle) / plan_key(bundle.fingerprint, platform, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:

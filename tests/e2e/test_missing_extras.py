@@ -43,6 +43,17 @@ def test_a_comparison_with_the_checkpoint_without_torch_prints_the_install_line(
     assert_refused(run_process(command, *arguments, prelude=without("torch", "transformers")), EXPORT_INSTALL)
 
 
+def test_quantize_without_torch_prints_the_install_line(workshop: Workshop, tmp_path):
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "out" / "bundle"
+    prompts.write_text('{"prompt": "hello"}')
+    options = ("--against", workshop.bundle("llama").path, "--prompts", prompts, "--output", output)
+    outcome = run_process(
+        *("quantize", workshop.checkpoint("llama"), *options, "--precision", "int8-dynamic"), prelude=without("torch")
+    )
+    assert_refused(outcome, EXPORT_INSTALL)
+    assert not output.parent.exists()
+
+
 @pytest.mark.parametrize("command", ["generate", "verify", "bench"])
 def test_an_engine_command_without_onnxruntime_prints_the_install_line(workshop: Workshop, command: str):
     outcome = run_process(command, workshop.bundle("llama").path, stdin=b"hello", prelude=without("onnxruntime"))

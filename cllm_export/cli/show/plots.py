@@ -26,14 +26,14 @@ def check_plots(directory: Path | None, *names: str, force: bool) -> None:
     """
     if directory is None:
         return
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise MissingExtraError("matplotlib", extra="plot") from None
     require_floors("matplotlib")
-    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
     for name in names:
         if os.path.lexists(directory / name) and not force:
             raise OutputError(

@@ -18,13 +18,20 @@ import torch
 from torch import Tensor
 
 from cllm_export.bundle.manifest import TOKENIZER_NAME
-from cllm_export.errors import CheckpointError, OptionError, UnsupportedError
+from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.exporter.checkpoint.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_adapter,
+    is_adapter,
+    refuse_base,
+    stated_base,
+)
 from cllm_export.exporter.checkpoint.adapter_targets import targeted
-from cllm_export.exporter.checkpoint.files import TensorInfo, read_json, read_tensors, refuse_links
+from cllm_export.exporter.checkpoint.files import TensorInfo, read_tensors
 from cllm_export.exporter.checkpoint.read import HEAD, Checkpoint, open_checkpoint
 from cllm_export.exporter.checkpoint.stream import Piece
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations of the matrices that leave the base unchanged; others (pissa, olora, loftq, ...) change it."""
@@ -91,11 +98,6 @@ class Adapter:
         return merged
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and not a whole checkpoint."""
-    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
-
-
 def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter | None]:
     """The checkpoint at ``path``; if ``path`` is an adapter, its base and the adapter to merge into it.
 
@@ -104,10 +106,7 @@ def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tup
     """
     if is_adapter(path):
         return open_adapter(path, base, max_length=max_length)
-    if base is not None:
-        raise OptionError(
-            f"base is for adapters; {path} has no adapter_config.json, or has a config.json as well", fields=("base",)
-        )
+    refuse_base(path, base)
     return open_checkpoint(path, max_length=max_length), None
 
 
@@ -118,14 +117,11 @@ def open_adapter(path: Path, base: Path | None, *, max_length: int | None) -> tu
         CheckpointError: either is missing or damaged, or they do not fit together.
         UnsupportedError: the adapter uses a feature that is not supported.
     """
-    refuse_links(path)
-    config = read_json(path / CONFIG_NAME)
+    config = check_adapter(path)
     _refuse(config, path)
-    base = base or _stated_base(config, path)
+    base = base or stated_base(config, path)
     text_path = path if (path / TOKENIZER_NAME).is_file() else None
     checkpoint = open_checkpoint(base, max_length=max_length, text_path=text_path)
-    if not (path / WEIGHTS_NAME).is_file():
-        raise CheckpointError(f"{path} has no {WEIGHTS_NAME}; an adapter saved as a pickle is never loaded")
     adapter = Adapter(path=path, matrices=_matrices(config, path, checkpoint))
     return checkpoint.with_adapter((path / CONFIG_NAME, path / WEIGHTS_NAME)), adapter
 
@@ -148,15 +144,6 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
         raise UnsupportedError(
             f"{path} starts from {config['init_lora_weights']!r}, which changes its base; merge it with peft first"
         )
-
-
-def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
-    stated = config.get("base_model_name_or_path")
-    if not isinstance(stated, str) or not Path(stated).is_dir():
-        raise OptionError(
-            f"{path} names its base as {stated!r}, which is no directory here; give the base with base=CHECKPOINT"
-        )
-    return Path(stated)
 
 
 def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> dict[str, Matrices]:

@@ -220,11 +220,15 @@ class Checkpoint:
         Raises:
             OptionError: it has fewer layers.
         """
-        total = int(self.config.num_hidden_layers)
-        if num_layers > total:
-            raise OptionError(f"num_layers={num_layers} is more than the {total} layers of {self.path}")
+        require_layers(num_layers, int(self.config.num_hidden_layers), self.path)
         kept = {name: info for name, info in self.tensors.items() if layer_of(name) < num_layers}
         return replace(self, config=truncated_config(self.config, num_layers), tensors=kept)
+
+
+def require_layers(num_layers: int, total: int, path: Path) -> None:
+    """Raise OptionError if a checkpoint has fewer layers than are asked for."""
+    if num_layers > total:
+        raise OptionError(f"num_layers={num_layers} is more than the {total} layers of {path}")
 
 
 def default_max_length(config: PretrainedConfig) -> int:
@@ -243,20 +247,8 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
         UnsupportedError: the graph cannot express the architecture yet.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
-    for directory in dict.fromkeys((path, text_path or path)):
-        refuse_links(directory)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
-    raw = read_json(path / "config.json")
-    refuse_unsupported(raw, path)
     text_path = text_path or path
-    if not (text_path / TOKENIZER_NAME).is_file() and not (text_path / SENTENCEPIECE_NAME).is_file():
-        raise CheckpointError(
-            f"{text_path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+    raw = check_directory(path, text_path)
     config = _read_config(path)
     refuse_layers(config, path)
     refuse_rope(config, path, max_length)
@@ -271,6 +263,29 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
     )
     _check_sections(checkpoint)
     return checkpoint
+
+
+def check_directory(path: Path, text_path: Path) -> dict[str, Any]:
+    """Check the config and the text files of a checkpoint without torch, and return the contents of ``config.json``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UnsupportedError: the graph cannot express the architecture yet.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+    for directory in dict.fromkeys((path, text_path)):
+        refuse_links(directory)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    raw = read_json(path / "config.json")
+    refuse_unsupported(raw, path)
+    if not (text_path / TOKENIZER_NAME).is_file() and not (text_path / SENTENCEPIECE_NAME).is_file():
+        raise CheckpointError(
+            f"{text_path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return raw
 
 
 def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
