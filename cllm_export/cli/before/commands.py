@@ -9,6 +9,7 @@ from cllm_export.cli.before.arguments import (
     check_bundle,
     check_checkpoint_or_adapter,
     check_new_bundle,
+    check_new_tokens,
     check_prompts,
     check_scales_file,
     check_source,
@@ -17,6 +18,7 @@ from cllm_export.errors import CalibrationError, CheckpointError, about
 from cllm_export.exporter.checkpoint.adapter_files import check_checkpoint, is_adapter, require_tensors
 from cllm_export.exporter.options import BuildOptions, check_lengths
 from cllm_export.prompts import read_prompts
+from cllm_export.runtime.options import GenerateOptions
 from cllm_export.training.collection.options import CollectOptions
 from cllm_export.training.options import TuneOptions
 
@@ -31,6 +33,13 @@ def check_build(checkpoint: Path, output: Path, options: BuildOptions, *, force:
         check_scales_file(options.quantize.scales)
         if not is_adapter(checkpoint):
             require_tensors(checkpoint, options.quantize.keep)
+
+
+def check_generate(bundle: Path, options: GenerateOptions, *, draft_model: Path | None) -> None:
+    """Check what `generate` and `chat` load."""
+    check_bundle("bundle", bundle, block_sizes=[options.block_size if options.block_size != "auto" else None])
+    check_new_tokens(bundle, options.max_new_tokens)
+    check_bundle("draft_model", draft_model)
 
 
 def check_collect(source: Path, prompts: Path, output: Path, options: CollectOptions, *, device: str | None) -> None:

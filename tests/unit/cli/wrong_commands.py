@@ -49,7 +49,13 @@ DIRECTORY_OUTPUTS = frozenset({"build", "quantize", "collect", "tune", "demo"})
 BOUNDED_BY_MODEL = frozenset({"block_size", "block_sizes", "num_layers", "max_length", "kv_lengths"})
 """Numbers that the model bounds."""
 WRONG_TEXTS = {
-    **{"block_size": "several", "max_memory": "much", "workspace": "much", "device_memory": "much", "proposer": "guesswork"},
+    **{
+        "block_size": "several",
+        "max_memory": "much",
+        "workspace": "much",
+        "device_memory": "much",
+        "proposer": "guesswork",
+    },
     **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
 }
 """Option that takes text -> a text that it refuses."""
