@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test contacts setup lint types bindings tests slow test-gpu train-demo tune clean
+.PHONY: help demo test wheel contacts setup lint types bindings tests slow test-gpu train-demo tune clean
 
 help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
+	@echo "make wheel   dist/*.whl, to install elsewhere; needs no packages but pip's own"
 	@echo "make contacts   meet outside things: a clean environment that pip fills"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
@@ -24,11 +25,19 @@ test: lint types tests
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		"setuptools" --editable ".[cpu,train,evaluate,dev]"
 	touch $(READY)
+
+# What setuptools left in build/lib by an earlier build would get into the wheel, deleted modules too.
+wheel: $(BIN)/python
+	rm -rf build/lib
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 lint: setup
 	$(BIN)/ruff check .
@@ -98,4 +107,4 @@ tune: $(DATA)/train.jsonl
 		--data $(EXAMPLE)/prompts.jsonl
 
 clean:
-	rm -rf $(VENV) demo-bundle build *.egg-info
+	rm -rf $(VENV) demo-bundle build dist *.egg-info

@@ -90,5 +90,5 @@ def test_a_build_says_which_extra_is_missing(python: Path, tmp_path: Path):
     checkpoint = ROOT / "examples" / "text_to_sql" / "checkpoint"
     outcome = run(python, "-m", "cllm_export", "build", checkpoint, "--output", tmp_path / "bundle", cwd=tmp_path)
     assert outcome.returncode == 2
-    assert "pip install 'cllm-export[export]'" in " ".join(outcome.stderr.split())
+    assert f"pip install {python.parents[2] / 'source'}[export]" in outcome.stderr.replace("'", "")
     assert not (tmp_path / "bundle").exists()

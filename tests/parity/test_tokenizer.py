@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from cllm_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.extras import install_line
 from cllm_export.runtime.decoding.text import TextCodec
 from tests.checkpoints import BOS, edit_json
 from tests.conftest import Workshop
@@ -136,5 +138,6 @@ def test_without_a_package_that_converts_it_the_error_says_what_to_install(
     (path / "tokenizer.json").rename(path / "tokenizer.model")
     for name in ("sentencepiece", "google.protobuf"):
         monkeypatch.setitem(sys.modules, name, None if name == package else ModuleType(name))
-    with pytest.raises(MissingExtraError, match=rf"'{package}', which is not.*'cllm-export\[sentencepiece\]'"):
+    line = re.escape(install_line("sentencepiece"))
+    with pytest.raises(MissingExtraError, match=f"'{package}', which is not.*{line}"):
         open_checkpoint(path)

@@ -23,6 +23,7 @@ from cllm_export.exporter.checkpoint.adapter import open_source
 from cllm_export.exporter.checkpoint.read import default_max_length
 from cllm_export.exporter.checkpoint.tokenizer import convert_tokenizer
 from cllm_export.exporter.graph.rotary import settle_rope
+from cllm_export.extras import missing_extra
 
 
 class Prediction(NamedTuple):
@@ -39,7 +40,7 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError:
-        raise MissingExtraError("peft", extra="train") from None
+        raise missing_extra("peft", extra="train") from None
     merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.errors import EngineError, MissingExtraError, OptionError
+from cllm_export.errors import EngineError, OptionError
+from cllm_export.extras import missing_extra
 from cllm_export.runtime.decoding.text import TextCodec
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class GrammarCompiler:
         try:
             import llguidance
         except ImportError:
-            raise MissingExtraError("llguidance", extra="grammar") from None
+            raise missing_extra("llguidance", extra="grammar") from None
         if not eos_token_ids:
             raise OptionError("constrained output needs a model with an end-of-sequence token, to end with")
         self._vocab_size = vocab_size

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from cllm_export.errors import MissingExtraError
+from cllm_export.extras import missing_extra
 
 
 def available_threads() -> int:
@@ -20,7 +20,7 @@ def describe_machine(threads: int | None) -> dict[str, Any]:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingExtraError("onnxruntime", extra="cpu") from None
+        raise missing_extra("onnxruntime", extra="cpu") from None
     return {
         "processor": _processor(),
         "threads": threads or available_threads(),
