@@ -23,12 +23,12 @@ from tests.checkpoints import CHAT_TEMPLATE, Variant, make_checkpoint
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/quickstart.md")
 ELSEWHERE = {
-    "make demo": "CI has run the demo's stages in the tests, and it takes minutes",
-    "make test": "CI runs it before this test, and this test is part of the same run",
+    "make demo": "it takes minutes, and other tests build, verify, decode and time the same model",
+    "make test": "CI runs it just before this test",
 }
 """Lines that are not run here, and why."""
 LONGEST = 240
-"""Seconds after which a command hangs. The machine may be busy, and none takes more than half a minute when it is not."""
+"""Seconds after which a command hangs. On an idle machine none takes more than half a minute."""
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|((?:^ {4}\S[^\n]*\n)(?:^ {4}[^\n]*\n)*)", re.MULTILINE | re.DOTALL)
 CHECKPOINT = re.compile(r"^ {4}CHECKPOINT=(\S+)", re.MULTILINE)
@@ -81,7 +81,7 @@ def environment(directory: Path) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
     }
-    return kept | {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MAKEFLAGS": ""}
+    return kept | {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
 def run(commands: list[str], *, cwd: Path, scratch: Path, longest: float = LONGEST) -> None:
