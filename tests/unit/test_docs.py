@@ -22,7 +22,8 @@ PACKAGE = ROOT / "cllm_export"
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-CHECKED = (*PAGES, ARCHITECTURE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("**/README.md")))
+BESIDE_CODE = [page for name in ("benchmarks", "examples") for page in sorted((ROOT / name).glob("**/README.md"))]
+CHECKED = (*PAGES, ARCHITECTURE, ROOT / "CONTRIBUTING.md", *BESIDE_CODE)
 """Pages whose links, commands and scripts must exist."""
 PROSE = dict.fromkeys(PAGES, 22) | {ARCHITECTURE: 25}
 """The most words that a sentence of a page may have, as the mean of the page."""
