@@ -163,13 +163,7 @@ class QueueFullError(CllmExportError):
 
 
 class MissingExtraError(CllmExportError, ImportError):
-    """A package is missing that only an extra installs."""
-
-    def __init__(self, package: str, *, extra: str) -> None:
-        super().__init__(
-            f"this needs the package {package!r}, which is not installed; "
-            f"install it with: pip install 'cllm-export[{extra}]'"
-        )
+    """A package is missing that only an extra installs. The message ends with the line that installs it."""
 
 
 class OutdatedPackageError(CllmExportError, ImportError):

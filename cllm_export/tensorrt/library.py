@@ -10,7 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from cllm_export.errors import GpuError, MissingExtraError
+from cllm_export.errors import GpuError
+from cllm_export.extras import missing_extra
 from cllm_export.runtime.engines.cuda import ADVICE, Cuda, GpuFacts, open_cuda
 
 OLDEST = (10, 15)
@@ -50,7 +51,7 @@ def import_tensorrt() -> Any:
     try:
         import tensorrt
     except ModuleNotFoundError:
-        raise MissingExtraError("tensorrt", extra="tensorrt") from None
+        raise missing_extra("tensorrt", extra="tensorrt") from None
     except (ImportError, OSError, RuntimeError) as error:
         raise GpuError(f"TensorRT is installed and does not load: {error}; {ADVICE}") from None
     require_version(str(tensorrt.__version__))

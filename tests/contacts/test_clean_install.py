@@ -7,6 +7,9 @@ runtime must not have.
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,5 +81,24 @@ def test_a_build_says_which_extra_is_missing(python: Path, tmp_path: Path):
     checkpoint = ROOT / "examples" / "text_to_sql" / "checkpoint"
     outcome = run(python, "-m", "cllm_export", "build", checkpoint, "--output", tmp_path / "bundle", cwd=tmp_path)
     assert outcome.returncode == 2
-    assert "pip install 'cllm-export[export]'" in " ".join(outcome.stderr.split())
+    assert f"pip install '{python.parents[2] / 'source'}[export]'" in " ".join(outcome.stderr.split())
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_line_of_a_missing_extra_installs_it(python: Path, tmp_path: Path, bundle: Bundle):
+    """A wheel without extras cannot decode. Its message is run as it stands, and it decodes."""
+    source = python.parents[2] / "source"
+    wheel = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "dist", source]
+    subprocess.run(wheel, check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    lean = tmp_path / "venv" / "bin" / "python"
+    [file] = (tmp_path / "dist").iterdir()
+    subprocess.run([lean, "-m", "pip", "install", "--quiet", file], check=True)
+    outcome = run(lean, "-m", "cllm_export", *GENERATE, bundle.path, PROMPT, cwd=tmp_path)
+    assert outcome.returncode == 2
+    line = " ".join(outcome.stderr.split()).partition("install it with: ")[2]
+    assert shlex.split(line) == ["pip", "install", f"{file}[cpu]"]
+    path = f"{lean.parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(line, shell=True, check=True, env=os.environ | {"PATH": path}, stdout=subprocess.DEVNULL)
+    outcome = run(lean, "-m", "cllm_export", *GENERATE, bundle.path, PROMPT, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr

@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+from cllm_export.extras import install_line
 from tests.conftest import PINNED, Workshop
 from tests.e2e.conftest import assert_refused, run_process
 
-EXPORT_INSTALL = "pip install 'cllm-export[export]'"
-CPU_INSTALL = "pip install 'cllm-export[cpu]'"
+EXPORT_INSTALL = install_line("export")
+CPU_INSTALL = install_line("cpu")
 FEW = ("--max-new-tokens", 4, "--threads", 1)
 
 

@@ -1,87 +1,144 @@
-"""An installed package that is too old is named, with its floor, before it can fail in a way that blames another."""
+"""The line that installs an extra names what is there: a clone, a wheel, a repository, or the packages themselves."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import re
+import shlex
 import tomllib
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 from cllm_export import extras
-from cllm_export.errors import CllmExportError, OutdatedPackageError
-from cllm_export.extras import declared_floors, needs_extra, require_floors
-from cllm_export.runtime.decoding.constraint import GrammarCompiler
-from tests.conftest import Workshop
+from cllm_export.extras import install_line, missing_extra
 
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = [
-    *PYPROJECT["dependencies"],
-    *(
-        f'{requirement}; extra == "{extra}"'
-        for extra, listed in PYPROJECT["optional-dependencies"].items()
-        for requirement in listed
-    ),
-]
-"""As the metadata of an installed package spells them."""
+ROOT = Path(__file__).parents[2]
+METADATA = """\
+Metadata-Version: 2.4
+Name: cllm-export
+Version: 0.1.0
+Requires-Dist: numpy>=2.0
+Provides-Extra: cpu
+Requires-Dist: onnxruntime>=1.28; extra == "cpu"
+Provides-Extra: export
+Requires-Dist: torch>=2.9; extra == "export"
+Requires-Dist: onnx>=1.20; extra == "export"
+Provides-Extra: train
+Requires-Dist: cllm-export[export]; extra == "train"
+Requires-Dist: peft>=0.18; extra == "train"
+"""
+"""As setuptools writes it."""
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Versions that are told to be installed instead of the true ones; the project is told to be installed as it is."""
-    versions: dict[str, str] = {}
-    true = metadata.version
-    monkeypatch.setattr(extras.metadata, "version", lambda name: versions.get(name) or true(name))
-    monkeypatch.setattr(extras.metadata, "requires", lambda name: REQUIREMENTS)
-    monkeypatch.setattr(extras, "declared_floors", declared_floors.__wrapped__)
-    return versions
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Install the package from a place, as pip would write it down; None stands for an index."""
+
+    def install(origin: dict[str, Any] | None) -> None:
+        directory = tmp_path / "site-packages" / "cllm_export-0.1.0.dist-info"
+        directory.mkdir(parents=True)
+        (directory / "METADATA").write_text(METADATA, encoding="utf-8")
+        if origin is not None:
+            (directory / "direct_url.json").write_text(json.dumps(origin), encoding="utf-8")
+        distribution = importlib.metadata.Distribution.at(directory)
+        monkeypatch.setattr(extras, "_distribution", lambda: distribution)
+        monkeypatch.setattr(extras, "SOURCES", tmp_path / "site-packages")
+
+    return install
 
 
-def test_every_requirement_has_a_floor_that_is_understood(installed: dict[str, str]):
-    stated = [Requirement(text) for text in REQUIREMENTS if not text.startswith("cllm-export")]
-    floors = {found.name: str(found.specifier).removeprefix(">=") for found in stated}
-    assert extras.declared_floors() == floors
-    for floor in floors.values():
-        assert extras._release(floor) <= Version(floor).release
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    clone = tmp_path / "my clone"
+    clone.mkdir()
+    (clone / "pyproject.toml").touch()
+    return clone
 
 
-def test_the_environment_of_the_tests_is_new_enough(installed: dict[str, str]):
-    require_floors(*extras.declared_floors())
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=~! ]", requirement)[0]
+
+
+def test_an_editable_clone_is_named_as_editable(installed: Any, clone: Path):
+    installed({"url": clone.as_uri(), "dir_info": {"editable": True}})
+    assert shlex.split(install_line("cpu")) == ["pip", "install", "--editable", f"{clone}[cpu]"]
+
+
+def test_a_clone_is_named(installed: Any, clone: Path):
+    installed({"url": clone.as_uri(), "dir_info": {}})
+    assert shlex.split(install_line("train")) == ["pip", "install", f"{clone}[train]"]
+
+
+def test_a_wheel_is_named(installed: Any, tmp_path: Path):
+    wheel = tmp_path / "cllm_export-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    installed({"url": wheel.as_uri(), "archive_info": {}})
+    assert shlex.split(install_line("cpu")) == ["pip", "install", f"{wheel}[cpu]"]
+
+
+def test_a_wheel_on_a_server_and_a_repository_are_named(installed: Any):
+    installed({"url": "https://host/cllm_export.whl", "archive_info": {}})
+    assert shlex.split(install_line("cpu"))[2] == "cllm-export[cpu] @ https://host/cllm_export.whl"
+
+
+def test_a_repository_is_named_at_its_commit(installed: Any):
+    installed({"url": "https://host/project", "vcs_info": {"vcs": "git", "commit_id": "0abc"}})
+    assert shlex.split(install_line("cpu"))[2] == "cllm-export[cpu] @ git+https://host/project@0abc"
 
 
 @pytest.mark.parametrize(
-    ("version", "is_old"),
-    [("4.57.6", True), ("5.0.0", True), ("5.4.9", True), ("5.5.0", False), ("5.5", False), ("5.10.1+cpu", False)],
+    "origin",
+    [
+        None,
+        {"url": "file:///gone/cllm_export-0.1.0-py3-none-any.whl", "archive_info": {}},
+        {"url": "file:///gone/clone", "dir_info": {}},
+        {"url": "file:///gone/clone", "dir_info": {"editable": True}},
+    ],
 )
-def test_versions_compare_as_numbers(installed: dict[str, str], version: str, is_old: bool):
-    installed["transformers"] = version
-    if not is_old:
-        require_floors("transformers")
-        return
-    with pytest.raises(OutdatedPackageError, match=rf"transformers 5.5 or newer, and {version} .*'transformers>=5.5'"):
-        require_floors("transformers")
+def test_where_the_source_is_gone_the_packages_of_the_extra_are_named(installed: Any, origin: dict[str, Any] | None):
+    """An image that was built in stages has the package and no wheel. An extra of extras names all packages."""
+    installed(origin)
+    assert shlex.split(install_line("cpu")) == ["pip", "install", "onnxruntime>=1.28"]
+    assert shlex.split(install_line("train"))[2:] == ["torch>=2.9", "onnx>=1.20", "peft>=0.18"]
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"),
-    [("transformers", "export"), ("onnx-ir", "export"), ("peft", "train"), ("protobuf", "sentencepiece")],
-)
-def test_what_needs_an_extra_does_not_begin_with_an_old_package(installed: dict[str, str], name: str, extra):
-    installed[name] = "0.0.1"
-    with pytest.raises(CllmExportError, match=f"{name} .* or newer, and 0.0.1 is installed"), needs_extra(extra):
-        pytest.fail("the work began")
+def test_a_source_tree_that_nobody_installed_is_a_clone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(extras, "_distribution", lambda: None)
+    assert install_line("cpu") == f"pip install {shlex.quote(f'{ROOT}[cpu]')}"
 
 
-def test_an_old_grammar_engine_is_named_and_not_the_tokenizer(workshop: Workshop, installed: dict[str, str]):
-    codec = workshop.model("small").codec
-    installed["llguidance"] = "1.6.1"
-    with pytest.raises(OutdatedPackageError, match=r"llguidance 1\.7 or newer, and 1\.6\.1 is installed"):
-        GrammarCompiler(codec, vocab_size=287, eos_token_ids=(2,))
+def test_a_copy_of_the_package_alone_sends_to_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(extras, "_distribution", lambda: None)
+    monkeypatch.setattr(extras, "SOURCES", tmp_path)
+    assert install_line("cpu") == "pip install '.[cpu]' in a clone of the repository"
 
 
-def test_without_metadata_nothing_is_checked(monkeypatch: pytest.MonkeyPatch):
-    """Of a copy of the sources that was never installed."""
-    monkeypatch.setattr(extras, "PROJECT", "not-installed")
-    assert declared_floors.__wrapped__() == {}
+def test_the_packages_of_every_extra_are_found_in_the_real_metadata():
+    """The reader of metadata and pyproject.toml agree on the names, in the form that setuptools writes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["optional-dependencies"]
+    distribution = importlib.metadata.distribution("cllm-export")
+    for extra, packages in declared.items():
+        own = [name for text in packages if text.startswith("cllm-export[") for name in text[12:-1].split(",")]
+        wanted = [text for text in packages if not text.startswith("cllm-export[")]
+        wanted += [text for name in own for text in declared[name]]
+        found = extras._packages(distribution, extra)
+        assert sorted(map(name_of, found)) == sorted(map(name_of, wanted)), extra
+
+
+def test_an_error_about_a_missing_package_ends_with_the_line():
+    message = str(missing_extra("onnxruntime", extra="cpu"))
+    assert message.endswith(f"install it with: {install_line('cpu')}")
+
+
+def test_nothing_tells_to_install_the_package_from_an_index():
+    """The package is on no index, so such a line fails, or installs what somebody else has put there."""
+    pages = (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"))
+    texts = {
+        path.relative_to(ROOT): path.read_text("utf-8") for path in (*pages, *(ROOT / "cllm_export").rglob("*.py"))
+    }
+    wrong = re.compile(r"""pip install[^`\n]*?[\s'"]cllm[-_]export(?!\S*\.whl)\b""")
+    assert [f"{path}: {match[0]}" for path, text in texts.items() for match in wrong.finditer(text)] == []

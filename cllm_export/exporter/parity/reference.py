@@ -16,7 +16,7 @@ from cllm_export.exporter.checkpoint.adapter import open_source
 from cllm_export.exporter.checkpoint.read import default_max_length
 from cllm_export.exporter.graph.rotary import settle_rope
 from cllm_export.exporter.parity.tokenization import ReferenceTokenizer
-from cllm_export.extras import require_floors
+from cllm_export.extras import missing_extra, require_floors
 
 
 class Prediction(NamedTuple):
@@ -33,7 +33,7 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError:
-        raise MissingExtraError("peft", extra="train") from None
+        raise missing_extra("peft", extra="train") from None
     require_floors("peft")
     merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged
