@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test contacts setup lint types bindings tests slow test-gpu train-demo tune clean
+.PHONY: help demo test wheel contacts setup lint types bindings tests slow test-gpu train-demo tune clean
 
 help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
-	@echo "make contacts   meet outside things: a clean environment that pip fills"
+	@echo "make wheel   dist/*.whl, to install elsewhere; needs no packages but pip's own"
+	@echo "make contacts   meet outside things: clean environments that pip fills, also with the oldest versions"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
 	@echo "make test-gpu   the acceptance suite, on whatever engines this machine has"
@@ -24,15 +25,23 @@ test: lint types tests
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(BIN)/python:
 	@echo "setup 1 of 2: make an environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setup 2 of 2: install the pinned packages; pip names each, and the largest is torch"
 	@(while sleep 25 > /dev/null 2>&1; do echo "setup 2 of 2: still installing"; done) & beat=$$!; trap "kill $$beat" EXIT; \
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt \
 		"setuptools" --editable ".[cpu,train,evaluate,dev]"
 	@touch $(READY)
 	@echo "setup: $(VENV) is ready"
+
+# What setuptools left in build/lib by an earlier build would get into the wheel, deleted modules too.
+wheel: $(BIN)/python
+	rm -rf build/lib
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 lint: setup
 	$(BIN)/ruff check .
@@ -102,4 +111,4 @@ tune: $(DATA)/train.jsonl
 		--data $(EXAMPLE)/prompts.jsonl
 
 clean:
-	rm -rf $(VENV) demo-bundle build *.egg-info
+	rm -rf $(VENV) demo-bundle build dist *.egg-info

@@ -25,7 +25,8 @@ from gpu_ceilings import (
 
 from cllm_export.bundle.contract import KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, Manifest
-from cllm_export.errors import CllmExportError, EngineError, MissingExtraError
+from cllm_export.errors import CllmExportError, EngineError
+from cllm_export.extras import missing_extra
 from cllm_export.runtime.decoding.block_size.time_forwards import run_forward
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine
@@ -179,7 +180,7 @@ def read_work(bundle: Bundle) -> Work:
     try:
         import onnx
     except ImportError:
-        raise MissingExtraError("onnx", extra="export") from None
+        raise missing_extra("onnx", extra="export") from None
     graph = onnx.load(bundle.graph_path(), load_external_data=False).graph
     users: dict[str, set[str]] = {}
     for node in graph.node:

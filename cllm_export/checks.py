@@ -35,6 +35,9 @@ OptionGroup = Literal[
 ]
 """Groups of options in the command line's help, in its order."""
 
+LARGEST_INTEGER = 2**63 - 1
+"""Engines and files hold integers in 64 bits. No option may be larger."""
+
 
 def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise OptionError unless ``value`` is one of ``allowed``."""
@@ -78,9 +81,15 @@ def from_fields(cls: type[T], raw: dict[str, Any]) -> T:
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Raise OptionError unless ``value`` is an int of at least ``minimum``."""
+    """Raise OptionError unless ``value`` is an int of at least ``minimum``, and of at most 64 bits."""
+    _require_64_bits(name, value)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise OptionError(f"{name} must be an integer of at least {minimum}, got {value!r}", fields=(name,))
+
+
+def _require_64_bits(name: str, value: object) -> None:
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise OptionError(f"{name} must be an integer of at most {LARGEST_INTEGER}, got {value}", fields=(name,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +179,12 @@ def check_option(name: str, value: object, spec: OptionSpec, *, is_integer: bool
     """
     if spec.choices:
         require_one_of(name, value, spec.choices)
+    if is_integer:
+        _require_64_bits(name, value)
     if (spec.minimum, spec.above, spec.maximum) != (None, None, None):
         _check_range(name, value, spec, is_integer=is_integer)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"{name} must be a finite number, got {value}", fields=(name,))
     if spec.check:
         spec.check(value)
 

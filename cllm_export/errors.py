@@ -24,7 +24,8 @@
     ├── GpuError                  a GPU, its driver or a library for it that is missing or too old
     ├── PlanError                 a TensorRT plan that is missing, damaged, cannot be built or was built for elsewhere
     ├── QueueFullError            a service that takes no more requests for now
-    └── MissingExtraError         a command that needs an extra that is not installed
+    ├── MissingExtraError         a command that needs an extra that is not installed
+    └── OutdatedPackageError      an installed package that is older than this project needs
 
 The command line prints the message of any of these errors and exits with 2. A message says what was wrong, which value
 was given, and what to do next. Any other exception that escapes is a defect of this project.
@@ -32,7 +33,8 @@ was given, and what to do next. Any other exception that escapes is a defect of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class CllmExportError(Exception):
@@ -41,11 +43,25 @@ class CllmExportError(Exception):
     Attributes:
         fields: the options that the message names, as Python spells them. The command line shows their flags instead.
             A name that has an underscore, or a value as in ``name=value``, need not be listed.
+        about: the option whose value is at fault, if the message does not name it. The command line puts its flag
+            before the message.
     """
+
+    about: str | None = None
 
     def __init__(self, message: str = "", *, fields: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.fields = tuple(fields)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Let errors say that they are about the value of this option."""
+    try:
+        yield
+    except CllmExportError as error:
+        error.about = error.about or name
+        raise
 
 
 class OptionError(CllmExportError, ValueError):
@@ -147,10 +163,14 @@ class QueueFullError(CllmExportError):
 
 
 class MissingExtraError(CllmExportError, ImportError):
-    """A package is missing that only an extra installs."""
+    """A package is missing that only an extra installs. The message ends with the line that installs it."""
 
-    def __init__(self, package: str, *, extra: str) -> None:
+
+class OutdatedPackageError(CllmExportError, ImportError):
+    """A package is installed, but older than the oldest version that this project works with."""
+
+    def __init__(self, package: str, *, installed: str, floor: str) -> None:
         super().__init__(
-            f"this needs the package {package!r}, which is not installed; "
-            f"install it with: pip install 'cllm-export[{extra}]'"
+            f"this needs {package} {floor} or newer, and {installed} is installed; "
+            f"upgrade it with: pip install --upgrade '{package}>={floor}'"
         )

@@ -230,7 +230,8 @@ def check_forward(*, block_size: int, write_index: Sequence[int], kv_length: int
     if needed > geometry.cache_length:
         raise EngineError(
             f"a block of {block_size} at write index {last} needs {needed} cache rows, "
-            f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger max_length"
+            f"but the engine has {geometry.cache_length}; stop earlier, or build with a larger max_length if the "
+            "checkpoint has more positions"
         )
     if kv_length < needed:
         raise EngineError(f"KV length {kv_length} is below write index {last} + block {block_size}")

@@ -51,11 +51,15 @@ class LinkedWeight:
     dtype: str
     """In safetensors spelling: ``BF16``, ``F32``, ..."""
     shape: tuple[int, ...]
+    stored_name: str | None = None
+    """The tensor's name in the file, if it differs: some checkpoints lack the prefix ``model.``."""
 
     def __post_init__(self) -> None:
         numbers = (self.offset, self.length, *self.shape)
         if any(type(number) is not int or number < 0 for number in numbers) or self.dtype not in ITEM_BYTES:
             raise ValueError(f"a linked weight has offset, length, dtype or shape out of range: {self}")
+        if not isinstance(self.stored_name, str | None):
+            raise ValueError(f"a linked weight has the name {self.stored_name!r} in its file; expected text")
         if self.length != math.prod(self.shape) * ITEM_BYTES[self.dtype]:
             raise ValueError(f"a linked weight of {self.length} bytes is not {self.dtype} {list(self.shape)}")
 
@@ -97,8 +101,9 @@ def _check_places(file: LinkedFile, weights: Mapping[str, LinkedWeight]) -> None
         raise BundleError(f"{file.path}, which this bundle is linked to, is damaged: {error}; rebuild it") from None
     for name, weight in weights.items():
         stated = (weight.offset, weight.length, weight.dtype, weight.shape)
-        if places.get(name) != stated:
+        stored = weight.stored_name or name
+        if places.get(stored) != stated:
             raise BundleError(
-                f"{file.path} holds {name} as {places.get(name)}, the bundle's manifest says {stated}: the checkpoint "
-                "changed; put it back or rebuild the bundle"
+                f"{file.path} holds {stored} as {places.get(stored)}, the bundle's manifest says {stated}: the "
+                "checkpoint changed; put it back or rebuild the bundle"
             )

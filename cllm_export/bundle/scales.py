@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from cllm_export.bundle.manifest import Loop, ProposerName
-from cllm_export.bundle.safetensors_header import make_header, read_header
+from cllm_export.bundle.safetensors_header import Header, make_header, read_header
 from cllm_export.bundle.storage import output_error, whole_file
 from cllm_export.checks import from_fields, require_at_least
 from cllm_export.errors import OutputError, ScalesError
@@ -38,6 +38,7 @@ SCALES_VERSION = 1
 HIGH_SHARE = 0.999
 """Share of the rows whose magnitude is at most ``high``."""
 AGAIN = "calibrate again with: cllm-export calibrate"
+GIVE = "give a file that cllm-export calibrate wrote"
 
 FloatArray = NDArray[np.float32]
 VECTORS = ("amax", "high", "mean_abs")
@@ -204,22 +205,46 @@ def write_scales(
         raise output_error(error, path) from error
 
 
+def check_scales(path: Path) -> None:
+    """Check what the header of a scales file says. Its data are not read.
+
+    Raises:
+        ScalesError: the file is missing, no scales file, or of another version.
+    """
+    _read_description(path)
+
+
+def _read_description(path: Path) -> tuple[Header, dict[str, Any]]:
+    """The header of a scales file, and what it says about the file."""
+    try:
+        header = read_header(path)
+    except OSError as error:
+        raise ScalesError(f"{path} cannot be read: {error.strerror}; {GIVE}") from None
+    except (ValueError, RecursionError) as error:
+        raise ScalesError(f"{path} is no scales file, or is damaged: {error}; {GIVE}") from None
+    if not {_METADATA, _CHECKSUM} <= set(header.metadata):
+        raise ScalesError(f"{path} is no scales file: its header does not say how it was made; {GIVE}")
+    try:
+        raw: dict[str, Any] = json.loads(header.metadata[_METADATA])
+        version = raw["version"]
+        is_newer = version > SCALES_VERSION
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ScalesError(f"{path} is damaged: {error}; {AGAIN}") from None
+    if version != SCALES_VERSION:
+        advice = "upgrade cllm-export" if is_newer else AGAIN
+        raise ScalesError(f"{path} has version {version}, this cllm-export reads {SCALES_VERSION}: {advice}")
+    return header, raw
+
+
 def open_scales(path: Path) -> Scales:
     """Open a scales file. Check its version and its checksum, and that every statistic is finite.
 
     Raises:
         ScalesError: the file is missing, damaged, or of another version.
     """
+    header, raw = _read_description(path)
     try:
-        header = read_header(path)
-        metadata = header.metadata
-        if not {_METADATA, _CHECKSUM} <= set(metadata):
-            raise ValueError("its header does not say how it was made")
-        _check_sum(path, header.num_bytes, metadata[_CHECKSUM])
-        raw = json.loads(metadata[_METADATA])
-        if (version := raw["version"]) != SCALES_VERSION:
-            advice = "upgrade cllm-export" if version > SCALES_VERSION else AGAIN
-            raise ScalesError(f"{path} has version {version}, this cllm-export reads {SCALES_VERSION}: {advice}")
+        _check_sum(path, header.num_bytes, header.metadata[_CHECKSUM])
         provenance = from_fields(Provenance, raw["provenance"])
         with safe_open(path, framework="np") as file:
             inputs = tuple(_read_input(file, entry) for entry in raw["inputs"])

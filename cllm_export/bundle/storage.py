@@ -54,9 +54,7 @@ def check_output(target: Path, *, force: bool, marker: str) -> None:
     Raises:
         OutputError: the target exists, and ``force`` is not set or it holds no file named ``marker``.
     """
-    parent = next((path for path in Path(os.path.abspath(target)).parents if path.exists()), Path(os.sep))
-    if not parent.is_dir():
-        raise OutputError(f"cannot write beside {target}: {parent} is not a directory")
+    check_parent(target)
     if not target.exists() and not target.is_symlink():
         return
     is_empty_dir = target.is_dir() and not any(target.iterdir())
@@ -66,6 +64,19 @@ def check_output(target: Path, *, force: bool, marker: str) -> None:
         )
     if not force and not is_empty_dir:
         raise OutputError(f"{target} exists; replace it with force=True or choose another output", fields=("output",))
+
+
+def check_parent(target: Path) -> None:
+    """Refuse a target whose directory cannot be made or written to.
+
+    Raises:
+        OutputError: as said.
+    """
+    parent = next((path for path in Path(os.path.abspath(target)).parents if path.exists()), Path(os.sep))
+    if not parent.is_dir():
+        raise OutputError(f"cannot write beside {target}: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write beside {target}: {parent} cannot be written to")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -9,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cllm_export import __version__
-from cllm_export.cli.flags import Flag, with_flags
+from cllm_export.cli.flags import Flag, with_flags, with_value
 from cllm_export.cli.show.console import is_first_process, progress_lines, say, spelling
 from cllm_export.cli.show.help import Command, write_sections
 from cllm_export.cli.signature import flags_of_fields
@@ -26,13 +28,14 @@ ORDER = (
 """Order of commands in the help: those that most users need come first."""
 
 
-EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
+EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_CLOSED, EXIT_TERMINATED = 1, 2, 3, 130, 141, 143
 EXIT_CODES = {
     0: "The command did what it was asked.",
     EXIT_FAILED: "It ran, but the result is bad: not verified, collapsed, or nothing collected.",
     EXIT_ERROR: "The command line, a file or the machine is not as needed; the message says how to go on.",
     EXIT_DEFECT: "A defect of cllm-export; please report it.",
     EXIT_INTERRUPTED: "Interrupted with Ctrl-C.",
+    EXIT_CLOSED: "Whoever read the output closed it.",
     EXIT_TERMINATED: "Terminated by SIGTERM.",
 }
 """Every exit code, and what it says."""
@@ -43,7 +46,8 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. Its errors name options by their flags."""
+        """Run a command. Its errors name options by their flags, and the values that they were given."""
+        arguments = list(ctx.args)
 
         def spell(text: str) -> str:
             running = ctx.invoked_subcommand
@@ -51,7 +55,15 @@ class _Commands(TyperGroup):
 
         try:
             with spelling(spell), progress_lines():
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+            raise SystemExit(EXIT_CLOSED) from None
+        except typer.BadParameter as error:
+            error.message = with_value(error, arguments)
+            raise
         except CllmExportError as error:
             error.args = (with_flags(error, self._flags(ctx.invoked_subcommand)),)
             raise

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, open_bundle
-from cllm_export.bundle.storage import check_file
 from cllm_export.checks import option_specs
 from cllm_export.cli.app import command
+from cllm_export.cli.before.arguments import check_bundle, check_checkpoint_or_adapter, check_prompts, check_report
 from cllm_export.cli.options import (
     CheckpointOption,
     ForceOption,
@@ -24,7 +24,7 @@ from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.decoding import show_bench
 from cllm_export.cli.show.report import show_report
 from cllm_export.cli.signature import with_options
-from cllm_export.errors import OptionError
+from cllm_export.errors import OptionError, about
 from cllm_export.extras import needs_extra
 from cllm_export.measure.options import BenchOptions
 from cllm_export.prompts import read_prompts
@@ -57,8 +57,6 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time methods and block sizes of one or several bundles on real prompts; say what is fastest on this machine."""
-    if output:
-        check_file(output, force=force)
     from cllm_export.cli.show.plots import TRADE_OFF, check_plots, plot_trade_off
     from cllm_export.measure.bench import run_bench
 
@@ -70,7 +68,13 @@ def bench(
             fields=("prompts",),
         )
     opened = [open_bundle(path) for path in bundles]
-    check_plots(plots, TRADE_OFF, force=force)
+    check_bundle("draft_model", options.draft_model)
+    check_bundle("bundles", bundles[0], block_sizes=options.block_sizes)
+    check_prompts("prompts", prompts, limit=limit)
+    check_checkpoint_or_adapter(checkpoint)
+    check_report("output", output, force=force)
+    with about("plots"):
+        check_plots(plots, TRADE_OFF, force=force)
     if plots and opened[0].manifest.graphs[GREEDY_GRAPH].fixed_shapes:
         raise OptionError(f"plots are of several block sizes, and {opened[0].path} is pinned to one", fields=("plots",))
     chosen = read_prompts(prompts, limit=limit) if prompts else ()

@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
 from cllm_export.cli.app import command
+from cllm_export.cli.before.commands import check_build
 from cllm_export.cli.flags import names_replaced
 from cllm_export.cli.options import BundleOutputOption, ForceOption, given, parse_size
 from cllm_export.cli.show.console import bytes_text, progress_bar, say
@@ -21,6 +22,9 @@ from cllm_export.errors import OptionError
 from cllm_export.exporter.options import BuildOptions, TrainedOptions
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options
 from cllm_export.extras import needs_extra
+
+if TYPE_CHECKING:
+    from cllm_export.tensorrt.library import Gpu
 
 Target = Literal["onnx", "tensorrt"]
 
@@ -71,12 +75,8 @@ def build(
         options = replace(
             options, precision=dtype, quantize=quantize, trained_with=trained.trained_with if trained else None
         )
-    gpu = None
-    if target == "tensorrt":
-        _require_tensorrt(quantize)
-        from cllm_export.tensorrt.library import open_gpu
-
-        gpu = open_gpu()  # before the export, which takes longer
+    check_build(checkpoint, output, options, force=force)
+    gpu = _open_gpu(quantize) if target == "tensorrt" else None  # before the export, which takes longer
     with needs_extra("export"):
         from cllm_export.exporter.pipeline import export
     with progress_bar() as progress:
@@ -93,11 +93,14 @@ def build(
         tell(f"wrote {build_plan(done.bundle, gpu=gpu, say=say).path}")
 
 
-def _require_tensorrt(quantize: QuantizeOptions | None) -> None:
-    """Refuse a scheme whose graph TensorRT cannot run."""
+def _open_gpu(quantize: QuantizeOptions | None) -> Gpu:
+    """The GPU to build a plan on. Refuses a scheme whose graph TensorRT cannot run."""
     if quantize and "tensorrt" not in quantize.form.engines:
         advice = "add engine='tensorrt'" if quantize.spec.form("tensorrt") else f"choose {builds_for('tensorrt')}"
         raise OptionError(
             f"precision='{quantize.scheme}' makes a graph for ONNX Runtime, and target is tensorrt: {advice}",
             fields=("target",),
         )
+    from cllm_export.tensorrt.library import open_gpu
+
+    return open_gpu()

@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from cllm_export.bundle.manifest import open_bundle
-from cllm_export.bundle.storage import check_file
 from cllm_export.calibration.calibrate import CalibrateOptions
 from cllm_export.calibration.search.budget import FitOptions
 from cllm_export.calibration.search.fit import Budget, parse_share
 from cllm_export.calibration.search.measured import HeldOutOptions
 from cllm_export.cli.app import command
+from cllm_export.cli.before.arguments import check_bundle, check_prompts, check_report, check_scales_output
+from cllm_export.cli.before.commands import check_quantize
 from cllm_export.cli.options import (
     BundleArgument,
     BundleOutputOption,
@@ -29,6 +30,7 @@ from cllm_export.cli.options import (
 from cllm_export.cli.show.console import progress_bar
 from cllm_export.cli.show.report import show_report
 from cllm_export.cli.signature import with_options
+from cllm_export.errors import about
 
 SHARES = {name: partial(parse_share, name=name) for name in ("max_tpf_loss", "max_quality_loss")}
 
@@ -50,6 +52,9 @@ def calibrate(
     from cllm_export.calibration.calibrate import calibrate as run
     from cllm_export.cli.show.calibration import show_calibration
 
+    check_bundle("bundle", bundle, block_sizes=[options.block_size])
+    check_prompts("prompts", prompts, limit=options.limit)
+    check_scales_output(output, force=force)
     with progress_bar() as progress:
         report = run(open_bundle(bundle), prompts, output, options, force=force, progress=progress).to_dict()
     show_report(report, show_calibration, as_json=as_json)
@@ -73,12 +78,13 @@ def convergence(
     as_json: JsonOption = False,
 ) -> None:
     """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
-    if output:
-        check_file(output, force=force)
     from cllm_export.calibration.search.convergence import measure_convergence
     from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.tasks.questions import read_questions
 
+    check_bundle("against", against, block_sizes=[options.block_size])
+    check_prompts("prompts", prompts, limit=limit)
+    check_report("output", output, force=force)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
@@ -112,7 +118,10 @@ def quantize(
     from cllm_export.cli.show.plots import SENSITIVITY, TRADE_OFF, check_plots, plot_choice
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    check_plots(plots, SENSITIVITY, TRADE_OFF, force=force)
+    check_quantize(checkpoint, against, output, options, force=force, block_size=held_out.block_size)
+    check_prompts("prompts", prompts, limit=limit)
+    with about("plots"):
+        check_plots(plots, SENSITIVITY, TRADE_OFF, force=force)
     options = replace(options, budget=budget, held_out=held_out, always_rank=options.always_rank or plots is not None)
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from cllm_export.cli.app import EXIT_FAILED, command
+from cllm_export.cli.before.arguments import check_counts
+from cllm_export.cli.before.commands import check_demo
 from cllm_export.cli.options import BundleOutputOption, ForceOption, ThreadsOption, given
 from cllm_export.extras import needs_extra
 
@@ -24,6 +26,8 @@ def demo(
     """Build the example's bundle, verify it, decode a few prompts and print the speed table."""
     from cllm_export.cli.run_demo import run_demo
 
+    check_demo(example, output, force=force)
+    check_counts(threads=threads)
     with needs_extra("export"):
         if not run_demo(example, output, threads=threads, force=force):
             raise typer.Exit(EXIT_FAILED)

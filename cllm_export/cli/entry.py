@@ -22,6 +22,8 @@ from cllm_export.progress import Terminated
 def main() -> None:
     """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
     debug = _take_debug_flag(sys.argv)
+    if sys.stdout is None:
+        _fail("standard output is closed: redirect it to a file, or to /dev/null", EXIT_ERROR)
     try:
         with _sigterm_as_interruption():
             sys.exit(app(prog_name="cllm-export", standalone_mode=False))
@@ -29,6 +31,9 @@ def main() -> None:
         _fail_usage(error)
     except CllmExportError as error:
         _fail(str(error), EXIT_ERROR, error if debug else None)
+    except MemoryError as error:
+        message = f"there is not enough memory{f' ({error})' if str(error) else ''}: ask for less, or free some"
+        _fail(message, EXIT_ERROR, error if debug else None)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"the system refused: {error.strerror or error}{where}", EXIT_ERROR, error if debug else None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from cllm_export.errors import BundleError, CllmExportError, OptionError, ScalesError, SnapshotError
 
@@ -46,7 +48,7 @@ def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
 
     ``name=value`` becomes ``--name value``, and ``name=False`` becomes the flag that turns the switch off. A name
     without a value is replaced if it is one of the error's ``fields`` or has an underscore. Of other words, only keys
-    of files have underscores.
+    of files have underscores. The flag of the option that the error is ``about`` comes first, unless it is named.
 
     Args:
         flags: flags by field name.
@@ -54,7 +56,22 @@ def with_flags(error: CllmExportError, flags: Mapping[str, Flag]) -> str:
     text = _replaced(str(error), list(flags), VALUE, lambda found: _with_value(flags[found["name"]], found["value"]))
     are_options = not isinstance(error, ABOUT_FILES)
     named = [name for name in flags if name in error.fields or (are_options and "_" in name)]
-    return replace_words(text, {name: flags[name].on for name in named})
+    text = replace_words(text, {name: flags[name].on for name in named})
+    option = flags.get(error.about or "")
+    return f"{option.on}: {text}" if option and option.on not in text else text
+
+
+def with_value(error: Any, arguments: Sequence[str]) -> str:
+    """The message of a ``typer.BadParameter``, with the value that the user gave.
+
+    Args:
+        arguments: those of the command, as the user wrote them.
+    """
+    spellings = [*error.param.opts, *error.param.secondary_opts] if error.param else []
+    joined = [text.partition("=")[2] for text in arguments if text.partition("=")[0] in spellings and "=" in text]
+    apart = [value for flag, value in itertools.pairwise(arguments) if flag in spellings]
+    values = [value for value in (*joined, *apart) if value not in error.message]
+    return f"{error.message}, got {', '.join(map(repr, values))}" if values else str(error.message)
 
 
 def _replaced(text: str, names: list[str], suffix: str, by: Callable[[re.Match[str]], str]) -> str:

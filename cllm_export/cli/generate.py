@@ -14,9 +14,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
-from cllm_export.bundle.storage import check_file, write_text
+from cllm_export.bundle.storage import write_text
 from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.cli.app import command
+from cllm_export.cli.before.arguments import check_bundle, check_counts, check_prefix, check_report
+from cllm_export.cli.before.commands import check_generate
 from cllm_export.cli.options import (
     BlockSizeOption,
     BundleArgument,
@@ -32,7 +34,7 @@ from cllm_export.cli.options import (
 from cllm_export.cli.show.console import plain_progress, streaming_text
 from cllm_export.cli.show.decoding import show_blocks, show_statistics
 from cllm_export.cli.signature import with_options
-from cllm_export.errors import GrammarError, OptionError, PromptError
+from cllm_export.errors import GrammarError, OptionError, PromptError, about
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
@@ -41,7 +43,7 @@ from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.shared_options import threads_option
 from cllm_export.runtime.load import PROVIDERS, Provider, load
 from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import BlockSize, GenerateOptions
+from cllm_export.runtime.options import BlockSize, GenerateOptions, resolve
 from cllm_export.runtime.request_run import Generation
 
 
@@ -195,12 +197,16 @@ def generate(
     if save_prefix is not None:
         if len(entries) != 1:
             raise OptionError(f"save_prefix keeps the state of one prompt, got {len(entries)} prompts")
-        check_target(save_prefix)
-        check_file(save_prefix, force=force, name="save_prefix")
+        with about("save_prefix"):
+            check_target(save_prefix)
+        check_report("save_prefix", save_prefix, force=force)
+    check_generate(bundle, options, draft_model=engine.draft_model)
+    check_prefix(load_prefix)
     progress = plain_progress()
     with engine.load(bundle, num_prompts=len(entries)) as model:
         if load_prefix is not None:
             model.load_prefix(load_prefix)
+        _check_all(model, entries, options)
         if len(entries) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
             _print_together(model, entries, options, view, progress)
             return
@@ -235,8 +241,11 @@ def trace(
     """Record every forward of a few requests, for those who write the loop in another language: see docs/loop.md."""
     from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 
-    check_file(output, force=force)
-    entries = read_prompts(prompts, limit=limit)
+    check_counts(threads=threads)
+    check_bundle("bundle", bundle, block_sizes=[block_size])
+    check_report("output", output, force=force)
+    with about("prompts"):
+        entries = read_prompts(prompts, limit=limit)
     with load(bundle, threads=threads) as model:
         traces = record_traces(
             open_bundle(bundle),
@@ -249,6 +258,13 @@ def trace(
         )
     write_text(output, json.dumps(traces) + "\n")
     typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
+
+
+def _check_all(model: Model, given: Sequence[Prompt], options: GenerateOptions) -> None:
+    """Refuse a prompt that does not fit before any prompt is decoded, so that no answer is lost or comes twice."""
+    for entry in given:
+        with _naming(entry, len(given)):
+            resolve(options, model.limits, model.encode(entry.content))
 
 
 @contextmanager
@@ -270,7 +286,8 @@ def _gather_prompts(prompt: str | None, path: Path | None, limit: int | None) ->
     if prompt is not None:
         return [Prompt(id="1", content=prompt)]
     if path is not None:
-        return read_prompts(path, limit=limit)
+        with about("prompts"):
+            return read_prompts(path, limit=limit)
     if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("no prompt: give one as an argument, with --prompts FILE, or on standard input")
     return parse_stdin(sys.stdin.buffer.read(), limit=limit)

@@ -8,7 +8,6 @@ from cllm_export.bundle.manifest import Bundle
 from cllm_export.cli.show.bundle import show_parity
 from cllm_export.cli.show.console import OUT, bytes_text, progress_bar, say
 from cllm_export.cli.show.decoding import show_bench, show_blocks, show_statistics
-from cllm_export.errors import CheckpointError
 from cllm_export.measure.bench import run_bench
 from cllm_export.measure.options import BenchOptions
 from cllm_export.progress import resumable
@@ -30,13 +29,8 @@ def run_demo(example: Path, output: Path, *, threads: int | None = None, force: 
         Whether the bundle passed verification. If not, the demo ends there.
 
     Raises:
-        CheckpointError: the example does not exist.
         OutputError: the output exists, and ``force`` is not set or it is no bundle.
     """
-    if not (example / "checkpoint").is_dir():
-        raise CheckpointError(
-            f"{example} has no checkpoint/; run the demo from a clone of the repository, or give --example"
-        )
     prompts = read_prompts(example / "prompts.jsonl")
     with resumable(lambda: f"{output} is as it was before: run the same command again"):
         bundle = _build(example / "checkpoint", output, force=force)

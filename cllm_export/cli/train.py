@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from cllm_export.bundle.storage import check_file
 from cllm_export.cli.app import EXIT_FAILED, command
+from cllm_export.cli.before.arguments import check_counts, check_prompts, check_report, check_source
+from cllm_export.cli.before.commands import check_collect, check_tune, check_tune_data
 from cllm_export.cli.options import (
     ForceOption,
     JsonOption,
@@ -59,10 +60,11 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on a task, with its decoding measures, or probe what decoding in parallel would bring."""
-    if output:
-        check_file(output, force=force)
     from cllm_export.evaluation.command import run_evaluation, run_probe
 
+    check_source("source", source, block_size=options.block_size)
+    check_source("parent", parent)
+    check_report("output", output, force=force)
     with progress_bar() as progress:
         report = (run_probe if probe else run_evaluation)(source, data, task, parent, options, progress=progress)
     show_report(report, show_probe if probe else show_evaluation, as_json=as_json, output=output)
@@ -87,12 +89,12 @@ def collect(
     as_json: JsonOption = False,
 ) -> None:
     """Decode prompts and keep every Jacobi state, for `tune`. Run it again to go on after an interruption."""
+    check_counts(batch_size=batch_size, threads=threads)
+    check_collect(source, prompts, output, options, device=device)
     with needs_extra("train"):
-        from cllm_export.training.collection.collect import check_collection_output
         from cllm_export.training.collection.collect import collect as run
         from cllm_export.training.collection.source import open_source
 
-        check_collection_output(output)
         opened = open_source(source, batch_size=batch_size, threads=threads, device=device)
         with progress_bar() as progress:
             collection = run(opened, prompts, output, options, progress=progress)
@@ -140,6 +142,10 @@ def tune(
     force: ForceOption = False,
 ) -> None:
     """Turn a checkpoint into a CLLM, or a better one; start it with `accelerate launch` for several processes."""
+    check_counts(num_held_out=num_held_out, threads=threads)
+    check_tune(checkpoint, output, options, force=force, resume=resume)
+    check_prompts("prompts", prompts, limit=limit)
+    check_tune_data(trajectories, held_out, num_held_out)
     with needs_extra("train"):
         from cllm_export.training.command import run_tune
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cllm_export.checks import option_specs
-from cllm_export.errors import OptionError
+from cllm_export.errors import OptionError, about
 from cllm_export.evaluation.evaluate import EvaluateOptions, evaluate, read_task
 from cllm_export.evaluation.probe import ProbeOptions, probe
 from cllm_export.evaluation.tasks.task import TASKS, TaskName
@@ -35,9 +35,9 @@ def run_evaluation(
         raise OptionError(
             f"say what the data is with task ({', '.join(TASKS)}), or ask for probe", fields=("task", "probe")
         )
-    return evaluate(
-        source, read_task(task, data, options), data=data, parent=parent, options=options, progress=progress
-    )
+    with about("data"):
+        read = read_task(task, data, options)
+    return evaluate(source, read, data=data, parent=parent, options=options, progress=progress)
 
 
 def run_probe(
@@ -61,4 +61,6 @@ def run_probe(
             f"{unused[0]} is not for probe, which tries every form: leave it out", fields=(unused[0], "probe")
         )
     probe_options = ProbeOptions(**{name: given[name] for name in OF_PROBE if given[name] is not None})
-    return probe(source, read_prompts(data, limit=options.limit), options=probe_options, progress=progress)
+    with about("data"):
+        prompts = read_prompts(data, limit=options.limit)
+    return probe(source, prompts, options=probe_options, progress=progress)

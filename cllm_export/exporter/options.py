@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.bundle.linked_weights import WEIGHTS_MODES, WeightsMode
@@ -12,7 +13,10 @@ from cllm_export.bundle.manifest import LOOPS, PROPOSERS, Loop, ProposerName, Tr
 from cllm_export.bundle.quantization import ENGINE_TITLES
 from cllm_export.checks import OptionGroup, check_options, documented, option
 from cllm_export.errors import OptionError
+from cllm_export.exporter.checkpoint.read import DEFAULT_MAX_LENGTH_CAP, require_layers
 from cllm_export.exporter.quantize.options import QuantizeOptions
+
+MIN_MAX_LENGTH = 2
 
 
 @documented
@@ -127,3 +131,41 @@ class TrainedOptions:
     @property
     def trained_with(self) -> TrainedWith:
         return TrainedWith(block_size=self.block_size, proposer=self.proposer, loop=self.loop)
+
+
+def require_lengths(options: BuildOptions, *, max_length: int, limit: int, trained_block: int | None = None) -> None:
+    """Refuse a length that the model does not have, or a block size that exceeds the length.
+
+    Args:
+        max_length: the length that the bundle is built for.
+        limit: the model's own number of positions.
+        trained_block: the block size if none is given.
+
+    Raises:
+        OptionError: as said.
+    """
+    if max_length < MIN_MAX_LENGTH:
+        raise OptionError(f"max_length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
+    if max_length > limit:
+        raise OptionError(f"max_length={max_length} is beyond the model's own {limit} positions")
+    block_size = options.block_size or trained_block
+    if block_size is not None and block_size > max_length:
+        given = f"block_size={block_size}"
+        origin = given if options.block_size else f"the block size it was trained with, {block_size},"
+        raise OptionError(f"{origin} is above the max length {max_length}; choose a smaller block_size")
+
+
+def check_lengths(options: BuildOptions, config: Mapping[str, Any], path: Path) -> None:
+    """Compare the lengths of a build with a checkpoint's ``config.json``, as far as it states them.
+
+    Raises:
+        OptionError: the model has fewer positions or layers.
+    """
+    limit, layers = config.get("max_position_embeddings"), config.get("num_hidden_layers")
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    is_dynamic = isinstance(rope, dict) and "dynamic" in (rope.get("rope_type"), rope.get("type"))
+    if isinstance(limit, int) and not is_dynamic:  # that type is refused beyond its length for a reason of its own
+        length = options.max_length or min(limit, DEFAULT_MAX_LENGTH_CAP)
+        require_lengths(options, max_length=length, limit=limit)
+    if isinstance(layers, int) and options.num_layers is not None:
+        require_layers(options.num_layers, layers, path)

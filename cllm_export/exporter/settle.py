@@ -11,15 +11,13 @@ from cllm_export.errors import OptionError
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.read import Checkpoint, default_max_length
 from cllm_export.exporter.graph.trace import geometry_of
-from cllm_export.exporter.options import BuildOptions
+from cllm_export.exporter.options import BuildOptions, require_lengths
 from cllm_export.exporter.weights.weights import ENGINE_DTYPE, is_linkable
 
 DEFAULT_BLOCK_SIZE = 16
 
 MIN_MAX_BLOCK_SIZE = 64
 """The cache of every bundle with symbolic shapes has room for decode forwards of up to this many tokens."""
-
-MIN_MAX_LENGTH = 2
 
 
 def require_linkable(options: BuildOptions, tensors: Mapping[str, TensorInfo]) -> None:
@@ -61,14 +59,7 @@ def settle(options: BuildOptions, checkpoint: Checkpoint) -> Settings:
     block_size = options.block_size or trained_block
     limit = int(checkpoint.config.max_position_embeddings)
     max_length = options.max_length or default_max_length(checkpoint.config)
-    if max_length < MIN_MAX_LENGTH:
-        raise OptionError(f"max_length must be at least {MIN_MAX_LENGTH}, a prompt token and a new one")
-    if max_length > limit:
-        raise OptionError(f"max_length={max_length} is beyond the model's own {limit} positions")
-    if block_size > max_length:
-        given = f"block_size={block_size}"
-        origin = given if options.block_size else f"the block size it was trained with, {block_size},"
-        raise OptionError(f"{origin} is above the max length {max_length}; choose a smaller block_size")
+    require_lengths(options, max_length=max_length, limit=limit, trained_block=block_size)
     max_block_size = block_size if options.fixed_shapes else max(block_size, MIN_MAX_BLOCK_SIZE)
     geometry = geometry_of(checkpoint.config, max_length=max_length, max_block_size=max_block_size)
     fixed = (

@@ -9,6 +9,7 @@ from typing import ClassVar
 from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
+from cllm_export.runtime.decoding.lookahead.layout import MIN_NGRAM
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
 
@@ -47,10 +48,14 @@ class BenchOptions:
     draft_model: Path | None = option(
         None, help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model."
     )
-    window: int | None = option(None, help="For lookahead: W, the number of columns of its window.", group="Lookahead")
-    ngram: int | None = option(None, help="For lookahead: N, the number of tokens in an n-gram.", group="Lookahead")
+    window: int | None = option(
+        None, help="For lookahead: W, the number of columns of its window.", minimum=1, group="Lookahead"
+    )
+    ngram: int | None = option(
+        None, help="For lookahead: N, the number of tokens in an n-gram.", minimum=MIN_NGRAM, group="Lookahead"
+    )
     guesses: int | None = option(
-        None, help="For lookahead: G, the number of n-grams tried in a forward.", group="Lookahead"
+        None, help="For lookahead: G, the number of n-grams tried in a forward.", minimum=1, group="Lookahead"
     )
     max_new_tokens: int = max_new_tokens_option()
     repeats: int = option(3, help="Number of passes over the prompts; the report gives medians.", minimum=1)

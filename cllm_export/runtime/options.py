@@ -26,6 +26,7 @@ GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar")
 FILTERS = ("top_k", "top_p", "min_p")
 """The options of sampling that do nothing without a temperature."""
 
+LONGER = "build with a larger max_length if the checkpoint has more positions"
 SHAPE = ("window", "ngram", "guesses")
 
 
@@ -469,13 +470,13 @@ def _fit(prompt_length: int, max_new_tokens: int | None, max_length: int) -> int
     if room < 1:
         raise PromptError(
             f"the prompt has {prompt_length} tokens and this model holds {max_length} in all, "
-            "at least one of them new: shorten the prompt or build with a larger max_length"
+            f"at least one of them new: shorten the prompt, or {LONGER}"
         )
     if max_new_tokens is None:
         return room
     if max_new_tokens > room:
         raise PromptError(
             f"{prompt_length} prompt tokens and {max_new_tokens} new ones need {prompt_length + max_new_tokens}, this "
-            f"model holds {max_length}: ask for at most {room}, or build with a larger max_length"
+            f"model holds {max_length}: ask for at most {room}, or {LONGER}"
         )
     return max_new_tokens

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from cllm_export.errors import CllmExportError
+from cllm_export.extras import install_line
 from cllm_export.runtime.engines.cuda import DRIVER_LIBRARY, GpuFacts, open_cuda, probe_driver, version_text
 from cllm_export.tensorrt.library import TENSORRT, version_numbers
 
@@ -132,7 +133,7 @@ def _loaded_tensorrt(version: str) -> Finding:
 def _onnxruntime(has_driver: bool) -> Finding:
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     if not both:
-        fix = "pip install 'cllm-export[cpu]', or 'cllm-export[cuda]' on a GPU"
+        fix = f"{install_line('cpu')}, or on a GPU: {install_line('cuda')}"
         return Finding(name="ONNX Runtime", state="missing", detail="not installed", fix=fix)
     if len(both) == 2:
         fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one that is wanted"
@@ -149,7 +150,7 @@ def _onnxruntime(has_driver: bool) -> Finding:
     providers = _providers()
     detail = f"{both[0]} {version}, providers {', '.join(providers)}"
     if has_driver and "CUDAExecutionProvider" not in providers:
-        fix = "pip uninstall -y onnxruntime; pip install 'cllm-export[cuda]'"
+        fix = f"pip uninstall -y onnxruntime; {install_line('cuda')}"
         return Finding(name="ONNX Runtime", state="ok", detail=detail + "; for the CPU alone", fix=fix)
     return Finding(name="ONNX Runtime", state="ok", detail=detail)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from cllm_export.checks import require_one_of
-from cllm_export.errors import GpuError, MissingExtraError
+from cllm_export.errors import GpuError
+from cllm_export.extras import missing_extra
 from cllm_export.runtime.engines.cuda import ADVICE, Cuda, GpuFacts, open_cuda
 
 LibraryName = Literal["tensorrt", "tensorrt-rtx"]
@@ -127,7 +128,7 @@ def import_library(library: Library) -> Any:
     try:
         module = importlib.import_module(library.module)
     except ModuleNotFoundError:
-        raise MissingExtraError(library.package, extra=library.extra) from None
+        raise missing_extra(library.package, extra=library.extra) from None
     except (ImportError, OSError, RuntimeError) as error:
         advice = f"; {ADVICE}" if not library.targets else ""
         raise GpuError(f"{library.title} is installed and does not load: {error}{advice}") from None

@@ -132,7 +132,10 @@ class TuneOptions:
                 fields=("steps", "minutes"),
             )
         if self.optimizer == "muon" and self.mixed_precision == "fp16":
-            raise OptionError("muon does not go with fp16, whose loss scaling serves one optimiser: use bf16, or adamw")
+            raise OptionError(
+                "optimizer='muon' does not go with mixed_precision='fp16', whose loss scaling serves one optimiser: "
+                "use bf16, or adamw"
+            )
 
     @property
     def claim(self) -> TrainedWith | None:

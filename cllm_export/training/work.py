@@ -26,18 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cllm_export.bundle.manifest import TrainedWith
-from cllm_export.bundle.storage import check_output, locked_directory, staged_output, unfinished_files, whole_file
+from cllm_export.bundle.storage import locked_directory, staged_output, whole_file
 from cllm_export.errors import OptionError, OutputError, TuningError
 from cllm_export.exporter.checkpoint.files import SINGLE_WEIGHTS
 from cllm_export.exporter.checkpoint.read import MORE_CHAT_TEMPLATES, Checkpoint
+from cllm_export.training.arguments import COUNTERS, REPORT_NAME, SETTINGS, STATE, check_tuning_output, work_path
 from cllm_export.training.event_log import EventLog
 from cllm_export.training.processes import raise_on_all_ranks
 
-REPORT_NAME = "tuning.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Config, tokenizer and chat template: all files of a checkpoint except its weights and its model card."""
 NOT_COPIED = (".index.json", REPORT_NAME)
-STATE, CHECKPOINT, SETTINGS, COUNTERS, CURVE = "state", "checkpoint", "settings.json", "counters.json", "curve.jsonl"
+CHECKPOINT, CURVE = "checkpoint", "curve.jsonl"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -55,21 +55,11 @@ class WorkDirectory:
     """
 
     def __init__(self, output: Path, *, force: bool, resume: bool) -> None:
-        check_output(output, force=force, marker=REPORT_NAME)
+        check_tuning_output(output, force=force, resume=resume)
         self._output, self._force, self._resume = output, force, resume
-        self.path = output.with_name(f"{output.name}.tuning")
+        self.path = work_path(output)
         self._log: EventLog | None = None
         self._lock = ExitStack()
-        has_state = any((self.path / name / COUNTERS).is_file() for name in (STATE, f"{STATE}.old"))
-        if resume and not has_state:
-            raise TuningError(
-                f"there is no run to resume in {self.path}: it has saved no state; start without resume=True"
-            )
-        if has_state and not (resume or force):
-            raise OutputError(
-                f"{self.path} holds an interrupted run: go on with resume=True, or replace it with force=True"
-            )
-        self._require_own()
 
     @property
     def checkpoint_path(self) -> Path:
@@ -193,17 +183,6 @@ class WorkDirectory:
         if self._log:
             self._log.close()
             self._log = None
-
-    def _require_own(self) -> None:
-        """Refuse a directory of this name that no run made."""
-        if not self.path.exists() and not self.path.is_symlink():
-            return
-        is_own = any((self.path / name).is_file() for name in (SETTINGS, REPORT_NAME))
-        if not self.path.is_dir() or (not is_own and set(self.path.iterdir()) - set(unfinished_files(self.path))):
-            raise OutputError(
-                f"{self.path} is needed to work in, and is no run's: move it, or choose another output",
-                fields=("output",),
-            )
 
     def _lock_directory(self) -> None:
         busy = f"another run is at work in {self.path}: wait for it, or choose another output"

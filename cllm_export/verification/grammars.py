@@ -6,7 +6,9 @@ lookup drafts that one, and the grammar must reject it without a trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+import string
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cllm_export.errors import CllmExportError, GrammarError, MissingExtraError, OptionError
@@ -21,6 +23,8 @@ PROPOSERS = ("lookup", "prompt")
 BIAS = 1e4
 """Added to the logits of a text's letters. It is above the spread of any model's logits."""
 MAX_NEW_TOKENS = 8
+ROLES = "abcde"
+"""The letters that the cases are written in."""
 END = "."
 """Stands for an end-of-sequence token in a prompt."""
 
@@ -47,15 +51,16 @@ CASES = (
 
 def check_grammars(model: Model, block_sizes: Sequence[int], progress: Progress) -> Check:
     """Decode every case with all methods, two draft sources and these block sizes. All must give the same text."""
-    letters = _letters(model.codec)
+    letters = _letters(model.codec, model.facts.eos_token_ids)
     longest = max(len(case.prompt) for case in CASES) + MAX_NEW_TOKENS
-    if letters is None:
-        return _not_checked("the tokenizer has no tokens of single letters")
+    if len(letters) < len(ROLES):
+        return _not_checked("the tokenizer has too few tokens of single letters")
     if longest > model.facts.max_length:
         return _not_checked(f"it takes {longest} tokens, and the bundle holds {model.facts.max_length}")
+    spelling = dict(zip(ROLES, letters, strict=False))
     letters[END] = (*model.facts.eos_token_ids, 0)[0]
     different, num_decoded, num_drafted = [], 0, 0
-    for done, case in enumerate(CASES):
+    for done, case in enumerate(_spelled(case, spelling) for case in CASES):
         for how in _settings(block_sizes):
             prompt = [letters[letter] for letter in case.prompt]
             bias = {letters[letter]: BIAS for letter in case.text}
@@ -114,11 +119,18 @@ def _outcome(model: Model, prompt: list[int], **options: Any) -> tuple[str, list
     return f"{found.text} ({found.finish_reason})", [record.block for record in found.forwards]
 
 
-def _letters(codec: TextCodec) -> dict[str, int] | None:
-    """The tokens of the letters that the cases need. None if the tokenizer lacks one."""
-    letters = sorted({letter for case in CASES for letter in case.prompt + case.text if letter != END})
-    tokens = {letter: token for letter in letters if (token := codec.tokenizer.token_to_id(letter)) is not None}
-    return tokens if len(tokens) == len(letters) else None
+def _letters(codec: TextCodec, eos_token_ids: Collection[int]) -> dict[str, int]:
+    """A token for each role of the cases: first the role's own letter. No token may end the sequence."""
+    tokens = {letter: codec.tokenizer.token_to_id(letter) for letter in (*ROLES, *string.ascii_letters, *string.digits)}
+    usable = {letter: token for letter, token in tokens.items() if token is not None and token not in eos_token_ids}
+    return dict(list(usable.items())[: len(ROLES)])
+
+
+def _spelled(case: Case, spelling: Mapping[str, str]) -> Case:
+    """The case with other letters."""
+    table = str.maketrans(dict(spelling))
+    grammar = re.sub(r'"(\w)"', lambda match: f'"{spelling[match[1]]}"', case.grammar)
+    return case._replace(grammar=grammar, prompt=case.prompt.translate(table), text=case.text.translate(table))
 
 
 def _not_checked(reason: str) -> Check:

@@ -62,15 +62,14 @@ def verify(
     Raises:
         ChecksumError: a file of the bundle is corrupted.
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
+        OptionError: an option needs another one.
     """
     options = options or VerifyOptions()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
     instead = _why_by_layer(bundle, options.by_layer)
-    if instead and checkpoint is None:
-        raise OptionError(
-            f"nothing would be decoded ({instead}): give checkpoint, to compare with", fields=("checkpoint",)
-        )
+    if checkpoint is None:
+        _require_no_checkpoint(base, instead)
     conditions = {
         "by_layer": instead,
         "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
@@ -138,6 +137,16 @@ def check_layers(
     detail, parts = describe(errors)
     check = Check(name=name, passed=all(entry.passed for entry in errors), detail=detail, data={"parts": parts})
     return reported(check) if manifest.quantization else check
+
+
+def _require_no_checkpoint(base: Path | None, instead: str | None) -> None:
+    """Refuse what needs a checkpoint: a base, or a comparison by layer for this reason."""
+    if base is not None:
+        raise OptionError("base needs checkpoint, which must be an adapter", fields=("base", "checkpoint"))
+    if instead:
+        raise OptionError(
+            f"nothing would be decoded ({instead}): give checkpoint, to compare with", fields=("checkpoint",)
+        )
 
 
 def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:

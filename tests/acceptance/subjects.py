@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from cllm_export.bundle.manifest import Bundle
+from cllm_export.extras import install_line
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.runtime.engines.cuda import probe_driver
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
@@ -138,7 +139,7 @@ def open_kind(name: str, directory: Path) -> Kind:
             pytest.skip("this ONNX Runtime has no CUDA provider: install onnxruntime-gpu")
     if name == "tensorrt":
         if missing := [each for each in ("tensorrt", "cuda") if importlib.util.find_spec(each) is None]:
-            pytest.skip(f"{missing[0]} is not installed: pip install 'cllm-export[tensorrt]'")
+            pytest.skip(f"{missing[0]} is not installed: {install_line('tensorrt')}")
         from cllm_export.tensorrt.library import open_gpu
 
         return Kind(name=name, gpu=open_gpu())

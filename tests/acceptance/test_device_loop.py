@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from cllm_export.errors import WhileGraphError
+from cllm_export.extras import install_line
 from cllm_export.runtime.decoding.request import Decode, make_decoder
 from cllm_export.runtime.engines.cuda import Cuda, open_cuda, probe_driver
 from cllm_export.tensorrt.device_buffers import DeviceMemory, HostBuffer
@@ -97,7 +98,7 @@ def open_device(kind: str, directory: Path) -> tuple[Cuda, str, Compiler]:
     if reason := probe_driver():
         pytest.skip(f"no GPU: {reason}")
     if importlib.util.find_spec("cuda") is None:
-        pytest.skip("cuda-python is not installed: pip install 'cllm-export[tensorrt]'")
+        pytest.skip(f"cuda-python is not installed: {install_line('tensorrt')}")
     cuda = open_cuda()
     return cuda, cuda.facts().compute_capability, import_compiler()
 

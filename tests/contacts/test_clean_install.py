@@ -7,7 +7,8 @@ runtime must not have.
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ import pytest
 
 from cllm_export.bundle.manifest import Bundle
 from tests.conftest import Workshop
+from tests.contacts.environments import ROOT, copy_source, install, new_environment, run
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "The SQL database has table city with columns name, population. Question: how many cities are there?"
 GENERATE = ("generate", "--max-new-tokens", "24", "--threads", "1", "--block-size", "8", "--json")
 
@@ -26,24 +27,14 @@ GENERATE = ("generate", "--max-new-tokens", "24", "--threads", "1", "--block-siz
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment into which pip installed ``cllm-export[cpu]``, from a copy of the sources."""
     directory = tmp_path_factory.mktemp("clean")
-    source = directory / "source"
-    shutil.copytree(ROOT / "cllm_export", source / "cllm_export", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
-        shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
-    python = directory / "venv" / "bin" / "python"
-    command = [python, "-m", "pip", "install", "--quiet", "--constraint", source / "constraints.txt", f"{source}[cpu]"]
-    subprocess.run(command, check=True)
+    source, python = copy_source(directory), new_environment(Path(sys.executable), directory / "venv")
+    install(python, "--constraint", source / "constraints.txt", f"{source}[cpu]")
     return python
 
 
 @pytest.fixture(scope="module")
 def bundle(workshop: Workshop) -> Bundle:
     return workshop.bundle("demo")
-
-
-def run(python: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "onnx", "onnxscript", "pyarrow", "matplotlib"])
@@ -90,5 +81,24 @@ def test_a_build_says_which_extra_is_missing(python: Path, tmp_path: Path):
     checkpoint = ROOT / "examples" / "text_to_sql" / "checkpoint"
     outcome = run(python, "-m", "cllm_export", "build", checkpoint, "--output", tmp_path / "bundle", cwd=tmp_path)
     assert outcome.returncode == 2
-    assert "pip install 'cllm-export[export]'" in " ".join(outcome.stderr.split())
+    assert f"pip install '{python.parents[2] / 'source'}[export]'" in " ".join(outcome.stderr.split())
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_line_of_a_missing_extra_installs_it(python: Path, tmp_path: Path, bundle: Bundle):
+    """A wheel without extras cannot decode. Its message is run as it stands, and it decodes."""
+    source = python.parents[2] / "source"
+    wheel = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "dist", source]
+    subprocess.run(wheel, check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    lean = tmp_path / "venv" / "bin" / "python"
+    [file] = (tmp_path / "dist").iterdir()
+    subprocess.run([lean, "-m", "pip", "install", "--quiet", file], check=True)
+    outcome = run(lean, "-m", "cllm_export", *GENERATE, bundle.path, PROMPT, cwd=tmp_path)
+    assert outcome.returncode == 2
+    line = " ".join(outcome.stderr.split()).partition("install it with: ")[2]
+    assert shlex.split(line) == ["pip", "install", f"{file}[cpu]"]
+    path = f"{lean.parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(line, shell=True, check=True, env=os.environ | {"PATH": path}, stdout=subprocess.DEVNULL)
+    outcome = run(lean, "-m", "cllm_export", *GENERATE, bundle.path, PROMPT, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr

@@ -99,6 +99,19 @@ def test_a_prompt_that_fills_the_bundle_is_refused_with_the_numbers(cli: Cli, bu
     assert any(int(word) > MAX_POSITIONS for word in outcome.err.split() if word.isdigit()), outcome
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "JSON"])
+def test_every_prompt_is_checked_before_the_first_answer(
+    cli: Cli, bundle: Path, tmp_path: Path, num_slots: int, form: tuple[str, ...]
+):
+    """So that no answer is printed by a command that then fails, whatever the number of slots."""
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": "hello"}] * 6 + [{"prompt": LONG, "id": "x7"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ("--prompts", path, "--num-slots", num_slots, "--max-new-tokens", 2, *form)
+    assert_refused(cli("generate", bundle, *options), "prompt x7", f"holds {MAX_POSITIONS}", "has more positions")
+
+
 def test_new_tokens_that_do_not_fit_are_refused_with_what_would(cli: Cli, bundle: Path):
     [line] = cli("generate", bundle, "hello", "--json", "--max-new-tokens", 1).out.splitlines()
     room = MAX_POSITIONS - json.loads(line)["stats"]["prompt_tokens"]

@@ -9,6 +9,7 @@ import pytest
 
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.bundle.scales import open_scales
+from cllm_export.extras import install_line
 from tests.conftest import Workshop
 from tests.e2e.conftest import Cli, assert_refused, run_process
 from tests.e2e.test_missing_extras import without
@@ -163,5 +164,5 @@ def test_a_place_for_plots_is_judged_before_the_work_and_made_after_it(
 def test_plots_without_their_extra_are_refused_before_any_work(bundle: Path, prompts: Path, tmp_path: Path):
     arguments = ("bench", bundle, "--prompts", prompts, "--plots", tmp_path / "plots")
     outcome = run_process(*arguments, prelude=without("matplotlib"))
-    assert_refused(outcome, "matplotlib", "pip install 'cllm-export[plot]'")
+    assert_refused(outcome, "matplotlib", install_line("plot"))
     assert not (tmp_path / "plots").exists()

@@ -18,6 +18,7 @@ import pytest
 
 from cllm_export.errors import TrajectoryError
 from cllm_export.exporter.checkpoint.read import open_checkpoint
+from cllm_export.extras import install_line
 from cllm_export.runtime.load import load
 from cllm_export.training.collection import collect
 from cllm_export.training.collection.collection import MANIFEST_NAME, read_manifest, write_shard
@@ -334,7 +335,7 @@ def test_an_output_that_is_no_collection_is_refused_before_any_work(cli: Cli, bu
 def test_without_the_train_extra_the_install_line_is_printed(bundle: Path, prompts: Path, tmp_path: Path):
     options = ("--prompts", prompts, "--output", tmp_path / "out")
     outcome = run_process("collect", bundle, *options, prelude=without("pyarrow"))
-    assert_refused(outcome, "pip install 'cllm-export[train]'", "pyarrow")
+    assert_refused(outcome, install_line("train"), "pyarrow")
 
 
 def test_a_bundle_is_collected_from_without_torch(bundle: Path, prompts: Path, tmp_path: Path):

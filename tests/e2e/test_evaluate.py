@@ -13,6 +13,7 @@ from cllm_export.bundle.manifest import PROPOSERS
 from cllm_export.bundle.storage import write_json
 from cllm_export.errors import OutputError
 from cllm_export.evaluation import probe
+from cllm_export.extras import install_line
 from cllm_export.runtime.decoding.block_size.measured_times import settle_times
 from tests.conftest import PINNED, Workshop
 from tests.e2e.conftest import Cli, assert_refused, run_process
@@ -26,7 +27,7 @@ PROMPTS: list[dict[str, Any]] = [
     {"prompt": "x" * 5000},
     {"messages": [{"role": "user", "content": "hi"}], "answer": "hello"},
 ]
-TRAIN_INSTALL = "pip install 'cllm-export[train]'"
+TRAIN_INSTALL = install_line("train")
 
 
 @pytest.fixture(scope="module")
@@ -228,4 +229,4 @@ def test_without_the_extras_each_thing_prints_its_install_line(
     assert_refused(run_process("evaluate", checkpoint, *prompts, prelude=lean), TRAIN_INSTALL)
     assert_refused(run_process("evaluate", checkpoint, "--probe", "--data", prompt_file, prelude=lean), TRAIN_INSTALL)
     spider = ("--task", "spider", "--data", write_spider(tmp_path), *FEW)
-    assert_refused(run_process("evaluate", bundle, *spider, prelude=lean), "pip install 'cllm-export[evaluate]'")
+    assert_refused(run_process("evaluate", bundle, *spider, prelude=lean), install_line("evaluate"))

@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+from cllm_export.extras import install_line
 from tests.conftest import PINNED, Workshop
 from tests.e2e.conftest import assert_refused, run_process
 
-EXPORT_INSTALL = "pip install 'cllm-export[export]'"
-CPU_INSTALL = "pip install 'cllm-export[cpu]'"
+EXPORT_INSTALL = install_line("export")
+CPU_INSTALL = install_line("cpu")
 FEW = ("--max-new-tokens", 4, "--threads", 1)
 
 
@@ -41,6 +42,17 @@ def test_build_without_the_export_extra_prints_its_install_line(workshop: Worksh
 def test_a_comparison_with_the_checkpoint_without_torch_prints_the_install_line(workshop: Workshop, command: str):
     arguments = (workshop.bundle("llama", **PINNED).path, "--checkpoint", workshop.checkpoint("llama"), *FEW)
     assert_refused(run_process(command, *arguments, prelude=without("torch", "transformers")), EXPORT_INSTALL)
+
+
+def test_quantize_without_torch_prints_the_install_line(workshop: Workshop, tmp_path):
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "out" / "bundle"
+    prompts.write_text('{"prompt": "hello"}')
+    options = ("--against", workshop.bundle("llama").path, "--prompts", prompts, "--output", output)
+    outcome = run_process(
+        *("quantize", workshop.checkpoint("llama"), *options, "--precision", "int8-dynamic"), prelude=without("torch")
+    )
+    assert_refused(outcome, EXPORT_INSTALL)
+    assert not output.parent.exists()
 
 
 @pytest.mark.parametrize("command", ["generate", "verify", "bench"])

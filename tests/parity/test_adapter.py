@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402 - after the skips
-from tests.checkpoints import edit_json  # noqa: E402
+from cllm_export.exporter.checkpoint.adapter import HARMLESS, READ, REFUSED  # noqa: E402
+from cllm_export.exporter.checkpoint.adapter_targets import targeted  # noqa: E402
+from tests.checkpoints import edit_json, edit_weights  # noqa: E402
 from tests.conftest import Workshop  # noqa: E402
 from tests.e2e.conftest import assert_refused, cli, output  # noqa: E402, F401 - fixtures
 
@@ -136,6 +140,18 @@ def stated(**changes: Any) -> Callable[[Path], object]:
     return lambda adapter: edit_json(adapter / "adapter_config.json", **changes)
 
 
+def without(part: str) -> Callable[[Path], object]:
+    """Both matrices on some modules are missing, as after a save that was cut short."""
+
+    def damage(adapter: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = adapter / "adapter_model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(path).items() if part not in name}, path)
+
+    return damage
+
+
 REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "another kind": (stated(peft_type="IA3"), ("'IA3'", "only LORA")),
     "DoRA": (stated(use_dora=True), ("DoRA",)),
@@ -148,6 +164,24 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("lora_embedding_A", "no LoRA matrix"),
     ),
     "half a pair": (renamed("layers.0.self_attn.q_proj.lora_A", "layers.0.self_attn.k_proj.lora_A"), ("only one",)),
+    "a module without matrices": (
+        without("layers.1.mlp.down_proj"),
+        ("layers.1.mlp.down_proj", "1 such", "incomplete"),
+    ),
+    "a projection without matrices": (without("v_proj"), ("layers.0.self_attn.v_proj", "2 such", "incomplete")),
+    "a target without matrices": (
+        stated(target_modules=["q_proj", "v_proj", "down_proj", "lm_head"]),
+        ("adapts lm_head", "incomplete"),
+    ),
+    "an expression whose modules lack matrices": (
+        stated(target_modules=r".*\.(q|k|v)_proj|.*down_proj"),
+        ("k_proj", "2 such", "incomplete"),
+    ),
+    "no targets": (stated(target_modules=None), ("target_modules None", "merge it with peft")),
+    "an expression without end": (stated(target_modules="(.*)*_proj"), ("target_modules '(.*)*_proj'", "forever")),
+    "no expression": (stated(target_modules="(q_proj"), ("target_modules '(q_proj'", "no expression")),
+    "KaSA": (stated(kasa_config={"beta": 1.0}), ("KaSA",)),
+    "what no one knows": (stated(frobnicate=True), ("frobnicate", "merge it with peft")),
     "another rank": (stated(r=8), ("do not fit", "rank 8")),
     "a rank of 0": (stated(r=0), ("the r 0",)),
     "a pattern that is an expression": (stated(rank_pattern={"(a+)+": 4}), ("rank_pattern", "'(a+)+'")),
@@ -170,6 +204,61 @@ def test_what_is_not_merged_is_refused_by_name(
     save_adapter(tmp_path / "adapter", workshop.checkpoint("llama"))
     case[0](tmp_path / "adapter")
     assert_refused(cli("build", tmp_path / "adapter", "--output", output), *case[1])
+
+
+def test_a_head_that_is_tied_is_refused(
+    workshop: Workshop,
+    tmp_path: Path,
+    cli: Any,  # noqa: F811
+    output: Path,  # noqa: F811
+):
+    """PEFT would change the embedding too; and a head that is stored as well would take nothing of it."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(workshop.checkpoint("small"), tmp_path / "base")
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(base, **{"lm_head.weight": table.clone()})
+    save_adapter(tmp_path / "adapter", base)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    pair = {"A": torch.ones(4, table.shape[1]), "B": torch.ones(table.shape[0], 4)}
+    head = {f"base_model.model.lm_head.lora_{side}.weight": matrix for side, matrix in pair.items()}
+    save_file({**load_file(path), **head}, path)
+    assert_refused(cli("build", tmp_path / "adapter", "--output", output), "lm_head", "ties to the embedding")
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "ends": {"target_modules": ["q_proj", "self_attn.v_proj", "proj"]},
+    "a whole name": {"target_modules": ["model.layers.0.mlp.up_proj", "o_proj"], "layers_to_transform": [1]},
+    "an expression": {"target_modules": r".*layers\.[01]\.self_attn\.(q|k)_proj"},
+    "all linear": {"target_modules": "all-linear"},
+    "all linear but one": {"target_modules": "ALL-LINEAR", "exclude_modules": ["o_proj"]},
+    "all but": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.1\..*k_proj"},
+    "a layer": {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    "layers": {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "layers of another name": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "x"]},
+    "embeddings": {"target_modules": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi4-longrope", "starcoder2"])
+@pytest.mark.parametrize("options", TARGETS.values(), ids=TARGETS)
+def test_the_modules_that_a_config_names_are_those_that_peft_finds(
+    workshop: Workshop, family: str, options: dict[str, Any]
+):
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workshop.checkpoint(family)))
+    modules = {name for name, module in model.named_modules() if getattr(module, "weight", torch.ones(1)).ndim == 2}
+    config = _maybe_include_all_linear_layers(peft.LoraConfig(**options), model)
+    theirs = {module for module in modules if check_target_module_exists(config, module)}
+    assert targeted(options, modules) == theirs
+
+
+def test_every_setting_of_peft_is_read_refused_or_harmless():
+    """A setting that a later PEFT adds must be judged before it can change what is merged."""
+    assert {field.name for field in fields(peft.LoraConfig)} == {*READ, *REFUSED, *HARMLESS}
 
 
 def test_a_matrix_with_a_nan_is_named(

@@ -18,6 +18,7 @@ class Options:
     weight: float = option(1.0, help="How heavy.", above=0)
     kind: str = option("a", help="Which kind.", choices=("a", "b"))
     sizes: tuple[int, ...] = option((), help="Which sizes.", minimum=2)
+    offset: float = option(0.0, help="How far.")
     free: str = "anything"
 
     def __post_init__(self) -> None:
@@ -44,6 +45,8 @@ def test_a_default_of_none_may_be_none():
         ("weight", 0, "weight must be a number above 0, got 0"),
         ("weight", math.inf, "weight must be a number above 0, got inf"),
         ("kind", "c", "kind must be one of a, b, got 'c'"),
+        ("count", 10**30, f"count must be an integer of at most {2**63 - 1}, got {10**30}"),
+        ("offset", math.nan, "offset must be a finite number, got nan"),
         ("sizes", (4, 1), "sizes must be an integer of at least 2, got 1"),
     ],
 )
@@ -55,7 +58,7 @@ def test_an_option_out_of_range_is_named_with_its_value(name, value, message):
 
 
 def test_specs_come_in_the_order_of_fields():
-    assert list(option_specs(Options)) == ["count", "share", "weight", "kind", "sizes"]
+    assert list(option_specs(Options)) == ["count", "share", "weight", "kind", "sizes", "offset"]
     assert option_specs(Options)["share"].maximum == 1
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import pytest
 from typer.main import get_command
 
 from cllm_export.cli import app
+from cllm_export.tensorrt.library import OLDEST, version_numbers
+from cllm_export.training.options import TuneOptions
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cllm_export"
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-CHECKED = (*PAGES, ARCHITECTURE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("**/README.md")))
+BESIDE_CODE = [page for name in ("benchmarks", "examples") for page in sorted((ROOT / name).glob("**/README.md"))]
+CHECKED = (*PAGES, ARCHITECTURE, ROOT / "CONTRIBUTING.md", *BESIDE_CODE)
 """Pages whose links, commands and scripts must exist."""
 PROSE = dict.fromkeys(PAGES, 22) | {ARCHITECTURE: 25}
 """The most words that a sentence of a page may have, as the mean of the page."""
@@ -197,6 +201,38 @@ def test_the_architecture_names_every_folder() -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     linked = set(LINK.findall(README.read_text(encoding="utf-8")))
     assert {f"docs/{page.name}" for page in PAGES[1:]} <= {link.partition("#")[0] for link in linked}
+
+
+def table_of(text: str, first: str) -> list[list[str]]:
+    """The cells of the table whose first heading this is, row by row."""
+    rows = text.partition(f"| {first} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_table_of_systems_follows_from_the_floors() -> None:
+    """A system works if its TensorRT and its Python are new enough. A JetPack for each of 5, 6 and 7 is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest_python = version_numbers(project["requires-python"])
+    rows = table_of((ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8"), "system")
+    jetpacks = [row for row in rows if row[0].startswith("JetPack") and re.match(r"\d", row[1])]
+    assert {row[0].split()[1].split(".")[0] for row in jetpacks} == {"5", "6", "7"}
+    for system, tensorrt, python, works in jetpacks:
+        newest = version_numbers(tensorrt.split(",")[-1])
+        fits = newest >= OLDEST and version_numbers(python) >= oldest_python
+        assert works.startswith("yes" if fits else "no: "), system
+    assert {"Windows", "TensorRT for RTX, any system"} <= {row[0] for row in rows}
+
+
+def test_the_page_on_training_states_the_defaults() -> None:
+    """What it calls the default is the default of ``tune``."""
+    text = " ".join((ROOT / "docs" / "train.md").read_text(encoding="utf-8").split())
+    options = TuneOptions(steps=1)
+    assert f"**Start with {options.block_sizes[0]}.** It is the default here." in text
+    stated = re.search(r"AdamW: (\S+)\*\*, the default", text)
+    assert stated is not None
+    assert float(stated[1]) == options.learning_rate
+    assert f"falls over the last {options.decay:.0%} of a run".replace("%", " %") in text
+    assert f"our default is {options.autoregressive_weight:.0f}." in text
 
 
 def test_reading_the_command_line_needs_no_torch() -> None:

@@ -42,7 +42,7 @@ measure
 evaluation
 calibration
 calibration.search
-cli.show
+cli.show  cli.before
 cli
 __init__  __main__
 """

@@ -60,7 +60,7 @@ def require_same_model(baseline: Bundle, candidate: Bundle) -> None:
     """Refuse to compare bundles of different models.
 
     Raises:
-        CalibrationError: the bundles are of different models.
+        CalibrationError: the bundles are of different models, or of another number of layers.
     """
     first, second = baseline.manifest, candidate.manifest
     for what, ours, theirs in (
@@ -72,6 +72,12 @@ def require_same_model(baseline: Bundle, candidate: Bundle) -> None:
                 f"{candidate.path} and {baseline.path} are of different {what}s (fingerprints {theirs[:12]} and "
                 f"{ours[:12]}): compare bundles of one checkpoint"
             )
+    held = candidate.manifest.geometry.num_layers, baseline.manifest.geometry.num_layers
+    if held[0] != held[1]:
+        raise CalibrationError(
+            f"{candidate.path} has {held[0]} layers and {baseline.path} has {held[1]}: compare bundles of equally many "
+            "layers"
+        )
 
 
 class _Run:

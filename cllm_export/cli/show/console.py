@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,8 +27,14 @@ PIPE_WIDTH = 200
 """Width in columns if there is no terminal. No table of this project is wider, and a wrapped table is hard to read."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command line end the command. By default Rich does, with an exit code of its own."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     return console

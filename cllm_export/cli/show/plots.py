@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cllm_export.bundle.storage import output_error, whole_file
-from cllm_export.errors import MissingExtraError, OutputError
+from cllm_export.errors import OutputError
+from cllm_export.extras import missing_extra, require_floors
 
 SENSITIVITY, TRADE_OFF = "sensitivity.png", "trade_off.png"
 _BAR_INCHES, _WIDTH, _MIN_HEIGHT = 0.18, 8.0, 3.0
@@ -25,13 +26,14 @@ def check_plots(directory: Path | None, *names: str, force: bool) -> None:
     """
     if directory is None:
         return
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("matplotlib", extra="plot") from None
     above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise missing_extra("matplotlib", extra="plot") from None
+    require_floors("matplotlib")
     for name in names:
         if os.path.lexists(directory / name) and not force:
             raise OutputError(

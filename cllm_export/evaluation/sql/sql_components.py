@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from cllm_export.errors import MissingExtraError
 from cllm_export.evaluation.sql.schema import Schema
+from cllm_export.extras import missing_extra, require_floors
 
 try:
     import sqlglot
@@ -23,7 +23,8 @@ try:
     from sqlglot.dialects.sqlite import SQLite
     from sqlglot.errors import SqlglotError
 except ModuleNotFoundError as error:
-    raise MissingExtraError(error.name or "sqlglot", extra="evaluate") from None
+    raise missing_extra(error.name or "sqlglot", extra="evaluate") from None
+require_floors("sqlglot")
 
 VALUE = "value"
 Key = tuple[Any, ...] | str

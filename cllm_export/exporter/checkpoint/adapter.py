@@ -1,13 +1,14 @@
 """Merges a LoRA adapter, as PEFT saves it, into its base while the weights are streamed: W + scale * B A, in fp32.
 
 An adapter that uses a feature this merge does not support is refused, and the error names the feature. It is also
-refused if it adapts a matrix that its base does not have.
+refused if it adapts a matrix that its base does not have, or lacks the matrices of a module that its config names.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,20 @@ import torch
 from torch import Tensor
 
 from cllm_export.bundle.manifest import TOKENIZER_NAME
-from cllm_export.errors import CheckpointError, OptionError, UnsupportedError
-from cllm_export.exporter.checkpoint.files import TensorInfo, read_json, read_tensors, refuse_links
-from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
+from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.exporter.checkpoint.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_adapter,
+    is_adapter,
+    refuse_base,
+    stated_base,
+)
+from cllm_export.exporter.checkpoint.adapter_targets import targeted
+from cllm_export.exporter.checkpoint.files import TensorInfo, read_tensors
+from cllm_export.exporter.checkpoint.read import HEAD, Checkpoint, open_checkpoint
 from cllm_export.exporter.checkpoint.stream import Piece
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations of the matrices that leave the base unchanged; others (pissa, olora, loftq, ...) change it."""
@@ -38,8 +47,25 @@ REFUSED = {
     "arrow_config": "routing among adapters (arrow)",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal matrices (BD-LoRA)",
+    "kasa_config": "singular values as weights (KaSA)",
+    "monteclora_config": "sampled matrices (MonteCLoRA)",
+    "velora_config": "compressed activations (VeLoRA)",
+    "megatron_config": "the parallel layers of Megatron (megatron_config)",
 }
 """Key of ``adapter_config.json`` -> the unsupported feature that it turns on."""
+
+READ = (
+    *("peft_type", "base_model_name_or_path", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern"),
+    *("alpha_pattern", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+"""Keys that decide what is merged."""
+HARMLESS = (
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
+    *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+    *("runtime_config", "ensure_weight_tying"),
+)
+"""Keys that change no merged weight: notes, settings of the training, and settings of what ``READ`` and ``REFUSED``
+turn on. PEFT ignores ``fan_in_fan_out`` for a linear layer."""
 
 
 class Matrices(NamedTuple):
@@ -72,11 +98,6 @@ class Adapter:
         return merged
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and not a whole checkpoint."""
-    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
-
-
 def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tuple[Checkpoint, Adapter | None]:
     """The checkpoint at ``path``; if ``path`` is an adapter, its base and the adapter to merge into it.
 
@@ -85,10 +106,7 @@ def open_source(path: Path, base: Path | None, *, max_length: int | None) -> tup
     """
     if is_adapter(path):
         return open_adapter(path, base, max_length=max_length)
-    if base is not None:
-        raise OptionError(
-            f"base is for adapters; {path} has no adapter_config.json, or has a config.json as well", fields=("base",)
-        )
+    refuse_base(path, base)
     return open_checkpoint(path, max_length=max_length), None
 
 
@@ -99,14 +117,11 @@ def open_adapter(path: Path, base: Path | None, *, max_length: int | None) -> tu
         CheckpointError: either is missing or damaged, or they do not fit together.
         UnsupportedError: the adapter uses a feature that is not supported.
     """
-    refuse_links(path)
-    config = read_json(path / CONFIG_NAME)
+    config = check_adapter(path)
     _refuse(config, path)
-    base = base or _stated_base(config, path)
+    base = base or stated_base(config, path)
     text_path = path if (path / TOKENIZER_NAME).is_file() else None
     checkpoint = open_checkpoint(base, max_length=max_length, text_path=text_path)
-    if not (path / WEIGHTS_NAME).is_file():
-        raise CheckpointError(f"{path} has no {WEIGHTS_NAME}; an adapter saved as a pickle is never loaded")
     adapter = Adapter(path=path, matrices=_matrices(config, path, checkpoint))
     return checkpoint.with_adapter((path / CONFIG_NAME, path / WEIGHTS_NAME)), adapter
 
@@ -117,21 +132,18 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
     for key, what in REFUSED.items():
         if config.get(key):
             raise UnsupportedError(f"{path} uses {what}, which is not merged here; merge it with peft first")
+    for key in sorted(config.keys() - REFUSED.keys() - {*READ, *HARMLESS}):
+        if config[key] is True or (isinstance(config[key], dict | list) and config[key]):
+            raise UnsupportedError(
+                f"{path / CONFIG_NAME} sets {key} to {reprlib.repr(config[key])}, which may turn on what is not merged "
+                "here; merge it with peft first"
+            )
     if config.get("bias", "none") != "none":
         raise UnsupportedError(f"{path} trains biases (bias {config['bias']!r}), which is not merged here")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise UnsupportedError(
             f"{path} starts from {config['init_lora_weights']!r}, which changes its base; merge it with peft first"
         )
-
-
-def _stated_base(config: Mapping[str, Any], path: Path) -> Path:
-    stated = config.get("base_model_name_or_path")
-    if not isinstance(stated, str) or not Path(stated).is_dir():
-        raise OptionError(
-            f"{path} names its base as {stated!r}, which is no directory here; give the base with base=CHECKPOINT"
-        )
-    return Path(stated)
 
 
 def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> dict[str, Matrices]:
@@ -145,6 +157,11 @@ def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> 
             )
         module, target = match[1], f"{match[1]}.weight"
         pair = [held.get(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB"]
+        if target == HEAD and checkpoint.config.tie_word_embeddings:
+            raise UnsupportedError(
+                f"{path} adapts {module}, which its base ties to the embedding, so both would change; merge it with "
+                "peft first"
+            )
         if target not in checkpoint.tensors:
             raise CheckpointError(f"{path} adapts {module}, which its base {checkpoint.path} has no weight for")
         if pair[0] is None or pair[1] is None:
@@ -152,6 +169,19 @@ def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> 
         found[target] = _pair(config, path, module, pair[0], pair[1], checkpoint.tensors[target])
     if not found:
         raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA matrix")
+    modules = {name.removesuffix(".weight") for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
+    try:
+        missing = sorted(
+            targeted(config, modules | {HEAD.removesuffix(".weight")})
+            - {name.removesuffix(".weight") for name in found}
+        )
+    except ValueError as error:
+        raise UnsupportedError(f"{path / CONFIG_NAME} has {error}; merge it with peft first") from None
+    if missing:
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} adapts {missing[0]} ({len(missing)} such modules), which {WEIGHTS_NAME} has no "
+            "matrices for: it is incomplete; copy it again, or correct target_modules"
+        )
     return found
 
 

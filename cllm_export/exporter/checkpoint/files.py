@@ -6,7 +6,7 @@ import json
 import os
 import re
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class TensorInfo:
     """Offset from the start of the file, in bytes."""
     length: int
     """Length in bytes."""
+    stored_name: str | None = None
+    """The name in the file, if the model has another name for the tensor."""
 
 
 def refuse_links(path: Path) -> None:
@@ -42,24 +44,43 @@ def refuse_links(path: Path) -> None:
 
     In a Hugging Face cache, ``MODEL/snapshots/REVISION/FILE`` links into ``MODEL/blobs``, which counts as inside.
     """
-    root = Path(os.path.realpath(path))
-    homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     for file in sorted(path.iterdir()):
-        target = Path(os.path.realpath(file))
-        if file.is_symlink() and not target.is_dir() and not any(home in target.parents for home in homes):
-            raise CheckpointError(
-                f"{file} is a link that leaves the checkpoint, to {target}; put the file itself there"
-            )
+        if file.is_symlink() and not Path(os.path.realpath(file)).is_dir():
+            _require_inside(path, file)
+
+
+def _require_inside(path: Path, file: Path) -> None:
+    """Check that a file of the checkpoint, after all links, is in the checkpoint or in the blobs of its cache."""
+    root, target = Path(os.path.realpath(path)), Path(os.path.realpath(file))
+    homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    if not any(home in target.parents for home in homes):
+        raise CheckpointError(f"{file} is a link that leaves the checkpoint, to {target}; put the file itself there")
 
 
 def find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
+    """Every tensor of the files, by its name in the model."""
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in read_tensors(file).items():
+        for stored, info in read_tensors(file).items():
+            name = model_name(stored)
             if name in tensors:
-                raise CheckpointError(f"tensor {name!r} stands in both {tensors[name].file} and {file}")
-            tensors[name] = info
+                first = tensors[name]
+                raise CheckpointError(
+                    f"tensor {name!r} stands in both {first.file} (as {first.stored_name or name}) and {file} (as "
+                    f"{stored}): remove one"
+                )
+            tensors[name] = info if name == stored else replace(info, stored_name=stored)
     return tensors
+
+
+def model_name(stored: str) -> str:
+    """The name that the whole model has for a stored tensor.
+
+    As in transformers, the names of a base model that was saved alone lack ``model.``, and a head may have one.
+    """
+    if re.match(r"(layers\.\d+|embed_tokens|norm|rotary_emb)\.", stored):
+        return f"model.{stored}"
+    return stored.removeprefix("model.") if stored.startswith("model.lm_head.") else stored
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -91,6 +112,8 @@ def _shards(path: Path) -> list[Path]:
             raise CheckpointError(
                 f"shard {name} of {path} is missing, though {WEIGHTS_INDEX} names it; download it again"
             )
+        _require_inside(path, path / name)
+    _require_different_names(path, names)
     if (path / SINGLE_WEIGHTS).is_file() and SINGLE_WEIGHTS not in names:
         raise CheckpointError(
             f"{path} has both {SINGLE_WEIGHTS} and {WEIGHTS_INDEX}, which may hold different weights: remove one"
@@ -99,14 +122,27 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _require_shard_name(path: Path, name: object) -> None:
-    """Check that a shard name in the index is the plain name of a file in the same directory."""
+    """Check that a shard name in the index is a file name, or the path of a file below the same directory."""
     index = path / WEIGHTS_INDEX
-    if not isinstance(name, str) or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
+    parts = name.split("/") if isinstance(name, str) and name.isprintable() else []
+    if not parts or any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
         raise CheckpointError(f"{index} names a shard {reprlib.repr(name)}, which is no file name; download it again")
     try:
-        require_plain_name(name)
+        for part in parts:
+            require_plain_name(part)
     except BundleError:
         raise CheckpointError(f"{index} names a shard outside the checkpoint: {name!r}") from None
+
+
+def _require_different_names(path: Path, names: list[str]) -> None:
+    """Check that no two shards have one file name: a bundle that links them knows them by it."""
+    by_name: dict[str, str] = {}
+    for name in names:
+        other = by_name.setdefault(name.rpartition("/")[2], name)
+        if other != name:
+            raise CheckpointError(
+                f"{path / WEIGHTS_INDEX} names the shards {other} and {name}, which have one file name: rename one"
+            )
 
 
 def layer_of(name: str) -> int:

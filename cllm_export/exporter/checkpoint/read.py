@@ -42,6 +42,7 @@ from cllm_export.exporter.checkpoint.files import (
 )
 from cllm_export.exporter.checkpoint.sentencepiece_model import SENTENCEPIECE_NAME
 from cllm_export.exporter.checkpoint.tokenizer import convert_tokenizer
+from cllm_export.exporter.checkpoint.tokenizer_settings import refuse_contradictions
 from cllm_export.runtime.decoding.chat_template import ChatTemplate
 from cllm_export.runtime.decoding.text import DEFAULT, templates_by_name
 
@@ -110,7 +111,10 @@ class Checkpoint:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids. Those of ``generation_config.json`` take precedence, as in transformers."""
+        """End-of-sequence ids. Those of ``generation_config.json`` take precedence, as in transformers.
+
+        If that file names none, those of ``config.json`` count. transformers would then never end a text.
+        """
         for source in (self.generation_config, self.raw_config):
             value = source.get("eos_token_id")
             if value is not None:
@@ -129,13 +133,13 @@ class Checkpoint:
         """Name (bos_token, eos_token and so on) -> token, for chat templates.
 
         The older ``special_tokens_map.json`` is handled as in transformers. It takes precedence if
-        ``tokenizer_config.json`` lists no added tokens, and is ignored otherwise.
+        ``tokenizer_config.json`` lists no added tokens, and is ignored otherwise. A null in it removes a token.
         """
         sources: list[Mapping[str, Any]] = [self.tokenizer_config]
         path = self.text_path / "special_tokens_map.json"
         if "added_tokens_decoder" not in self.tokenizer_config and path.exists():
             sources.append(read_json(path))
-        tokens = {}
+        tokens: dict[str, str] = {}
         for source in sources:
             named = {name: value for name, value in source.items() if name.endswith("_token")}
             extra = source.get("extra_special_tokens")
@@ -143,6 +147,8 @@ class Checkpoint:
                 text = value.get("content") if isinstance(value, dict) else value
                 if isinstance(text, str):
                     tokens[name] = text
+                elif text is None:
+                    tokens.pop(name, None)
         return tokens
 
     @property
@@ -185,12 +191,13 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
+        info = self.tensors[name]
         try:
-            with safe_open(self.tensors[name].file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+            with safe_open(info.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(info.stored_name or name)
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {name} from {self.tensors[name].file}: {error}") from None
+            raise CheckpointError(f"cannot read {name} from {info.file}: {error}") from None
 
     def fingerprint(self, known: Mapping[Path, str] | None = None) -> str:
         """The sha256 over ``config.json`` and every weight file. It does not depend on where the checkpoint is.
@@ -199,7 +206,8 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for path in sorted({self.path / "config.json", *self.weight_files, *self.adapter_files}):
-            digest.update(f"{path.name}:{(known or {}).get(path) or sha256_of(path)}\n".encode())
+            name = path.relative_to(self.path).as_posix() if path in self.weight_files else path.name
+            digest.update(f"{name}:{(known or {}).get(path) or sha256_of(path)}\n".encode())
         return digest.hexdigest()
 
     def with_adapter(self, files: tuple[Path, ...]) -> Checkpoint:
@@ -212,11 +220,15 @@ class Checkpoint:
         Raises:
             OptionError: it has fewer layers.
         """
-        total = int(self.config.num_hidden_layers)
-        if num_layers > total:
-            raise OptionError(f"num_layers={num_layers} is more than the {total} layers of {self.path}")
+        require_layers(num_layers, int(self.config.num_hidden_layers), self.path)
         kept = {name: info for name, info in self.tensors.items() if layer_of(name) < num_layers}
         return replace(self, config=truncated_config(self.config, num_layers), tensors=kept)
+
+
+def require_layers(num_layers: int, total: int, path: Path) -> None:
+    """Raise OptionError if a checkpoint has fewer layers than are asked for."""
+    if num_layers > total:
+        raise OptionError(f"num_layers={num_layers} is more than the {total} layers of {path}")
 
 
 def default_max_length(config: PretrainedConfig) -> int:
@@ -235,20 +247,8 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
         UnsupportedError: the graph cannot express the architecture yet.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
-    for directory in dict.fromkeys((path, text_path or path)):
-        refuse_links(directory)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
-    raw = read_json(path / "config.json")
-    refuse_unsupported(raw, path)
     text_path = text_path or path
-    if not (text_path / TOKENIZER_NAME).is_file() and not (text_path / SENTENCEPIECE_NAME).is_file():
-        raise CheckpointError(
-            f"{text_path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+    raw = check_directory(path, text_path)
     config = _read_config(path)
     refuse_layers(config, path)
     refuse_rope(config, path, max_length)
@@ -257,12 +257,35 @@ def open_checkpoint(path: str | Path, *, max_length: int | None = None, text_pat
         path=path,
         raw_config=raw,
         config=config,
-        tensors=find_tensors(files),
+        tensors=_with_embedding(find_tensors(files), config),
         weight_files=tuple(files),
         text_path=text_path,
     )
     _check_sections(checkpoint)
     return checkpoint
+
+
+def check_directory(path: Path, text_path: Path) -> dict[str, Any]:
+    """Check the config and the text files of a checkpoint without torch, and return the contents of ``config.json``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        UnsupportedError: the graph cannot express the architecture yet.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+    for directory in dict.fromkeys((path, text_path)):
+        refuse_links(directory)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json")
+    raw = read_json(path / "config.json")
+    refuse_unsupported(raw, path)
+    if not (text_path / TOKENIZER_NAME).is_file() and not (text_path / SENTENCEPIECE_NAME).is_file():
+        raise CheckpointError(
+            f"{text_path} has no {TOKENIZER_NAME} and no {SENTENCEPIECE_NAME}; save a fast tokenizer into it with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    return raw
 
 
 def refuse_in_torch(checkpoint: Checkpoint, max_length: int) -> None:
@@ -299,6 +322,15 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path / 'config.json'} is not a valid config: {error}") from None
 
 
+def _with_embedding(tensors: dict[str, TensorInfo], config: PretrainedConfig) -> dict[str, TensorInfo]:
+    """The tensors; if the config ties head and embedding and only the head is stored, it stands for both."""
+    if not config.tie_word_embeddings or HEAD not in tensors or EMBEDDING in tensors:
+        return tensors
+    head = tensors[HEAD]
+    others = {name: info for name, info in tensors.items() if name != HEAD}
+    return {**others, EMBEDDING: replace(head, stored_name=head.stored_name or HEAD)}
+
+
 def _check_sections(checkpoint: Checkpoint) -> None:
     """Access the values that are read late, so that a bad value is found before any work."""
     config = checkpoint.config
@@ -310,7 +342,10 @@ def _check_sections(checkpoint: Checkpoint) -> None:
     _ = checkpoint.trained_with, checkpoint.special_tokens
     _check_chat_template(checkpoint)
     try:
-        Tokenizer.from_buffer(checkpoint.tokenizer_json)
+        tokenizer = Tokenizer.from_buffer(checkpoint.tokenizer_json)
+        if (checkpoint.text_path / TOKENIZER_NAME).is_file():
+            settings, tokens = checkpoint.tokenizer_config, checkpoint.special_tokens
+            refuse_contradictions(tokenizer, settings, tokens, checkpoint.text_path)
     except CllmExportError:
         raise
     except Exception as error:  # tokenizers raises bare Exception

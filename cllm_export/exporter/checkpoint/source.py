@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import BundleError
+from cllm_export.extras import needs_extra
 
 
 def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -> None:
@@ -14,8 +15,10 @@ def require_source(bundle: Bundle, checkpoint: Path, base: Path | None = None) -
     Raises:
         CheckpointError: the checkpoint cannot be opened.
         BundleError: the bundle was built from another checkpoint.
+        MissingExtraError: the extra ``export`` is not installed.
     """
-    from cllm_export.exporter.checkpoint.adapter import open_source
+    with needs_extra("export"):
+        from cllm_export.exporter.checkpoint.adapter import open_source
 
     opened, _ = open_source(checkpoint, base, max_length=bundle.manifest.max_length)
     if opened.fingerprint() != bundle.manifest.checkpoint_fingerprint:

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cllm_export.errors import CheckpointError, MissingExtraError
+from cllm_export.errors import CheckpointError, MissingExtraError, OutdatedPackageError
 from cllm_export.exporter.checkpoint.adapter import open_source
 from cllm_export.exporter.checkpoint.read import default_max_length
 from cllm_export.exporter.graph.rotary import settle_rope
 from cllm_export.exporter.parity.tokenization import ReferenceTokenizer
+from cllm_export.extras import missing_extra, require_floors
 
 
 class Prediction(NamedTuple):
@@ -32,7 +33,8 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError:
-        raise MissingExtraError("peft", extra="train") from None
+        raise missing_extra("peft", extra="train") from None
+    require_floors("peft")
     merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged
 
@@ -75,7 +77,7 @@ class Reference:
                 **options,
             )
             self._model = (_merged(model, adapter.path) if adapter else model).eval()
-        except MissingExtraError:
+        except (MissingExtraError, OutdatedPackageError):
             raise
         except Exception as error:  # transformers raises many unrelated types for a bad checkpoint
             raise CheckpointError(f"transformers does not load {checkpoint_path}: {error}") from None

@@ -87,9 +87,10 @@ def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOption
     """Weight of a linear layer that is kept -> the reason."""
     known = {tensor for linear in linears for tensor in linear.source.tensors}
     if unknown := sorted(set(options.keep) - known):
+        example = min(known, key=lambda name: (".layers." not in name, name))
         raise OptionError(
             f"keep='{unknown[0]}' names no linear layer of the model; give a weight's name as the checkpoint has it, "
-            f"such as {min(known)}"
+            f"such as {example}"
         )
     head = nodes_of_head(graph, num_layers)
     reasons = {linear.name: HEAD_KEPT for linear in linears if linear.node in head and not options.head}

@@ -133,7 +133,12 @@ def plan_weights(
         if link and _stays(source, infos[0], graph.precision) and not changed & set(source.tensors):
             info = infos[0]
             linked[source.tensors[0]] = LinkedWeight(
-                file=info.file.name, offset=info.offset, length=info.length, dtype=info.dtype, shape=info.shape
+                file=info.file.name,
+                offset=info.offset,
+                length=info.length,
+                dtype=info.dtype,
+                shape=info.shape,
+                stored_name=info.stored_name,
             )
             continue
         rows = 0

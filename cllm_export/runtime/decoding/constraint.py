@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cllm_export.errors import EngineError, GrammarError, MissingExtraError, OptionError
+from cllm_export.errors import EngineError, GrammarError, OptionError
+from cllm_export.extras import missing_extra, require_floors
 from cllm_export.runtime.decoding.text import TextCodec
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class GrammarCompiler:
 
     Raises:
         MissingExtraError: llguidance is not installed.
+        OutdatedPackageError: it is older than its floor.
         OptionError: the model has no end-of-sequence token, or llguidance cannot read its tokenizer.
     """
 
@@ -44,7 +46,8 @@ class GrammarCompiler:
         try:
             import llguidance
         except ImportError:
-            raise MissingExtraError("llguidance", extra="grammar") from None
+            raise missing_extra("llguidance", extra="grammar") from None
+        require_floors("llguidance", "tokenizers")
         self._vocab_size = vocab_size
         self._eos = sorted(token for token in eos_token_ids if token < vocab_size)
         num_tokens = 1 + max(codec.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from cllm_export.errors import EngineError, GpuError, MissingExtraError
+from cllm_export.errors import EngineError, GpuError
+from cllm_export.extras import missing_extra
 
 DRIVER_LIBRARY = "libcuda.so.1"
 ADVICE = "see what this machine has with: cllm-export doctor"
@@ -87,7 +88,7 @@ def open_cuda(device: int = 0) -> Cuda:
     try:
         from cuda.bindings import runtime
     except ImportError:
-        raise MissingExtraError("cuda-python", extra="tensorrt") from None
+        raise missing_extra("cuda-python", extra="tensorrt") from None
     cuda = Cuda(runtime)
     cuda.use(device)
     return cuda

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cllm_export.checks import require_at_least
-from cllm_export.errors import MissingExtraError, OptionError
+from cllm_export.errors import OptionError
+from cllm_export.extras import missing_extra
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own limits."""
@@ -91,7 +92,7 @@ def describe_machine(threads: int | None) -> dict[str, Any]:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingExtraError("onnxruntime", extra="cpu") from None
+        raise missing_extra("onnxruntime", extra="cpu") from None
     return {
         "processor": _processor(),
         "threads": threads or available_threads(),

@@ -26,7 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 from cllm_export.bundle.contract import KV_DTYPE, LOGITS, Batch, DType, FixedShapes, cache_names, check_forward
 from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle
 from cllm_export.checks import require_at_least
-from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionError
+from cllm_export.errors import EngineError, GpuError, OptionError
+from cllm_export.extras import install_line, missing_extra, require_floors
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import require_gpu
 from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
@@ -488,7 +489,8 @@ def _session_options(threads: int, log_severity: int, device: Device) -> onnxrun
     try:
         import onnxruntime
     except ImportError:
-        raise MissingExtraError("onnxruntime", extra=device) from None
+        raise missing_extra("onnxruntime", extra=device) from None
+    require_floors("onnxruntime", "onnxruntime-gpu", "tokenizers")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -517,7 +519,7 @@ def make_session(
     if device == "cuda" and provider not in onnxruntime.get_available_providers():
         raise GpuError(
             f"ONNX Runtime {onnxruntime.__version__} has no {provider}: it is the package for the CPU; "
-            "replace it with: pip uninstall -y onnxruntime; pip install 'cllm-export[cuda]'"
+            f"replace it with: pip uninstall -y onnxruntime; {install_line('cuda')}"
         )
     try:
         asked = (provider, dict([ENABLE_GRAPHS])) if cuda_graphs else provider

@@ -10,7 +10,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from cllm_export.errors import EngineError, MissingExtraError
+from cllm_export.errors import EngineError
+from cllm_export.extras import missing_extra
 
 Compiler = tuple[Any, Any]
 """``nvrtc`` and ``driver`` of cuda-python."""
@@ -25,7 +26,7 @@ def import_compiler() -> Compiler:
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError:
-        raise MissingExtraError("cuda-python", extra="tensorrt") from None
+        raise missing_extra("cuda-python", extra="tensorrt") from None
     return nvrtc, driver
 
 

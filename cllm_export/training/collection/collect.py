@@ -20,36 +20,19 @@ from cllm_export.progress import Progress, resumable
 from cllm_export.prompts import Prompt, read_prompts
 from cllm_export.runtime.model import Model
 from cllm_export.training.collection.collection import (
-    MANIFEST_NAME,
     CollectionManifest,
     CollectionSettings,
+    check_collection_output,
     check_shards,
     read_manifest,
     write_manifest,
-    write_shard,
 )
 from cllm_export.training.collection.collection_range import LOOP_OF_METHOD, decode_range
 from cllm_export.training.collection.collection_summary import summarize_collection
 from cllm_export.training.collection.options import CollectOptions
+from cllm_export.training.collection.shards import write_shard
 from cllm_export.training.collection.source import Source
 from cllm_export.training.collection.trajectories import Trajectories
-
-
-def check_collection_output(directory: Path) -> None:
-    """Refuse an output that is no collection, before any work. It may be missing or empty.
-
-    Raises:
-        OutputError: it is not a directory, or holds something else.
-    """
-    if not directory.exists() and not directory.is_symlink():
-        return
-    if not directory.is_dir():
-        raise OutputError(f"{directory} exists and is no directory; choose another output", fields=("output",))
-    strange = {path.name for path in directory.iterdir()} - {path.name for path in unfinished_files(directory)}
-    if strange and MANIFEST_NAME not in strange:
-        raise OutputError(
-            f"{directory} exists and is not a collection of trajectories; choose another output", fields=("output",)
-        )
 
 
 def collect(

@@ -18,8 +18,6 @@ of forwards of a prompt:
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,13 +25,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cllm_export.bundle.manifest import Loop, ProposerName
-from cllm_export.bundle.storage import sha256_of, write_bytes, write_text
+from cllm_export.bundle.storage import check_parent, sha256_of, unfinished_files, write_text
 from cllm_export.checks import from_fields, require_at_least, require_plain_name
-from cllm_export.errors import BundleError, TrajectoryError
+from cllm_export.errors import BundleError, OutputError, TrajectoryError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "trajectories.json"
@@ -41,21 +36,6 @@ EngineName = Literal["onnxruntime", "torch"]
 MAX_NAMED = 5
 """Number of ids of dropped prompts kept for each reason, in a shard and in the whole collection."""
 AGAIN = "remove the directory and collect again"
-
-_IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "index": pa.int64(),
-        "prompt_ids": _IDS,
-        "new_ids": _IDS,
-        "finish_reason": pa.string(),
-        "write_index": _IDS,
-        "block": pa.list_(_IDS),
-        "next_ids": pa.list_(_IDS),
-        "num_accepted": _IDS,
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +120,24 @@ class Trajectory:
     num_accepted: Sequence[int] = field(repr=False)
 
 
+def check_collection_output(directory: Path) -> None:
+    """Refuse an output that is no collection, before any work. It may be missing or empty.
+
+    Raises:
+        OutputError: it is not a directory, or holds something else.
+    """
+    check_parent(directory)
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir():
+        raise OutputError(f"{directory} exists and is no directory; choose another output", fields=("output",))
+    strange = {path.name for path in directory.iterdir()} - {path.name for path in unfinished_files(directory)}
+    if strange and MANIFEST_NAME not in strange:
+        raise OutputError(
+            f"{directory} exists and is not a collection of trajectories; choose another output", fields=("output",)
+        )
+
+
 def read_manifest(directory: Path) -> CollectionManifest | None:
     """The manifest of a collection, complete or not; None if there is none.
 
@@ -162,6 +160,26 @@ def read_manifest(directory: Path) -> CollectionManifest | None:
         return _manifest_from(raw)
     except (TypeError, KeyError, ValueError, AttributeError, BundleError) as error:
         raise TrajectoryError(f"{path} is damaged: {error}; {AGAIN}") from None
+
+
+def read_complete(directory: Path) -> CollectionManifest:
+    """The manifest of a complete collection.
+
+    Raises:
+        TrajectoryError: there is none, it is not complete, or it is damaged.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise TrajectoryError(
+            f"{directory} is not a collection of trajectories: it has no {MANIFEST_NAME}; "
+            "make one with: cllm-export collect"
+        )
+    if manifest.summary is None:
+        raise TrajectoryError(
+            f"{directory} is not complete: it has {len(manifest.shards)} of {manifest.settings.num_shards} shards; "
+            "run the same cllm-export collect again, which goes on where it stopped"
+        )
+    return manifest
 
 
 def check_shards(directory: Path, manifest: CollectionManifest) -> None:
@@ -191,21 +209,6 @@ def write_manifest(directory: Path, manifest: CollectionManifest) -> None:
     write_text(directory / MANIFEST_NAME, manifest.to_json())
 
 
-def write_shard(directory: Path, number: int, rows: Sequence[Trajectory], dropped: Mapping[str, Dropped]) -> ShardEntry:
-    """Write one complete shard, or nothing. Equal rows give equal bytes.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    columns = {name: [getattr(row, name) for row in rows] for name in SCHEMA.names}
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=SCHEMA), sink, compression="zstd")
-    name = f"shard-{number:05}.parquet"
-    write_bytes(directory / name, sink.getvalue())
-    sha256 = hashlib.sha256(sink.getvalue()).hexdigest()
-    return ShardEntry(file=name, num_rows=len(rows), sha256=sha256, dropped=dict(dropped))
-
-
 def merge_dropped(parts: Sequence[Mapping[str, Dropped]]) -> dict[str, Dropped]:
     """Merge the dropped prompts of several parts: total counts, and the ids of the first few."""
     counts: Counter[str] = Counter()
@@ -217,22 +220,6 @@ def merge_dropped(parts: Sequence[Mapping[str, Dropped]]) -> dict[str, Dropped]:
             ids[reason] = (ids.get(reason, ()) + tuple(entry.ids))[:MAX_NAMED]
             details.setdefault(reason, entry.detail)
     return {name: Dropped(count=counts[name], ids=ids[name], detail=details[name]) for name in sorted(counts)}
-
-
-def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read one shard, or some of its columns.
-
-    Raises:
-        TrajectoryError: the file is not a shard of trajectories.
-    """
-    try:
-        table = pq.read_table(path, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise TrajectoryError(f"{path} is not a shard of trajectories: {error}; {AGAIN}") from None
-    expected = SCHEMA if columns is None else pa.schema([SCHEMA.field(name) for name in columns])
-    if not table.schema.equals(expected):
-        raise TrajectoryError(f"{path} has other columns than a shard of trajectories; {AGAIN}")
-    return table
 
 
 def _manifest_from(raw: dict[str, Any]) -> CollectionManifest:

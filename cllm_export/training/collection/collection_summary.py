@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cllm_export.training.collection.collection import CollectionSettings, ShardEntry, merge_dropped, read_shard
+from cllm_export.training.collection.collection import CollectionSettings, ShardEntry, merge_dropped
+from cllm_export.training.collection.shards import read_shard
 
 _COLUMNS = ["prompt_ids", "new_ids", "write_index"]
 

@@ -27,7 +27,9 @@ class CollectOptions:
     method: JacobiMethod | None = method_option()
     block_size: int | None = block_size_option(whose="the model's own")
     proposer: ProposerName | None = proposer_option()
-    seed: int = option(0, help="Seed of the prompt proposer, from which each prompt gets its own.", group="Decoding")
+    seed: int = option(
+        0, help="Seed of the prompt proposer, from which each prompt gets its own.", minimum=0, group="Decoding"
+    )
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="as many as fit")
     """By default, as many as fit."""
     shard_size: int = option(

@@ -49,14 +49,25 @@ def open_source(
     if batch_size is not None:
         require_at_least("batch_size", batch_size, 1)
     require_threads(threads)
+    check_kind(path, device)
+    if (path / MANIFEST_NAME).exists():
+        return _open_bundle(path, batch_size, threads)
+    return _open_checkpoint(path, batch_size, threads, device or "cpu")
+
+
+def check_kind(path: Path, device: str | None) -> None:
+    """Check that a path is a bundle or a checkpoint, and runs on this device.
+
+    Raises:
+        CheckpointError: it is neither.
+        OptionError: a bundle is asked to run on another device than the CPU.
+    """
     if (path / MANIFEST_NAME).exists():
         if device not in (None, "cpu"):
             raise OptionError(f"device='{device}' is for checkpoints: a bundle runs on the CPU")
-        return _open_bundle(path, batch_size, threads)
-    if not (path / "config.json").exists():
+    elif not (path / "config.json").exists():
         what = "it has neither bundle.json nor config.json" if path.is_dir() else "there is no such directory"
         raise CheckpointError(f"{path} is neither a checkpoint nor a bundle: {what}")
-    return _open_checkpoint(path, batch_size, threads, device or "cpu")
 
 
 def _open_bundle(path: Path, batch_size: int | None, threads: int | None) -> Source:

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from cllm_export.errors import TrajectoryError
 from cllm_export.training.collection.collection import (
-    MANIFEST_NAME,
     CollectionManifest,
     Dropped,
     Trajectory,
     check_shards,
     merge_dropped,
-    read_manifest,
-    read_shard,
+    read_complete,
 )
+from cllm_export.training.collection.shards import read_shard
 from cllm_export.training.data.samples import Sample
 
 
@@ -78,16 +77,6 @@ def read_trajectories(directory: str | Path) -> Trajectories:
             version.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    if manifest is None:
-        raise TrajectoryError(
-            f"{directory} is not a collection of trajectories: it has no {MANIFEST_NAME}; "
-            "make one with: cllm-export collect"
-        )
-    if manifest.summary is None:
-        raise TrajectoryError(
-            f"{directory} is not complete: it has {len(manifest.shards)} of {manifest.settings.num_shards} shards; "
-            "run the same cllm-export collect again, which goes on where it stopped"
-        )
+    manifest = read_complete(directory)
     check_shards(directory, manifest)
     return Trajectories(directory, manifest)

@@ -18,10 +18,9 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
 @pytest.fixture
-def example(tmp_path: Path) -> Path:
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    return tmp_path
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path(__file__).parents[3] / "examples" / "text_to_sql"
 
 
 def demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], example: Path) -> tuple[int, str]:

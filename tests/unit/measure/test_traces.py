@@ -13,7 +13,8 @@ from cllm_export.measure.traces import DEFAULT_METHODS, record_traces
 from cllm_export.prompts import Prompt
 from tests.fakes import HashModel, make_model, write_bundle
 
-GOLDEN = Path(__file__).parents[2] / "fixtures" / "traces" / "llama.json"
+TRACES = Path(__file__).parents[2] / "fixtures" / "traces"
+GOLDEN = TRACES / "llama.json"
 
 
 def replay(file: dict[str, Any], trace: dict[str, Any]) -> tuple[list[int], str]:
@@ -58,8 +59,9 @@ def replay(file: dict[str, Any], trace: dict[str, Any]) -> tuple[list[int], str]
             return tokens, "length"
 
 
-def test_the_committed_traces_are_what_the_written_rules_give():
-    file = json.loads(GOLDEN.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["llama", "demo-pad", "demo-repeat"])
+def test_the_committed_traces_are_what_the_written_rules_give(name: str):
+    file = json.loads((TRACES / f"{name}.json").read_text(encoding="utf-8"))
     assert {trace["method"] for trace in file["traces"]} == set(DEFAULT_METHODS)
     assert {trace["finish_reason"] for trace in file["traces"]} >= {"length"}
     assert any(forward.get("num_accepted", 0) > 1 for trace in file["traces"] for forward in trace["forwards"])

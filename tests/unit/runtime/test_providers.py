@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from onnxruntime import InferenceSession as RealSession
 
 from cllm_export.bundle.contract import Batch
 from cllm_export.errors import EngineError, GpuError, OptionError
+from cllm_export.extras import install_line
 from cllm_export.runtime.engines import onnxruntime as ort_engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import Provider, load, open_engine
@@ -31,7 +33,7 @@ def test_onnx_runtime_for_the_cpu_is_refused_with_the_line_that_replaces_it(
 ):
     monkeypatch.setattr(ort_engine, "require_gpu", lambda: None)
     bundle = write_bundle(tmp_path / "bundle")
-    with pytest.raises(GpuError, match=r"has no CUDAExecutionProvider.*pip install 'cllm-export\[cuda\]'"):
+    with pytest.raises(GpuError, match=f"has no CUDAExecutionProvider.*{re.escape(install_line('cuda'))}"):
         open_engine(bundle, "cuda")
 
 

@@ -13,7 +13,6 @@ from cllm_export.bundle.storage import sha256_of, unfinished_files
 from cllm_export.errors import OutputError, TrajectoryError
 from cllm_export.training.collection.collection import (
     MANIFEST_NAME,
-    SCHEMA,
     CollectionManifest,
     CollectionSettings,
     Dropped,
@@ -21,8 +20,8 @@ from cllm_export.training.collection.collection import (
     merge_dropped,
     read_manifest,
     write_manifest,
-    write_shard,
 )
+from cllm_export.training.collection.shards import SCHEMA, write_shard
 from cllm_export.training.collection.trajectories import read_trajectories
 from cllm_export.training.data.samples import Sample
 

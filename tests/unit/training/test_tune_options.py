@@ -88,5 +88,5 @@ def test_what_the_libraries_below_would_choke_on_is_refused_here(name: str, valu
 
 def test_muon_does_not_go_with_scaled_losses():
     make(optimizer="muon", mixed_precision="bf16")
-    with pytest.raises(OptionError, match="muon does not go with fp16"):
+    with pytest.raises(OptionError, match="optimizer='muon' does not go with mixed_precision='fp16'"):
         make(optimizer="muon", mixed_precision="fp16")

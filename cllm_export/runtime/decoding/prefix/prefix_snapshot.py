@@ -64,7 +64,7 @@ def check_target(path: str | Path) -> None:
     if not os.path.lexists(path):
         return
     try:
-        _require_snapshot(Path(path))
+        check_snapshot(Path(path))
     except SnapshotError:
         raise OutputError(f"{path} exists and is no snapshot of a prompt; it will not be replaced") from None
 
@@ -94,7 +94,7 @@ def read_snapshot(path: str | Path, expected: Expected) -> Snapshot:
             tokens or rows do not fit the model.
     """
     path = Path(path)
-    _require_snapshot(path)
+    check_snapshot(path)
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata()
@@ -111,8 +111,12 @@ def read_snapshot(path: str | Path, expected: Expected) -> Snapshot:
     return Snapshot(fingerprint=expected.fingerprint, tokens=tuple(tokens.tolist()), rows=tensors["rows"])
 
 
-def _require_snapshot(path: Path) -> None:
-    """Refuse a file whose header does not name the snapshot format. Any version passes, even with damaged data."""
+def check_snapshot(path: Path) -> None:
+    """Refuse a file whose header does not name the snapshot format. Any version passes, even with damaged data.
+
+    Raises:
+        SnapshotError: there is no such file, or it is no snapshot.
+    """
     if not path.is_file():
         raise SnapshotError(f"{path} is no snapshot of a prompt: there is no such file")
     try:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm_export.errors import MissingExtraError, OptionError
+from cllm_export.extras import install_line
 from cllm_export.runtime.decoding.constraint import GrammarCompiler
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.service import Service
@@ -167,5 +168,5 @@ def test_bad_grammars_are_refused_before_anything_runs(model, wrong, said):
 def test_without_the_extra_its_install_line_is_told(bundle, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     model = make_model(bundle, HashModel(vocab_size=bundle.manifest.geometry.vocab_size))
-    with pytest.raises(MissingExtraError, match=r"cllm-export\[grammar\]"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_line("grammar"))):
         model.generate([5], regex="a")
