@@ -1,4 +1,4 @@
-"""The graph for TensorRT beside the greedy one of its bundle: the same tokens, with one row of queries for each head."""
+"""The graph for TensorRT beside the greedy one of its bundle: the same tokens, one row of queries a head."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ def test_two_plans_that_run_here_must_be_told_apart(bundle: Bundle):
 
 
 def test_a_bundle_without_a_plan_names_the_command(bundle: Bundle):
-    with pytest.raises(PlanError, match="has no plan; build one with: cllm-export plan .* --engine tensorrt"):
+    with pytest.raises(PlanError, match=r"has no plan; build one with: cllm-export plan .* --engine tensorrt"):
         find_plan(bundle, HERE)
 
 
