@@ -135,7 +135,7 @@ def test_it_is_built_without_a_word_on_attention(rule: str):
 
 
 def test_the_number_of_valid_rows_is_ignored():
-    """The seventh input of the operator: the plan reads rows which hold nothing. That nobody reads the input shows it."""
+    """The seventh input of the operator. The plan reads rows that hold nothing, and nobody reads the input."""
     broken = MUTATIONS["attention-inputs"][1]
     assert "length" in broken.nodes
     outcome = build(broken)
