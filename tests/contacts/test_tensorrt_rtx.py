@@ -13,7 +13,9 @@ import pytest
 
 from cllm_export.bundle.contract import lookahead_inputs
 from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, Bundle
+from cllm_export.errors import GpuError, PlanError
 from cllm_export.exporter.quantize.options import QuantizeOptions
+from cllm_export.tensorrt import build_plan as build_module
 from cllm_export.tensorrt.build_plan import allow_decomposing
 from cllm_export.tensorrt.library import TENSORRT_RTX, Log, import_library
 from cllm_export.tensorrt.plan_contents import PlanContents, read_contents
@@ -68,20 +70,42 @@ def scales(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict
     return made
 
 
+def quantized(workshop: Workshop, scales: dict[str, Path], name: str, scheme: Any) -> Bundle:
+    made_with: dict[str, Any] = (
+        {"engine": "tensorrt", "group_size": 32} if scheme == "int4" else {"scales": scales[name]}
+    )
+    return workshop.bundle(name, precision="fp16", quantize=QuantizeOptions(scheme=scheme, **made_with))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantised_bundles_build(workshop: Workshop, scales: dict[str, Path], tmp_path: Path, name: str, scheme: str):
     """Weights stay in their few bits on the device."""
-    quantize = (
-        QuantizeOptions(scheme="int4", engine="tensorrt", group_size=32)
-        if scheme == "int4"
-        else QuantizeOptions(scheme=scheme, scales=scales[name])
-    )
-    bundle = workshop.build(workshop.checkpoint(name), precision="fp16", quantize=quantize)
+    bundle = quantized(workshop, scales, name, scheme)
     contents = contents_of(bundle, tmp_path / name, *CARDS, block_sizes=SIZES)
     require_sound(contents, bundle, attention=NUM_LAYERS)
-    whole = workshop.bundle(name, precision="fp16")
-    assert graph_weight_bytes(bundle) < 0.8 * graph_weight_bytes(whole)
+    assert graph_weight_bytes(bundle) < 0.8 * graph_weight_bytes(workshop.bundle(name, precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("number_format", "target"), [("bf16", "sm75"), ("int4", "sm75"), ("fp8", "sm75"), ("fp8", "sm80"), ("fp8", "sm86")]
+)
+def test_a_number_format_that_a_card_lacks_is_refused_by_name_and_the_builder_agrees(
+    workshop: Workshop,
+    scales: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number_format: str,
+    target: str,
+):
+    name = "real-llama"
+    is_scheme = number_format != "bf16"
+    bundle = quantized(workshop, scales, name, number_format) if is_scheme else workshop.bundle(name, precision="bf16")
+    with pytest.raises(GpuError, match=f"{number_format}, which {target} does not have"):
+        contents_of(bundle, tmp_path / "refused", target)
+    monkeypatch.setattr(build_module, "_require_precision", lambda *_: None)
+    with pytest.raises(PlanError, match="the model contains HW-specific datatypes"):
+        contents_of(bundle, tmp_path / "asked", target)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
