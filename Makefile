@@ -53,9 +53,10 @@ tests: setup bindings
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/contacts -m "not slow and not gpu and not tensorrt" \
 		$(addprefix --require-run ,$(REQUIRED_FOLDERS))
 
-# What meets outside things and takes long: not part of `make test`. In CI a contact that is skipped fails.
+# What meets outside things and takes long: not part of `make test`. In CI a contact that is skipped fails. Each file runs
+# in one process, so that what its tests share is made once.
 contacts: setup
-	$(BIN)/python -m pytest tests/contacts --require-run tests/contacts $(NO_SKIPS) -rs
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/contacts --require-run tests/contacts $(NO_SKIPS) -rs
 
 # The acceptance suite, slow tests included; what this machine lacks is skipped with the reason.
 test-gpu: setup bindings

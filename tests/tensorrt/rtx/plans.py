@@ -27,6 +27,12 @@ REWRITE = "python -m tests.tensorrt.rtx.golden"
 BLOCK_SIZES = (1, 16)
 PROFILES = ("prefill", *(f"n = {size}" for size in BLOCK_SIZES))
 COUNTS = ("kernels", "attention", "cache_copies", "host_copies", "reformats")
+CARDS = ("sm89", "sm120")
+"""Ada and Blackwell. One plan holds both."""
+ALL_SIZES = (1, 16, 64)
+NUM_LAYERS = 2
+SPELLED_OUT = ("gemma2",)
+"""Families whose attention the graph spells out, since no kernel has their softcap."""
 MOST_WEIGHTS = 1.02
 """Device memory of a plan's weights over the bytes that the graph's weights have. Kernels pad some of them."""
 BITS = {
@@ -63,6 +69,14 @@ def graph_weight_bytes(bundle: Bundle) -> int:
     """Bytes of the number weights of the graph that TensorRT parses. Indices and shapes are left out."""
     graph = onnx.load(bundle.graph_path(bundle.tensorrt_graph), load_external_data=False).graph
     return sum(math.prod(each.dims) * BITS.get(each.data_type, 0) // 8 for each in graph.initializer)
+
+
+def require_sound(
+    contents: PlanContents, bundle: Bundle, *, attention: int = NUM_LAYERS, num_profiles: int = 1 + len(ALL_SIZES)
+) -> None:
+    """Check that each profile of a plan has so many attention kernels, and that the plan holds each weight once."""
+    assert [sum(profile.attention.values()) for profile in contents.profiles] == [attention] * num_profiles
+    assert contents.weight_bytes <= MOST_WEIGHTS * graph_weight_bytes(bundle)
 
 
 def counts_of(contents: PlanContents) -> dict[str, dict[str, Any]]:
