@@ -11,7 +11,7 @@ help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make wheel   dist/*.whl, to install elsewhere; needs no packages but pip's own"
-	@echo "make contacts   meet outside things: clean environments that pip fills, also with the oldest versions"
+	@echo "make contacts   meet outside things: clean environments, the oldest versions, the builder of TensorRT for RTX"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
 	@echo "make test-gpu   the acceptance suite, on whatever engines this machine has"
@@ -52,7 +52,7 @@ types: setup
 
 # In CI, nothing may be missing: each folder of tests must have run, and pip must get every binding.
 ifeq ($(CI),true)
-REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/acceptance
+REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/tensorrt/rtx tests/acceptance
 REQUIRED_BINDINGS := --required
 NO_SKIPS := --no-skips
 endif
@@ -66,9 +66,10 @@ tests: setup bindings
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --ignore tests/contacts -m "not slow and not gpu and not tensorrt" \
 		$(addprefix --require-run ,$(REQUIRED_FOLDERS))
 
-# What meets outside things and takes long: not part of `make test`. In CI a contact that is skipped fails.
+# What meets outside things and takes long: not part of `make test`. In CI a contact that is skipped fails. Each file runs
+# in one process, so that what its tests share is made once.
 contacts: setup
-	$(BIN)/python -m pytest tests/contacts --require-run tests/contacts $(NO_SKIPS) -rs
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/contacts --require-run tests/contacts $(NO_SKIPS) -rs
 
 # The acceptance suite, slow tests included; what this machine lacks is skipped with the reason.
 test-gpu: setup bindings
