@@ -43,7 +43,7 @@ types: setup
 
 # In CI, nothing may be missing: each folder of tests must have run, and pip must get every binding.
 ifeq ($(CI),true)
-REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/acceptance
+REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/tensorrt/rtx tests/acceptance
 REQUIRED_BINDINGS := --required
 NO_SKIPS := --no-skips
 endif
