@@ -116,7 +116,7 @@ class EngineChoice:
     provider: Provider = option(
         "cpu",
         choices=PROVIDERS,
-        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt.",
+        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt or tensorrt-rtx.",
     )
     cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them.")
 
@@ -126,7 +126,7 @@ class EngineChoice:
     def load(self, bundle: Path, *, num_prompts: int) -> Model:
         """Load the model with as many slots as this number of prompts needs."""
         slots = self.num_slots
-        if slots is None and self.provider != "tensorrt":
+        if slots is None and self.provider in ("cpu", "cuda"):
             slots = _slots_for(bundle, num_prompts)
         return load(
             bundle,

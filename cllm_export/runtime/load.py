@@ -110,7 +110,7 @@ def _load_draft_model(
     )
 
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
 
@@ -132,13 +132,14 @@ def open_engine(
     require_one_of("provider", provider, PROVIDERS)
     if cuda_graphs and provider != "cuda":
         raise OptionError(
-            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (tensorrt records graphs without)"
+            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (TensorRT engines record graphs without)"
         )
-    if provider != "tensorrt":
+    if provider == "cpu" or provider == "cuda":
         return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
     from cllm_export.tensorrt.engine import TrtEngine
+    from cllm_export.tensorrt.library import LIBRARIES, open_gpu
 
-    engine = TrtEngine(bundle)
+    engine = TrtEngine(bundle, gpu=open_gpu(LIBRARIES[provider]))
     if num_slots not in (None, engine.num_slots):
         slots = engine.num_slots
         engine.close()

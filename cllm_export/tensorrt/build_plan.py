@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import LOGITS, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
@@ -25,6 +25,7 @@ from cllm_export.tensorrt.graph import GraphSource, errors_of
 from cllm_export.tensorrt.library import (
     LIBRARIES,
     Gpu,
+    Library,
     Log,
     import_library,
     open_gpu,
@@ -40,12 +41,14 @@ from cllm_export.tensorrt.plan_files import (
     PlanSettings,
     Platform,
     Targets,
+    file_name_of,
     open_plan,
     plan_key,
     plans_of,
     this_system,
 )
 from cllm_export.tensorrt.plan_options import PlanOptions, settle
+from cllm_export.tensorrt.smoke import run_smoke
 
 MEGABYTE = 1_000_000
 OLDEST_GENERATION = {"bf16": 80, "int4": 80, "fp8": 89}
@@ -201,7 +204,7 @@ class _Build:
         return network, parser
 
     def _build(self, network: Any) -> Any:
-        config = _configure(self._bundle, self._settings, self._tensorrt, self._builder)
+        config = _configure(self._bundle, self._settings, self._library, self._tensorrt, self._builder)
         if isinstance(self._built_for, Targets):
             _set_targets(config, self._built_for.targets, self._tensorrt)
             return self._builder.build_serialized_network(network, config)
@@ -255,14 +258,14 @@ def _drop_logits(network: Any) -> None:
     network.unmark_output(next(tensor for tensor in outputs if tensor.name == LOGITS))
 
 
-def _configure(bundle: Bundle, settings: PlanSettings, tensorrt: Any, builder: Any) -> Any:
+def _configure(bundle: Bundle, settings: PlanSettings, library: Library, tensorrt: Any, builder: Any) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
     if settings.workspace is not None:
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, settings.workspace)
     config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 promises its precision; for speed there are fp16 and bf16
-    for flag in _flags(settings):
+    for flag in (*library.flags, *_flags(settings)):
         config.set_flag(getattr(tensorrt.BuilderFlag, flag))
     if settings.hardware != "same":
         level = getattr(tensorrt.HardwareCompatibilityLevel, _LEVELS[settings.hardware])
@@ -328,7 +331,7 @@ def _ranges(specs: list[TensorSpec], settings: PlanSettings, *, n: Shape, h: int
 def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[None]:
     """Let the build use kernel timings of earlier builds on the same GPU and TensorRT version, and save its own."""
     name = f"{platform.gpu}-{platform.compute_capability}-{platform.tensorrt}"
-    path = directory / f"timing-{''.join(letter if letter.isalnum() else '-' for letter in name)}.cache"
+    path = directory / f"timing-{file_name_of(name)}.cache"
     known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)
     if not config.set_timing_cache(cache, ignore_mismatch=False):  # a mismatch: start with an empty cache
@@ -342,22 +345,10 @@ def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[
 
 
 def _smoke(bundle: Bundle, plan: Plan, gpu: Gpu, say: Say) -> None:
-    """Load the plan, and run one prefill chunk and one block of each size."""
     started = perf_counter()
     try:
         with TrtEngine(bundle, plan=plan, gpu=gpu) as engine:
-            slots = engine.num_slots
-            chunk = engine.prefill_chunk
-            engine.prefill(Batch([[0] * chunk] * slots, [chunk] * slots, [0] * slots))
-            for size in plan.manifest.settings.block_sizes:
-                forward = engine.forward(Batch([[0] * size] * slots, [1] * slots, [1] * slots))
-                _check_smoke(forward.next_ids, forward.num_accepted, size, engine.geometry.vocab_size)
+            run_smoke(engine)
     except CllmExportError as error:
         raise PlanError(f"the plan was built and does not run: {error}") from error
     say(f"loaded and ran in {perf_counter() - started:.1f} s")
-
-
-def _check_smoke(next_ids: list[list[int]], num_accepted: list[int], size: int, vocab_size: int) -> None:
-    sound = all(1 <= count <= size for count in num_accepted)
-    if not sound or not all(0 <= token < vocab_size for row in next_ids for token in row):
-        raise PlanError(f"a block of {size} gave next_ids {next_ids} and num_accepted {num_accepted}")

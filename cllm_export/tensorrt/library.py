@@ -41,6 +41,10 @@ class Library:
     targets: tuple[str, ...] = ()
     """Generations of cards that it builds for without a GPU. Empty if it builds for the GPU of this machine."""
     has_timing_cache: bool = True
+    compiles_on_card: bool = False
+    """Whether the card that runs a plan compiles its kernels when they run first."""
+    flags: tuple[str, ...] = ()
+    """Flags of the builder that each plan gets."""
     lacks: tuple[tuple[str, str], ...] = ()
     """Options of a plan that it cannot do, and the reason."""
 
@@ -78,6 +82,8 @@ TENSORRT_RTX = Library(
     oldest=(1, 7),
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     has_timing_cache=False,
+    compiles_on_card=True,
+    flags=("REQUIRE_USER_ALLOCATION",),  # the build then fails if a forward could not be recorded as a CUDA graph
     lacks=(
         ("strip_weights", "its builder needs a GPU to strip weights"),
         ("version_compatible", "it ships no lean runtime, which such a plan needs"),

@@ -273,6 +273,11 @@ def plan_key(fingerprint: str, platform: Platform | Targets, settings: PlanSetti
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 
+def file_name_of(text: str) -> str:
+    """A text as part of a file's name: anything but letters and digits becomes a hyphen."""
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+
 def plans_of(bundle: Bundle) -> Path:
     """The directory of a bundle's plans."""
     return bundle.path / PLANS_DIRECTORY
