@@ -1,8 +1,9 @@
 """Measure what a plan costs: device memory of its weights, bytes, peak host memory and seconds of the build.
 
-    python benchmarks/plan_size.py DIRECTORY [--size 1.1b] [--target sm89] [--single-row-kernels] [--json OUT]
+    python benchmarks/plan_size.py DIRECTORY [--size 1.1b] [--target sm89] [--weights link|copy]
+        [--single-row-kernels] [--json OUT]
 
-A random Llama in bf16 is exported with linked weights, and TensorRT for RTX builds its plan for n = 1, 8 and 16. The
+A random Llama in bf16 is exported, and TensorRT for RTX builds its plan for n = 1, 8 and 16. The
 build runs in its own process. It needs no GPU, and host memory of five times the weights. Anonymous memory is what the
 build needs. Resident memory also counts pages of the checkpoint, which the system may drop.
 """
@@ -28,11 +29,11 @@ BLOCK_SIZES = (1, 8, 16)
 COMMAND = [sys.executable, "-m", "cllm_export"]
 
 
-def build_bundle(work: Path, size: str) -> Path:
-    """Export a random Llama in bf16, linked to its checkpoint."""
+def build_bundle(work: Path, size: str, weights: str) -> Path:
+    """Export a random Llama in bf16."""
     checkpoint, bundle = work / "checkpoint", work / "bundle"
     make_checkpoint(checkpoint, size, torch.bfloat16)
-    build = [*COMMAND, "build", str(checkpoint), "--output", str(bundle), "--weights", "link", "--precision", "bf16"]
+    build = [*COMMAND, "build", str(checkpoint), "--output", str(bundle), "--weights", weights, "--precision", "bf16"]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
     return bundle
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--size", choices=SIZES, default="1.1b")
+    parser.add_argument("--weights", choices=["link", "copy"], default="link")
     parser.add_argument("--target", default="sm89")
     parser.add_argument("--single-row-kernels", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -72,7 +74,7 @@ def main() -> None:
     work.mkdir(parents=True)
     try:
         options = ["--single-row-kernels"] if args.single_row_kernels else []
-        result = measure_plan(build_bundle(work, args.size), args.target, options)
+        result = measure_plan(build_bundle(work, args.size, args.weights), args.target, options)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(json.dumps(result, indent=2))

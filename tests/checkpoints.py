@@ -246,7 +246,7 @@ REALISTIC: dict[str, Variant] = {
     "real-starcoder2": _realistic("starcoder2", heads=8, kv_heads=2, head_dim=64, use_bias=True, sliding_window=512),
     "real-stablelm": _realistic("stablelm", heads=8, kv_heads=8, head_dim=64, rope=PARTIAL_ROPE),
 }
-"""A checkpoint of every family for TensorRT's builder. Heads have 64, 96, 128 or 256 values, and one, two, four or eight
+"""A checkpoint of every family for TensorRT's builder. Heads have 64 to 256 values, and one, two, four or eight
 of them hold keys and values."""
 
 UNTRAINABLE = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
@@ -18,6 +18,9 @@ from cllm_export.runtime.engines.machine import require_threads
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token
+
+if TYPE_CHECKING:
+    from cllm_export.tensorrt.library import LibraryName
 
 
 @names_options
@@ -132,14 +135,20 @@ def open_engine(
     require_one_of("provider", provider, PROVIDERS)
     if cuda_graphs and provider != "cuda":
         raise OptionError(
-            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (TensorRT engines record graphs without)"
+            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (plans record graphs without)"
         )
-    if provider == "cpu" or provider == "cuda":
-        return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
+    match provider:
+        case "cpu" | "cuda":
+            return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
+        case library:
+            return _open_plan_engine(bundle, library, num_slots)
+
+
+def _open_plan_engine(bundle: Bundle, library: LibraryName, num_slots: int | None) -> Engine:
     from cllm_export.tensorrt.engine import TrtEngine
     from cllm_export.tensorrt.library import LIBRARIES, open_gpu
 
-    engine = TrtEngine(bundle, gpu=open_gpu(LIBRARIES[provider]))
+    engine = TrtEngine(bundle, gpu=open_gpu(LIBRARIES[library]))
     if num_slots not in (None, engine.num_slots):
         slots = engine.num_slots
         engine.close()

@@ -96,6 +96,7 @@ class TrtEngine(EngineBase):
             prefill_chunk=self._settings.prefill_chunk,
             fixed_shapes=bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes,
         )
+        self.block_sizes = self._settings.block_sizes
         self._gpu, self._trt, self._cuda = gpu, gpu.tensorrt, gpu.cuda
         self._inputs = graph_inputs(self.geometry, bundle.manifest.precision, self.fixed_shapes)
         self._outputs = graph_outputs(self.geometry, bundle.manifest.precision, self.fixed_shapes)
@@ -139,11 +140,6 @@ class TrtEngine(EngineBase):
     def kv_lengths(self) -> tuple[int, ...]:
         """Each KV length S that forwards run with, ascending."""
         return self._settings.kv_lengths
-
-    @property
-    def block_sizes(self) -> tuple[int, ...]:
-        """Each n that the plan has a profile for."""
-        return self._settings.block_sizes
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         if with_logits and not self._settings.logits:

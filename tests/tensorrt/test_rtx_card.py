@@ -169,6 +169,18 @@ def test_a_plan_that_the_library_does_not_load_is_an_error(bundle: Bundle, plan:
     assert simulated.cuda.is_empty()
 
 
+def test_n_is_chosen_among_those_of_the_plan(bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+    """Another n is padded to one of these, and near the end of the cache there is no room for it."""
+    with TrtEngine(bundle, gpu=card().gpu) as engine:
+        model = Model(bundle.manifest, engine, TextCodec.of_bundle(bundle))
+        seen, forward = set(), engine.forward
+        monkeypatch.setattr(
+            engine, "forward", lambda batch, **named: seen.add(len(batch.input_ids[0])) or forward(batch, **named)
+        )
+        model.generate([5, 9, 7] * 9, max_new_tokens=40, block_size="auto", ignore_eos=True)
+        assert 1 in seen <= {1, 8}
+
+
 def test_the_provider_opens_its_own_library(bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch):
     simulated, asked = card(), []
 
