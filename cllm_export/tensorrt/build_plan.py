@@ -30,7 +30,7 @@ from cllm_export.tensorrt.library import (
     import_library,
     open_gpu,
 )
-from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
+from cllm_export.tensorrt.memory import memory_figures, options_of, require_host_memory
 from cllm_export.tensorrt.plan_contents import read_contents
 from cllm_export.tensorrt.plan_files import (
     PLAN_MANIFEST_NAME,
@@ -109,6 +109,7 @@ def build_plan(
         return plan
     for line in predicted_memory(bundle, settings):
         say(line)
+    require_host_memory(bundle, settings)
     with staged_output(target, force=True, marker=PLAN_MANIFEST_NAME) as staging:
         _Build(bundle, settings, built_for, tensorrt, say).write(staging)
         if on_gpu is not None:
@@ -118,15 +119,7 @@ def build_plan(
 
 def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
     """The predicted memory of a build, one line per figure."""
-    figures = memory_figures(
-        bundle,
-        MemoryOptions(
-            block_size=min(settings.block_sizes[-1], bundle.manifest.max_length),
-            batch_size=settings.batch_size,
-            prefill_chunk=settings.prefill_chunk,
-            workspace=settings.workspace,
-        ),
-    )
+    figures = memory_figures(bundle, options_of(settings, bundle))
     return [f"predicted {each.name}: {each.bytes / MEGABYTE:,.0f} MB ({each.how})" for each in figures]
 
 
