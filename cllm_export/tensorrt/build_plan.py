@@ -90,21 +90,19 @@ def build_plan(
     library = LIBRARIES[options.engine]
     _require_graph(bundle)
     settings = settle(options, bundle.manifest)
-    if library.targets:
+    tensorrt, on_gpu = open_builder(options, gpu=gpu)
+    if on_gpu is None:
         targets = tuple(sorted(set(options.targets), key=library.targets.index))
         _require_precision(bundle, targets)
-        tensorrt, on_gpu = import_library(library), None
         built_for: Platform | Targets = Targets(
             targets=targets, tensorrt=str(tensorrt.__version__), system=this_system(), engine=library.name
         )
     else:
-        on_gpu = gpu or open_gpu(library)
-        tensorrt, built_for = on_gpu.tensorrt, platform_of(on_gpu)
+        built_for = platform_of(on_gpu)
         _require_precision(bundle, (built_for.generation,))
     target = plans_of(bundle) / plan_key(bundle.fingerprint, built_for, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:
-        plan = open_plan(target)
-        plan.check_file()
+        plan = _open_sound(target)
         say(f"{target} is there already, built for this bundle, {library.title} and settings")
         return plan
     for line in predicted_memory(bundle, settings):
@@ -115,6 +113,29 @@ def build_plan(
         if on_gpu is not None:
             _smoke(bundle, open_plan(staging), on_gpu, say)
     return open_plan(target)
+
+
+def _open_sound(path: Path) -> Plan:
+    try:
+        plan = open_plan(path)
+        plan.check_file()
+    except PlanError as error:
+        raise PlanError(f"{error}; force=True replaces it") from None
+    return plan
+
+
+def open_builder(options: PlanOptions, *, gpu: Gpu | None = None) -> tuple[Any, Gpu | None]:
+    """The Python module that builds a plan, and the GPU to build on. There is none if the plan is for named targets.
+
+    Raises:
+        GpuError: there is no GPU and the library needs one, or it is too old or does not load.
+        MissingExtraError: the library or cuda-python is not installed.
+    """
+    library = LIBRARIES[options.engine]
+    if library.targets:
+        return import_library(library), None
+    gpu = gpu or open_gpu(library)
+    return gpu.tensorrt, gpu
 
 
 def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:

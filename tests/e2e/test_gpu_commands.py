@@ -59,7 +59,7 @@ def test_doctor_reports_on_a_machine_without_a_gpu(cli: Cli):
     assert "driver" in outcome.out
     assert "fix: install NVIDIA's driver" in outcome.out
     report = json.loads(cli("doctor", "--json").out)
-    assert report["engines"] == {"cpu": True, "tensorrt": False}
+    assert report["engines"] == {"cpu": True, "tensorrt": False, "tensorrt-rtx": False}
     assert {finding["name"] for finding in report["findings"]} >= {"driver", "GPU", "TensorRT", "ONNX Runtime", "cuDNN"}
 
 

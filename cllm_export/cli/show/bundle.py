@@ -68,7 +68,7 @@ def show_findings(findings: Sequence[Finding], report: Mapping[str, Any]) -> Non
     OUT.print(Text(report["system"], "bold"))
     for finding in findings:
         style = {"ok": "green", "not needed": "dim"}.get(finding.state, "bold red")
-        OUT.print(Text.assemble(f"{finding.name:<13} ", (f"{finding.state:<11} ", style), finding.detail))
+        OUT.print(Text.assemble(f"{finding.name:<17} ", (f"{finding.state:<11} ", style), finding.detail))
         if finding.fix:
             OUT.print(Text(f"    fix: {finding.fix}", "yellow"))
     usable = [name for name, works in report["engines"].items() if works]
