@@ -101,7 +101,9 @@ def _plan_options(target: Target, targets: list[str], quantize: QuantizeOptions 
     """The options of the plan to build after the export; None if there is none to build."""
     if target == "onnx":
         if targets:
-            raise OptionError("targets are for a plan: give target='tensorrt-rtx' too", fields=("targets", "target"))
+            raise OptionError(
+                "targets names the cards of a plan: give target='tensorrt-rtx' too", fields=("targets", "target")
+            )
         return None
     _require_tensorrt(quantize)
     return PlanOptions(engine=target, targets=tuple(targets))

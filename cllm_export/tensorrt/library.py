@@ -21,8 +21,11 @@ LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 LIBRARY_NAMES: tuple[LibraryName, ...] = get_args(LibraryName)
 
 KEPT_LINES, SHOWN_LINES = 64, 8
-NOISE = re.compile(r"Make sure (input|output) \S+ has Int64 binding")
-"""Warnings that every plan gets: all inputs and outputs of the contract that count something are int64."""
+NOISE = re.compile(
+    r"Make sure (input|output) \S+ has Int64 binding|The logger passed into \w+ differs|--- (Begin|End) node ---"
+)
+"""Messages that give no reason. All inputs and outputs of the contract that count something are int64, each build of a
+process has a log of its own, and the parser's own error names the node."""
 REPORT = re.compile(r"\A(Layers:|Total (Weights|Activation|Device Persistent) Memory:|Max Scratch Memory:)")
 """Log messages that describe the finished plan. ``plan_contents.py`` reads them."""
 
