@@ -24,6 +24,10 @@ from cllm_export.extras import needs_extra
 from cllm_export.tensorrt.plan_options import PlanOptions
 
 Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+TargetsOption = Annotated[
+    list[str] | None,
+    given("--for", "Generation of cards that a plan of tensorrt-rtx is for; repeat it for several.", "Output"),
+]
 
 
 @command("cllm-export build path/to/checkpoint --output my-bundle")
@@ -60,10 +64,7 @@ def build(
         Target,
         given("--target", "With tensorrt or tensorrt-rtx, also build that library's plan, as `plan` does.", "Output"),
     ] = "onnx",
-    targets: Annotated[
-        list[str] | None,
-        given("--for", "Generation of cards that a plan of tensorrt-rtx is for; repeat it for several.", "Output"),
-    ] = None,
+    targets: TargetsOption = None,
     force: ForceOption = False,
     as_json: Annotated[
         bool, given("--json", "Print a report of stages, memory and bytes on standard output as JSON.", "Output")
