@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -53,6 +53,8 @@ from cllm_export.tensorrt.smoke import run_smoke
 MEGABYTE = 1_000_000
 OLDEST_GENERATION = {"bf16": 80, "int4": 80, "fp8": 89}
 """Number format -> the first generation of cards that has it, as ten times its compute capability."""
+OLDEST_WITH_TARGETS = {**OLDEST_GENERATION, "fp32": 80}
+"""The same of TensorRT for RTX, which multiplies no fp32 matrices on older cards."""
 
 Say = Callable[[str], None]
 Shape = tuple[int, ...]
@@ -93,13 +95,13 @@ def build_plan(
     tensorrt, on_gpu = open_builder(options, gpu=gpu)
     if on_gpu is None:
         targets = tuple(sorted(set(options.targets), key=library.targets.index))
-        _require_precision(bundle, targets)
+        _require_precision(bundle, targets, OLDEST_WITH_TARGETS)
         built_for: Platform | Targets = Targets(
             targets=targets, tensorrt=str(tensorrt.__version__), system=this_system(), engine=library.name
         )
     else:
         built_for = platform_of(on_gpu)
-        _require_precision(bundle, (built_for.generation,))
+        _require_precision(bundle, (built_for.generation,), OLDEST_GENERATION)
     target = plans_of(bundle) / plan_key(bundle.fingerprint, built_for, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:
         plan = _open_sound(target)
@@ -154,13 +156,13 @@ def _require_graph(bundle: Bundle) -> None:
         )
 
 
-def _require_precision(bundle: Bundle, generations: Sequence[str]) -> None:
+def _require_precision(bundle: Bundle, generations: Sequence[str], oldest_of: Mapping[str, int]) -> None:
     """Refuse a number format that a generation of cards does not have, before the graph is parsed."""
     quantization = bundle.manifest.quantization
     formats = [bundle.manifest.precision, *([quantization.scheme] if quantization else [])]
     for generation in generations:
         for name in formats:
-            oldest = OLDEST_GENERATION.get(name)
+            oldest = oldest_of.get(name)
             if oldest is not None and int(generation.removeprefix("sm")) < oldest:
                 raise GpuError(
                     f"{bundle.path} is a bundle with {name}, which {generation} does not have: build the bundle with "

@@ -78,6 +78,13 @@ def test_what_the_library_cannot_build_is_refused_by_name(
     assert said in refused(*arguments)
 
 
+def test_fp32_is_refused_for_cards_whose_kernels_have_none(refused: Callable[..., str]):
+    """The builder says so too, but after it has parsed and in words of its own."""
+    require_library()
+    said = refused("--engine", "tensorrt-rtx", "--for", "sm89", "--for", "sm75")
+    assert "is a bundle with fp32, which sm75 does not have: build the bundle with --precision fp16" in said
+
+
 def test_a_build_that_would_run_out_of_memory_is_refused_before_it_starts(
     refused: Callable[..., str], bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ):
