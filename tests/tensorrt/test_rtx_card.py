@@ -5,6 +5,7 @@ Every call is checked against the bindings of TensorRT for RTX themselves. No ca
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -51,6 +52,7 @@ def plan(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Plan:
     built = build_plan(bundle, options)
     [asked] = builder.trt.called("IBuilderConfig.set_compute_capability")
     assert asked["compute_capability"] is builder.trt.ComputeCapability.SM89
+    assert json.loads(built.file.read_bytes())["flags"] == ["REQUIRE_USER_ALLOCATION"], "a forward can be captured"
     assert not builder.tensorrt.executions, "a build server has no card to run a plan on"
     return built
 
@@ -75,6 +77,7 @@ def test_the_first_load_runs_each_shape_and_keeps_its_kernels_for_the_next(bundl
     first, second = card(), card()
     with TrtEngine(bundle, gpu=first.gpu) as engine:
         assert (engine.num_syncs, engine.run_seconds) == (0, 0.0)
+        assert not engine.read_rows(0, 0, engine.geometry.cache_length).any(), "a dead row must hold no NaN"
     shapes = {(size, rows) for _, *rest in first.tensorrt.compiled if rest for _, size, rows in [rest]}
     whole = bundle.manifest.geometry.cache_length
     assert shapes == {(size, rows) for size in (1, 8) for rows in (32, 64, whole)}
