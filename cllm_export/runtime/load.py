@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
-from cllm_export.checks import names_options, require_at_least, require_one_of
+from cllm_export.checks import names_options, option, require_at_least, require_one_of
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.latency_file import read_latency
 from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair
@@ -115,6 +115,16 @@ def _load_draft_model(
 
 Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+def provider_option() -> Any:
+    """What runs a bundle, as an option of a command."""
+    return option(
+        "cpu",
+        choices=PROVIDERS,
+        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt or tensorrt-rtx.",
+        group="Machine",
+    )
 
 
 def open_engine(

@@ -9,13 +9,19 @@ import json
 import logging
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.errors import EngineError, GpuError, PlanError
+from cllm_export.errors import EngineError, GpuError, OptionError, PlanError
+from cllm_export.measure import bench as measuring
+from cllm_export.measure.bench import run_bench
+from cllm_export.measure.options import BenchOptions
+from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME
+from cllm_export.runtime.decoding.block_size.time_forwards import time_in_turn
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import load
@@ -182,6 +188,20 @@ def test_n_is_chosen_among_those_of_the_plan(bundle: Bundle, plan: Plan, monkeyp
         )
         model.generate([5, 9, 7] * 9, max_new_tokens=40, block_size="auto", ignore_eos=True)
         assert 1 in seen <= {1, 8}
+
+
+def test_bench_times_a_plan_and_keeps_no_times_of_it(bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+    """`latency.json` is of ONNX Runtime on this processor."""
+    monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", lambda _: card().gpu)
+    monkeypatch.setattr(measuring, "time_in_turn", partial(time_in_turn, rounds=1, min_seconds=0))
+    options = BenchOptions(provider="tensorrt-rtx", methods=("jacobi",), block_sizes=(8,), max_new_tokens=4, repeats=1)
+    report = run_bench([bundle], options=options)
+    assert report["provider"] == "tensorrt-rtx"
+    assert {entry["equal"] for entry in report["settings"]} == {report["prompts"]}
+    assert [each["block_size"] for each in report["bundles"][0]["latency"]] == [1, 8]
+    assert not (bundle.path / LATENCY_NAME).exists()
+    with pytest.raises(OptionError, match="block_sizes must be among the plan's, 1 or 8, got 16"):
+        run_bench([bundle], options=BenchOptions(provider="tensorrt-rtx", block_sizes=(16,)))
 
 
 def test_the_provider_opens_its_own_library(bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch):
