@@ -97,7 +97,7 @@ def run_bench(
     - ``fastest_in``: number of passes in which no other setting was faster.
 
     ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
-    busy for these times to decide anything. If not, a single writable bundle keeps T(n) as ``latency.json``.
+    busy for these times to decide anything. If not, a single writable bundle on the CPU keeps ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -116,8 +116,7 @@ def run_bench(
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
     encoded = _encode(bundles, models[0], prompts)
-    if not prompts:
-        options = replace(options, ignore_eos=True)
+    options = options if prompts else replace(options, ignore_eos=True)
     passes = _in_turn(models, encoded, settings := _settings(models, options, sizes), options, progress)
     times = _time_forwards(models, encoded, sizes, progress)
     if options.provider == "cpu":
