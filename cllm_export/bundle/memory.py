@@ -101,7 +101,7 @@ def _kv_cache(geometry: Geometry, precision: Precision, *, rows: int, batch: int
 def _activations(geometry: Geometry, precision: Precision, *, rows: int, head_rows: int, parameters: int) -> Figure:
     """Memory of the widest forward's rows in one layer, plus the head's logits. Each layer reuses this memory."""
     projected = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    inner = _inner_width(geometry, parameters)
+    inner = inner_width(geometry, parameters)
     width = LIVE_ROWS * geometry.hidden_size + projected + 2 * inner
     size = BYTES[KV_DTYPE[precision]]
     logits = head_rows * geometry.vocab_size * (size + FLOAT32)
@@ -113,7 +113,7 @@ def _activations(geometry: Geometry, precision: Precision, *, rows: int, head_ro
     return Figure(name="activations", bytes=rows * width * size + logits, how=how)
 
 
-def _inner_width(geometry: Geometry, parameters: int) -> int:
+def inner_width(geometry: Geometry, parameters: int) -> int:
     """Width of the MLP, from the number of a layer's weights without attention. It counts one embedding table only."""
     hidden, width = geometry.hidden_size, geometry.num_heads * geometry.head_dim
     attention = hidden * (2 * width + 2 * geometry.num_kv_heads * geometry.head_dim)

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,11 +22,13 @@ from cllm_export.errors import OptionError
 from cllm_export.exporter.options import BuildOptions, TrainedOptions
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options
 from cllm_export.extras import needs_extra
+from cllm_export.tensorrt.plan_options import PlanOptions
 
-if TYPE_CHECKING:
-    from cllm_export.tensorrt.library import Gpu
-
-Target = Literal["onnx", "tensorrt"]
+Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
+TargetsOption = Annotated[
+    list[str] | None,
+    given("--for", "Generation of cards that a plan of tensorrt-rtx is for; repeat it for several.", "Output"),
+]
 
 
 @command("cllm-export build path/to/checkpoint --output my-bundle")
@@ -61,8 +63,9 @@ def build(
     ] = None,
     target: Annotated[
         Target,
-        given("--target", "With tensorrt, also build the TensorRT plan for this machine, as `plan` does.", "Output"),
+        given("--target", "With tensorrt or tensorrt-rtx, also build that library's plan, as `plan` does.", "Output"),
     ] = "onnx",
+    targets: TargetsOption = None,
     force: ForceOption = False,
     as_json: Annotated[
         bool, given("--json", "Print a report of stages, memory and bytes on standard output as JSON.", "Output")
@@ -76,7 +79,11 @@ def build(
             options, precision=dtype, quantize=quantize, trained_with=trained.trained_with if trained else None
         )
     check_build(checkpoint, output, options, force=force)
-    gpu = _open_gpu(quantize) if target == "tensorrt" else None  # before the export, which takes longer
+    plan = _plan_options(target, targets or [], quantize)
+    if plan:
+        from cllm_export.tensorrt.build_plan import open_builder
+
+        open_builder(plan)  # before the export, which takes longer
     with needs_extra("export"):
         from cllm_export.exporter.pipeline import export
     with progress_bar() as progress:
@@ -87,20 +94,29 @@ def build(
     tell(f"wrote {output} ({size}{linked}, fingerprint {done.bundle.fingerprint[:12]})")
     if as_json:
         typer.echo(json.dumps(vars(done.report), indent=2))
-    if gpu is not None:
+    if plan:
         from cllm_export.tensorrt.build_plan import build_plan
 
-        tell(f"wrote {build_plan(done.bundle, gpu=gpu, say=say).path}")
+        tell(f"wrote {build_plan(done.bundle, plan, say=say).path}")
 
 
-def _open_gpu(quantize: QuantizeOptions | None) -> Gpu:
-    """The GPU to build a plan on. Refuses a scheme whose graph TensorRT cannot run."""
+def _plan_options(target: Target, targets: list[str], quantize: QuantizeOptions | None) -> PlanOptions | None:
+    """The options of the plan to build after the export; None if there is none to build."""
+    if target == "onnx":
+        if targets:
+            raise OptionError(
+                "targets names the cards of a plan: give target='tensorrt-rtx' too", fields=("targets", "target")
+            )
+        return None
+    _require_tensorrt(quantize)
+    return PlanOptions(engine=target, targets=tuple(targets))
+
+
+def _require_tensorrt(quantize: QuantizeOptions | None) -> None:
+    """Refuse a scheme whose graph TensorRT cannot run."""
     if quantize and "tensorrt" not in quantize.form.engines:
         advice = "add engine='tensorrt'" if quantize.spec.form("tensorrt") else f"choose {builds_for('tensorrt')}"
         raise OptionError(
-            f"precision='{quantize.scheme}' makes a graph for ONNX Runtime, and target is tensorrt: {advice}",
+            f"precision='{quantize.scheme}' makes a graph for ONNX Runtime, and TensorRT is to run it: {advice}",
             fields=("target",),
         )
-    from cllm_export.tensorrt.library import open_gpu
-
-    return open_gpu()

@@ -15,7 +15,8 @@ from cllm_export.cli.show.bundle import show_findings, show_memory
 from cllm_export.cli.show.console import say
 from cllm_export.cli.signature import with_options
 from cllm_export.tensorrt.build_plan import build_plan
-from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures
+from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures, plan_figures
+from cllm_export.tensorrt.plan_files import plans_in
 from cllm_export.tensorrt.plan_options import PlanOptions
 
 PARSE = {"workspace": partial(parse_size, name="workspace")}
@@ -28,7 +29,7 @@ def plan(
     options: PlanOptions,
     force: Annotated[bool, given("--force", "Build the plan even if there is one already.", "Output")] = False,
 ) -> None:
-    """Build a bundle's TensorRT plan for this machine. Needs a GPU, TensorRT and no torch."""
+    """Build a bundle's TensorRT plan, for the GPU of this machine or for named generations of cards."""
     typer.echo(f"wrote {build_plan(open_bundle(bundle), options, force=force, say=say).path}")
 
 
@@ -38,6 +39,7 @@ def plan_memory(bundle: BundleArgument, options: MemoryOptions, as_json: JsonOpt
     """Say what memory a device needs for a bundle and for building its plan, and exit with 1 if it does not fit."""
     opened = open_bundle(bundle)
     figures, verdict = memory_figures(opened, options), judge_memory(opened, options)
+    figures += [figure for plan in plans_in(opened) for figure in plan_figures(plan)]
     if as_json:
         typer.echo(json.dumps({"figures": [vars(each) for each in figures], "verdict": vars(verdict)}, indent=2))
     else:

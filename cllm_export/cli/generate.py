@@ -41,7 +41,7 @@ from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.shared_options import threads_option
-from cllm_export.runtime.load import PROVIDERS, Provider, load
+from cllm_export.runtime.load import Provider, load, provider_option
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import BlockSize, GenerateOptions, resolve
 from cllm_export.runtime.request_run import Generation
@@ -115,11 +115,7 @@ class EngineChoice:
         otherwise="the bundle's batch size",
     )
     threads: int | None = threads_option()
-    provider: Provider = option(
-        "cpu",
-        choices=PROVIDERS,
-        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt.",
-    )
+    provider: Provider = provider_option()
     cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them.")
 
     def __post_init__(self) -> None:
@@ -128,7 +124,7 @@ class EngineChoice:
     def load(self, bundle: Path, *, num_prompts: int) -> Model:
         """Load the model with as many slots as this number of prompts needs."""
         slots = self.num_slots
-        if slots is None and self.provider != "tensorrt":
+        if slots is None and self.provider in ("cpu", "cuda"):
             slots = _slots_for(bundle, num_prompts)
         return load(
             bundle,

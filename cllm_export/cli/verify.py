@@ -63,7 +63,9 @@ def verify(
 
 @command("cllm-export inspect my-bundle --json")
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
-    """Say what is in a bundle and what memory it needs."""
+    """Say what is in a bundle and in its plans, and what memory it needs."""
     from cllm_export.bundle.inspect import describe
+    from cllm_export.tensorrt.plan_files import describe_plans
 
-    show_report(describe(open_bundle(bundle)), show_description, as_json=as_json)
+    opened = open_bundle(bundle)
+    show_report(describe(opened) | {"plans": describe_plans(opened)}, show_description, as_json=as_json)

@@ -97,7 +97,7 @@ def run_bench(
     - ``fastest_in``: number of passes in which no other setting was faster.
 
     ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
-    busy for these times to decide anything. If not, a single writable bundle keeps T(n) as ``latency.json``.
+    busy for these times to decide anything. If not, a single writable bundle on the CPU keeps ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -116,11 +116,11 @@ def run_bench(
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
     encoded = _encode(bundles, models[0], prompts)
-    if not prompts:
-        options = replace(options, ignore_eos=True)
+    options = options if prompts else replace(options, ignore_eos=True)
     passes = _in_turn(models, encoded, settings := _settings(models, options, sizes), options, progress)
     times = _time_forwards(models, encoded, sizes, progress)
-    _leave_latency(bundles, times, options.threads)
+    if options.provider == "cpu":
+        _leave_latency(bundles, times, options.threads)
     entries = _summaries(settings, passes, models, times)
     for setting, entry in zip(settings, entries, strict=True):
         entry |= {"name": names[setting.bundle], **_about(bundles[setting.bundle])}
@@ -137,6 +137,7 @@ def run_bench(
 def _about_run(options: BenchOptions, num_prompts: int) -> dict[str, Any]:
     return {
         "machine": describe_machine(options.threads),
+        "provider": options.provider,
         "prompts": num_prompts,
         "max_new_tokens": options.max_new_tokens,
         "repeats": options.repeats,
@@ -180,6 +181,7 @@ def _load(bundle: Bundle, options: BenchOptions) -> Model:
         threads=options.threads,
         draft_model=options.draft_model,
         prefix_cache_bytes=0,
+        provider=options.provider,
     )
 
 
@@ -208,10 +210,17 @@ def _settle_sizes(models: Sequence[Model], options: BenchOptions) -> tuple[int, 
             f"block_sizes must be at most {largest} for {these}, got {too_large[0]}", fields=("block_sizes",)
         )
     if len(models) > 1:
-        return options.block_sizes or tuple(size for size in DEFAULT_SIZES if size <= largest)
-    [model] = models
-    pinned = model.engine.fixed_shapes
-    return options.block_sizes or (pinned.block_size if pinned else model.facts.block_size,)
+        sizes = options.block_sizes or tuple(size for size in DEFAULT_SIZES if size <= largest)
+    else:
+        pinned = models[0].engine.fixed_shapes
+        sizes = options.block_sizes or (pinned.block_size if pinned else models[0].facts.block_size,)
+    for own in (model.engine.block_sizes for model in models):
+        if own and (without := [size for size in sizes if size not in own]):
+            raise OptionError(
+                f"block_sizes must be among the plan's, {' or '.join(map(str, own))}, got {without[0]}",
+                fields=("block_sizes",),
+            )
+    return sizes
 
 
 def _settings(models: Sequence[Model], options: BenchOptions, sizes: Sequence[int]) -> list[Setting]:
@@ -382,7 +391,7 @@ def _expectation(
     tokens_per_forward: float, size: BlockSize | None, times: MeasuredTimes | None
 ) -> dict[str, float | None]:
     """The speed if every forward took T(n) and the loop took no time."""
-    if not isinstance(size, int) or times is None or size not in times.seconds:
+    if not isinstance(size, int) or times is None or not times.seconds.keys() >= {1, size}:
         names = ("first_milliseconds", "milliseconds", "expected_speedup", "expected_tokens_per_second")
         return dict.fromkeys(names)
     return {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
-from cllm_export.checks import names_options, require_at_least, require_one_of
+from cllm_export.checks import names_options, option, require_at_least, require_one_of
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.latency_file import read_latency
 from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair
@@ -18,6 +18,9 @@ from cllm_export.runtime.engines.machine import require_threads
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token
+
+if TYPE_CHECKING:
+    from cllm_export.tensorrt.library import LibraryName
 
 
 @names_options
@@ -110,8 +113,18 @@ def _load_draft_model(
     )
 
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+def provider_option() -> Any:
+    """What runs a bundle, as an option of a command."""
+    return option(
+        "cpu",
+        choices=PROVIDERS,
+        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt or tensorrt-rtx.",
+        group="Machine",
+    )
 
 
 def open_engine(
@@ -132,13 +145,20 @@ def open_engine(
     require_one_of("provider", provider, PROVIDERS)
     if cuda_graphs and provider != "cuda":
         raise OptionError(
-            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (tensorrt records graphs without)"
+            f"cuda_graphs is for the provider cuda, got {provider}: leave it out (plans record graphs without)"
         )
-    if provider != "tensorrt":
-        return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
-    from cllm_export.tensorrt.engine import TrtEngine
+    match provider:
+        case "cpu" | "cuda":
+            return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
+        case library:
+            return _open_plan_engine(bundle, library, num_slots)
 
-    engine = TrtEngine(bundle)
+
+def _open_plan_engine(bundle: Bundle, library: LibraryName, num_slots: int | None) -> Engine:
+    from cllm_export.tensorrt.engine import TrtEngine
+    from cllm_export.tensorrt.library import LIBRARIES, open_gpu
+
+    engine = TrtEngine(bundle, gpu=open_gpu(LIBRARIES[library]))
     if num_slots not in (None, engine.num_slots):
         slots = engine.num_slots
         engine.close()

@@ -127,9 +127,11 @@ class LoopMaker:
             return PinnedSize(block_size)
         if self._chooser is None:
             trained, largest = self._limits.trained_with, self._limits.max_block_size
+            own = self._engine.block_sizes or range(1, largest + 1)
             first = min(trained.block_size, largest) if trained else 1
-            others = (size for size in BLOCK_SIZES if size <= largest and size not in (1, first))
-            sizes = (1, *([first] if first > 1 else []), *others)
+            first = first if first in own else 1
+            others = (size for size in BLOCK_SIZES if size not in (1, first))
+            sizes = [size for size in (1, *([first] if first > 1 else []), *others) if size in own] or own[:1]
             pad = self._limits.pad_token_id
             seconds = self._forward_seconds or time_forwards(self._engine, sizes, pad_token_id=pad)
             self._chooser = SizeChooser(sizes, first=first, known_times=seconds)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from cllm_export.bundle.contract import LOGITS, Batch, TensorSpec, graph_inputs, graph_outputs
+from cllm_export.bundle.contract import LOGITS, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
@@ -25,11 +25,12 @@ from cllm_export.tensorrt.graph import GraphSource, errors_of
 from cllm_export.tensorrt.library import (
     LIBRARIES,
     Gpu,
+    Library,
     Log,
     import_library,
     open_gpu,
 )
-from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
+from cllm_export.tensorrt.memory import memory_figures, options_of, require_host_memory
 from cllm_export.tensorrt.plan_contents import read_contents
 from cllm_export.tensorrt.plan_files import (
     PLAN_MANIFEST_NAME,
@@ -40,16 +41,20 @@ from cllm_export.tensorrt.plan_files import (
     PlanSettings,
     Platform,
     Targets,
+    file_name_of,
     open_plan,
     plan_key,
     plans_of,
     this_system,
 )
 from cllm_export.tensorrt.plan_options import PlanOptions, settle
+from cllm_export.tensorrt.smoke import run_smoke
 
 MEGABYTE = 1_000_000
 OLDEST_GENERATION = {"bf16": 80, "int4": 80, "fp8": 89}
 """Number format -> the first generation of cards that has it, as ten times its compute capability."""
+OLDEST_WITH_TARGETS = {**OLDEST_GENERATION, "fp32": 80}
+"""The same of TensorRT for RTX, which multiplies no fp32 matrices on older cards."""
 
 Say = Callable[[str], None]
 Shape = tuple[int, ...]
@@ -87,25 +92,24 @@ def build_plan(
     library = LIBRARIES[options.engine]
     _require_graph(bundle)
     settings = settle(options, bundle.manifest)
-    if library.targets:
+    tensorrt, on_gpu = open_builder(options, gpu=gpu)
+    if on_gpu is None:
         targets = tuple(sorted(set(options.targets), key=library.targets.index))
-        _require_precision(bundle, targets)
-        tensorrt, on_gpu = import_library(library), None
+        _require_precision(bundle, targets, OLDEST_WITH_TARGETS)
         built_for: Platform | Targets = Targets(
             targets=targets, tensorrt=str(tensorrt.__version__), system=this_system(), engine=library.name
         )
     else:
-        on_gpu = gpu or open_gpu(library)
-        tensorrt, built_for = on_gpu.tensorrt, platform_of(on_gpu)
-        _require_precision(bundle, (built_for.generation,))
+        built_for = platform_of(on_gpu)
+        _require_precision(bundle, (built_for.generation,), OLDEST_GENERATION)
     target = plans_of(bundle) / plan_key(bundle.fingerprint, built_for, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:
-        plan = open_plan(target)
-        plan.check_file()
+        plan = _open_sound(target)
         say(f"{target} is there already, built for this bundle, {library.title} and settings")
         return plan
     for line in predicted_memory(bundle, settings):
         say(line)
+    require_host_memory(bundle, settings)
     with staged_output(target, force=True, marker=PLAN_MANIFEST_NAME) as staging:
         _Build(bundle, settings, built_for, tensorrt, say).write(staging)
         if on_gpu is not None:
@@ -113,17 +117,32 @@ def build_plan(
     return open_plan(target)
 
 
+def _open_sound(path: Path) -> Plan:
+    try:
+        plan = open_plan(path)
+        plan.check_file()
+    except PlanError as error:
+        raise PlanError(f"{error}; force=True replaces it") from None
+    return plan
+
+
+def open_builder(options: PlanOptions, *, gpu: Gpu | None = None) -> tuple[Any, Gpu | None]:
+    """The Python module that builds a plan, and the GPU to build on. There is none if the plan is for named targets.
+
+    Raises:
+        GpuError: there is no GPU and the library needs one, or it is too old or does not load.
+        MissingExtraError: the library or cuda-python is not installed.
+    """
+    library = LIBRARIES[options.engine]
+    if library.targets:
+        return import_library(library), None
+    gpu = gpu or open_gpu(library)
+    return gpu.tensorrt, gpu
+
+
 def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
     """The predicted memory of a build, one line per figure."""
-    figures = memory_figures(
-        bundle,
-        MemoryOptions(
-            block_size=min(settings.block_sizes[-1], bundle.manifest.max_length),
-            batch_size=settings.batch_size,
-            prefill_chunk=settings.prefill_chunk,
-            workspace=settings.workspace,
-        ),
-    )
+    figures = memory_figures(bundle, options_of(settings, bundle))
     return [f"predicted {each.name}: {each.bytes / MEGABYTE:,.0f} MB ({each.how})" for each in figures]
 
 
@@ -137,13 +156,13 @@ def _require_graph(bundle: Bundle) -> None:
         )
 
 
-def _require_precision(bundle: Bundle, generations: Sequence[str]) -> None:
+def _require_precision(bundle: Bundle, generations: Sequence[str], oldest_of: Mapping[str, int]) -> None:
     """Refuse a number format that a generation of cards does not have, before the graph is parsed."""
     quantization = bundle.manifest.quantization
     formats = [bundle.manifest.precision, *([quantization.scheme] if quantization else [])]
     for generation in generations:
         for name in formats:
-            oldest = OLDEST_GENERATION.get(name)
+            oldest = oldest_of.get(name)
             if oldest is not None and int(generation.removeprefix("sm")) < oldest:
                 raise GpuError(
                     f"{bundle.path} is a bundle with {name}, which {generation} does not have: build the bundle with "
@@ -201,7 +220,7 @@ class _Build:
         return network, parser
 
     def _build(self, network: Any) -> Any:
-        config = _configure(self._bundle, self._settings, self._tensorrt, self._builder)
+        config = _configure(self._bundle, self._settings, self._library, self._tensorrt, self._builder)
         if isinstance(self._built_for, Targets):
             _set_targets(config, self._built_for.targets, self._tensorrt)
             return self._builder.build_serialized_network(network, config)
@@ -255,14 +274,14 @@ def _drop_logits(network: Any) -> None:
     network.unmark_output(next(tensor for tensor in outputs if tensor.name == LOGITS))
 
 
-def _configure(bundle: Bundle, settings: PlanSettings, tensorrt: Any, builder: Any) -> Any:
+def _configure(bundle: Bundle, settings: PlanSettings, library: Library, tensorrt: Any, builder: Any) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED
     if settings.workspace is not None:
         config.set_memory_pool_limit(tensorrt.MemoryPoolType.WORKSPACE, settings.workspace)
     config.clear_flag(tensorrt.BuilderFlag.TF32)  # fp32 promises its precision; for speed there are fp16 and bf16
-    for flag in _flags(settings):
+    for flag in (*library.flags, *_flags(settings)):
         config.set_flag(getattr(tensorrt.BuilderFlag, flag))
     if settings.hardware != "same":
         level = getattr(tensorrt.HardwareCompatibilityLevel, _LEVELS[settings.hardware])
@@ -328,7 +347,7 @@ def _ranges(specs: list[TensorSpec], settings: PlanSettings, *, n: Shape, h: int
 def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[None]:
     """Let the build use kernel timings of earlier builds on the same GPU and TensorRT version, and save its own."""
     name = f"{platform.gpu}-{platform.compute_capability}-{platform.tensorrt}"
-    path = directory / f"timing-{''.join(letter if letter.isalnum() else '-' for letter in name)}.cache"
+    path = directory / f"timing-{file_name_of(name)}.cache"
     known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)
     if not config.set_timing_cache(cache, ignore_mismatch=False):  # a mismatch: start with an empty cache
@@ -342,22 +361,10 @@ def _timing_cache(directory: Path, platform: Platform, config: Any) -> Iterator[
 
 
 def _smoke(bundle: Bundle, plan: Plan, gpu: Gpu, say: Say) -> None:
-    """Load the plan, and run one prefill chunk and one block of each size."""
     started = perf_counter()
     try:
         with TrtEngine(bundle, plan=plan, gpu=gpu) as engine:
-            slots = engine.num_slots
-            chunk = engine.prefill_chunk
-            engine.prefill(Batch([[0] * chunk] * slots, [chunk] * slots, [0] * slots))
-            for size in plan.manifest.settings.block_sizes:
-                forward = engine.forward(Batch([[0] * size] * slots, [1] * slots, [1] * slots))
-                _check_smoke(forward.next_ids, forward.num_accepted, size, engine.geometry.vocab_size)
+            run_smoke(engine)
     except CllmExportError as error:
         raise PlanError(f"the plan was built and does not run: {error}") from error
     say(f"loaded and ran in {perf_counter() - started:.1f} s")
-
-
-def _check_smoke(next_ids: list[list[int]], num_accepted: list[int], size: int, vocab_size: int) -> None:
-    sound = all(1 <= count <= size for count in num_accepted)
-    if not sound or not all(0 <= token < vocab_size for row in next_ids for token in row):
-        raise PlanError(f"a block of {size} gave next_ids {next_ids} and num_accepted {num_accepted}")

@@ -1,7 +1,8 @@
 """Report which parts of the GPU stack this machine has, which are missing or mismatched, and how to fix each.
 
-It works on a machine without any of them: before the driver is found, packages are looked up, not imported. It builds
-and runs nothing. Only building a plan shows that a plan runs here.
+It works on a machine without any of them: before the driver is found, packages are looked up, not imported. Only
+TensorRT for RTX is imported anywhere, because it loads anywhere. Nothing is built or run: only a plan that runs shows
+that plans run here.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any, Literal
 from cllm_export.errors import CllmExportError
 from cllm_export.extras import install_line
 from cllm_export.runtime.engines.cuda import DRIVER_LIBRARY, GpuFacts, open_cuda, probe_driver, version_text
-from cllm_export.tensorrt.library import TENSORRT, version_numbers
+from cllm_export.tensorrt.library import TENSORRT, TENSORRT_RTX, Library, version_numbers
 
 State = Literal["ok", "missing", "mismatch", "not needed"]
 
 OLDEST_CUDA_PYTHON = (12, 8)
 OLDEST_ORT = (1, 28)
 TENSORRT_PACKAGES = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
+RTX_LIBRARIES = "tensorrt-rtx-cu13-libs"
+"""What the bindings of TensorRT for RTX load, and do not depend on."""
 CUDNN = "libcudnn.so.9"
 PIP = "pip install '{}'"
 
@@ -42,19 +45,23 @@ def examine() -> list[Finding]:
     """All findings, starting with the driver."""
     driver = _driver()
     facts = _facts() if driver.state == "ok" else None
-    findings = [driver, _gpu(driver, facts), _cuda_python(facts), _tensorrt(facts), _onnxruntime(driver.state == "ok")]
-    return [*findings, _cudnn()]
+    findings = [driver, _gpu(driver, facts), _cuda_python(facts), _tensorrt(facts), _tensorrt_rtx()]
+    return [*findings, _onnxruntime(driver.state == "ok"), _cudnn()]
 
 
 def report(findings: list[Finding]) -> dict[str, Any]:
     """The findings in JSON form, and which engines can run."""
     state = {finding.name: finding.state for finding in findings}
     gpu = state["driver"] == "ok" and state["GPU"] == "ok"
-    plan = gpu and state["cuda-python"] == state["TensorRT"] == "ok"
+    device = gpu and state["cuda-python"] == "ok"
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "findings": [asdict(finding) for finding in findings],
-        "engines": {"cpu": state["ONNX Runtime"] in ("ok", "not needed"), "tensorrt": plan},
+        "engines": {
+            "cpu": state["ONNX Runtime"] in ("ok", "not needed"),
+            "tensorrt": device and state["TensorRT"] == "ok",
+            "tensorrt-rtx": device and state["TensorRT for RTX"] == "ok",
+        },
     }
 
 
@@ -116,18 +123,33 @@ def _tensorrt(facts: GpuFacts | None) -> Finding:
         return Finding(name="TensorRT", state="mismatch", detail=f"{found} is older than {oldest}", fix=fix)
     if facts is None:
         return Finding(name="TensorRT", state="ok", detail=f"{found}, not loaded: there is no GPU to load it for")
-    return _loaded_tensorrt(found)
+    return _loaded(TENSORRT, found)
 
 
-def _loaded_tensorrt(version: str) -> Finding:
+def _tensorrt_rtx() -> Finding:
+    """TensorRT for RTX builds plans on any machine, so it is loaded without a GPU too."""
+    name, package, found = TENSORRT_RTX.title, TENSORRT_RTX.package, _version(TENSORRT_RTX.package)
+    if found is None:
+        fix = "pip install 'cllm-export[tensorrt-rtx]'"
+        return Finding(name=name, state="not needed", detail="not installed; for plans for RTX cards", fix=fix)
+    if version_numbers(found)[:2] < TENSORRT_RTX.oldest:
+        oldest = TENSORRT_RTX.oldest_text
+        fix = PIP.format(f"{package}>={oldest}") + f" '{RTX_LIBRARIES}>={oldest}'"
+        return Finding(name=name, state="mismatch", detail=f"{found} is older than {oldest}", fix=fix)
+    return _loaded(TENSORRT_RTX, found)
+
+
+def _loaded(library: Library, version: str) -> Finding:
     from cllm_export.tensorrt.library import import_library
 
     try:
-        import_library(TENSORRT)
+        import_library(library)
     except CllmExportError as error:
-        fix = f"pip install --force-reinstall 'tensorrt=={version}'"
-        return Finding(name="TensorRT", state="mismatch", detail=str(error), fix=fix)
-    return Finding(name="TensorRT", state="ok", detail=f"{version}, loads")
+        fix = f"pip install --force-reinstall '{library.package}=={version}'"
+        fix += f" '{RTX_LIBRARIES}=={version}'" if library is TENSORRT_RTX else ""
+        return Finding(name=library.title, state="mismatch", detail=str(error), fix=fix)
+    without = ", without a GPU too" if library.targets else ""
+    return Finding(name=library.title, state="ok", detail=f"{version}, loads{without}")
 
 
 def _onnxruntime(has_driver: bool) -> Finding:

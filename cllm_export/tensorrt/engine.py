@@ -26,14 +26,16 @@ from cllm_export.bundle.contract import (
     graph_outputs,
 )
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
-from cllm_export.errors import EngineError
+from cllm_export.errors import EngineError, PlanError
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import Cuda, Direction
 from cllm_export.runtime.engines.kv_cache import check_row_shape
+from cllm_export.tensorrt.card_kernels import CardKernels
 from cllm_export.tensorrt.device_buffers import DeviceMemory
 from cllm_export.tensorrt.graph import GraphSource, errors_of
 from cllm_export.tensorrt.library import Gpu, Log, open_gpu
 from cllm_export.tensorrt.plan_files import Plan, Platform, find_plan, require_fit
+from cllm_export.tensorrt.smoke import run_smoke
 
 INT64 = 8
 PREFILL = 0
@@ -74,7 +76,7 @@ class TrtEngine(EngineBase):
     Raises:
         GpuError: there is no GPU, or TensorRT is too old or does not load.
         MissingExtraError: TensorRT or cuda-python is not installed.
-        PlanError: the bundle has no plan for this machine.
+        PlanError: the bundle has no plan for this machine, or a plan fails in its first forwards on this card.
         EngineError: TensorRT does not load the plan, or the plan breaks the contract.
     """
 
@@ -94,11 +96,13 @@ class TrtEngine(EngineBase):
             prefill_chunk=self._settings.prefill_chunk,
             fixed_shapes=bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes,
         )
+        self.block_sizes = self._settings.block_sizes
         self._gpu, self._trt, self._cuda = gpu, gpu.tensorrt, gpu.cuda
         self._inputs = graph_inputs(self.geometry, bundle.manifest.precision, self.fixed_shapes)
         self._outputs = graph_outputs(self.geometry, bundle.manifest.precision, self.fixed_shapes)
         self._cuda_graphs = cuda_graphs
         self._log = Log(self._trt)
+        self._kernels: CardKernels | None = None
         self.num_syncs = 0
         """How often the host has waited for the device: once per forward."""
         self._graphs: dict[_Shape, Any] = {}
@@ -113,6 +117,11 @@ class TrtEngine(EngineBase):
             self._check_engine()
             self._allocate(DeviceMemory(self._cuda, owned))
             owned.callback(self._drop_contexts)
+            if gpu.library.compiles_on_card:
+                self._kernels = CardKernels(self._trt, self._engine, plan, platform_of(gpu))
+                if not self._kernels.were_kept:
+                    self._run_first(plan)
+                    self._kernels.keep()
             self._owned = owned.pop_all()
 
     def __enter__(self) -> TrtEngine:
@@ -128,9 +137,9 @@ class TrtEngine(EngineBase):
             self._owned.close()
 
     @property
-    def block_sizes(self) -> tuple[int, ...]:
-        """Each n that the plan has a profile for."""
-        return self._settings.block_sizes
+    def kv_lengths(self) -> tuple[int, ...]:
+        """Each KV length S that forwards run with, ascending."""
+        return self._settings.kv_lengths
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         if with_logits and not self._settings.logits:
@@ -339,13 +348,34 @@ class TrtEngine(EngineBase):
         for past, present in cache_names(self.geometry.num_layers):
             size = int(np.prod(self._cache_shape())) * BYTES[specs[past].dtype]
             self._addresses[past] = self._addresses[present] = memory.device(size)
+        self._clear_cache()
+
+    def _clear_cache(self) -> None:
+        specs = {spec.name: spec for spec in self._inputs}
+        for past, _ in cache_names(self.geometry.num_layers):
+            size = int(np.prod(self._cache_shape())) * BYTES[specs[past].dtype]
             self._cuda.clear(self._addresses[past], size, self._stream)
 
     def _cache_shape(self) -> tuple[int, ...]:
         geometry = self.geometry
         return (self.num_slots, geometry.num_kv_heads, geometry.cache_length, geometry.head_dim)
 
+    def _run_first(self, plan: Plan) -> None:
+        """Run each shape of a plan that no forward has run on this card yet, and leave the engine as it was.
+
+        Raises:
+            PlanError: a forward fails.
+        """
+        try:
+            run_smoke(self, every_kv_length=True)
+        except EngineError as error:
+            raise PlanError(f"{plan.path} does not run on this card: {error}") from error
+        self._clear_cache()
+        self._cuda.synchronize(self._stream)
+        self.num_syncs, self.run_seconds = 0, 0.0
+
     def _drop_engine(self) -> None:
+        self._kernels = None
         del self._engine, self._runtime
 
     def _drop_contexts(self) -> None:
@@ -412,11 +442,16 @@ class TrtEngine(EngineBase):
 
         Prefill chunks are not recorded. They are wide enough to hide their launches, and they have many lengths.
         """
-        if not self._cuda_graphs or (shape.profile == PREFILL and not self.fixed_shapes):
+        if not self._cuda_graphs or not self._has_few_shapes(shape.profile):
             return
+        if self._kernels and not self._context(shape).is_stream_capturable(int(self._stream)):
+            raise EngineError(self._log.explain(f"TensorRT for RTX cannot record a forward of {shape} as a CUDA graph"))
         with self._cuda.capture(self._stream) as captured:
             self._enqueue(shape)
         self._graphs[shape] = captured[0]
+
+    def _has_few_shapes(self, profile: int) -> bool:
+        return profile != PREFILL or self.fixed_shapes is not None
 
     def _context(self, shape: _Shape) -> Any:
         """The execution context of a profile, set to a shape."""
@@ -430,8 +465,11 @@ class TrtEngine(EngineBase):
         return context
 
     def _make_context(self, profile: int) -> Any:
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        if self._kernels:
+            context = self._kernels.make_context(has_few_shapes=self._has_few_shapes(profile))
+        else:
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._engine.create_execution_context(strategy)
         if context is None:
             raise EngineError(self._log.explain("TensorRT makes no execution context"))
         context.set_device_memory(self._scratch, self._scratch_size)

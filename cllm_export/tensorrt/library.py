@@ -22,8 +22,11 @@ LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 LIBRARY_NAMES: tuple[LibraryName, ...] = get_args(LibraryName)
 
 KEPT_LINES, SHOWN_LINES = 64, 8
-NOISE = re.compile(r"Make sure (input|output) \S+ has Int64 binding")
-"""Warnings that every plan gets: all inputs and outputs of the contract that count something are int64."""
+NOISE = re.compile(
+    r"Make sure (input|output) \S+ has Int64 binding|The logger passed into \w+ differs|--- (Begin|End) node ---"
+)
+"""Messages that give no reason. All inputs and outputs of the contract that count something are int64, each build of a
+process has a log of its own, and the parser's own error names the node."""
 REPORT = re.compile(r"\A(Layers:|Total (Weights|Activation|Device Persistent) Memory:|Max Scratch Memory:)")
 """Log messages that describe the finished plan. ``plan_contents.py`` reads them."""
 
@@ -42,6 +45,10 @@ class Library:
     targets: tuple[str, ...] = ()
     """Generations of cards that it builds for without a GPU. Empty if it builds for the GPU of this machine."""
     has_timing_cache: bool = True
+    compiles_on_card: bool = False
+    """Whether the card that runs a plan compiles its kernels when they run first."""
+    flags: tuple[str, ...] = ()
+    """Flags of the builder that each plan gets."""
     lacks: tuple[tuple[str, str], ...] = ()
     """Options of a plan that it cannot do, and the reason."""
 
@@ -79,6 +86,8 @@ TENSORRT_RTX = Library(
     oldest=(1, 7),
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     has_timing_cache=False,
+    compiles_on_card=True,
+    flags=("REQUIRE_USER_ALLOCATION",),  # the build then fails if a forward could not be recorded as a CUDA graph
     lacks=(
         ("strip_weights", "its builder needs a GPU to strip weights"),
         ("version_compatible", "it ships no lean runtime, which such a plan needs"),

@@ -63,6 +63,11 @@ class PlanContents:
         return from_fields(cls, {**raw, "profiles": profiles})
 
 
+def profile_names(block_sizes: Sequence[int], count: int) -> list[str]:
+    """What each profile of a plan is for. A plan with fixed shapes has one profile for all."""
+    return ["prefill", *(f"n = {size}" for size in block_sizes)][-count:]
+
+
 def read_contents(report: Sequence[str]) -> PlanContents | None:
     """The contents of a plan from the messages of its build; None if the builder printed no layers.
 

@@ -26,7 +26,7 @@ from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import from_fields, require_at_least, require_one_of
 from cllm_export.errors import OptionError, PlanError
 from cllm_export.tensorrt.library import LIBRARIES, LibraryName
-from cllm_export.tensorrt.plan_contents import PlanContents
+from cllm_export.tensorrt.plan_contents import PlanContents, profile_names
 
 PLAN_SCHEMA_VERSION = 2
 PLANS_DIRECTORY = "plans"
@@ -194,6 +194,19 @@ class PlanManifest:
     def key(self) -> str:
         return plan_key(self.bundle_fingerprint, self.platform, self.settings)
 
+    @property
+    def built_by(self) -> str:
+        """The library that built it, and its version."""
+        return f"{LIBRARIES[self.platform.engine].title} {self.platform.tensorrt}"
+
+    @property
+    def built_for(self) -> str:
+        """The GPU or the generations of cards that it runs on."""
+        here = self.platform
+        if isinstance(here, Targets):
+            return f"{', '.join(here.targets)} on {here.system}"
+        return f"{here.gpu}, {here.generation}, driver for CUDA {here.driver}"
+
     def command(self, bundle: Path) -> str:
         """The command that builds this plan again."""
         return self.settings.command(bundle, self.platform)
@@ -273,6 +286,11 @@ def plan_key(fingerprint: str, platform: Platform | Targets, settings: PlanSetti
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 
+def file_name_of(text: str) -> str:
+    """A text as part of a file's name: anything but letters and digits becomes a hyphen."""
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+
 def plans_of(bundle: Bundle) -> Path:
     """The directory of a bundle's plans."""
     return bundle.path / PLANS_DIRECTORY
@@ -302,7 +320,7 @@ def find_plan(bundle: Bundle, here: Platform) -> Plan:
         PlanError: no plan fits, or several do, with different settings. If none fits, the message lists each plan's
             differences and the command that rebuilds it.
     """
-    plans = [open_plan(path) for path in _plan_directories(bundle)]
+    plans = plans_in(bundle)
     if not plans:
         build = f"cllm-export plan {bundle.path} --engine {here.engine}"
         build += f" --for {here.generation}" if LIBRARIES[here.engine].targets else ""
@@ -332,6 +350,41 @@ def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
             f"{plan.path} does not run here: {'; '.join(differences)}; "
             f"rebuild it with: {plan.manifest.command(bundle.path)}"
         )
+
+
+def describe_plans(bundle: Bundle) -> list[dict[str, Any]]:
+    """Each plan of a bundle, JSON-ready: what built it, for what, and what is inside. A damaged one has an error."""
+    return [_describe_plan(path, bundle) for path in _plan_directories(bundle)]
+
+
+def _describe_plan(path: Path, bundle: Bundle) -> dict[str, Any]:
+    try:
+        manifest = open_plan(path).manifest
+    except PlanError as error:
+        return {"key": path.name, "error": str(error)}
+    contents = asdict(manifest.contents) if manifest.contents else None
+    if contents:
+        names = profile_names(manifest.settings.block_sizes, len(contents["profiles"]))
+        contents["profiles"] = [{"name": name, **each} for name, each in zip(names, contents["profiles"], strict=True)]
+    return {
+        "key": path.name,
+        "error": None,
+        "built_by": manifest.built_by,
+        "built_for": manifest.built_for,
+        "is_of_this_bundle": manifest.bundle_fingerprint == bundle.fingerprint,
+        "size": manifest.size,
+        "settings": asdict(manifest.settings),
+        "contents": contents,
+    }
+
+
+def plans_in(bundle: Bundle) -> list[Plan]:
+    """Every plan of a bundle, whatever it runs on.
+
+    Raises:
+        PlanError: one is damaged.
+    """
+    return [open_plan(path) for path in _plan_directories(bundle)]
 
 
 def _plan_directories(bundle: Bundle) -> Iterator[Path]:

@@ -32,10 +32,11 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ["plan", "BUNDLE"],
         ["generate", "BUNDLE", "--provider", "tensorrt", "a prompt"],
+        ["generate", "BUNDLE", "--provider", "tensorrt-rtx", "a prompt"],
         ["generate", "BUNDLE", "--provider", "cuda", "a prompt"],
         ["build", "CHECKPOINT", "--output", "OUTPUT", "--target", "tensorrt"],
     ],
-    ids=["plan", "generate by TensorRT", "generate by CUDA", "build"],
+    ids=["plan", "generate by TensorRT", "generate by TensorRT for RTX", "generate by CUDA", "build"],
 )
 def test_without_a_gpu_a_command_for_one_ends_in_one_sentence_and_writes_nothing(
     cli: Cli, tmp_path: Path, arguments: list[str]
@@ -58,7 +59,7 @@ def test_doctor_reports_on_a_machine_without_a_gpu(cli: Cli):
     assert "driver" in outcome.out
     assert "fix: install NVIDIA's driver" in outcome.out
     report = json.loads(cli("doctor", "--json").out)
-    assert report["engines"] == {"cpu": True, "tensorrt": False}
+    assert report["engines"] == {"cpu": True, "tensorrt": False, "tensorrt-rtx": False}
     assert {finding["name"] for finding in report["findings"]} >= {"driver", "GPU", "TensorRT", "ONNX Runtime", "cuDNN"}
 
 

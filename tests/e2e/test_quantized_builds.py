@@ -82,13 +82,7 @@ def test_int4_for_tensorrt_is_built_shown_and_verified(cli: Cli, workshop: Works
     assert verified.code == 0, verified.out
 
 
-def test_a_graph_for_onnx_runtime_is_refused_for_a_plan(
-    cli: Cli,
-    workshop: Workshop,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", object)
+def test_a_graph_for_onnx_runtime_is_refused_for_a_plan(cli: Cli, workshop: Workshop, output: Path):
     options = ("--output", output, "--precision", "int4", "--target", "tensorrt")
     assert_refused(cli("build", workshop.checkpoint("small"), *options), "add --quantize-for tensorrt")
     assert list(output.parent.iterdir()) == []

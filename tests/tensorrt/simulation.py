@@ -509,6 +509,8 @@ class SimulatedTensorRt:
         self.broken: set[str] = set()
         self.module: Any = None
         self.executions = 0
+        self.compiled: list[tuple[int, ...]] = []
+        """Each kernel that was compiled on this card: its profile, and the shape that it is for."""
         self._logger: Any = None
 
     def fails(self, what: str) -> bool:
@@ -691,10 +693,75 @@ class SimulatedTensorRt:
     def ICudaEngine_get_device_memory_size_for_profile_v2(self, engine: Any, profile_index: int) -> int:
         return 1024 * (profile_index + 1)
 
-    def ICudaEngine_create_execution_context(self, engine: Any, strategy: Any) -> Any:
+    def ICudaEngine_create_runtime_config(self, engine: Any) -> Any:
+        return self.module.make("IRuntimeConfig")
+
+    def IRuntimeConfig_create_runtime_cache(self, config: Any) -> Any:
+        return self.module.make("IRuntimeCache", kernels=[])
+
+    def IRuntimeConfig_set_runtime_cache(self, config: Any, cache: Any) -> bool:
+        config._values["cache"] = cache
+        return "runtime cache" not in self.broken
+
+    def IRuntimeConfig_set_execution_context_allocation_strategy(self, config: Any, strategy: Any) -> None:
+        config._values["strategy"] = strategy
+
+    def IRuntimeCache_deserialize(self, cache: Any, blob: bytes) -> bool:
+        """It takes what the same card, driver and library serialized."""
+        try:
+            kept = json.loads(blob)
+        except ValueError:
+            return False
+        if kept["card"] != self._card():
+            return False
+        cache._values["kernels"] = [tuple(each) for each in kept["kernels"]]
+        return True
+
+    def IRuntimeCache_serialize(self, cache: Any) -> HostMemory:
+        kept = {"card": self._card(), "kernels": sorted(cache._values["kernels"])}
+        return HostMemory(json.dumps(kept).encode())
+
+    def _card(self) -> list[Any]:
+        return [self.cuda.name, self.cuda.driver, self.module.__version__]
+
+    def _compile(self, context: Any) -> None:
+        """What TensorRT for RTX does when a context runs a shape first: it compiles, which takes long."""
+        config = context._values["config"]
+        if config is None:
+            return
+        kinds = self.module.DynamicShapesKernelSpecializationStrategy
+        strategy = config._values.get("dynamic_shapes_kernel_specialization_strategy", kinds.LAZY)
+        if strategy is kinds.LAZY:
+            raise Nonconforming("kernels would change while the context runs, under a graph that was recorded")
+        shape = context._values["shapes"].get("input_ids", ()) if strategy is kinds.EAGER else ()
+        rows = context._values["shapes"].get("kv_positions", ()) if strategy is kinds.EAGER else ()
+        kernel = (context._values["profile"], *shape, *rows)
+        if kernel not in config._values["cache"]._values["kernels"]:
+            self.compiled.append(kernel)
+            config._values["cache"]._values["kernels"].append(kernel)
+
+    def IExecutionContext_is_stream_capturable(self, context: Any, stream: int) -> bool:
+        return "capture" not in self.broken
+
+    def ICudaEngine_create_execution_context(
+        self, engine: Any, strategy: Any = None, runtime_config: Any = None
+    ) -> Any:
+        if runtime_config is not None:
+            strategy = runtime_config._values.get("strategy")
+            recorded = runtime_config._values.get("cuda_graph_strategy", self.module.CudaGraphStrategy.DISABLED)
+            if recorded is not self.module.CudaGraphStrategy.DISABLED:
+                raise Nonconforming("the library would record graphs of its own inside ours")
         if strategy is not self.module.ExecutionContextAllocationStrategy.USER_MANAGED:
             raise Nonconforming("a context would allocate scratch memory of its own")
-        return self.module.make("IExecutionContext", engine=engine, addresses={}, shapes={}, profile=0, scratch=None)
+        return self.module.make(
+            "IExecutionContext",
+            engine=engine,
+            config=runtime_config,
+            addresses={},
+            shapes={},
+            profile=0,
+            scratch=None,
+        )
 
     def IExecutionContext_set_device_memory(self, context: Any, memory: int, size: int) -> None:
         self.cuda.require_device(memory, size)
@@ -719,6 +786,7 @@ class SimulatedTensorRt:
     def IExecutionContext_execute_async_v3(self, context: Any, stream_handle: int) -> bool:
         if self.fails("execute"):
             return False
+        self._compile(context)
         values, engine = dict(context._values), context._values["engine"]._values
         if not engine["has_weights"]:
             raise Nonconforming("a stripped plan was run before its weights were put in")

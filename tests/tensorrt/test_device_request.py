@@ -30,7 +30,6 @@ from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
 from cllm_export.runtime.service import Service
-from cllm_export.tensorrt import engine as trt_engine
 from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.engine import TrtEngine
 from cllm_export.tensorrt.loop import device_loop
@@ -278,7 +277,7 @@ def machine(bundle: Bundle, plan: Plan, tmp_path: Path, monkeypatch: pytest.Monk
     """What ``load`` takes for this machine's GPU."""
     simulated = SimulatedGpu()
     gpu = replace(simulated.gpu, compiler=simulated.compiler(tmp_path))
-    monkeypatch.setattr(trt_engine, "open_gpu", lambda: gpu)
+    monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", lambda _: gpu)
     return simulated
 
 

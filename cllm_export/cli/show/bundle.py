@@ -21,6 +21,37 @@ def show_description(description: Mapping[str, Any]) -> None:
     OUT.print(Text(description["path"], "bold"))
     for name, value in _description_lines(description):
         OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
+    for plan in description["plans"]:
+        _show_plan(plan)
+
+
+def _show_plan(plan: Mapping[str, Any]) -> None:
+    OUT.print(Text.assemble(("plan ", "bold"), (plan["key"], "bold")))
+    if plan["error"]:
+        OUT.print(Text(plan["error"], "bold red"))
+        return
+    contents = plan["contents"]
+    lines = {
+        "built by": plan["built_by"],
+        "built for": plan["built_for"] + ("" if plan["is_of_this_bundle"] else "; of another build of this bundle"),
+        "file": bytes_text(plan["size"]),
+        "weights on the device": bytes_text(contents["weight_bytes"]) if contents else "the builder does not say",
+    }
+    for name, value in lines.items():
+        OUT.print(Text.assemble((f"{name:<28} ", "dim"), value))
+    if contents:
+        OUT.print(_profiles_table(contents["profiles"]))
+
+
+def _profiles_table(profiles: Sequence[Mapping[str, Any]]) -> Table:
+    """What a forward of each profile runs."""
+    columns = ("profile", "kernels", "attention", "cache copies", "reformats", "host copies", "device memory")
+    table = plain_table(*columns)
+    for profile in profiles:
+        attention = ", ".join(f"{count} x {kernel}" for kernel, count in profile["attention"].items()) or "spelled out"
+        counts = (str(profile[key]) for key in ("cache_copies", "reformats", "host_copies"))
+        table.add_row(profile["name"], str(profile["kernels"]), attention, *counts, bytes_text(profile["device_bytes"]))
+    return table
 
 
 def show_memory(figures: Sequence[Figure], verdict: Verdict) -> None:
@@ -37,7 +68,7 @@ def show_findings(findings: Sequence[Finding], report: Mapping[str, Any]) -> Non
     OUT.print(Text(report["system"], "bold"))
     for finding in findings:
         style = {"ok": "green", "not needed": "dim"}.get(finding.state, "bold red")
-        OUT.print(Text.assemble(f"{finding.name:<13} ", (f"{finding.state:<11} ", style), finding.detail))
+        OUT.print(Text.assemble(f"{finding.name:<17} ", (f"{finding.state:<11} ", style), finding.detail))
         if finding.fix:
             OUT.print(Text(f"    fix: {finding.fix}", "yellow"))
     usable = [name for name, works in report["engines"].items() if works]

@@ -62,6 +62,11 @@ class Engine(Protocol):
         """Whether a loop can run on its device. Then it is a ``TrtEngine``, see ``device_loop.py``."""
         ...
 
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Each n that it runs as it is, ascending. Blocks in between are padded. Empty where n may be any."""
+        ...
+
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         """Run a block [B, n] through every slot; see ``contract.py`` for the meaning of each argument.
 
@@ -135,6 +140,7 @@ class EngineBase:
 
     can_copy_rows = False
     has_device_loop = False
+    block_sizes: tuple[int, ...] = ()
     _AFTER_CLOSE = "load the bundle again"
 
     def __init__(

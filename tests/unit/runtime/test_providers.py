@@ -24,7 +24,7 @@ from tests.fakes import write_bundle
 
 def test_an_unknown_provider_is_refused_by_name(tmp_path: Path):
     bundle = write_bundle(tmp_path / "bundle")
-    with pytest.raises(OptionError, match="provider must be one of cpu, cuda, tensorrt, got 'gpu'"):
+    with pytest.raises(OptionError, match="provider must be one of cpu, cuda, tensorrt, tensorrt-rtx, got 'gpu'"):
         load(bundle.path, provider="gpu")  # type: ignore[arg-type]
 
 

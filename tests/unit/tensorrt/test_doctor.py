@@ -11,7 +11,7 @@ from cllm_export.errors import GpuError
 from cllm_export.runtime.engines import cuda
 from cllm_export.runtime.engines.cuda import GpuFacts, probe_driver
 from cllm_export.tensorrt import doctor
-from cllm_export.tensorrt.library import TENSORRT, open_gpu
+from cllm_export.tensorrt.library import TENSORRT, Library, open_gpu
 
 FACTS = GpuFacts(name="A GPU", compute_capability="9.0", memory=80_000_000_000, driver="12.9")
 
@@ -65,10 +65,11 @@ def test_a_machine_with_nothing_is_told_what_to_install(machine: Any):
         "GPU": "missing",
         "cuda-python": "missing",
         "TensorRT": "missing",
+        "TensorRT for RTX": "not needed",
         "ONNX Runtime": "missing",
         "cuDNN": "not needed",
     }
-    assert report["engines"] == {"cpu": False, "tensorrt": False}
+    assert report["engines"] == {"cpu": False, "tensorrt": False, "tensorrt-rtx": False}
     missing = [each for each in report["findings"] if each["state"] == "missing" and each["name"] != "GPU"]
     assert all(each["fix"] for each in missing)
 
@@ -77,19 +78,21 @@ def test_a_machine_with_everything_needs_nothing(machine: Any):
     packages = {
         "cuda-bindings": "12.9.1",
         "tensorrt": "11.4.0.106",
+        "tensorrt-rtx-cu13-bindings": "1.7.1.116",
         "onnxruntime-gpu": "1.32.0",
         "nvidia-cudnn-cu12": "9.9",
     }
     report = machine(packages, Driver(), ("CUDAExecutionProvider", "CPUExecutionProvider"))
     assert set(states(report).values()) == {"ok"}
     assert not any(finding["fix"] for finding in report["findings"])
-    assert report["engines"] == {"cpu": True, "tensorrt": True}
+    assert report["engines"] == {"cpu": True, "tensorrt": True, "tensorrt-rtx": True}
 
 
 @pytest.mark.parametrize(
     ("package", "version", "name", "detail", "fix"),
     [
         ("tensorrt", "10.14.1.48", "TensorRT", "older than 10.15", "tensorrt>=10.15"),
+        ("tensorrt-rtx-cu13-bindings", "1.6.0", "TensorRT for RTX", "older than 1.7", "tensorrt-rtx-cu13-libs>=1.7"),
         ("cuda-bindings", "12.6.0", "cuda-python", "older than 12.8", "cuda-python>=12.8"),
         ("cuda-bindings", "13.0.0", "cuda-python", "the driver takes up to 12.9", "cuda-python==12.*"),
         ("onnxruntime-gpu", "1.27.0", "ONNX Runtime", "older than 1.28", "onnxruntime-gpu>=1.28"),
@@ -105,6 +108,24 @@ def test_what_does_not_fit_is_named_with_the_line_that_mends_it(
     assert finding["state"] == "mismatch"
     assert detail in finding["detail"]
     assert fix in finding["fix"]
+
+
+def test_tensorrt_for_rtx_is_loaded_without_a_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch):
+    """A build server has none. The library for data-centre cards would crash there, and is only looked up."""
+    packages, loaded = {"tensorrt": "11.4.0.106", "tensorrt-rtx-cu13-bindings": "1.7.1.116"}, []
+    report = machine(packages)
+    [finding] = [each for each in report["findings"] if each["name"] == "TensorRT for RTX"]
+    assert (finding["state"], finding["detail"]) == ("ok", "1.7.1.116, loads, without a GPU too")
+    assert report["engines"]["tensorrt-rtx"] is False, "there is no card to run a plan on"
+
+    def fail(library: Library) -> None:
+        loaded.append(library.name)
+        raise GpuError("it does not load: libtensorrt_rtx.so.1 is not there")
+
+    monkeypatch.setattr("cllm_export.tensorrt.library.import_library", fail)
+    [finding] = [each for each in map(vars, doctor.examine()) if each["name"] == "TensorRT for RTX"]
+    assert (finding["state"], loaded) == ("mismatch", ["tensorrt-rtx"])
+    assert "tensorrt-rtx-cu13-libs==1.7.1.116" in finding["fix"]
 
 
 def test_cudnn_is_missed_only_where_onnx_runtimes_cuda_provider_is(machine: Any):

@@ -76,7 +76,8 @@ def time_in_turn(
         EngineError: an engine failed.
     """
     samples: list[dict[int, list[float]]] = [
-        {size: [] for size in sizes if size <= engine.geometry.max_block_size} for engine in engines
+        {size: [] for size in sizes if size in (engine.block_sizes or range(1, engine.geometry.max_block_size + 1))}
+        for engine in engines
     ]
     started, num_rounds = clock(), 0
     while True:
