@@ -31,6 +31,7 @@ from cllm_export.bundle.manifest import (
     write_manifest,
 )
 from cllm_export.errors import EngineError
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.drafts.sources import Proposer
 from cllm_export.runtime.decoding.jacobi import Autoregressive, BlockJacobi, SlidingJacobi
@@ -123,6 +124,9 @@ def greedy(model: LanguageModel, prompt: Sequence[int], count: int, *, eos: Coll
         tokens.append(model.predict(rows))
         rows.append(Row(tokens[-1], model.context(tokens)))
     return tokens[len(prompt) :]
+
+
+ALL_EXACT = ExactSizes(equal=frozenset(range(1, 65)))
 
 
 class Call(NamedTuple):
@@ -431,8 +435,12 @@ def make_model(
     draft_model: DraftModel | None = None,
     prefix_cache_bytes: int = 0,
     forward_seconds: Mapping[int, float] | None = None,
+    exact_sizes: ExactSizes = ALL_EXACT,
 ) -> Model:
-    """A model that runs the fake engine instead of ONNX Runtime. By default it caches no prompts."""
+    """A model that runs the fake engine instead of ONNX Runtime. By default it caches no prompts.
+
+    Its block sizes count as compared with n = 1 already, so that an engine's calls are those of requests.
+    """
     manifest = bundle.manifest
     engine = FakeEngine(
         language_model,
@@ -452,6 +460,7 @@ def make_model(
         draft_model=draft_model,
         prompt_state=state,
         forward_seconds=forward_seconds,
+        exact_sizes=exact_sizes,
     )
 
 

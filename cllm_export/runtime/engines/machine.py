@@ -13,6 +13,11 @@ from cllm_export.errors import MissingExtraError, OptionError
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own limits."""
 
+CPUINFO = Path("/proc/cpuinfo")
+
+KERNEL_FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx", "asimd", "neon", "sve", "sme", "i8mm", "bf16", "fphp")
+"""How the names of instruction sets for arithmetic begin, on x86 and on Arm."""
+
 
 def available_threads() -> int:
     """Number of CPUs that this process may use."""
@@ -100,9 +105,27 @@ def describe_machine(threads: int | None) -> dict[str, Any]:
     }
 
 
+def describe_processor(threads: int) -> dict[str, Any]:
+    """What the bits of a forward on the CPU depend on, besides the library: processor, its features, and threads."""
+    return {"device": _processor(), "features": processor_features(), "threads": threads}
+
+
+def processor_features() -> list[str]:
+    """The instruction sets that a library may choose its kernels by, sorted: ``avx512_vnni``, ``asimddp``.
+
+    Where the system names none, it is the machine's architecture alone.
+    """
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = next((line.split(":", 1)[1] for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return [platform.machine(), *sorted({name for name in found.split() if name.startswith(KERNEL_FEATURES)})]
+
+
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
