@@ -39,7 +39,7 @@ from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.shared_options import threads_option
-from cllm_export.runtime.load import PROVIDERS, Provider, load
+from cllm_export.runtime.load import Provider, load, provider_option
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import BlockSize, GenerateOptions
 from cllm_export.runtime.request_run import Generation
@@ -113,11 +113,7 @@ class EngineChoice:
         otherwise="the bundle's batch size",
     )
     threads: int | None = threads_option()
-    provider: Provider = option(
-        "cpu",
-        choices=PROVIDERS,
-        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt.",
-    )
+    provider: Provider = provider_option()
     cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them.")
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
-from cllm_export.checks import names_options, require_at_least, require_one_of
+from cllm_export.checks import names_options, option, require_at_least, require_one_of
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.runtime.decoding.block_size.certificate import conditions_of, read_certified_sizes
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
@@ -151,6 +151,16 @@ def _load_draft_model(
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
+def provider_option() -> Any:
+    """What runs a bundle, as an option of a command."""
+    return option(
+        "cpu",
+        choices=PROVIDERS,
+        help="What runs the bundle: ONNX Runtime on cpu or cuda, or the bundle's plan by tensorrt.",
+        group="Machine",
+    )
 
 
 def open_engine(

@@ -7,9 +7,11 @@ margin between its best token and the engine's token is below a stated epsilon.
 
 from __future__ import annotations
 
+import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, open_bundle
@@ -18,12 +20,20 @@ from cllm_export.errors import ChecksumError, EngineError, GraphError, OptionErr
 from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.engines.machine import available_memory, available_threads, describe_machine
+from cllm_export.runtime.decoding.block_size.certificate import conditions_of
+from cllm_export.runtime.engines.machine import (
+    available_memory,
+    available_threads,
+    describe_processor,
+    onnxruntime_version,
+)
 from cllm_export.verification.engine_checks import (
+    EngineRun,
     check_cache_is_in_place,
     check_dead_rows_are_hidden,
     check_rows_are_isolated,
 )
+from cllm_export.verification.exact import exactness_of
 from cllm_export.verification.files import check_corruption_is_caught
 from cllm_export.verification.report import (
     DEFAULT_NUM_PROMPTS,
@@ -59,6 +69,9 @@ def verify(
     the first layers is compared with the checkpoint's first layers. If bundle and checkpoint do not fit in memory, they
     are compared layer by layer, and the report says that nothing was decoded.
 
+    The report certifies the provider of the options, on this machine. It says which block sizes are bit-equal to n = 1
+    there, and ``load`` uses what it says where the same holds.
+
     Raises:
         ChecksumError: a file of the bundle is corrupted.
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
@@ -66,7 +79,8 @@ def verify(
     options = options or VerifyOptions()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
-    instead = _why_by_layer(bundle, options.by_layer)
+    run = EngineRun(options.provider, options.threads)
+    instead = _why_by_layer(bundle, options)
     if instead and checkpoint is None:
         raise OptionError(
             f"nothing would be decoded ({instead}): give checkpoint, to compare with", fields=("checkpoint",)
@@ -76,8 +90,8 @@ def verify(
         "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
         "max_new_tokens": options.max_new_tokens,
         "compared_with_checkpoint": checkpoint is not None,
-        "quantization": bundle.manifest.quantization.scheme if bundle.manifest.quantization else None,
-        **describe_machine(options.threads),
+        "python": platform.python_version(),
+        **_certified(bundle, run, is_opened=not instead),
     }
     try:
         bundle.check_files(progress)
@@ -86,7 +100,7 @@ def verify(
         write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
         raise
     progress = progress or (lambda *_: None)
-    checks = [Check(name="checksums", passed=True, detail=files_text(bundle))]
+    checks, exact = [Check(name="checksums", passed=True, detail=files_text(bundle))], None
     if instead and checkpoint:
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
         checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
@@ -95,12 +109,35 @@ def verify(
         reference = open_reference(bundle, checkpoint, base) if checkpoint else None
         checks += TokenSession(bundle, prompts, reference, options, progress).token_checks()
         progress("checks of the engine", 0, 1)
-        checks += [check(bundle, options.threads) for check in ENGINE_CHECKS]
+        checks += [check(bundle, run) for check in ENGINE_CHECKS]
+        exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
+        checks.append(exact.check)
     progress("checks of the files", 0, 1)
     checks.append(check_corruption_is_caught(bundle))
-    parity = Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks))
+    parity = Parity(
+        bundle_fingerprint=bundle.fingerprint,
+        conditions=conditions,
+        checks=tuple(checks),
+        exact_sizes=exact.to_dict() if exact else None,
+    )
     write_parity(bundle, parity)
     return parity
+
+
+def _certified(bundle: Bundle, run: EngineRun, *, is_opened: bool) -> dict[str, Any]:
+    """Provider, device, precision, threads and versions that the report is about.
+
+    Raises:
+        GpuError, PlanError, EngineError, MissingExtraError: there is no such engine here.
+    """
+    if not is_opened:  # no engine takes the bundle whole: ONNX Runtime's CPU provider runs its layers
+        threads = run.threads or available_threads()
+        return conditions_of(bundle, run.provider, describe_processor(threads) | onnxruntime_version())
+    engine = run.open(bundle)
+    try:
+        return conditions_of(bundle, run.provider, engine.describe())
+    finally:
+        engine.close()
 
 
 def check_layers(
@@ -140,10 +177,12 @@ def check_layers(
     return reported(check) if manifest.quantization else check
 
 
-def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
-    """Why the bundle is compared layer by layer, or None if it is decoded."""
-    if wanted is not None:
-        return "asked for layer by layer" if wanted else None
+def _why_by_layer(bundle: Bundle, options: VerifyOptions) -> str | None:
+    """Why the bundle is compared layer by layer, or None if it is decoded. A GPU decodes it whole."""
+    if options.by_layer is not None:
+        return "asked for layer by layer" if options.by_layer else None
+    if options.provider != "cpu":
+        return None
     manifest = bundle.manifest
     if manifest.precision == "bf16":
         return "no engine here multiplies bf16 matrices"

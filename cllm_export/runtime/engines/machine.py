@@ -15,8 +15,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 CPUINFO = Path("/proc/cpuinfo")
 
-KERNEL_FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx", "asimd", "neon", "sve", "sme", "i8mm", "bf16", "fphp")
-"""How the names of instruction sets for arithmetic begin, on x86 and on Arm."""
+X86_FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx")
+ARM_FEATURES = ("asimd", "neon", "fphp", "sve", "smei", "smef", "sme2", "i8mm", "bf16")
+"""How the names of instruction sets for arithmetic begin on x86, and on Arm."""
 
 
 def available_threads() -> int:
@@ -93,16 +94,25 @@ def _left_of_cgroup() -> int | None:
 
 def describe_machine(threads: int | None) -> dict[str, Any]:
     """The facts that a measured figure depends on besides the bundle."""
+    return {
+        "processor": _processor(),
+        "threads": threads or available_threads(),
+        **onnxruntime_version(),
+        "python": platform.python_version(),
+    }
+
+
+def onnxruntime_version() -> dict[str, str]:
+    """ONNX Runtime and its version, as ``describe`` of an engine names libraries.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError:
         raise MissingExtraError("onnxruntime", extra="cpu") from None
-    return {
-        "processor": _processor(),
-        "threads": threads or available_threads(),
-        "onnxruntime": onnxruntime.__version__,
-        "python": platform.python_version(),
-    }
+    return {"onnxruntime": onnxruntime.__version__}
 
 
 def describe_processor(threads: int) -> dict[str, Any]:
@@ -120,7 +130,10 @@ def processor_features() -> list[str]:
     except OSError:
         lines = []
     found = next((line.split(":", 1)[1] for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return [platform.machine(), *sorted({name for name in found.split() if name.startswith(KERNEL_FEATURES)})]
+    return [
+        platform.machine(),
+        *sorted({name for name in found.split() if name.startswith(X86_FEATURES + ARM_FEATURES)}),
+    ]
 
 
 def _processor() -> str:

@@ -30,7 +30,12 @@ from cllm_export.errors import EngineError, GpuError, MissingExtraError, OptionE
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
 from cllm_export.runtime.engines.cuda import describe_gpu, require_gpu
 from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
-from cllm_export.runtime.engines.machine import available_threads, describe_processor, require_memory
+from cllm_export.runtime.engines.machine import (
+    available_threads,
+    describe_processor,
+    onnxruntime_version,
+    require_memory,
+)
 from cllm_export.runtime.engines.mapped_weights import MappedWeights
 
 if TYPE_CHECKING:
@@ -274,10 +279,8 @@ class OrtEngine(EngineBase):
         return {past: buffer.value.data_ptr() for past, buffer in self._cache.items()}
 
     def describe(self) -> dict[str, Any]:
-        import onnxruntime
-
         device = describe_processor(self._threads) if self._device == "cpu" else describe_gpu()
-        return device | {"onnxruntime": onnxruntime.__version__}
+        return device | onnxruntime_version()
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         size = self._check_batch(batch)

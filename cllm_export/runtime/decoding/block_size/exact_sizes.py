@@ -21,8 +21,11 @@ from cllm_export.runtime.engines.base import Engine
 
 BUDGET_SECONDS = 2.0
 """What a comparison before a first request may take, by the times of forwards that are known then."""
-PAST = 16
-"""KV rows before the compared ones, in a comparison before a first request."""
+PREFILLED = 16
+"""KV rows that a comparison before a first request prefills."""
+PAST = 17 * PREFILLED
+"""KV rows before the compared ones there. The others are copies, which cost no forward. Attention over so many rows
+adds up in more than one part, as it does in long texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +75,29 @@ class RowsOfOne:
         engine: has logits, and n that may vary.
         past: KV rows before the compared ones. The engine's prefill writes them.
         count: number of compared rows. The cache must have room for all.
+        prefilled: prefill only this many rows of the past, and copy them for the rest. By default all of it.
         seed: of the texts.
 
     Raises:
         EngineError: the engine failed.
     """
 
-    def __init__(self, engine: Engine, *, past: int, count: int, seed: int = 0) -> None:
+    def __init__(self, engine: Engine, *, past: int, count: int, prefilled: int | None = None, seed: int = 0) -> None:
         generator = random.Random(seed)  # noqa: S311 - test data, not a secret
         vocabulary = engine.geometry.vocab_size
         self._engine, self._count = engine, count
         self._starts = [past - slot % 2 if past else 0 for slot in range(engine.num_slots)]
         self._texts = [[generator.randrange(vocabulary) for _ in range(start + count)] for start in self._starts]
-        self.fill(engine.prefill_chunk)
+        self.fill(engine.prefill_chunk, most=prefilled)
+        if prefilled:
+            self._copy_up(prefilled)
         self._rows = [digest for row in range(count) for digest in self._forward(row, 1)]
 
-    def fill(self, width: int) -> None:
-        """Prefill the past of every slot, in chunks of this width."""
-        for begin in range(0, max(self._starts), width):
-            size = min(width, max(self._starts) - begin)
+    def fill(self, width: int, *, most: int | None = None) -> None:
+        """Prefill the past of every slot in chunks of this width, or the first ``most`` rows of it."""
+        end = min(max(self._starts), most or max(self._starts))
+        for begin in range(0, end, width):
+            size = min(width, end - begin)
             chunks = [text[begin : begin + size] for text in self._texts]
             slots = self._engine.num_slots
             self._engine.prefill(Batch(chunks, [size] * slots, [begin] * slots))
@@ -123,6 +130,14 @@ class RowsOfOne:
         for slot, (rows, start) in enumerate(zip(held, self._starts, strict=True)):
             self._engine.write_rows(slot, 0, start, rows)
         return all(self._forward(row, 1) == self._rows[row : row + 1] for row in range(num_blocks))
+
+    def _copy_up(self, count: int) -> None:
+        """Repeat the first rows of every slot up to its start."""
+        for slot, start in enumerate(self._starts):
+            rows = self._engine.read_rows(slot, 0, min(count, start))
+            for begin in range(count, start, count):
+                stop = min(begin + count, start)
+                self._engine.write_rows(slot, begin, stop, rows[:, :, : stop - begin])
 
     def _forward(self, row: int, size: int) -> list[tuple[bytes, ...]]:
         """Digests of logits and KV of rows ``row`` to ``row + size``: for each row, those of every slot."""
@@ -159,7 +174,9 @@ def compare_sizes(engine: Engine, sizes: Sequence[int]) -> ExactSizes:
     """
     if not sizes:
         return ExactSizes()
-    rows = RowsOfOne(engine, past=_past_of(engine, max(sizes)), count=max(sizes))
+    prefilled = min(PREFILLED, engine.prefill_chunk)
+    most = min(PAST if engine.can_copy_rows else prefilled, engine.geometry.cache_length - max(sizes))
+    rows = RowsOfOne(engine, past=most, count=max(sizes), prefilled=min(prefilled, most))
     equal = frozenset(size for size in sizes if rows.are_given_by(size))
     return ExactSizes(equal=equal, different=frozenset(sizes) - equal)
 
@@ -177,11 +194,7 @@ def affordable_sizes(
     chosen: list[int] = []
     for size in sizes:
         wanted = [*chosen, size]
-        cost = time(PAST) + max(wanted) * time(1) + sum(map(time, wanted))
+        cost = time(PREFILLED) + max(wanted) * time(1) + sum(map(time, wanted))
         if cost <= budget:
             chosen = wanted
     return tuple(chosen)
-
-
-def _past_of(engine: Engine, count: int) -> int:
-    return max(0, min(PAST, engine.geometry.cache_length - count, engine.prefill_chunk))

@@ -16,7 +16,7 @@ from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.auto_sizes import candidate_sizes, settle_sizes
 from cllm_export.runtime.decoding.block_size.certificate import conditions_of, differences, read_certified_sizes
 from cllm_export.runtime.decoding.block_size.exact_sizes import (
-    PAST,
+    PREFILLED,
     ExactSizes,
     RowsOfOne,
     affordable_sizes,
@@ -37,7 +37,7 @@ NOTHING = ExactSizes()
 
 
 class RoundingEngine(FakeEngine):
-    """Rounds otherwise where it is told to: a logit, or a KV row, is off in its last bits.
+    """Rounds otherwise where it is told to: logits, or a KV row, are off in their last bits.
 
     Args:
         logits_of: whether the logits of row ``index`` of a forward of n tokens are off, by n, index and slot.
@@ -63,7 +63,7 @@ class RoundingEngine(FakeEngine):
             for index in range(size):
                 (self._off.add if self._kv_of(size, index, slot) else self._off.discard)((slot, start + index))
                 if forward.logits is not None and self._logits_of(size, index, slot):
-                    forward.logits[slot, index, 5] += np.float32(1e-7)
+                    forward.logits[slot, index] += np.float32(1e-7)
         return forward
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
@@ -121,8 +121,8 @@ def test_kv_that_differs_makes_a_size_different_though_its_logits_agree():
 
 
 def test_a_block_that_differs_only_after_another_is_found_where_all_blocks_are_compared():
-    engine = RoundingEngine(kv_of=lambda size, index, _: size == 4 and engine.calls[-1].write_index[0] > PAST)
-    rows = RowsOfOne(engine, past=PAST, count=16)
+    engine = RoundingEngine(kv_of=lambda size, index, _: size == 4 and engine.calls[-1].write_index[0] > 9)
+    rows = RowsOfOne(engine, past=9, count=16)
     assert rows.are_given_by(4)
     assert not rows.are_given_by(4, num_blocks=None)
     assert rows.are_given_by(2, num_blocks=None)
@@ -200,7 +200,16 @@ def test_the_comparison_runs_as_many_forwards_as_its_bound_says():
     engine = RoundingEngine()
     compare_sizes(engine, (2, 4, 8))
     ran = [(call.kind, len(call.input_ids[0])) for call in engine.calls]
-    assert ran == [("prefill", PAST), *[("forward", 1)] * 8, *(("forward", size) for size in (2, 4, 8))]
+    assert ran == [("prefill", PREFILLED), *[("forward", 1)] * 8, *(("forward", size) for size in (2, 4, 8))]
+
+
+def test_the_comparison_reads_more_rows_than_it_prefills():
+    """Attention over many rows adds up in parts, and must be compared too."""
+    engine = RoundingEngine(num_slots=2)
+    compare_sizes(engine, (2, 16))
+    past = engine.geometry.cache_length - 16
+    assert [call.write_index for call in engine.calls[1:3]] == [[past, past - 1], [past + 1, past]]
+    assert engine.num_rows_restored == past - PREFILLED + past - 1 - PREFILLED
 
 
 def test_a_size_that_differed_once_is_different():
