@@ -86,7 +86,7 @@ def _certified(report: Mapping[str, Any]) -> str:
     versions = [f"{LIBRARIES[name]} {conditions[name]}" for name in LIBRARIES if name in conditions]
     threads = [f"{conditions['threads']} thread{'s' * (conditions['threads'] != 1)}"] if "threads" in conditions else []
     precision = conditions["quantization"] or conditions["precision"]
-    text = f"provider {conditions['provider']} on {conditions['device']}, " + ", ".join(
+    text = f"provider {conditions['provider']} on {conditions['device'] or 'an unknown device'}, " + ", ".join(
         [precision, *versions, *threads]
     )
     if sizes is None:

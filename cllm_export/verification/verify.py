@@ -11,7 +11,6 @@ import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, open_bundle
@@ -91,7 +90,7 @@ def verify(
         "max_new_tokens": options.max_new_tokens,
         "compared_with_checkpoint": checkpoint is not None,
         "python": platform.python_version(),
-        **_certified(bundle, run, is_opened=not instead),
+        **conditions_of(bundle, run.provider, {"device": None}),
     }
     try:
         bundle.check_files(progress)
@@ -102,12 +101,15 @@ def verify(
     progress = progress or (lambda *_: None)
     checks, exact = [Check(name="checksums", passed=True, detail=files_text(bundle))], None
     if instead and checkpoint:
+        conditions |= describe_processor(options.threads or available_threads()) | onnxruntime_version()
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
         checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
     else:
         progress("opening bundle and checkpoint", 0, 1)
         reference = open_reference(bundle, checkpoint, base) if checkpoint else None
-        checks += TokenSession(bundle, prompts, reference, options, progress).token_checks()
+        session = TokenSession(bundle, prompts, reference, options, progress)
+        conditions |= session.describe_engine()
+        checks += session.token_checks()
         progress("checks of the engine", 0, 1)
         checks += [check(bundle, run) for check in ENGINE_CHECKS]
         exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
@@ -122,22 +124,6 @@ def verify(
     )
     write_parity(bundle, parity)
     return parity
-
-
-def _certified(bundle: Bundle, run: EngineRun, *, is_opened: bool) -> dict[str, Any]:
-    """Provider, device, precision, threads and versions that the report is about.
-
-    Raises:
-        GpuError, PlanError, EngineError, MissingExtraError: there is no such engine here.
-    """
-    if not is_opened:  # no engine takes the bundle whole: ONNX Runtime's CPU provider runs its layers
-        threads = run.threads or available_threads()
-        return conditions_of(bundle, run.provider, describe_processor(threads) | onnxruntime_version())
-    engine = run.open(bundle)
-    try:
-        return conditions_of(bundle, run.provider, engine.describe())
-    finally:
-        engine.close()
 
 
 def check_layers(
