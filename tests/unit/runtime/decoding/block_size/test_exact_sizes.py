@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cllm_export.bundle.contract import Batch
@@ -28,50 +26,21 @@ from cllm_export.runtime.decoding.block_size.latency_file import (
     write_compared_sizes,
     write_latency,
 )
-from cllm_export.runtime.engines.base import Forward, KvRows
+from cllm_export.runtime.engines.base import KvRows
 from cllm_export.runtime.model import Model
-from tests.fakes import PAD, FakeEngine, HashModel, greedy, make_geometry, make_model, with_manifest, write_bundle
+from tests.fakes import (
+    PAD,
+    FakeEngine,
+    HashModel,
+    RoundingEngine,
+    greedy,
+    make_model,
+    with_manifest,
+    write_bundle,
+)
 
 SIZES = (2, 4, 8, 12, 16)
 NOTHING = ExactSizes()
-
-
-class RoundingEngine(FakeEngine):
-    """Rounds otherwise where it is told to: logits, or a KV row, are off in their last bits.
-
-    Args:
-        logits_of: whether the logits of row ``index`` of a forward of n tokens are off, by n, index and slot.
-        kv_of: whether its KV is off.
-    """
-
-    def __init__(
-        self,
-        *,
-        logits_of: Callable[[int, int, int], bool] = lambda *_: False,
-        kv_of: Callable[[int, int, int], bool] = lambda *_: False,
-        num_slots: int = 1,
-        max_block_size: int = 16,
-    ) -> None:
-        geometry = make_geometry(vocab_size=64, max_length=64, max_block_size=max_block_size)
-        super().__init__(HashModel(vocab_size=64), geometry, num_slots=num_slots)
-        self._logits_of, self._kv_of = logits_of, kv_of
-        self._off: set[tuple[int, int]] = set()
-
-    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
-        forward, size = super().forward(batch, with_logits=with_logits), len(batch.input_ids[0])
-        for slot, start in enumerate(batch.write_index):
-            for index in range(size):
-                (self._off.add if self._kv_of(size, index, slot) else self._off.discard)((slot, start + index))
-                if forward.logits is not None and self._logits_of(size, index, slot):
-                    forward.logits[slot, index] += np.float32(1e-7)
-        return forward
-
-    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
-        rows = super().read_rows(slot, start, stop)
-        for index in range(start, stop):
-            if (slot, index) in self._off:
-                rows[-1, -1, index - start, -1] += 1
-        return rows
 
 
 def settle(engine: FakeEngine, *, first: int = 1, known: ExactSizes = NOTHING, seconds: float = 1e-4):
