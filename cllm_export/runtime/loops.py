@@ -138,7 +138,7 @@ class LoopMaker:
         if isinstance(block_size, int):
             return PinnedSize(block_size)
         if self._auto is None:
-            trained, largest = self._limits.trained_with, self._limits.max_block_size
+            trained, largest = self._limits.trained_with, self._engine.max_block_size
             first = min(trained.block_size, largest) if trained else 1
             self._auto = settle_sizes(
                 self._engine,

@@ -133,6 +133,10 @@ class TrtEngine(EngineBase):
         return self._settings.block_sizes
 
     @property
+    def max_block_size(self) -> int:
+        return self.block_sizes[-1]
+
+    @property
     def has_logits(self) -> bool:  # type: ignore[override]
         return self._settings.logits
 

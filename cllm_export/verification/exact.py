@@ -81,8 +81,10 @@ def check_exact_sizes(
         if not engine.has_logits:
             return _not_checked("the plan gives no logits")
         num_slots.append(engine.num_slots)
-        largest = engine.geometry.max_block_size
-        sizes = sorted({*candidate_sizes(largest), *own_sizes} - {1})
+        sizes = sorted(
+            {*candidate_sizes(engine.max_block_size), *(size for size in own_sizes if size <= engine.max_block_size)}
+            - {1}
+        )
         room = engine.geometry.cache_length - max([1, *sizes])
         fitting = [each for each in pasts if each <= room] or [room]
         tried |= set(fitting)

@@ -63,6 +63,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_block_size(self) -> int:
+        """The largest n of a decode forward."""
+        ...
+
+    @property
     def has_logits(self) -> bool:
         """Whether ``forward`` can fetch logits."""
         ...
@@ -159,6 +164,10 @@ class EngineBase:
         self.fixed_shapes = fixed_shapes
         self.run_seconds = 0.0
         self._is_closed = False
+
+    @property
+    def max_block_size(self) -> int:
+        return self.geometry.max_block_size
 
     def describe(self) -> dict[str, Any]:
         return {"device": None}
