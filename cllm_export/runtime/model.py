@@ -116,8 +116,8 @@ class Model:
 
         At every fixed n each method and proposer gives the tokens that autoregressive decoding gives at that n. These
         are the model's greedy tokens, or with a ``temperature`` the tokens that the seed draws. Another n may round a
-        near tie differently. ``auto``, the default of ``jacobi``, gives the tokens of n = 1: it uses only sizes that are
-        bit-equal to n = 1 on this engine, see ``auto_sizes``.
+        near tie differently. ``auto``, the default of ``jacobi``, gives the tokens of n = 1: it uses only sizes that
+        are bit-equal to n = 1 on this engine, see ``auto_sizes``.
 
         Args:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.

@@ -6,7 +6,8 @@ autoregressive decoding at that n.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
@@ -47,25 +48,28 @@ def exactness_of(bundle: Bundle, run: EngineRun, *, own_sizes: Sequence[int] = (
     may_vary = run.provider in ("cpu", "cuda") and manifest.graphs[GREEDY_GRAPH].fixed_shapes is None
     sizes = {manifest.block_size, *own_sizes, *([manifest.trained_with.block_size] if manifest.trained_with else [])}
 
-    def opened() -> Iterator[Engine]:
+    def opened() -> Generator[Engine]:
         for num_slots in sorted({1, max(2, manifest.batch_size)}) if may_vary else [None]:
             engine = run.open(bundle, num_slots=num_slots)
-            yield engine
-            engine.close()
+            try:
+                yield engine
+            finally:
+                engine.close()
 
     try:
-        return check_exact_sizes(opened, own_sizes=tuple(sizes))
+        with closing(opened()) as engines:
+            return check_exact_sizes(engines, own_sizes=tuple(sizes))
     except EngineError as error:
         return Exactness(Check(name=NAME, passed=False, detail=str(error)), None, [])
 
 
 def check_exact_sizes(
-    opened: Callable[[], Iterator[Engine]], *, own_sizes: tuple[int, ...], pasts: tuple[int, ...] = PASTS
+    engines: Iterable[Engine], *, own_sizes: tuple[int, ...], pasts: tuple[int, ...] = PASTS
 ) -> Exactness:
     """Compare every size that ``auto`` may choose, every prefill width and the prefix cache with forwards of one token.
 
     Args:
-        opened: gives engines, each with another number of slots. Each is used before the next one is asked for.
+        engines: each with another number of slots. Each is used before the next one is asked for.
         own_sizes: sizes to compare besides those of ``auto``.
         pasts: numbers of KV rows before the compared ones. Those that the cache has no room for are left out.
 
@@ -75,7 +79,7 @@ def check_exact_sizes(
     found, tried = ExactSizes(), set[int]()
     num_slots: list[int] = []
     problems: list[str] = []
-    for engine in opened():
+    for engine in engines:
         if engine.fixed_shapes:
             return _not_checked("the engine has one shape")
         if not engine.has_logits:

@@ -72,6 +72,10 @@ class TokenSession:
             given = ", ".join(map(str, self._block_sizes))
             raise OptionError(f"this bundle is pinned to blocks of {own}, got {given}: leave block_sizes out")
 
+    def close(self) -> None:
+        """Free the engine."""
+        self._model.close()
+
     def describe_engine(self) -> dict[str, Any]:
         """What the checks run on; see ``Engine.describe``."""
         return self._model.engine.describe()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
@@ -107,9 +108,9 @@ def verify(
     else:
         progress("opening bundle and checkpoint", 0, 1)
         reference = open_reference(bundle, checkpoint, base) if checkpoint else None
-        session = TokenSession(bundle, prompts, reference, options, progress)
-        conditions |= session.describe_engine()
-        checks += session.token_checks()
+        with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
+            conditions |= session.describe_engine()
+            checks += session.token_checks()
         progress("checks of the engine", 0, 1)
         checks += [check(bundle, run) for check in ENGINE_CHECKS]
         exact = exactness_of(bundle, run, own_sizes=options.block_sizes)

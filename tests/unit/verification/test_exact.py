@@ -20,7 +20,7 @@ SIZES = [2, 3, 4, 8, 12, 16]
 
 
 def compared(*engines: Engine, pasts: tuple[int, ...] = (5, 20)) -> Exactness:
-    return check_exact_sizes(lambda: iter(engines), own_sizes=(3,), pasts=pasts)
+    return check_exact_sizes(engines, own_sizes=(3,), pasts=pasts)
 
 
 def test_an_exact_engine_passes_and_its_sizes_are_named():
