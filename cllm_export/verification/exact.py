@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
 from cllm_export.errors import EngineError
 from cllm_export.runtime.decoding.block_size.auto_sizes import candidate_sizes
-from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes, RowsOfOne
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes, RowsOfOne, room_before
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.verification.engine_checks import EngineRun
 from cllm_export.verification.report import Check
@@ -89,7 +89,7 @@ def check_exact_sizes(
             {*candidate_sizes(engine.max_block_size), *(size for size in own_sizes if size <= engine.max_block_size)}
             - {1}
         )
-        room = engine.geometry.cache_length - max([1, *sizes])
+        room = room_before(engine, max([1, *sizes]))
         fitting = [each for each in pasts if each <= room] or [room]
         tried |= set(fitting)
         for past in fitting:

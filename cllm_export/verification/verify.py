@@ -7,11 +7,11 @@ margin between its best token and the engine's token is below a stated epsilon.
 
 from __future__ import annotations
 
-import platform
 import random
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, open_bundle
@@ -33,7 +33,7 @@ from cllm_export.verification.engine_checks import (
     check_dead_rows_are_hidden,
     check_rows_are_isolated,
 )
-from cllm_export.verification.exact import exactness_of
+from cllm_export.verification.exact import Exactness, exactness_of
 from cllm_export.verification.files import check_corruption_is_caught
 from cllm_export.verification.report import (
     DEFAULT_NUM_PROMPTS,
@@ -47,6 +47,9 @@ from cllm_export.verification.report import (
     write_parity,
 )
 from cllm_export.verification.tokens import TokenSession, open_reference
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.parity.reference import Reference
 
 ENGINE_CHECKS = (check_rows_are_isolated, check_dead_rows_are_hidden, check_cache_is_in_place)
 
@@ -79,7 +82,6 @@ def verify(
     options = options or VerifyOptions()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
-    run = EngineRun(options.provider, options.threads)
     instead = _why_by_layer(bundle, options)
     if instead and checkpoint is None:
         raise OptionError(
@@ -90,14 +92,12 @@ def verify(
         "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
         "max_new_tokens": options.max_new_tokens,
         "compared_with_checkpoint": checkpoint is not None,
-        "python": platform.python_version(),
-        **conditions_of(bundle, run.provider, {"device": None}),
+        **conditions_of(bundle, options.provider, {"device": None}),
     }
     try:
         bundle.check_files(progress)
     except ChecksumError as error:
-        corrupted = Check(name="checksums", passed=False, detail=str(error))
-        write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
+        _write(bundle, conditions, [Check(name="checksums", passed=False, detail=str(error))], None)
         raise
     progress = progress or (lambda *_: None)
     checks, exact = [Check(name="checksums", passed=True, detail=files_text(bundle))], None
@@ -108,23 +108,39 @@ def verify(
     else:
         progress("opening bundle and checkpoint", 0, 1)
         reference = open_reference(bundle, checkpoint, base) if checkpoint else None
-        with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
-            conditions |= session.describe_engine()
-            checks += session.token_checks()
-        progress("checks of the engine", 0, 1)
-        checks += [check(bundle, run) for check in ENGINE_CHECKS]
-        exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
-        checks.append(exact.check)
+        found, facts, exact = _decode(bundle, prompts, reference, options, progress)
+        conditions |= facts
+        checks += found
     progress("checks of the files", 0, 1)
     checks.append(check_corruption_is_caught(bundle))
+    return _write(bundle, conditions, checks, exact.to_dict() if exact else None)
+
+
+def _write(
+    bundle: Bundle, conditions: dict[str, Any], checks: Sequence[Check], exact_sizes: dict[str, Any] | None
+) -> Parity:
     parity = Parity(
-        bundle_fingerprint=bundle.fingerprint,
-        conditions=conditions,
-        checks=tuple(checks),
-        exact_sizes=exact.to_dict() if exact else None,
+        bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks), exact_sizes=exact_sizes
     )
     write_parity(bundle, parity)
     return parity
+
+
+def _decode(
+    bundle: Bundle,
+    prompts: Sequence[Prompt],
+    reference: Reference | None,
+    options: VerifyOptions,
+    progress: Progress,
+) -> tuple[list[Check], dict[str, Any], Exactness]:
+    """The checks that need an engine, what it depends on, and which sizes are exact on it."""
+    with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
+        facts, checks = session.describe_engine(), session.token_checks()
+    progress("checks of the engine", 0, 1)
+    run = EngineRun(options.provider, options.threads)
+    checks += [check(bundle, run) for check in ENGINE_CHECKS]
+    exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
+    return [*checks, exact.check], facts, exact
 
 
 def check_layers(

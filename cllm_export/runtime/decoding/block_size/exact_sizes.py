@@ -175,7 +175,7 @@ def compare_sizes(engine: Engine, sizes: Sequence[int]) -> ExactSizes:
     if not sizes:
         return ExactSizes()
     prefilled = min(PREFILLED, engine.prefill_chunk)
-    most = min(PAST if engine.can_copy_rows else prefilled, engine.geometry.cache_length - max(sizes))
+    most = min(PAST if engine.can_copy_rows else prefilled, room_before(engine, max(sizes)))
     rows = RowsOfOne(engine, past=most, count=max(sizes), prefilled=min(prefilled, most))
     equal = frozenset(size for size in sizes if rows.are_given_by(size))
     return ExactSizes(equal=equal, different=frozenset(sizes) - equal)
@@ -198,3 +198,11 @@ def affordable_sizes(
         if cost <= budget:
             chosen = wanted
     return tuple(chosen)
+
+
+def room_before(engine: Engine, count: int) -> int:
+    """How many KV rows may lie before ``count`` compared ones: with them they are a text of at most the maximum length.
+
+    A forward at the last row then has room for a block of any size, as an engine may pad its blocks to.
+    """
+    return max(0, engine.geometry.cache_length - (engine.geometry.max_block_size - 1) - count)

@@ -34,6 +34,7 @@ from tests.fakes import (
     HashModel,
     RoundingEngine,
     greedy,
+    make_geometry,
     make_model,
     with_manifest,
     write_bundle,
@@ -176,9 +177,14 @@ def test_the_comparison_reads_more_rows_than_it_prefills():
     """Attention over many rows adds up in parts, and must be compared too."""
     engine = RoundingEngine(num_slots=2)
     compare_sizes(engine, (2, 16))
-    past = engine.geometry.cache_length - 16
+    past = engine.geometry.cache_length - 15 - 16
     assert [call.write_index for call in engine.calls[1:3]] == [[past, past - 1], [past + 1, past]]
     assert engine.num_rows_restored == past - PREFILLED + past - 1 - PREFILLED
+
+
+def test_a_cache_without_room_is_compared_from_its_first_row_on():
+    engine = FakeEngine(HashModel(vocab_size=64), make_geometry(vocab_size=64, max_length=4, max_block_size=16))
+    assert compare_sizes(engine, SIZES).equal == set(SIZES)
 
 
 def test_a_size_that_differed_once_is_different():
