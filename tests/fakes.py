@@ -7,7 +7,7 @@ drafts, and reads whatever the cache holds. A loop with a wrong write index gets
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -31,6 +31,7 @@ from cllm_export.bundle.manifest import (
     write_manifest,
 )
 from cllm_export.errors import EngineError
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.drafts.sources import Proposer
 from cllm_export.runtime.decoding.jacobi import Autoregressive, BlockJacobi, SlidingJacobi
@@ -123,6 +124,9 @@ def greedy(model: LanguageModel, prompt: Sequence[int], count: int, *, eos: Coll
         tokens.append(model.predict(rows))
         rows.append(Row(tokens[-1], model.context(tokens)))
     return tokens[len(prompt) :]
+
+
+ALL_EXACT = ExactSizes(equal=frozenset(range(1, 65)))
 
 
 class Call(NamedTuple):
@@ -296,6 +300,44 @@ def make_geometry(*, vocab_size: int = 32, max_length: int = 64, max_block_size:
     )
 
 
+class RoundingEngine(FakeEngine):
+    """Rounds otherwise where it is told to: logits, or a KV row, are off in their last bits.
+
+    Args:
+        logits_of: whether the logits of row ``index`` of a forward of n tokens are off, by n, index and slot.
+        kv_of: whether its KV is off.
+    """
+
+    def __init__(
+        self,
+        *,
+        logits_of: Callable[[int, int, int], bool] = lambda *_: False,
+        kv_of: Callable[[int, int, int], bool] = lambda *_: False,
+        num_slots: int = 1,
+        max_block_size: int = 16,
+    ) -> None:
+        geometry = make_geometry(vocab_size=64, max_length=64, max_block_size=max_block_size)
+        super().__init__(HashModel(vocab_size=64), geometry, num_slots=num_slots)
+        self._logits_of, self._kv_of = logits_of, kv_of
+        self._off: set[tuple[int, int]] = set()
+
+    def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
+        forward, size = super().forward(batch, with_logits=with_logits), len(batch.input_ids[0])
+        for slot, start in enumerate(batch.write_index):
+            for index in range(size):
+                (self._off.add if self._kv_of(size, index, slot) else self._off.discard)((slot, start + index))
+                if forward.logits is not None and self._logits_of(size, index, slot):
+                    forward.logits[slot, index] += np.float32(1e-7)
+        return forward
+
+    def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
+        rows = super().read_rows(slot, start, stop)
+        for index in range(start, stop):
+            if (slot, index) in self._off:
+                rows[-1, -1, index - start, -1] += 1
+        return rows
+
+
 def decode(
     decoder_type: type[SlidingJacobi] | type[BlockJacobi] | type[Autoregressive],
     engine: Engine,
@@ -431,8 +473,12 @@ def make_model(
     draft_model: DraftModel | None = None,
     prefix_cache_bytes: int = 0,
     forward_seconds: Mapping[int, float] | None = None,
+    exact_sizes: ExactSizes = ALL_EXACT,
 ) -> Model:
-    """A model that runs the fake engine instead of ONNX Runtime. By default it caches no prompts."""
+    """A model that runs the fake engine instead of ONNX Runtime. By default it caches no prompts.
+
+    Its block sizes count as compared with n = 1 already, so that an engine's calls are those of requests.
+    """
     manifest = bundle.manifest
     engine = FakeEngine(
         language_model,
@@ -452,6 +498,7 @@ def make_model(
         draft_model=draft_model,
         prompt_state=state,
         forward_seconds=forward_seconds,
+        exact_sizes=exact_sizes,
     )
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES, Load, running_figures
+
+LIBRARIES = {
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "driver": "driver",
+}
+"""Names of what a certificate has the version of."""
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -60,11 +69,28 @@ def _parity(bundle: Bundle) -> str:
         report = json.loads((bundle.path / PARITY_NAME).read_text(encoding="utf-8"))
         fingerprint, passed = report["bundle_fingerprint"], report["passed"]
         compared = report["conditions"]["compared_with_checkpoint"]
+        certified = _certified(report)
     except FileNotFoundError:
         return "not verified: run cllm-export verify"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "parity.json is damaged: run cllm-export verify again"
     if fingerprint != bundle.fingerprint:
         return "verified before it was rebuilt: run cllm-export verify again"
     proved = "verified" if compared else "verified, though not against its checkpoint"
-    return proved if passed else "verification failed, see parity.json"
+    return f"{proved if passed else 'verification failed, see parity.json'}; {certified}"
+
+
+def _certified(report: Mapping[str, Any]) -> str:
+    """What a certificate is about: provider, device, precision, versions, threads; and which sizes are exact there."""
+    conditions, sizes = report["conditions"], report["exact_sizes"]
+    versions = [f"{LIBRARIES[name]} {conditions[name]}" for name in LIBRARIES if name in conditions]
+    threads = [f"{conditions['threads']} thread{'s' * (conditions['threads'] != 1)}"] if "threads" in conditions else []
+    precision = conditions["quantization"] or conditions["precision"]
+    text = f"provider {conditions['provider']} on {conditions['device'] or 'an unknown device'}, " + ", ".join(
+        [precision, *versions, *threads]
+    )
+    if sizes is None:
+        return text
+    exact = f"bit-equal to n = 1: {', '.join(map(str, sizes['equal'])) or 'no other n'}"
+    different = f"; not bit-equal: {', '.join(map(str, sizes['different']))}" if sizes["different"] else ""
+    return f"{text}; {exact}{different}"

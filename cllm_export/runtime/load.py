@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES
 from cllm_export.checks import names_options, option, require_at_least, require_one_of
-from cllm_export.errors import OptionError
-from cllm_export.runtime.decoding.block_size.latency_file import read_latency
+from cllm_export.errors import OptionError, OutputError
+from cllm_export.runtime.decoding.block_size.certificate import conditions_of, read_certified_sizes
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
+from cllm_export.runtime.decoding.block_size.latency_file import (
+    read_compared_sizes,
+    read_latency,
+    write_compared_sizes,
+)
 from cllm_export.runtime.decoding.draft_model import DraftModel, check_pair
 from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.text import TextCodec
@@ -21,6 +28,8 @@ from cllm_export.runtime.options import pad_token
 
 if TYPE_CHECKING:
     from cllm_export.tensorrt.library import LibraryName
+
+log = logging.getLogger(__name__)
 
 
 @names_options
@@ -64,15 +73,45 @@ def load(
     if draft:
         check_pair(bundle, draft)
     engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
-    latency = read_latency(bundle, num_slots=engine.num_slots, threads=threads) if provider == "cpu" else None
+    measured = _Measured(bundle, engine, provider, threads)
     return Model(
         bundle.manifest,
         engine,
         TextCodec.of_bundle(bundle),
         draft_model=_load_draft_model(draft, engine.num_slots, threads, provider, cuda_graphs) if draft else None,
         prompt_state=_make_prompt_state(bundle, engine, prefix_cache_bytes),
-        forward_seconds=latency,
+        forward_seconds=measured.times(),
+        exact_sizes=measured.sizes(),
+        keep_sizes=measured.keep_sizes,
     )
+
+
+class _Measured:
+    """What the files of a bundle know of its forwards on this engine. ``latency.json`` is of ONNX Runtime's CPU."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, provider: Provider, threads: int | None) -> None:
+        self._bundle, self._engine, self._provider = bundle, engine, provider
+        self._key: dict[str, Any] = {"num_slots": engine.num_slots, "threads": threads}
+
+    def times(self) -> dict[int, float] | None:
+        return read_latency(self._bundle, **self._key) if self._provider == "cpu" else None
+
+    def sizes(self) -> ExactSizes:
+        """The sizes that the certificate or ``latency.json`` compared under the conditions that hold here."""
+        conditions = conditions_of(self._bundle, self._provider, self._engine.describe())
+        certified = read_certified_sizes(self._bundle, conditions, num_slots=self._engine.num_slots)
+        if self._provider != "cpu":
+            return certified
+        return certified.joined(read_compared_sizes(self._bundle, **self._key))
+
+    def keep_sizes(self, sizes: ExactSizes) -> None:
+        """Keep them for the next load. Where the directory is read-only, they are compared again each time."""
+        if self._provider != "cpu":
+            return
+        try:
+            write_compared_sizes(self._bundle, sizes, **self._key)
+        except OutputError as error:
+            log.info("the compared block sizes are not kept: %s", error)
 
 
 def _make_prompt_state(bundle: Bundle, engine: Engine, max_bytes: int | None) -> PromptState | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from cllm_export.runtime.decoding.block_size.chooser import BLOCK_SIZES, PinnedSize, SizeChooser, SizePolicy
-from cllm_export.runtime.decoding.block_size.time_forwards import time_forwards
+from cllm_export.runtime.decoding.block_size.auto_sizes import AutoSizes, candidate_sizes, settle_sizes
+from cllm_export.runtime.decoding.block_size.chooser import PinnedSize, SizePolicy
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.jacobi import Decoder
 from cllm_export.runtime.decoding.lookahead.loop import LookaheadLoop
@@ -39,7 +40,7 @@ class Loop(Protocol):
 class LoopMaker:
     """Makes the loops for one engine. Not thread-safe.
 
-    It keeps two things across requests: the chooser of n and the loops on the device. Each is made at its first use.
+    It keeps two things across requests: what ``auto`` means and the loops on the device. Each is made at its first use.
 
     Args:
         engine: runs the forwards.
@@ -47,6 +48,8 @@ class LoopMaker:
         draft_model: serves the ``model`` proposer.
         prefix_cache: keeps the KV of prompts.
         forward_seconds: seconds of a forward by block size, if they are known.
+        exact_sizes: block sizes that were compared with n = 1 on such an engine before.
+        keep_sizes: takes them again, with those that were compared here.
     """
 
     def __init__(
@@ -57,13 +60,17 @@ class LoopMaker:
         draft_model: DraftModel | None,
         prefix_cache: PrefixCache | None,
         forward_seconds: Mapping[int, float] | None,
+        exact_sizes: ExactSizes,
+        keep_sizes: Callable[[ExactSizes], None],
     ) -> None:
         self._engine = engine
         self._limits = limits
         self._draft_model = draft_model
         self._prefix_cache = prefix_cache
         self._forward_seconds = forward_seconds
-        self._chooser: SizeChooser | None = None
+        self._exact_sizes = exact_sizes
+        self._keep_sizes = keep_sizes
+        self._auto: AutoSizes | None = None
         self._device_loops: DeviceLoops | None = None
 
     def require(self, request: ResolvedRequest) -> None:
@@ -116,26 +123,33 @@ class LoopMaker:
             prefix_cache=self._prefix_cache,
         )
 
+    @property
+    def auto_sizes(self) -> tuple[int, ...] | None:
+        """The sizes that ``auto`` chooses among; None until the first request for which n is chosen."""
+        return self._auto.sizes if self._auto else None
+
     def close(self) -> None:
         """Free the loops on the device, before the engine is closed."""
         if self._device_loops:
             self._device_loops.close()
 
     def _size_policy(self, block_size: BlockSize) -> SizePolicy:
-        """The policy that gives n. All requests share one chooser. If T(n) is not known, it is measured here, once."""
+        """The policy that gives n. All requests share one chooser. What it must know is measured here, once."""
         if isinstance(block_size, int):
             return PinnedSize(block_size)
-        if self._chooser is None:
-            trained, largest = self._limits.trained_with, self._limits.max_block_size
-            own = self._engine.block_sizes or range(1, largest + 1)
-            first = min(trained.block_size, largest) if trained else 1
-            first = first if first in own else 1
-            others = (size for size in BLOCK_SIZES if size not in (1, first))
-            sizes = [size for size in (1, *([first] if first > 1 else []), *others) if size in own] or own[:1]
-            pad = self._limits.pad_token_id
-            seconds = self._forward_seconds or time_forwards(self._engine, sizes, pad_token_id=pad)
-            self._chooser = SizeChooser(sizes, first=first, known_times=seconds)
-        return self._chooser
+        if self._auto is None:
+            trained = self._limits.trained_with
+            first = min(trained.block_size, self._engine.max_block_size) if trained else 1
+            self._auto = settle_sizes(
+                self._engine,
+                candidate_sizes(self._engine, first=first),
+                first=first,
+                pad_token_id=self._limits.pad_token_id,
+                known_times=self._forward_seconds,
+                known_sizes=self._exact_sizes,
+                keep=self._keep_sizes,
+            )
+        return self._auto.policy
 
     def _device_engine(self, request: ResolvedRequest) -> TrtEngine:
         from cllm_export.tensorrt.loop.device_request import require_device_loop

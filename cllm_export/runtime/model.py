@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from cllm_export.errors import EngineError, OptionError, PromptError
 from cllm_export.prompts import Chat, as_chat, is_message, split_chat_arguments
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.drafts.ngram_pool import NgramPool
 from cllm_export.runtime.decoding.prefix.prefix_cache import PrefixCache
@@ -46,6 +47,9 @@ class Model:
     Args:
         forward_seconds: seconds of a forward by block size, if they are known. Otherwise they are measured before the
             first request for which n is chosen.
+        exact_sizes: block sizes that were compared with n = 1 on such an engine; by default none. The others are
+            compared before the first request for which n is chosen.
+        keep_sizes: takes the compared sizes then, to know them another time.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Model:
         draft_model: DraftModel | None = None,
         prompt_state: PromptState | None = None,
         forward_seconds: Mapping[int, float] | None = None,
+        exact_sizes: ExactSizes | None = None,
+        keep_sizes: Callable[[ExactSizes], None] = lambda _: None,
     ) -> None:
         if draft_model and draft_model.num_lanes < engine.num_slots:
             raise OptionError(f"a draft model for {engine.num_slots} slots has {draft_model.num_lanes} lanes")
@@ -74,6 +80,8 @@ class Model:
             draft_model=draft_model,
             prefix_cache=self.prefix_cache,
             forward_seconds=forward_seconds,
+            exact_sizes=exact_sizes or ExactSizes(),
+            keep_sizes=keep_sizes,
         )
         self.lease = Lease()
 
@@ -108,7 +116,8 @@ class Model:
 
         At every fixed n each method and proposer gives the tokens that autoregressive decoding gives at that n. These
         are the model's greedy tokens, or with a ``temperature`` the tokens that the seed draws. Another n may round a
-        near tie differently. So may ``auto``, the default of ``jacobi``, on a processor where this was not checked.
+        near tie differently. ``auto``, the default of ``jacobi``, gives the tokens of n = 1: it uses only sizes that
+        are bit-equal to n = 1 on this engine, see ``auto_sizes``.
 
         Args:
             prompt: text, token ids, or chat messages (``{"role", "content"}``) for the model's chat template.
@@ -146,6 +155,15 @@ class Model:
         run = self.requests.make(self.encode(prompt, **arguments), given)
         self.loops.require(run.request)
         return run
+
+    @property
+    def auto_sizes(self) -> tuple[int, ...] | None:
+        """The block sizes that ``auto`` chooses among: those whose rows are bit-equal to those of n = 1 here.
+
+        Where there is no other than 1, it is the one n that ``auto`` means. None until the first request for which n is
+        chosen, because its sizes are compared then.
+        """
+        return self.loops.auto_sizes
 
     @property
     def prefix_cache(self) -> PrefixCache | None:

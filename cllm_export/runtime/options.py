@@ -67,8 +67,9 @@ class GenerateOptions(Sampling):
     ``speculative``. A block of ``jacobi-block`` keeps its size, so ``auto`` is refused there. An engine with fixed
     shapes has one n, and ``auto`` means that n.
 
-    At every fixed n the tokens are those of autoregressive decoding at that n. ``auto`` may round a near tie
-    differently on a processor where this was not checked."""
+    At every fixed n the tokens are those of autoregressive decoding at that n. ``auto`` gives those of n = 1: it uses
+    only sizes that are bit-equal to n = 1 on the engine. Where none is, it means the n of the training, else 1, and a
+    warning says so."""
     window: int | None = option(None, help="For lookahead: W, the number of columns of its window.", group="Lookahead")
     """W of ``lookahead``. ``window``, ``ngram`` and ``guesses`` give the size of its block: see ``LookaheadShape``."""
     ngram: int | None = option(None, help="For lookahead: N, the number of tokens of an n-gram.", group="Lookahead")
@@ -81,7 +82,7 @@ class GenerateOptions(Sampling):
         False, help="Use the bundle's own block size instead of auto, so that a request gives its tokens again."
     )
     """Use the model's own n (1 for ``autoregressive``) unless a number is given. A repeated request then runs the same
-    forwards. If n is chosen, a near tie may round to another token on another run."""
+    forwards. If n is chosen, it gives the same tokens, of n = 1, in other forwards."""
     proposer: str | None = option(
         None, help=f"Draft sources, joined by + and asked in this order: {', '.join(SOURCES)}."
     )

@@ -181,8 +181,9 @@ class Service:
     """Decodes many requests at once on a loaded model. A request's result does not depend on the other requests.
 
     By default all forwards have one n. A request's result is then bit-identical to its result alone in this service.
-    With ``auto``, n is chosen for the batch before each forward, for the most tokens per second. A request then gives
-    the same tokens, except that a near tie may round differently on a processor where this was not checked.
+    With ``auto``, n is chosen for the batch before each forward, for the most tokens per second, among sizes that are
+    bit-equal to n = 1 on this engine. A forward that also reads a prompt has other widths, which are not compared. So a
+    near tie may round differently beside a prompt that is being read.
 
     Use it in a ``with`` or an ``async with``, or ``close`` it. While it is open, ``Model.generate`` is refused. Make it
     after a fork: its worker does not run in a child process, where every call is refused.

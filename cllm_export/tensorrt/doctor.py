@@ -130,7 +130,7 @@ def _tensorrt_rtx() -> Finding:
     """TensorRT for RTX builds plans on any machine, so it is loaded without a GPU too."""
     name, package, found = TENSORRT_RTX.title, TENSORRT_RTX.package, _version(TENSORRT_RTX.package)
     if found is None:
-        fix = "pip install 'cllm-export[tensorrt-rtx]'"
+        fix = install_line("tensorrt-rtx")
         return Finding(name=name, state="not needed", detail="not installed; for plans for RTX cards", fix=fix)
     if version_numbers(found)[:2] < TENSORRT_RTX.oldest:
         oldest = TENSORRT_RTX.oldest_text

@@ -141,6 +141,23 @@ class TrtEngine(EngineBase):
         """Each KV length S that forwards run with, ascending."""
         return self._settings.kv_lengths
 
+    @property
+    def max_block_size(self) -> int:
+        return self.block_sizes[-1]
+
+    @property
+    def has_logits(self) -> bool:  # type: ignore[override]
+        return self._settings.logits
+
+    def describe(self) -> dict[str, Any]:
+        facts = self._gpu.facts
+        return {
+            "device": facts.name,
+            "compute_capability": facts.compute_capability,
+            "driver": facts.driver,
+            self._gpu.library.name: self._gpu.version,
+        }
+
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         if with_logits and not self._settings.logits:
             raise EngineError("this plan was built with logits=False, and this request needs them: build it without")

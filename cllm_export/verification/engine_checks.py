@@ -10,15 +10,17 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from cllm_export.bundle.contract import Batch, Precision
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.runtime.engines.base import prefill
+from cllm_export.runtime.engines.base import Engine, KvRows, prefill
 from cllm_export.runtime.engines.kv_cache import kv_length_bucket
-from cllm_export.runtime.engines.onnxruntime import OrtEngine
+from cllm_export.runtime.engines.onnxruntime import PROVIDERS as DEVICES
+from cllm_export.runtime.engines.onnxruntime import Device, OrtEngine
+from cllm_export.runtime.load import Provider, open_engine
 from cllm_export.verification.report import Check
 
 POISON: dict[Precision, float] = {"fp32": 1e4, "fp16": 100.0, "bf16": 100.0}
@@ -28,17 +30,17 @@ In fp16, a larger value makes an attention score overflow to infinity before the
 as large as this value."""
 
 
-def check_rows_are_isolated(bundle: Bundle, threads: int | None, *, trials: int = 8) -> Check:
+def check_rows_are_isolated(bundle: Bundle, run: EngineRun, *, trials: int = 8) -> Check:
     """Change later rows and other slots at random. The predictions and KV rows of earlier rows must stay bit-equal."""
-    probe = _Probe(bundle, threads)
-    block = probe.random_block()
-    before = probe.run(block)
     leaks = []
-    for trial in range(trials):
-        kept = 1 + trial % max(1, probe.block_size - 1) if trial else 1
-        changed = block[:kept] + probe.random_block()[kept:]
-        if not probe.same(before, probe.run(changed, disturb=True), rows=kept):
-            leaks.append(kept)
+    with _Probe(bundle, run) as probe:
+        block = probe.random_block()
+        before = probe.run(block)
+        for trial in range(trials):
+            kept = 1 + trial % max(1, probe.block_size - 1) if trial else 1
+            changed = block[:kept] + probe.random_block()[kept:]
+            if not probe.same(before, probe.run(changed, disturb=True), rows=kept):
+                leaks.append(kept)
     slots = probe.engine.num_slots
     detail = (
         f"{trials} trials, {slots} {'slots' if slots > 1 else 'slot, so no other to change'}, n = {probe.block_size}"
@@ -51,13 +53,13 @@ def check_rows_are_isolated(bundle: Bundle, threads: int | None, *, trials: int 
     )
 
 
-def check_dead_rows_are_hidden(bundle: Bundle, threads: int | None) -> Check:
+def check_dead_rows_are_hidden(bundle: Bundle, run: EngineRun) -> Check:
     """Set every row above the write index to a large finite value. No output and no valid row may change."""
-    probe = _Probe(bundle, threads)
-    block = probe.random_block()
-    clean = probe.run(block)
     poison = POISON[bundle.manifest.precision]
-    same = probe.same(clean, probe.run(block, poison=poison), rows=probe.block_size)
+    with _Probe(bundle, run) as probe:
+        block = probe.random_block()
+        clean = probe.run(block)
+        same = probe.same(clean, probe.run(block, poison=poison), rows=probe.block_size)
     visible = probe.num_dead_rows
     detail = f"{visible} rows in sight above the block set to {poison:g}" if same else "a dead row changed an output"
     return Check(
@@ -65,17 +67,17 @@ def check_dead_rows_are_hidden(bundle: Bundle, threads: int | None) -> Check:
     )
 
 
-def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
+def check_cache_is_in_place(bundle: Bundle, run: EngineRun) -> Check:
     """Check that the engine writes the block's rows into the buffers that it reads, and logs no copy."""
-    probe = _Probe(bundle, threads, log_severity=2)
-    with _captured_stderr() as log:
+    with _captured_stderr() as log, _Probe(bundle, run, log_severity=2) as probe:
+        probe.prefill()
         before = probe.read_cache()
-        probe.run(probe.random_block())
-    after = probe.read_cache()
+        probe.run(probe.random_block(), on_top=True)
+        after = probe.read_cache()
     rows = slice(probe.write_index, probe.write_index + probe.block_size)
-    written = all(np.any(array[:, :, rows] != before[name][:, :, rows]) for name, array in after.items())
-    above = slice(probe.write_index + probe.block_size, None)
-    kept = all(np.array_equal(array[:, :, above], before[name][:, :, above]) for name, array in after.items())
+    written = all(np.any(mine[:, rows] != other[:, rows]) for mine, other in zip(after[0], before[0], strict=True))
+    above = slice(probe.write_index + probe.widest, None)
+    kept = all(np.array_equal(mine[:, :, above], other[:, :, above]) for mine, other in zip(after, before, strict=True))
     warned = "in-place" in log()
     problems = [
         text
@@ -89,18 +91,36 @@ def check_cache_is_in_place(bundle: Bundle, threads: int | None) -> Check:
     return Check(
         name="KV cache is updated in place",
         passed=not problems,
-        detail="; ".join(problems) or f"{len(before)} buffers, past and present on one address",
+        detail="; ".join(problems) or f"{len(before[0])} buffers, past and present on one address",
     )
 
 
-class _Probe:
-    """An engine with at least two slots (if it is not pinned), reset to the same state before every forward."""
+class EngineRun(NamedTuple):
+    """What the engines of the checks run on."""
 
-    def __init__(self, bundle: Bundle, threads: int | None, *, log_severity: int = 3) -> None:
+    provider: Provider
+    threads: int | None
+
+    def open(self, bundle: Bundle, *, num_slots: int | None = None, log_severity: int = 3) -> Engine:
+        """An engine of the bundle. ONNX Runtime logs at this level; 2 shows its warnings."""
+        if self.provider in DEVICES:
+            device: Device = self.provider
+            return OrtEngine(
+                bundle, device=device, num_slots=num_slots, threads=self.threads, log_severity=log_severity
+            )
+        return open_engine(bundle, self.provider, threads=self.threads)
+
+
+class _Probe:
+    """An engine with at least two slots (if it may have them), reset to the same state before every forward."""
+
+    def __init__(self, bundle: Bundle, run: EngineRun, *, log_severity: int = 3) -> None:
         pinned = bundle.manifest.graphs["greedy"].fixed_shapes
         slots = None if pinned else max(2, bundle.manifest.batch_size)
-        self.engine = OrtEngine(bundle, num_slots=slots, threads=threads, log_severity=log_severity)
+        self.engine = run.open(bundle, num_slots=slots, log_severity=log_severity)
         self.block_size = bundle.manifest.block_size
+        self.widest = bundle.manifest.geometry.max_block_size if run.provider not in DEVICES else self.block_size
+        """Rows that a forward of the block may write: a plan pads a block to the next size that it has."""
         self._vocabulary = bundle.manifest.geometry.vocab_size
         self._random = random.Random(1)  # noqa: S311 - test data, not a secret
         self._prompt = self._tokens(self._prompt_length(bundle.manifest.max_length))
@@ -108,12 +128,32 @@ class _Probe:
         self.num_dead_rows = self._kv_length(self.write_index) - self.write_index - self.block_size
         """Number of rows above the block that attention reads and the mask must hide."""
 
-    def read_cache(self) -> dict[str, Any]:
-        """A copy of every cache tensor, by past name."""
-        return {past: self.engine.read_cache(past) for past in self.engine.cache_addresses}
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def read_cache(self) -> list[KvRows]:
+        """A copy of the KV [2L, K, C, D] of every slot."""
+        length = self.engine.geometry.cache_length
+        return [self.engine.read_rows(slot, 0, length) for slot in range(self.engine.num_slots)]
 
     def random_block(self) -> list[int]:
         return self._tokens(self.block_size)
+
+    def prefill(self, *, poison: float | None = None) -> None:
+        """Every row 0, or the poison above the write index, and the prompt in slot 0."""
+        length = self.engine.geometry.cache_length
+        rows = np.zeros_like(self.engine.read_rows(0, 0, length))
+        for slot in range(self.engine.num_slots):
+            self.engine.write_rows(slot, 0, length, rows)
+        prefill(self.engine, self._prompt, 0)
+        if poison is not None:
+            dead = rows[:, :, self.write_index :]
+            dead[...] = poison if dead.dtype != np.uint16 else bfloat16_bits(poison)
+            for slot in range(self.engine.num_slots):
+                self.engine.write_rows(slot, self.write_index, length, dead)
 
     def _prompt_length(self, max_length: int) -> int:
         """The longest length up to 24 with at least 4 dead rows inside the KV length. Without one, the longest."""
@@ -126,31 +166,32 @@ class _Probe:
         return fixed.kv_length if fixed else kv_length_bucket(write_index + self.block_size, cache_length)
 
     def run(
-        self, block: list[int], *, disturb: bool = False, poison: float | None = None
-    ) -> tuple[list[int], list[Any]]:
-        """Predictions [n] of slot 0 and its KV rows [K, n, D] of every layer, after one forward of the block."""
-        for past in self.engine.cache_addresses:
-            self.engine.write_cache(past, 0)
-        prefill(self.engine, self._prompt, 0)
-        if poison is not None:
-            for past, array in self.read_cache().items():
-                array[:, :, self.write_index :] = poison
-                self.engine.write_cache(past, array)
+        self, block: list[int], *, disturb: bool = False, poison: float | None = None, on_top: bool = False
+    ) -> tuple[list[int], KvRows]:
+        """Predictions [n] of slot 0 and its KV rows [2L, K, n, D], after one forward of the block.
+
+        Everything is reset first, unless the forward runs ``on_top`` of what is there.
+        """
+        if not on_top:
+            self.prefill(poison=poison)
         others = self.engine.num_slots - 1
         blocks = [block] + [self.random_block() if disturb else [0] * self.block_size for _ in range(others)]
         active = [1] + [int(disturb)] * others
         forward = self.engine.forward(Batch(blocks, active, [self.write_index] + [0] * others))
-        rows = slice(self.write_index, self.write_index + self.block_size)
-        return forward.next_ids[0], [array[0, :, rows] for array in self.read_cache().values()]
+        return forward.next_ids[0], self.engine.read_rows(0, self.write_index, self.write_index + self.block_size)
 
     @staticmethod
-    def same(a: tuple[list[int], list[Any]], b: tuple[list[int], list[Any]], *, rows: int) -> bool:
+    def same(a: tuple[list[int], KvRows], b: tuple[list[int], KvRows], *, rows: int) -> bool:
         """Whether the first rows agree bit for bit."""
-        caches = zip(a[1], b[1], strict=True)
-        return a[0][:rows] == b[0][:rows] and all(x[:, :rows].tobytes() == y[:, :rows].tobytes() for x, y in caches)
+        return a[0][:rows] == b[0][:rows] and a[1][:, :, :rows].tobytes() == b[1][:, :, :rows].tobytes()
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocabulary) for _ in range(count)]
+
+
+def bfloat16_bits(value: float) -> int:
+    """The bits of a number in bf16, which numpy does not have. What does not fit is cut off."""
+    return int(np.float32(value).view(np.uint32)) >> 16
 
 
 @contextmanager

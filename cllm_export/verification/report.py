@@ -10,8 +10,9 @@ from typing import Any
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, documented, option
-from cllm_export.errors import OutputError
+from cllm_export.errors import OptionError, OutputError
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
+from cllm_export.runtime.load import Provider, provider_option
 
 GREEDY, SAMPLED = "", "sampled "
 """Prefixes of check names."""
@@ -41,8 +42,12 @@ class Parity:
 
     bundle_fingerprint: str
     conditions: dict[str, Any]
-    """Settings of the checks: prompts, new tokens, threads, engine, and whether PyTorch was compared."""
+    """What the report certifies: provider, device, precision, threads, versions of libraries. And the settings of the
+    checks: prompts, new tokens, and whether PyTorch was compared."""
     checks: tuple[Check, ...]
+    exact_sizes: dict[str, Any] | None = None
+    """Block sizes by whether they are ``equal`` to n = 1 or ``different``, and ``num_slots``, the numbers of slots that
+    they were compared with. None if nothing was compared."""
 
     @property
     def passed(self) -> bool:
@@ -54,6 +59,7 @@ class Parity:
             "bundle_fingerprint": self.bundle_fingerprint,
             "passed": self.passed,
             "conditions": self.conditions,
+            "exact_sizes": self.exact_sizes,
             "checks": checks,
         }
         return json.dumps(report, indent=2) + "\n"
@@ -74,6 +80,8 @@ class VerifyOptions:
     )
     """Block sizes of the losslessness checks. The default is the bundle's own n."""
     threads: int | None = threads_option()
+    provider: Provider = provider_option()
+    """What runs the bundle. The certificate is for this provider alone."""
     by_layer: bool | None = option(
         None,
         help="Compare with the checkpoint layer by layer, or by decoding.",
@@ -85,6 +93,11 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.by_layer and self.provider != "cpu":
+            raise OptionError(
+                f"layers are compared on the CPU alone, got provider={self.provider!r}: leave provider or by_layer out",
+                fields=("provider", "by_layer"),
+            )
 
 
 def check_writable(bundle: Bundle) -> None:

@@ -51,7 +51,7 @@ class TokenSession:
     ) -> None:
         manifest = bundle.manifest
         self._bundle = bundle
-        self._model = load(bundle.path, threads=options.threads, prefix_cache_bytes=0)
+        self._model = load(bundle.path, threads=options.threads, provider=options.provider, prefix_cache_bytes=0)
         self._reference = reference
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens
@@ -71,6 +71,14 @@ class TokenSession:
         if pinned and set(self._block_sizes) != {own}:
             given = ", ".join(map(str, self._block_sizes))
             raise OptionError(f"this bundle is pinned to blocks of {own}, got {given}: leave block_sizes out")
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._model.close()
+
+    def describe_engine(self) -> dict[str, Any]:
+        """What the checks run on; see ``Engine.describe``."""
+        return self._model.engine.describe()
 
     def token_checks(self) -> list[Check]:
         checks = []

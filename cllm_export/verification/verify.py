@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, open_bundle
@@ -18,12 +20,20 @@ from cllm_export.errors import ChecksumError, EngineError, GraphError, OptionErr
 from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt
-from cllm_export.runtime.engines.machine import available_memory, available_threads, describe_machine
+from cllm_export.runtime.decoding.block_size.certificate import conditions_of
+from cllm_export.runtime.engines.machine import (
+    available_memory,
+    available_threads,
+    describe_processor,
+    onnxruntime_version,
+)
 from cllm_export.verification.engine_checks import (
+    EngineRun,
     check_cache_is_in_place,
     check_dead_rows_are_hidden,
     check_rows_are_isolated,
 )
+from cllm_export.verification.exact import Exactness, exactness_of
 from cllm_export.verification.files import check_corruption_is_caught
 from cllm_export.verification.report import (
     DEFAULT_NUM_PROMPTS,
@@ -37,6 +47,9 @@ from cllm_export.verification.report import (
     write_parity,
 )
 from cllm_export.verification.tokens import TokenSession, open_reference
+
+if TYPE_CHECKING:
+    from cllm_export.exporter.parity.reference import Reference
 
 ENGINE_CHECKS = (check_rows_are_isolated, check_dead_rows_are_hidden, check_cache_is_in_place)
 
@@ -59,6 +72,9 @@ def verify(
     the first layers is compared with the checkpoint's first layers. If bundle and checkpoint do not fit in memory, they
     are compared layer by layer, and the report says that nothing was decoded.
 
+    The report certifies the provider of the options, on this machine. It says which block sizes are bit-equal to n = 1
+    there, and ``load`` uses what it says where the same holds.
+
     Raises:
         ChecksumError: a file of the bundle is corrupted.
         CheckpointError: the checkpoint cannot be read, or is not the one the bundle was built from.
@@ -67,7 +83,7 @@ def verify(
     options = options or VerifyOptions()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
-    instead = _why_by_layer(bundle, options.by_layer)
+    instead = _why_by_layer(bundle, options)
     if checkpoint is None:
         _require_no_checkpoint(base, instead)
     conditions = {
@@ -75,31 +91,55 @@ def verify(
         "prompts": len(prompts) or f"{DEFAULT_NUM_PROMPTS} of random tokens",
         "max_new_tokens": options.max_new_tokens,
         "compared_with_checkpoint": checkpoint is not None,
-        "quantization": bundle.manifest.quantization.scheme if bundle.manifest.quantization else None,
-        **describe_machine(options.threads),
+        **conditions_of(bundle, options.provider, {"device": None}),
     }
     try:
         bundle.check_files(progress)
     except ChecksumError as error:
-        corrupted = Check(name="checksums", passed=False, detail=str(error))
-        write_parity(bundle, Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=(corrupted,)))
+        _write(bundle, conditions, [Check(name="checksums", passed=False, detail=str(error))], None)
         raise
     progress = progress or (lambda *_: None)
-    checks = [Check(name="checksums", passed=True, detail=files_text(bundle))]
+    checks, exact = [Check(name="checksums", passed=True, detail=files_text(bundle))], None
     if instead and checkpoint:
+        conditions |= describe_processor(options.threads or available_threads()) | onnxruntime_version()
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
         checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
     else:
         progress("opening bundle and checkpoint", 0, 1)
         reference = open_reference(bundle, checkpoint, base) if checkpoint else None
-        checks += TokenSession(bundle, prompts, reference, options, progress).token_checks()
-        progress("checks of the engine", 0, 1)
-        checks += [check(bundle, options.threads) for check in ENGINE_CHECKS]
+        found, facts, exact = _decode(bundle, prompts, reference, options, progress)
+        conditions |= facts
+        checks += found
     progress("checks of the files", 0, 1)
     checks.append(check_corruption_is_caught(bundle))
-    parity = Parity(bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks))
+    return _write(bundle, conditions, checks, exact.to_dict() if exact else None)
+
+
+def _write(
+    bundle: Bundle, conditions: dict[str, Any], checks: Sequence[Check], exact_sizes: dict[str, Any] | None
+) -> Parity:
+    parity = Parity(
+        bundle_fingerprint=bundle.fingerprint, conditions=conditions, checks=tuple(checks), exact_sizes=exact_sizes
+    )
     write_parity(bundle, parity)
     return parity
+
+
+def _decode(
+    bundle: Bundle,
+    prompts: Sequence[Prompt],
+    reference: Reference | None,
+    options: VerifyOptions,
+    progress: Progress,
+) -> tuple[list[Check], dict[str, Any], Exactness]:
+    """The checks that need an engine, what it depends on, and which sizes are exact on it."""
+    with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
+        facts, checks = session.describe_engine(), session.token_checks()
+    progress("checks of the engine", 0, 1)
+    run = EngineRun(options.provider, options.threads)
+    checks += [check(bundle, run) for check in ENGINE_CHECKS]
+    exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
+    return [*checks, exact.check], facts, exact
 
 
 def check_layers(
@@ -149,10 +189,12 @@ def _require_no_checkpoint(base: Path | None, instead: str | None) -> None:
         )
 
 
-def _why_by_layer(bundle: Bundle, wanted: bool | None) -> str | None:
-    """Why the bundle is compared layer by layer, or None if it is decoded."""
-    if wanted is not None:
-        return "asked for layer by layer" if wanted else None
+def _why_by_layer(bundle: Bundle, options: VerifyOptions) -> str | None:
+    """Why the bundle is compared layer by layer, or None if it is decoded. A GPU decodes it whole."""
+    if options.by_layer is not None:
+        return "asked for layer by layer" if options.by_layer else None
+    if options.provider != "cpu":
+        return None
     manifest = bundle.manifest
     if manifest.precision == "bf16":
         return "no engine here multiplies bf16 matrices"

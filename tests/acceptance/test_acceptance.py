@@ -83,6 +83,31 @@ def run(engine: Engine, size: int, *, seed: int = 0) -> tuple[Forward, list[int]
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)
+def test_a_row_has_the_same_bits_at_every_position_of_the_block_and_in_every_slot(subject: Subject, size: int):
+    """Identical rows of one forward may differ where a kernel treats rows by their place.
+
+    The text is read by blocks of n, and its last token is moved through the block: the same token, at the same position
+    of the text, over the same cache. Every slot has the same text. Logits, KV and predictions must not know the place.
+    """
+    engine, slots = subject.engine, subject.engine.num_slots
+    generator = random.Random(size)
+    text = [generator.randrange(engine.geometry.vocab_size) for _ in range(2 * size + 1 + size)]
+    at = 2 * size
+    found = set()
+    for place in range(size):
+        first = at - place
+        for start in [*range(0, first, size), first]:
+            forward = engine.forward(
+                Batch([text[start : start + size]] * slots, [1] * slots, [start] * slots), with_logits=True
+            )
+        assert forward.logits is not None
+        for slot in range(slots):
+            kv = engine.read_rows(slot, at, at + 1).tobytes()
+            found.add((forward.logits[slot, place].tobytes(), kv, forward.next_ids[slot][place]))
+    assert len(found) == 1, f"n = {size}: one row has {len(found)} different results"
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES)
 def test_logits_are_the_cpu_engines_within_tolerance_and_tokens_by_margin(subject: Subject, bundle: Bundle, size: int):
     reference = OrtEngine(bundle, num_slots=subject.engine.num_slots, threads=THREADS)
     (given, _), (expected, _) = run(subject.engine, size), run(reference, size)

@@ -96,7 +96,12 @@ def test_build_inspect_and_verify_hand_a_bundle_on_with_its_proof(
     assert parity["bundle_fingerprint"] == bundle.fingerprint
     assert "parity.json" not in bundle.manifest.files
     assert all(check["passed"] is not False for check in parity["checks"])
-    assert json.loads(run("inspect", path, "--json").out)["parity"] == "verified"
+    described = json.loads(run("inspect", path, "--json").out)["parity"]
+    assert described.startswith("verified; provider cpu on ")
+    assert ", fp32, ONNX Runtime " in described
+    assert parity["conditions"]["provider"] == "cpu"
+    assert parity["exact_sizes"]["equal"] == [2, 4, 8, 12, 16, 24, 32, 48, 64]
+    assert "bit-equal to n = 1: 2, 4, 8, 12, 16, 24, 32, 48, 64" in described
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bundle", "models--llama", "prompts.jsonl"]
 
 

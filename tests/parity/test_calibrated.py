@@ -25,7 +25,7 @@ from cllm_export.exporter.quantize import int4  # noqa: E402
 from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402
 from cllm_export.runtime.load import load  # noqa: E402
-from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
+from cllm_export.verification.engine_checks import EngineRun, check_rows_are_isolated  # noqa: E402
 from tests.conftest import THREADS, Workshop  # noqa: E402
 from tests.parity.compare import random_prompts, read_cache  # noqa: E402
 from tests.parity.test_int8_dynamic import assert_lossless, differences, engine_logits  # noqa: E402
@@ -188,7 +188,7 @@ def test_four_bit_weights_are_those_meant(workshop: Workshop, name: str, monkeyp
 def test_jacobi_decoding_is_lossless_and_rows_stay_apart(workshop: Workshop, shop: Shop, name: str, scheme: str):
     model = workshop.model(name, **shop.options(name, scheme))
     assert_lossless(model, random_prompts(280, (1, 40)), max_new_tokens=24, ignore_eos=True)
-    assert check_rows_are_isolated(shop.bundle(name, scheme), THREADS).passed
+    assert check_rows_are_isolated(shop.bundle(name, scheme), EngineRun("cpu", THREADS)).passed
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
@@ -233,7 +233,7 @@ def test_tensorrts_form_of_int4_is_lossless_and_clean_by_its_rules(workshop: Wor
     assert_lossless(
         workshop.model("small", **options), random_prompts(280, (1, 40)), max_new_tokens=24, ignore_eos=True
     )
-    assert check_rows_are_isolated(bundle, THREADS).passed
+    assert check_rows_are_isolated(bundle, EngineRun("cpu", THREADS)).passed
 
 
 NO_WORSE = 1.5

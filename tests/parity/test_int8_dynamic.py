@@ -31,7 +31,7 @@ from cllm_export.runtime.decoding.request import METHODS  # noqa: E402
 from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402
 from cllm_export.runtime.load import load  # noqa: E402
 from cllm_export.runtime.model import Model  # noqa: E402
-from cllm_export.verification.engine_checks import check_rows_are_isolated  # noqa: E402
+from cllm_export.verification.engine_checks import EngineRun, check_rows_are_isolated  # noqa: E402
 from cllm_export.verification.report import VerifyOptions  # noqa: E402
 from cllm_export.verification.verify import verify  # noqa: E402
 from tests.checkpoints import VARIANTS, edit_weights, make_checkpoint  # noqa: E402
@@ -156,12 +156,12 @@ def test_jacobi_decoding_is_lossless_and_rows_stay_apart(workshop: Workshop, nam
     model = workshop.model(name, **INT8)
     prompts = random_prompts(280, (1, 9, 40, 130))
     assert_lossless(model, prompts, max_new_tokens=NUM_NEW_TOKENS, ignore_eos=True)
-    assert check_rows_are_isolated(workshop.bundle(name, **INT8), THREADS).passed
+    assert check_rows_are_isolated(workshop.bundle(name, **INT8), EngineRun("cpu", THREADS)).passed
 
 
 def test_a_scale_that_rows_share_is_found_out(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(int8_dynamic, "SCALED_OVER", [0, 1, 2])  # of the whole tensor, as DynamicQuantizeLinear does
-    check = check_rows_are_isolated(workshop.build(workshop.checkpoint("small"), **INT8), THREADS)
+    check = check_rows_are_isolated(workshop.build(workshop.checkpoint("small"), **INT8), EngineRun("cpu", THREADS))
     assert check.passed is False
 
 

@@ -1,4 +1,4 @@
-"""Whatever promises the tokens of autoregressive decoding names its condition: a fixed n, or but for near ties."""
+"""Whatever promises the tokens of autoregressive decoding says at which n: a fixed one, or n = 1 for ``auto``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMISE = re.compile(
     r"token for token|changes? a token|never a token|the same tokens|that autoregressive decoding (gives|draws)"
     r"|equal to autoregressive decoding"
 )
-CONDITION = re.compile(r"fixed (n|block size)\b|same n\b|near ties?\b")
+CONDITION = re.compile(r"fixed (n|block size)\b|same n\b|n = 1\b|near ties?\b")
 TEXTS = [
     pytest.param(node.value, id=f"{path.relative_to(PACKAGE)}:{node.lineno}")
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -31,5 +31,11 @@ def test_the_package_promises_the_tokens_of_autoregressive_decoding():
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_promise_of_tokens_names_its_condition(text: str):
-    """n that is chosen forward by forward may round a near tie to another token."""
+    """n that is chosen forward by forward gives the tokens of n = 1; another fixed n may round a near tie otherwise."""
     assert CONDITION.search(" ".join(text.split())), text
+
+
+def test_nothing_excepts_processors_from_the_promise_of_auto():
+    """``auto`` uses only sizes that were compared with n = 1 on the engine that runs."""
+    texts = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in PACKAGE.rglob("*.py")}
+    assert [path for path, text in texts.items() if "where this was not checked" in text] == []

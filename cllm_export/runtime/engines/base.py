@@ -7,7 +7,7 @@ microsecond per forward, and every loop can be tested without an engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,23 @@ class Engine(Protocol):
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """Each n that it runs as it is, ascending. Blocks in between are padded. Empty where n may be any."""
+        ...
+
+    @property
+    def max_block_size(self) -> int:
+        """The largest n of a decode forward."""
+        ...
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether ``forward`` can fetch logits."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the bits of its forwards depend on besides the bundle, JSON-ready: device and versions of libraries.
+
+        ``device`` is the processor's or the GPU's name, None if it is unknown.
+        """
         ...
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
@@ -141,6 +158,7 @@ class EngineBase:
     can_copy_rows = False
     has_device_loop = False
     block_sizes: tuple[int, ...] = ()
+    has_logits = True
     _AFTER_CLOSE = "load the bundle again"
 
     def __init__(
@@ -152,6 +170,13 @@ class EngineBase:
         self.fixed_shapes = fixed_shapes
         self.run_seconds = 0.0
         self._is_closed = False
+
+    @property
+    def max_block_size(self) -> int:
+        return self.geometry.max_block_size
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": None}
 
     def read_rows(self, slot: int, start: int, stop: int) -> KvRows:
         raise self._no_rows()

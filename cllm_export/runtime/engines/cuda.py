@@ -67,6 +67,26 @@ def probe_driver() -> str | None:
     return None if count.value else "the NVIDIA driver finds no GPU"
 
 
+def describe_gpu(device: int = 0) -> dict[str, Any]:
+    """Name of a GPU and the newest CUDA version of its driver. Without a GPU both are None. Needs no cuda-python."""
+    name, version, handle = ctypes.create_string_buffer(256), ctypes.c_int(0), ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL(DRIVER_LIBRARY)
+        status = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device)
+        status = (
+            status
+            or driver.cuDeviceGetName(name, len(name), handle)
+            or driver.cuDriverGetVersion(ctypes.byref(version))
+        )
+    except (OSError, AttributeError):
+        status = 1
+    return (
+        {"device": None, "driver": None}
+        if status
+        else {"device": name.value.decode(), "driver": version_text(version.value)}
+    )
+
+
 def require_gpu() -> None:
     """Check that there is a GPU.
 

@@ -9,10 +9,15 @@ from typing import Any
 
 from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError
-from cllm_export.extras import missing_extra
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own limits."""
+
+CPUINFO = Path("/proc/cpuinfo")
+
+X86_FEATURES = ("sse", "ssse", "avx", "fma", "f16c", "amx")
+ARM_FEATURES = ("asimd", "neon", "fphp", "sve", "smei", "smef", "sme2", "i8mm", "bf16")
+"""How the names of instruction sets for arithmetic begin on x86, and on Arm."""
 
 
 def available_threads() -> int:
@@ -89,21 +94,51 @@ def _left_of_cgroup() -> int | None:
 
 def describe_machine(threads: int | None) -> dict[str, Any]:
     """The facts that a measured figure depends on besides the bundle."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise missing_extra("onnxruntime", extra="cpu") from None
     return {
         "processor": _processor(),
         "threads": threads or available_threads(),
-        "onnxruntime": onnxruntime.__version__,
+        **onnxruntime_version(),
         "python": platform.python_version(),
     }
 
 
+def onnxruntime_version() -> dict[str, str]:
+    """ONNX Runtime and its version, as ``describe`` of an engine names libraries.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise missing_extra("onnxruntime", extra="cpu") from None
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+def describe_processor(threads: int) -> dict[str, Any]:
+    """What the bits of a forward on the CPU depend on, besides the library: processor, its features, and threads."""
+    return {"device": _processor(), "features": processor_features(), "threads": threads}
+
+
+def processor_features() -> list[str]:
+    """The instruction sets that a library may choose its kernels by, sorted: ``avx512_vnni``, ``asimddp``.
+
+    Where the system names none, it is the machine's architecture alone.
+    """
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = next((line.split(":", 1)[1] for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return [
+        platform.machine(),
+        *sorted({name for name in found.split() if name.startswith(X86_FEATURES + ARM_FEATURES)}),
+    ]
+
+
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

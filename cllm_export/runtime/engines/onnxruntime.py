@@ -29,9 +29,14 @@ from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, GpuError, OptionError
 from cllm_export.extras import install_line, missing_extra, require_floors
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
-from cllm_export.runtime.engines.cuda import require_gpu
+from cllm_export.runtime.engines.cuda import describe_gpu, require_gpu
 from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
-from cllm_export.runtime.engines.machine import available_threads, require_memory
+from cllm_export.runtime.engines.machine import (
+    available_threads,
+    describe_processor,
+    onnxruntime_version,
+    require_memory,
+)
 from cllm_export.runtime.engines.mapped_weights import MappedWeights
 
 if TYPE_CHECKING:
@@ -273,6 +278,10 @@ class OrtEngine(EngineBase):
     def cache_addresses(self) -> dict[str, int]:
         """Address of each cache tensor, by past name. Past and present share it."""
         return {past: buffer.value.data_ptr() for past, buffer in self._cache.items()}
+
+    def describe(self) -> dict[str, Any]:
+        device = describe_processor(self._threads) if self._device == "cpu" else describe_gpu()
+        return device | onnxruntime_version()
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         size = self._check_batch(batch)

@@ -128,7 +128,8 @@ def _mean_seconds(engine: Engine, block_size: int, past: int, count: int) -> flo
 
 def _time_size(engine: Engine, size: int, pad_token_id: int, clock: Callable[[], float]) -> float:
     slots = engine.num_slots
-    last_rows = engine.geometry.cache_length - size  # after the rows that a text of the maximum length fills
+    geometry = engine.geometry
+    last_rows = geometry.cache_length - geometry.max_block_size  # where the last block of a text of full length lies
     batch = Batch([[pad_token_id] * size] * slots, [0] * slots, [last_rows] * slots)
     engine.forward(batch)
     started = clock()

@@ -1,8 +1,7 @@
 """Draft sources (proposers): they guess the tokens of a block that are not known yet.
 
 Any draft is safe: at every fixed n it changes how many forwards a request takes, never a token. If n is chosen at run
-time (``auto``), n follows the acceptance of the drafts. Then a near tie may round differently on a processor where this
-was not checked.
+time (``auto``), n follows the acceptance of the drafts, among sizes that are bit-equal to n = 1 on the engine.
 
 A ``Proposer`` guesses for one request. Some (lookup, pool, a draft model) may have no guess. ``make_proposer`` always
 chains these before a source that can guess any number of tokens. State that requests share is in ``ngram_pool.py`` and

@@ -219,13 +219,13 @@ def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):
     assert read_latency(bundle, num_slots=1, threads=1) is None
 
 
-@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "onnxruntime"])
+@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "features", "onnxruntime"])
 def test_a_file_of_another_bundle_or_machine_is_left_alone_and_says_what_differs(tmp_path, caplog, key):
     bundle = write_bundle(tmp_path / "bundle")
     write_latency(bundle, {1: 0.001}, num_slots=1, threads=1)
     path = bundle.path / LATENCY_NAME
     report = json.loads(path.read_text())
-    report["conditions"][key] = "another"
+    report["measured"][0]["conditions"][key] = "another"
     path.write_text(json.dumps(report))
     with caplog.at_level(logging.INFO):
         assert read_latency(bundle, num_slots=1, threads=1) is None
@@ -238,9 +238,13 @@ def test_a_file_of_another_bundle_or_machine_is_left_alone_and_says_what_differs
         "",
         "[]",
         "{}",
-        '{"conditions": {}, "seconds": {}}',
-        '{"conditions": {}, "seconds": {"1": -1}}',
-        '{"conditions": {}, "seconds": {"1": NaN}}',
+        '{"measured": [{"conditions": {}}]}',
+        '{"measured": [{"conditions": {}, "seconds": {}}]}',
+        '{"measured": [{"conditions": {}, "seconds": {"1": -1}}]}',
+        '{"measured": [{"conditions": {}, "seconds": {"1": NaN}}]}',
+        '{"measured": [{"conditions": {}, "exact_sizes": {"equal": [8]}}]}',
+        '{"measured": [{"conditions": {}, "exact_sizes": {"equal": ["8"], "different": []}}]}',
+        '{"measured": [{"conditions": {}, "exact_sizes": {"equal": [8], "different": [8]}}]}',
     ],
 )
 def test_a_damaged_file_is_left_alone_with_a_warning(tmp_path, caplog, text):
