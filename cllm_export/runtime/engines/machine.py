@@ -9,6 +9,7 @@ from typing import Any
 
 from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError
+from cllm_export.extras import missing_extra
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own limits."""

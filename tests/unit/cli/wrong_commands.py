@@ -53,7 +53,7 @@ WRONG_TEXTS = {
         "block_size": "several",
         "max_memory": "much",
         "workspace": "much",
-        "device_memory": "much",
+        "device_memory": "much", "targets": "sm1",
         "proposer": "guesswork",
     },
     **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
