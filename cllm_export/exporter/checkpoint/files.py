@@ -78,7 +78,7 @@ def model_name(stored: str) -> str:
 
     As in transformers, the names of a base model that was saved alone lack ``model.``, and a head may have one.
     """
-    if re.match(r"(layers\.\d+|embed_tokens|norm|rotary_emb)\.", stored):
+    if re.match(r"(layers\.\d+|embed_tokens|norm)\.", stored):
         return f"model.{stored}"
     return stored.removeprefix("model.") if stored.startswith("model.lm_head.") else stored
 
