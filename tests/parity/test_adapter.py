@@ -119,7 +119,7 @@ def test_a_base_may_be_given_and_is_asked_for_where_the_stated_one_is_not_here(
     assert_refused(cli("build", adapter, "--output", output), "'someone/llama'", "--base CHECKPOINT")
     assert cli("build", adapter, "--output", output, "--base", workshop.checkpoint("llama")).code == 0
     again = ("--output", output, "--force", "--base", adapter)
-    assert_refused(cli("build", workshop.checkpoint("llama"), *again), "--base is for adapters")
+    assert_refused(cli("build", workshop.checkpoint("llama"), *again), "--base", "is for adapters")
     wrong = cli("build", adapter, "--output", output, "--force", "--base", workshop.checkpoint("small"))
     assert_refused(wrong, "model.layers.1.", "no weight for")
 
