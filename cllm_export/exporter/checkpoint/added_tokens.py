@@ -59,7 +59,7 @@ class _Settings:
 
     def token(self, value: Any, *, special: bool = False) -> AddedToken:
         """A token that is given by its text, or by its text and flags. ``special`` is for a text alone."""
-        flags = {"content": value, "special": special} if isinstance(value, str) else value
+        flags: Any = {"content": value, "special": special} if isinstance(value, str) else value
         try:
             return AddedToken(**{key: flag for key, flag in flags.items() if key != "__type"})
         except (TypeError, AttributeError):
@@ -103,7 +103,7 @@ class _Settings:
             "an id: copy them again, or remove it"
         )
 
-    def _read(self, name: str) -> Mapping[str, Any]:
+    def _read(self, name: str) -> dict[str, Any]:
         return read_json(self._path / name) if (self._path / name).is_file() else {}
 
 
