@@ -177,6 +177,22 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         stated(target_modules=r".*\.(q|k|v)_proj|.*down_proj"),
         ("k_proj", "2 such", "incomplete"),
     ),
+    "matrices of what is no target": (
+        stated(target_modules=["q_proj", "down_proj"]),
+        ("matrices for model.layers.0.self_attn.v_proj", "2 such", "peft would ignore"),
+    ),
+    "matrices of an excluded module": (
+        stated(exclude_modules=["v_proj", "q_proj"]),
+        ("matrices for model.layers.0.self_attn.q_proj", "4 such", "exclude_modules"),
+    ),
+    "matrices of another layer": (
+        stated(layers_to_transform=[1]),
+        ("matrices for model.layers.0.mlp.down_proj", "3 such", "layers_to_transform"),
+    ),
+    "matrices of what an expression does not fit": (
+        stated(target_modules=r".*layers\.1\..*|.*\.(q|v)_proj", exclude_modules=r".*(k|o|gate|up)_proj"),
+        ("matrices for model.layers.0.mlp.down_proj", "1 such"),
+    ),
     "no targets": (stated(target_modules=None), ("target_modules None", "merge it with peft")),
     "an expression without end": (stated(target_modules="(.*)*_proj"), ("target_modules '(.*)*_proj'", "forever")),
     "no expression": (stated(target_modules="(q_proj"), ("target_modules '(q_proj'", "no expression")),
