@@ -226,8 +226,10 @@ class Model:
         if not ids:
             raise PromptError("the prompt is empty: it must hold at least one token")
         if max(ids) >= (vocabulary := self.engine.geometry.vocab_size):
+            text = self.codec.tokenizer.id_to_token(max(ids))
             raise PromptError(
-                f"the tokenizer gives token {max(ids)}, but the model has {vocabulary}: they do not match"
+                f"the prompt holds {text!r}, token {max(ids)} of the tokenizer, but the model knows {vocabulary} "
+                "tokens: leave it out, or build from a checkpoint whose embedding has it"
             )
         return ids
 

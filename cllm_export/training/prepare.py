@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from cllm_export.bundle.manifest import TOKENIZER_NAME
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import require_at_least
 from cllm_export.errors import OptionError, PromptError, TrajectoryError, TuningError
@@ -107,7 +106,10 @@ class _Reader:
         self._collected, self._progress = collected, progress
         self.max_length = settle_tuning(options, checkpoint).max_length
         self._codec = TextCodec(
-            checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens
+            checkpoint.path,
+            chat_template=checkpoint.chat_template,
+            special_tokens=checkpoint.special_tokens,
+            tokenizer_json=checkpoint.tokenizer_json,
         )
 
     def prompts(self, path: Path, limit: int | None) -> Samples:
@@ -120,7 +122,7 @@ class _Reader:
     def trajectories(self, path: Path, prompts: Path, limit: int | None) -> Samples:
         """Samples of a collection, which must be made from these prompts."""
         found = read_trajectories(path)
-        found.require_same_model(self._checkpoint.fingerprint(), sha256_of(self._checkpoint.path / TOKENIZER_NAME))
+        found.require_same_model(self._checkpoint.fingerprint(), self._checkpoint.tokenizer_sha256)
         if found.manifest.settings.prompts_sha256 != _sha256_of_prompts(prompts):
             raise TrajectoryError(
                 f"{path} holds trajectories of other prompts than {prompts}: give the prompts that they were collected "

@@ -21,7 +21,8 @@ from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.extras import install_line
 from cllm_export.runtime.load import load
 from cllm_export.training.collection import collect
-from cllm_export.training.collection.collection import MANIFEST_NAME, read_manifest, write_shard
+from cllm_export.training.collection.collection import MANIFEST_NAME, read_manifest
+from cllm_export.training.collection.shards import write_shard
 from cllm_export.training.collection.trajectories import read_trajectories
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.e2e.conftest import Cli, assert_refused, environment, run_process, snapshot

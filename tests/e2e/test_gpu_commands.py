@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cllm_export.runtime.engines.cuda import DRIVER_LIBRARY
+from tests.conftest import DEMO
 from tests.e2e.conftest import Cli
 from tests.fakes import write_bundle
 
@@ -34,7 +35,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         ["generate", "BUNDLE", "--provider", "tensorrt", "a prompt"],
         ["generate", "BUNDLE", "--provider", "tensorrt-rtx", "a prompt"],
         ["generate", "BUNDLE", "--provider", "cuda", "a prompt"],
-        ["build", "CHECKPOINT", "--output", "OUTPUT", "--target", "tensorrt"],
+        ["build", str(DEMO / "checkpoint"), "--output", "OUTPUT", "--target", "tensorrt"],
     ],
     ids=["plan", "generate by TensorRT", "generate by TensorRT for RTX", "generate by CUDA", "build"],
 )

@@ -661,7 +661,6 @@ def test_collapse_into_repetition_stops_the_run_and_keeps_the_checkpoint_before_
 def test_prompts_that_are_of_no_use_are_counted_and_reported(cli: Cli, llama: Path, tmp_path: Path):
     useless = [
         {"prompt": "", "answer": "x"},
-        {"prompt": "\ud83d", "answer": "x"},
         {"prompt": "word " * 300, "answer": "x"},
         {"prompt": "no answer"},
     ]
@@ -670,7 +669,7 @@ def test_prompts_that_are_of_no_use_are_counted_and_reported(cli: Cli, llama: Pa
     outcome = cli(*arguments(llama, given, tmp_path / "out", *FEW, "--steps", 1, "--held-out", held_out))
     assert (outcome.code, outcome.complaints) == (0, ""), outcome
     text = " ".join(outcome.out.split())
-    for phrase in ("20 samples", "empty prompt 1", "does not tokenise 1", "too long 1", "no answer 1"):
+    for phrase in ("20 samples", "empty prompt 1", "too long 1", "no answer 1"):
         assert phrase in text
     assert "empty prompt (held out) 1" in text
 

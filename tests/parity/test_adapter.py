@@ -119,7 +119,7 @@ def test_a_base_may_be_given_and_is_asked_for_where_the_stated_one_is_not_here(
     assert_refused(cli("build", adapter, "--output", output), "'someone/llama'", "--base CHECKPOINT")
     assert cli("build", adapter, "--output", output, "--base", workshop.checkpoint("llama")).code == 0
     again = ("--output", output, "--force", "--base", adapter)
-    assert_refused(cli("build", workshop.checkpoint("llama"), *again), "--base is for adapters")
+    assert_refused(cli("build", workshop.checkpoint("llama"), *again), "--base", "is for adapters")
     wrong = cli("build", adapter, "--output", output, "--force", "--base", workshop.checkpoint("small"))
     assert_refused(wrong, "model.layers.1.", "no weight for")
 
@@ -176,6 +176,22 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "an expression whose modules lack matrices": (
         stated(target_modules=r".*\.(q|k|v)_proj|.*down_proj"),
         ("k_proj", "2 such", "incomplete"),
+    ),
+    "matrices of what is no target": (
+        stated(target_modules=["q_proj", "down_proj"]),
+        ("matrices for model.layers.0.self_attn.v_proj", "2 such", "peft would ignore"),
+    ),
+    "matrices of an excluded module": (
+        stated(exclude_modules=["v_proj", "q_proj"]),
+        ("matrices for model.layers.0.self_attn.q_proj", "4 such", "exclude_modules"),
+    ),
+    "matrices of another layer": (
+        stated(layers_to_transform=[1]),
+        ("matrices for model.layers.0.mlp.down_proj", "3 such", "layers_to_transform"),
+    ),
+    "matrices of what an expression does not fit": (
+        stated(target_modules=r".*layers\.1\..*|.*\.(q|v)_proj", exclude_modules=r".*(k|o|gate|up)_proj"),
+        ("matrices for model.layers.0.mlp.down_proj", "1 such"),
     ),
     "no targets": (stated(target_modules=None), ("target_modules None", "merge it with peft")),
     "an expression without end": (stated(target_modules="(.*)*_proj"), ("target_modules '(.*)*_proj'", "forever")),

@@ -35,6 +35,16 @@ def without_prefix(checkpoint: Path) -> None:
     renamed(checkpoint, lambda name: name.removeprefix("model."))
 
 
+def with_two_prefixes(checkpoint: Path) -> None:
+    """As a model that was wrapped in another: all names of the base, and then that of the head."""
+    renamed(checkpoint, lambda name: f"model.{name}")
+
+
+def two_prefixes_and_a_head(checkpoint: Path) -> None:
+    untied(checkpoint)
+    renamed(checkpoint, lambda name: name if "lm_head" in name else f"model.{name}")
+
+
 def head_alone_without_prefix(checkpoint: Path) -> None:
     head_alone(checkpoint)
     without_prefix(checkpoint)
@@ -72,6 +82,8 @@ def in_subfolders_without_prefix(checkpoint: Path) -> None:
 LAYOUTS = (
     head_alone,
     without_prefix,
+    with_two_prefixes,
+    two_prefixes_and_a_head,
     head_alone_without_prefix,
     head_with_prefix,
     untied,
@@ -120,6 +132,12 @@ def test_a_checkpoint_in_training_is_the_same(checkpoint: Path):
     weights = load_weights(opened).state_dict()
     for name in opened.tensors:
         assert torch.equal(weights[name], opened.read(name)), name
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.model.", "transformer."])
+def test_names_that_transformers_does_not_know_are_not_known_here(checkpoint: Path, prefix: str):
+    renamed(checkpoint, lambda name: prefix + name)
+    assert not open_checkpoint(checkpoint).tensors.keys() & {EMBEDDING, "model.norm.weight"}
 
 
 def test_a_tensor_stored_under_both_names_is_refused(checkpoint: Path):

@@ -304,6 +304,30 @@ def test_a_tokenizer_that_transformers_builds_anew_fails_no_bundle_and_is_named(
     assert "which is right: build the bundle again" in check.detail
 
 
+def test_verify_names_the_settings_that_add_a_token(workshop: Workshop, tmp_path: Path):
+    """A bundle that lost the token differs from ``tokenizer.json`` with its settings, not from the file alone."""
+    path = shutil.copytree(workshop.checkpoint("small"), tmp_path / "checkpoint")
+    edit_json(path / "tokenizer_config.json", additional_special_tokens=["<tool>"])
+    reference, contents = ReferenceTokenizer(path, read_settings(path)), {"a": "the <tool>"}
+    right = {"a": codec_of(path, tmp_path / "bundle").encode(contents["a"])}
+    assert compare_tokenizers("x", contents, right, reference).passed is True
+    lost = TextCodec(path, chat_template=None, special_tokens={}).encode(contents["a"])
+    check = compare_tokenizers("x", contents, {"a": lost}, reference)
+    assert check.passed is False
+    assert "the checkpoint's tokenizer.json with tokenizer_config.json [" in check.detail
+
+
+def test_a_collection_and_training_read_the_tokens_that_the_settings_add(workshop: Workshop, tmp_path: Path):
+    from cllm_export.training.collection.source import open_source
+
+    path = shutil.copytree(workshop.checkpoint("small"), tmp_path / "checkpoint")
+    edit_json(path / "tokenizer_config.json", additional_special_tokens=["<tool>"])
+    opened, bundle = open_checkpoint(path), workshop.build(path)
+    source = open_source(path, batch_size=1)
+    assert source.model.codec.encode("<tool>") == TextCodec.of_bundle(bundle).encode("<tool>") == [BOS, 287]
+    assert source.tokenizer_sha256 == opened.tokenizer_sha256 == bundle.manifest.files["tokenizer.json"].sha256
+
+
 def test_a_llama_tokenizer_that_does_not_say_so_puts_the_beginning_of_sequence_first(checkpoint: Path, tmp_path: Path):
     settings(checkpoint, add_bos_token=None)
     assert codec_of(checkpoint, tmp_path / "bundle").encode("the cat") == slow_tokens(checkpoint, "the cat")

@@ -1,7 +1,8 @@
 """Merges a LoRA adapter, as PEFT saves it, into its base while the weights are streamed: W + scale * B A, in fp32.
 
 An adapter that uses a feature this merge does not support is refused, and the error names the feature. It is also
-refused if it adapts a matrix that its base does not have, or lacks the matrices of a module that its config names.
+refused if it adapts a matrix that its base does not have, or has not exactly the matrices of the modules that its
+config names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,18 +172,26 @@ def _matrices(config: Mapping[str, Any], path: Path, checkpoint: Checkpoint) -> 
         raise CheckpointError(f"{path / WEIGHTS_NAME} holds no LoRA matrix")
     modules = {name.removesuffix(".weight") for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
     try:
-        missing = sorted(
-            targeted(config, modules | {HEAD.removesuffix(".weight")})
-            - {name.removesuffix(".weight") for name in found}
-        )
+        named = targeted(config, modules | {HEAD.removesuffix(".weight")})
     except ValueError as error:
         raise UnsupportedError(f"{path / CONFIG_NAME} has {error}; merge it with peft first") from None
-    if missing:
+    _require_named(path, named, {name.removesuffix(".weight") for name in found})
+    return found
+
+
+def _require_named(path: Path, named: Set[str], found: Set[str]) -> None:
+    """Refuse an adapter that has not exactly the matrices of the modules that its config names: PEFT ignores others."""
+    if missing := sorted(named - found):
         raise CheckpointError(
             f"{path / CONFIG_NAME} adapts {missing[0]} ({len(missing)} such modules), which {WEIGHTS_NAME} has no "
             "matrices for: it is incomplete; copy it again, or correct target_modules"
         )
-    return found
+    if others := sorted(found - named):
+        raise CheckpointError(
+            f"{path / WEIGHTS_NAME} has matrices for {others[0]} ({len(others)} such modules), which {CONFIG_NAME} "
+            "does not adapt, so that peft would ignore them: correct target_modules, exclude_modules or "
+            "layers_to_transform, or copy the config that belongs to the matrices"
+        )
 
 
 def _pair(

@@ -76,11 +76,13 @@ def find_tensors(files: list[Path]) -> dict[str, TensorInfo]:
 def model_name(stored: str) -> str:
     """The name that the whole model has for a stored tensor.
 
-    As in transformers, the names of a base model that was saved alone lack ``model.``, and a head may have one.
+    As in transformers, the names of a base model that was saved alone lack ``model.``, those of a model that was
+    wrapped in another have it twice, and a head may have one.
     """
-    if re.match(r"(layers\.\d+|embed_tokens|norm|rotary_emb)\.", stored):
+    part = r"(layers\.\d+|embed_tokens|norm)\."
+    if re.match(part, stored):
         return f"model.{stored}"
-    return stored.removeprefix("model.") if stored.startswith("model.lm_head.") else stored
+    return stored.removeprefix("model.") if re.match(rf"model\.(model\.{part}|lm_head\.)", stored) else stored
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from cllm_export.bundle.manifest import (
 )
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.errors import CheckpointError, CllmExportError, OptionError, UnsupportedError
+from cllm_export.exporter.checkpoint.added_tokens import with_added_tokens
 from cllm_export.exporter.checkpoint.families import (
     refuse_layers,
     refuse_rope,
@@ -99,15 +100,23 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_json(self) -> bytes:
-        """The contents of ``tokenizer.json``; if there is none, ``tokenizer.model`` is converted.
+        """The contents of ``tokenizer.json`` with the tokens that the settings beside it add.
+
+        If there is none, ``tokenizer.model`` is converted.
 
         Raises:
+            CheckpointError: the settings list what is no token.
             MissingExtraError: the packages for the conversion are not installed.
             UnsupportedError: the converted tokenizer would give other tokens than sentencepiece.
         """
         if (self.text_path / TOKENIZER_NAME).is_file():
-            return (self.text_path / TOKENIZER_NAME).read_bytes()
+            return with_added_tokens((self.text_path / TOKENIZER_NAME).read_bytes(), self.text_path)
         return convert_tokenizer(self.text_path, self.tokenizer_config).to_str(pretty=True).encode()
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """That of ``tokenizer_json``, which is the file of a bundle."""
+        return hashlib.sha256(self.tokenizer_json).hexdigest()
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

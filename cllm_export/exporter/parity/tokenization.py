@@ -17,6 +17,9 @@ from cllm_export.exporter.checkpoint.sentencepiece_model import SENTENCEPIECE_NA
 from cllm_export.prompts import as_chat
 from cllm_export.runtime.decoding.text import Messages
 
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files that may add tokens to a ``tokenizer.json``, the most common first."""
+
 
 class ReferenceTokenizer:
     """Encodes as the files of a checkpoint say, without any code of the build.
@@ -37,7 +40,8 @@ class ReferenceTokenizer:
         self._path = path
         self._judge: SentencePieceJudge | None = None
         if (path / TOKENIZER_NAME).is_file():
-            self.side = f"the checkpoint's {TOKENIZER_NAME}"
+            given = [name for name in SETTINGS_FILES if (path / name).is_file()]
+            self.side = " with ".join([f"the checkpoint's {TOKENIZER_NAME}", *given[:1]])
             self._file = self._load(PreTrainedTokenizerFast)
         else:
             self.side = f"sentencepiece with the checkpoint's {SENTENCEPIECE_NAME}"

@@ -31,6 +31,7 @@ class TextCodec:
 
     Args:
         directory: the bundle or checkpoint that holds ``tokenizer.json``.
+        tokenizer_json: contents of the file, if what counts is not the file itself.
         chat_template: text of the template, or texts by name if there are several; None if the model has none.
         special_tokens: tokens by the names that chat templates use, such as bos_token and eos_token.
 
@@ -39,14 +40,19 @@ class TextCodec:
     """
 
     def __init__(
-        self, directory: Path, *, chat_template: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]
+        self,
+        directory: Path,
+        *,
+        chat_template: str | Mapping[str, str] | None,
+        special_tokens: Mapping[str, str],
+        tokenizer_json: bytes | None = None,
     ) -> None:
         self.directory = directory
         self._chat_templates = templates_by_name(chat_template)
         self._compiled: dict[str, ChatTemplate] = {}
         self._special_tokens = special_tokens
         try:
-            self.tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_NAME))
+            self.tokenizer = Tokenizer.from_buffer(tokenizer_json or (directory / TOKENIZER_NAME).read_bytes())
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(f"{directory / TOKENIZER_NAME} is not a tokenizer: {error}") from None
         self.tokenizer.no_truncation()  # trainers save these settings, but a prompt must not be cut or padded silently
@@ -197,6 +203,8 @@ class TextStream:
         """The text with that of special tokens, in which stop strings are looked for too. Empty without them."""
         self._specials: list[tuple[int, int]] = []
         """Where the special tokens stand in it: from, to."""
+        self._waiting: list[tuple[int, str]] = []
+        """Special tokens behind a cut-off character: the tokens in the window before each, and its text."""
         self._emitted = 0
         self.stopped = False
 
@@ -227,22 +235,50 @@ class TextStream:
         before = self._codec.decode(self._window[: self._num_context])
         after = self._codec.decode(self._window)
         if len(after) > len(before) and (at_end or not after.endswith(INCOMPLETE)):
-            new = after[len(before) :]
+            self._commit(after[len(before) :])
+
+    def _commit(self, new: str) -> None:
+        """Take the text of the tokens in the window, with the special tokens among them."""
+        if self._stop:
+            spoken, specials = self._among_specials(new)
+            self._specials += [(start + len(self._spoken), end + len(self._spoken)) for start, end in specials]
+            self._spoken += spoken
+            self._waiting = []
+        if new:
+            self._text += new
             del self._window[: self._num_context]
             self._num_context = len(self._window)
-            self._text += new
-            if self._stop:
-                self._spoken += new
-                self._cut()
+        self._cut()
 
     def _hear(self, special: str) -> None:
-        """Take a special token. If it ends the text, what was held back of a cut-off character belongs before it."""
-        if any(text in self._spoken + special for text in self._stop):
-            self._advance(at_end=True)
-        if not self.stopped:
-            self._specials.append((len(self._spoken), len(self._spoken) + len(special)))
-            self._spoken += special
-            self._cut()
+        """Take a special token. It ends a text of which it completes a stop string, with what is held back before it.
+
+        Behind a cut-off character it waits, for the tokens after it may complete that character.
+        """
+        self._waiting.append((len(self._window), special))
+        num_before = len(self._codec.decode(self._window[: self._num_context]))
+        new = self._codec.decode(self._window)[num_before:]
+        spoken = self._spoken + self._among_specials(new)[0]
+        end = len(spoken) - len(special)
+        if not new or any(spoken.find(text, max(0, end - len(text) + 1)) >= 0 for text in self._stop):
+            self._commit(new)
+
+    def _among_specials(self, new: str) -> tuple[str, list[tuple[int, int]]]:
+        """The new text with the special tokens that wait, and where these stand in it: from, to.
+
+        A special token inside a character stands before it, behind the half that was there: it joins no other text.
+        """
+        num_before = len(self._codec.decode(self._window[: self._num_context]))
+        spoken, specials, done, last = "", [], 0, -1
+        for count, special in self._waiting:
+            shown = self._codec.decode(self._window[:count])[num_before:]
+            whole = max(done, _shared(shown, new))
+            spoken += new[done:whole]
+            half = shown[whole:] if count != last else ""
+            specials.append((len(spoken), len(spoken) + len(half) + len(special)))
+            spoken += half + special
+            done, last = whole, count
+        return spoken + new[done:], specials
 
     def _cut(self) -> None:
         starts = [start for text in self._stop if (start := self._text.find(text)) >= 0]
@@ -263,6 +299,12 @@ class TextStream:
         delta = self._text[self._emitted : end]
         self._emitted = max(self._emitted, end)
         return delta
+
+
+def _shared(first: str, second: str) -> int:
+    """Length of the beginning that two texts share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:

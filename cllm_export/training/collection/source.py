@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, MANIFEST_NAME, TOKENIZER_NAME, open_bundle
-from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import require_at_least
 from cllm_export.errors import CheckpointError, OptionError
 from cllm_export.runtime.decoding.text import TextCodec
@@ -101,5 +100,5 @@ def _open_checkpoint(path: Path, batch_size: int | None, threads: int | None, de
         device=device,
         model_fingerprint=checkpoint.fingerprint(),
         bundle_fingerprint=None,
-        tokenizer_sha256=sha256_of(path / TOKENIZER_NAME),
+        tokenizer_sha256=checkpoint.tokenizer_sha256,
     )

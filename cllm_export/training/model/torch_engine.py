@@ -306,7 +306,12 @@ def _model(model: PreTrainedModel, checkpoint: Checkpoint, settings: Settings, *
         pad_token_id=checkpoint.pad_token_id,
         trained_with=settings.trained_with,
     )
-    codec = TextCodec(checkpoint.path, chat_template=checkpoint.chat_template, special_tokens=checkpoint.special_tokens)
+    codec = TextCodec(
+        checkpoint.path,
+        chat_template=checkpoint.chat_template,
+        special_tokens=checkpoint.special_tokens,
+        tokenizer_json=checkpoint.tokenizer_json,
+    )
     return Model(facts, TorchEngine(model, settings.geometry, num_slots=num_slots), codec)
 
 

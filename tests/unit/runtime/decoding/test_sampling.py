@@ -167,7 +167,7 @@ def test_log_probabilities_are_those_of_the_model_itself(model):
         ({"logit_bias": {1: 10**400}}, "must be a number from -1e\\+20 to 1e\\+20, or -inf"),
         ({"logprobs": 21}, "logprobs must be an integer from 0 to 20"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
-        ({"seed": 2**63}, "seed must be an integer from 0 to "),
+        ({"seed": 2**63}, "seed must be an integer of at most "),
         ({"tempereture": 1.0}, "no such option: tempereture"),
     ],
 )

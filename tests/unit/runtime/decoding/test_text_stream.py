@@ -136,6 +136,47 @@ def test_half_a_character_before_a_special_stop_token_is_given_as_it_decodes(cod
     assert "".join(deltas_of(codec, tokens, stop=["</s>"])) == f"the {REPLACEMENT}"
 
 
+@pytest.mark.parametrize("stop", ["</s></s>", "</s><pad>", "e</s>", "x</s>y", f"{REPLACEMENT}</s><pad></s>"])
+def test_a_special_token_inside_a_character_leaves_it_whole_unless_the_text_ends_there(codec, stop):
+    """Stop strings that the special tokens begin, or complete with text before the character, change nothing."""
+    face = codec.encode("🙂")
+    for at in (1, 2, 3):
+        tokens = [*codec.encode("the"), *face[:at], EOS, PAD, *face[at:], *codec.encode("x")]
+        given = "".join(deltas_of(codec, tokens, stop=[stop]))
+        assert given == (f"the{REPLACEMENT}" if stop == "</s><pad>" else "the🙂x")
+
+
+def test_a_special_token_behind_a_character_that_never_becomes_whole_stands_behind_it(codec):
+    half, after = codec.encode("🙂")[:-1], codec.encode("x")
+    tokens = [*half, EOS, *after]
+    assert "".join(deltas_of(codec, tokens, stop=["</s>x"])) == REPLACEMENT
+    assert "".join(deltas_of(codec, tokens, stop=[f"{REPLACEMENT}</s>x"])) == ""
+    assert "".join(deltas_of(codec, tokens, stop=[f"</s>{REPLACEMENT}x"])) == f"{REPLACEMENT}x"
+
+
+WORDS = ("<pad>", "</s>", "the")
+STOPS = ("</s>", "<pad></s>", "</s></s>", "e</s>", "</s>e", "<pad>🙂", "🙂<pad>", "<", ">", "the", REPLACEMENT)
+
+
+@given(
+    pieces=st.lists(st.sampled_from([*WORDS, 0, 1, 2, 3]), max_size=14),
+    stop=st.lists(st.sampled_from(STOPS), min_size=1, max_size=2),
+    group=st.integers(2, 5),
+)
+@properties
+def test_special_tokens_and_cut_off_characters_give_the_text_of_all_tokens_up_to_a_stop_string(
+    codec, pieces, stop, group
+):
+    """However the tokens come. Halves of an emoji, special tokens and words stand in any order."""
+    face = codec.encode("🙂")
+    tokens = [token for piece in pieces for token in (codec.encode(piece) if piece in WORDS else [face[piece]])]
+    stream = TextStream(codec, stop)
+    given = "".join([*(stream.push([token]) for token in tokens), stream.flush()])
+    assert given == stream.text == "".join(deltas_of(codec, tokens, stop=stop, group=group))
+    whole = codec.decode(tokens)
+    assert whole.startswith(given.rstrip(REPLACEMENT)) if stream.stopped else given == whole
+
+
 def test_flushing_twice_gives_the_rest_once(codec):
     stream = TextStream(codec)
     stream.push(codec.encode("the 🙂")[:-1])
