@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo    set up, export the demo checkpoint, verify it, decode, print the speed table"
 	@echo "make test    set up, then lint, types and tests"
-	@echo "make contacts   meet outside things: a clean environment that pip fills"
+	@echo "make contacts   meet outside things: a clean environment that pip fills, and the builder of TensorRT for RTX"
 	@echo "make setup   fill $(VENV) with the pinned versions of constraints.txt"
 	@echo "make slow    the tests that take minutes"
 	@echo "make test-gpu   the acceptance suite, on whatever engines this machine has"
@@ -43,7 +43,7 @@ types: setup
 
 # In CI, nothing may be missing: each folder of tests must have run, and pip must get every binding.
 ifeq ($(CI),true)
-REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/acceptance
+REQUIRED_FOLDERS := tests/unit tests/parity tests/e2e tests/tensorrt tests/tensorrt/rtx tests/acceptance
 REQUIRED_BINDINGS := --required
 NO_SKIPS := --no-skips
 endif

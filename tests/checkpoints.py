@@ -64,7 +64,7 @@ LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What one tiny checkpoint is made of. ``config`` holds any further key of the family's config."""
+    """What one tiny checkpoint is made of. ``config`` holds any other key of the family's config, sizes included."""
 
     family: str = "llama"
     num_layers: int = 2
@@ -81,6 +81,8 @@ class Variant:
     seed: int = 0
     embedding_scale: float = 0.3
     """Standard deviation of the embeddings: small where a family multiplies them, or no layer would change a token."""
+    weight_scale: float = 0.3
+    """Standard deviation of all other weights."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -183,6 +185,70 @@ VARIANTS: dict[str, Variant] = {
 }
 """The checkpoints that the parity tests export: every family, and every option at least once."""
 
+
+def _realistic(family: str, *, heads: int, kv_heads: int, head_dim: int, **config: Any) -> Variant:
+    """Two layers of a family with heads of a real size, a hidden size that they suit, and a cache of two thousand rows.
+
+    TensorRT chooses kernels by these sizes: for the tiny ones it has other kernels, or none.
+    """
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": heads, "vocab_size": 4096}
+    return Variant(
+        family=family,
+        tied=False,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=2048,
+        embedding_scale=0.06,
+        weight_scale=0.06,
+        rope=config.pop("rope", None),
+        config={**sizes, **config},
+    )
+
+
+REALISTIC: dict[str, Variant] = {
+    "real-llama": _realistic("llama", heads=8, kv_heads=2, head_dim=64),
+    "real-mistral": _realistic("mistral", heads=8, kv_heads=2, head_dim=128, sliding_window=512),
+    "real-ministral": _realistic(
+        "ministral",
+        heads=8,
+        kv_heads=2,
+        head_dim=128,
+        sliding_window=512,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "real-qwen2": _realistic("qwen2", heads=8, kv_heads=2, head_dim=64),
+    "real-qwen3": _realistic("qwen3", heads=8, kv_heads=2, head_dim=128),
+    "real-gemma": _realistic("gemma", heads=4, kv_heads=1, head_dim=256),
+    "real-gemma2": _realistic(
+        "gemma2",
+        heads=8,
+        kv_heads=4,
+        head_dim=128,
+        sliding_window=512,
+        query_pre_attn_scalar=128,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+    "real-gemma3": _realistic(
+        "gemma3_text",
+        heads=4,
+        kv_heads=1,
+        head_dim=256,
+        rope=LAYERED_ROPE,
+        sliding_window=512,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=256,
+    ),
+    "real-phi3": _realistic("phi3", heads=8, kv_heads=8, head_dim=96, hidden_size=768, sliding_window=512),
+    "real-granite": _realistic("granite", heads=8, kv_heads=2, head_dim=64, embedding_multiplier=3.0),
+    "real-olmo2": _realistic("olmo2", heads=8, kv_heads=8, head_dim=64),
+    "real-smollm3": _realistic("smollm3", heads=8, kv_heads=2, head_dim=128, no_rope_layer_interval=2),
+    "real-starcoder2": _realistic("starcoder2", heads=8, kv_heads=2, head_dim=64, use_bias=True, sliding_window=512),
+    "real-stablelm": _realistic("stablelm", heads=8, kv_heads=8, head_dim=64, rope=PARTIAL_ROPE),
+}
+"""A checkpoint of every family for TensorRT's builder. Heads have 64 to 256 values, and one, two, four or eight
+of them hold keys and values."""
+
 UNTRAINABLE = {
     name: variant
     for name, variant in VARIANTS.items()
@@ -199,28 +265,28 @@ def make_checkpoint(directory: Path, variant: Variant | None = None) -> Path:
 
     variant = variant or Variant()
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        variant.family,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_hidden_layers=variant.num_layers,
-        num_key_value_heads=variant.num_kv_heads,
-        head_dim=variant.head_dim or 16,
-        vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=variant.max_positions,
-        rope_parameters=dict(variant.rope or {"rope_type": "default", "rope_theta": 10000.0}),
-        tie_word_embeddings=variant.tied,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_hidden_layers": variant.num_layers,
+        "num_key_value_heads": variant.num_kv_heads,
+        "head_dim": variant.head_dim or 16,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": variant.max_positions,
+        "rope_parameters": dict(variant.rope or {"rope_type": "default", "rope_theta": 10000.0}),
+        "tie_word_embeddings": variant.tied,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
         **variant.config,
-    )
+    }
+    config = AutoConfig.for_model(variant.family, **settings)
     torch.manual_seed(variant.seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = variant.embedding_scale if "embed" in name else 0.3
+            scale = variant.embedding_scale if "embed" in name else variant.weight_scale
             parameter.copy_(_random_like(name, parameter, scale))
     model = model.to(getattr(torch, variant.dtype))
     model.generation_config.eos_token_id = variant.eos if isinstance(variant.eos, int) else list(variant.eos)

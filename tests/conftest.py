@@ -19,7 +19,7 @@ from cllm_export.bundle.manifest import Bundle, open_bundle
 from cllm_export.runtime.decoding.block_size.latency_file import LATENCY_NAME
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from tests.checkpoints import MAX_POSITIONS, SLOW_VARIANTS, VARIANTS, Variant, make_checkpoint
+from tests.checkpoints import MAX_POSITIONS, REALISTIC, SLOW_VARIANTS, VARIANTS, Variant, make_checkpoint
 from tests.remembered_traces import remember_traces
 from tests.required_runs import pytest_addoption, pytest_configure  # noqa: F401 - hooks that pytest calls
 
@@ -65,11 +65,11 @@ class Workshop:
         shared.mkdir(exist_ok=True)
 
     def checkpoint(self, name: str) -> Path:
-        """A checkpoint by name: one of ``VARIANTS``, one of ``TRAINED``, or ``small`` (one layer, traces faster)."""
+        """A checkpoint by name: one of ``VARIANTS``, ``REALISTIC`` or ``TRAINED``, or ``small`` (one layer)."""
         self._remember_traces()
         if name in TRAINED:
             return DEMO / TRAINED[name]
-        variant = Variant(num_layers=1) if name == "small" else VARIANTS[name]
+        variant = Variant(num_layers=1) if name == "small" else (VARIANTS | REALISTIC)[name]
         directory = f"checkpoint-{name}"
         made = self._shared_once(
             ("checkpoint", name), lambda target: self._write_checkpoint(target / directory, variant)

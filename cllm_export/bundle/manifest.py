@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -204,7 +204,7 @@ class Bundle:
     @property
     def tensorrt_graph(self) -> str:
         """Name of the graph that TensorRT parses."""
-        return UNFOLDED_GRAPH if UNFOLDED_GRAPH in self.manifest.graphs else GREEDY_GRAPH
+        return tensorrt_graph_of(self.manifest.graphs)
 
     @property
     def weight_bytes(self) -> int:
@@ -232,6 +232,11 @@ class Bundle:
             done += size
             if progress:
                 progress("checksums", done, total)
+
+
+def tensorrt_graph_of(graphs: Collection[str]) -> str:
+    """Name of the graph that TensorRT parses, of a bundle with these graphs."""
+    return UNFOLDED_GRAPH if UNFOLDED_GRAPH in graphs else GREEDY_GRAPH
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -27,6 +27,7 @@ from cllm_export.bundle.manifest import (
     Bundle,
     describe_files,
     open_bundle,
+    tensorrt_graph_of,
     write_manifest,
 )
 from cllm_export.bundle.scales import Scales, open_scales
@@ -193,7 +194,7 @@ class _Work:
                 with stages.stage("bundle"):
                     for name, each in graphs.items():
                         attach_weights(each, layout)
-                        write_graph(each, name, staging)
+                        write_graph(each, name, staging, is_parsed=name == tensorrt_graph_of(graphs))
                     copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
                     write_manifest(staging, make_manifest(checkpoint, settings, graphs, layout, files, sums))
@@ -260,7 +261,7 @@ class _Work:
             return obstacle
         with self.stages.stage("lookahead"):
             graphs[LOOKAHEAD_GRAPH] = graph = derive_lookahead(graphs[GREEDY_GRAPH], settings.geometry)
-            lint_graph(graph, ir.serde.serialize_model(graph.model))
+            lint_graph(graph, ir.serde.serialize_model(graph.model), is_parsed=False)
         return None
 
     def _add_unfolded(self, graphs: dict[str, DecoderGraph], settings: Settings) -> None:
@@ -271,8 +272,9 @@ class _Work:
         with self.stages.stage("unfolded"):
             graph = derive_unfolded(greedy, settings.geometry, settings.fixed)
             if graph is not None:
-                lint_graph(graph, ir.serde.serialize_model(graph.model))
                 graphs[UNFOLDED_GRAPH] = graph
+            parsed = graphs[tensorrt_graph_of(graphs)]
+            lint_graph(parsed, ir.serde.serialize_model(parsed.model), is_parsed=True)
 
     def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None, max_flips: float) -> None:
         """Refuse a quantised bundle that no longer computes its model, before it replaces the old bundle."""

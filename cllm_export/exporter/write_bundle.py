@@ -29,7 +29,7 @@ from cllm_export.bundle.manifest import (
 from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.passes import pin_shapes, state_contract
-from cllm_export.exporter.lint.rules import require_clean
+from cllm_export.exporter.lint.rules import NOT_PARSED, require_clean
 from cllm_export.exporter.quantize.schemes import SCHEMES
 from cllm_export.exporter.settle import Settings
 from cllm_export.exporter.stages import Stages
@@ -51,21 +51,29 @@ def finish_graph(graph: DecoderGraph, settings: Settings, stages: Stages) -> Non
         if settings.fixed:
             pin_shapes(graph, settings.geometry, settings.fixed)
         state_contract(graph, settings.geometry, settings.fixed)
-        lint_graph(
-            graph, ir.serde.serialize_model(graph.model)
-        )  # the lint needs no weights, so it runs before any are written
+        # The lint needs no weights, so it runs before any are written. Which graph is parsed is not known yet.
+        lint_graph(graph, ir.serde.serialize_model(graph.model), is_parsed=False)
 
 
-def lint_graph(graph: DecoderGraph, proto: onnx.ModelProto) -> None:
-    """Check the graph against TensorRT's rules. In a graph not made for TensorRT, skip its quantising operators."""
+def lint_graph(graph: DecoderGraph, proto: onnx.ModelProto, *, is_parsed: bool) -> None:
+    """Check the graph against TensorRT's rules. In a graph not made for TensorRT, skip its quantising operators.
+
+    ``is_parsed`` is whether TensorRT parses this graph of the bundle. Any other may break a few rules.
+    """
     made = graph.quantization
-    require_clean(proto, unjudged=SCHEMES[made.scheme].unjudged if made and "tensorrt" not in made.engines else ())
+    for_others = made is not None and "tensorrt" not in made.engines
+    require_clean(
+        proto,
+        unjudged=SCHEMES[made.scheme].unjudged if made and for_others else (),
+        waived=() if is_parsed and not for_others else NOT_PARSED,
+    )
 
 
-def write_graph(graph: DecoderGraph, name: str, directory: Path) -> None:
+def write_graph(graph: DecoderGraph, name: str, directory: Path, *, is_parsed: bool) -> None:
+    """Lint a finished graph once more, and write it. See ``lint_graph`` for ``is_parsed``."""
     graph.model.producer_name, graph.model.graph.name = "cllm-export", name
     proto = ir.serde.serialize_model(graph.model)
-    lint_graph(graph, proto)
+    lint_graph(graph, proto, is_parsed=is_parsed)
     onnx.save(proto, directory / GRAPH_FILES[name])
     log.info("%s: %d nodes", GRAPH_FILES[name], len(proto.graph.node))
 

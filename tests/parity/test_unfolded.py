@@ -10,6 +10,8 @@ import pytest
 
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import GREEDY_GRAPH, UNFOLDED_GRAPH, Bundle, open_bundle
+from cllm_export.errors import GraphError
+from cllm_export.exporter import pipeline
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import with_manifest
@@ -65,6 +67,18 @@ def test_no_query_is_folded_in_it(workshop: Workshop):
     queries = [node.input[0] for node in graph.graph.node if node.op_type == "Attention"]
     assert {shapes[name][1].dim_value for name in queries if name in shapes} == {heads}
     assert bundle.tensorrt_graph == UNFOLDED_GRAPH
+
+
+def test_a_graph_folded_onto_one_head_is_built_for_onnx_runtime_and_refused_if_tensorrt_gets_it(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = workshop.checkpoint("llama-linear-bias-mqa")
+    assert UNFOLDED_GRAPH in workshop.build(checkpoint).manifest.graphs
+    monkeypatch.setattr(pipeline, "derive_unfolded", lambda *_: None)
+    with pytest.raises(GraphError, match=r"4 query heads are folded onto one key/value head.*\[attention-folded\]"):
+        workshop.build(checkpoint)
+    for_others = workshop.build(checkpoint, quantize=_int8_dynamic())
+    assert list(for_others.manifest.graphs) == [GREEDY_GRAPH], "TensorRT does not get this bundle"
 
 
 def _engine(bundle: Bundle, graph: str) -> OrtEngine:

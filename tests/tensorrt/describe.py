@@ -1,8 +1,8 @@
 """Import one version of real bindings on a machine without a GPU, and print what they offer as JSON.
 
 Run in a process of its own, since a process can load either module once: ``python -m tests.tensorrt.describe
-tensorrt DIRECTORY`` or ``... cuda DIRECTORY``. Nothing of TensorRT or CUDA is run: names, signatures, enums and which
-properties can be set are all that is read.
+tensorrt DIRECTORY``, ``... cuda DIRECTORY`` or ``... tensorrt-rtx``, which is that of the environment. Nothing of
+TensorRT or CUDA is run: names, signatures, enums and which properties can be set are all that is read.
 """
 
 from __future__ import annotations
@@ -171,11 +171,13 @@ def describe_argument(argument: inspect.Parameter) -> dict[str, Any]:
 
 
 def main() -> None:
-    what, directory = sys.argv[1], Path(sys.argv[2])
+    what, directories = sys.argv[1], sys.argv[2:]
     if what == "tensorrt":
-        described = describe_tensorrt(import_tensorrt(directory))
+        described = describe_tensorrt(import_tensorrt(Path(directories[0])))
+    elif what == "tensorrt-rtx":
+        described = describe_tensorrt(importlib.import_module("tensorrt_rtx_bindings"))
     else:
-        sys.path.insert(0, str(directory))
+        sys.path.insert(0, directories[0])
         described = {name: describe_cuda(name, prefix) for name, prefix in CUDA_MODULES.items()}
     json.dump(described, sys.stdout)
 

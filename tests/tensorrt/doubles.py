@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from cllm_export.tensorrt.library import TENSORRT_RTX
 from tests.tensorrt.install import BUILD
 
 BUFFERS = (bytes, bytearray, memoryview)
@@ -60,9 +62,26 @@ def describe(what: str, version: str) -> dict[str, Any]:
     directory = BUILD / what / version
     if not directory.is_dir():
         pytest.skip(f"the bindings of {what} {version} are not installed: run `make bindings`")
+    return _described(what, version, directory, (str(directory),))
+
+
+@functools.cache
+def describe_rtx() -> dict[str, Any]:
+    """What the bindings of TensorRT for RTX in this environment offer; without them the test is skipped."""
+    try:
+        version = importlib.metadata.version(TENSORRT_RTX.package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{TENSORRT_RTX.package} is not installed: run `make setup`")
+    directory = BUILD / TENSORRT_RTX.name / version
+    directory.mkdir(parents=True, exist_ok=True)
+    return _described(TENSORRT_RTX.name, version, directory, ())
+
+
+def _described(what: str, version: str, directory: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """The description that is kept in a directory, made anew where the script is newer."""
     kept, script = directory / "described.json", Path(__file__).with_name("describe.py")
     if not kept.exists() or kept.stat().st_mtime < script.stat().st_mtime:
-        command = [sys.executable, "-m", "tests.tensorrt.describe", what, str(directory)]
+        command = [sys.executable, "-m", "tests.tensorrt.describe", what, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"the bindings of {what} {version} do not import here: {done.stderr.strip().splitlines()[-1]}")

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cllm_export.runtime.engines.cuda import Cuda
-from cllm_export.tensorrt.library import Gpu
-from tests.tensorrt.doubles import CudaDouble, Nonconforming, TensorRtDouble, describe
+from cllm_export.tensorrt.library import TENSORRT as DATA_CENTRE
+from cllm_export.tensorrt.library import TENSORRT_RTX, Gpu, Library
+from tests.tensorrt.doubles import CudaDouble, Nonconforming, TensorRtDouble, describe, describe_rtx
 from tests.tensorrt.install import CUDA, TENSORRT
 
 MEMORY = 1 << 32
@@ -758,18 +759,25 @@ class SimulatedTensorRt:
 
 
 class SimulatedGpu:
-    """Everything behind one simulated GPU; ``gpu`` is what plans and engines take."""
+    """Everything behind one simulated GPU; ``gpu`` is what plans and engines take.
 
-    def __init__(self, *, tensorrt: str = TENSORRT[-1], cuda: str = CUDA[-1], **device: Any) -> None:
+    Args:
+        tensorrt: the version, of the library for data-centre cards; of the other there is the environment's alone.
+    """
+
+    def __init__(
+        self, *, tensorrt: str = TENSORRT[-1], cuda: str = CUDA[-1], library: Library = DATA_CENTRE, **device: Any
+    ) -> None:
         self.cuda = SimulatedCuda(**device)
         self.tensorrt = SimulatedTensorRt(self.cuda)
-        self.trt = TensorRtDouble(describe("tensorrt", tensorrt), self.tensorrt)
+        described = describe_rtx() if library is TENSORRT_RTX else describe("tensorrt", tensorrt)
+        self.trt = TensorRtDouble(described, self.tensorrt)
         self.tensorrt.module = self.trt
         modules = describe("cuda", cuda)
         self.runtime = CudaDouble(modules["runtime"], self.cuda)
         self.driver = CudaDouble(modules["driver"], SimulatedDriver(self.cuda))
         checked = Cuda(self.runtime)
-        self.gpu = Gpu(tensorrt=self.trt, cuda=checked, facts=checked.facts())
+        self.gpu = Gpu(tensorrt=self.trt, cuda=checked, facts=checked.facts(), library=library)
 
     def compiler(self, directory: Path, cuda: str = CUDA[-1]) -> tuple[CudaDouble, CudaDouble]:
         """``nvrtc`` and ``driver``, the former making libraries in a directory."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.tensorrt.doubles import CudaDouble, Nonconforming, TensorRtDouble, describe
+from tests.tensorrt.doubles import CudaDouble, Nonconforming, TensorRtDouble, describe, describe_rtx
 from tests.tensorrt.install import CUDA, TENSORRT
 
 
-@pytest.fixture(params=TENSORRT)
+@pytest.fixture(params=[*TENSORRT, "rtx"])
 def trt(request: pytest.FixtureRequest) -> TensorRtDouble:
-    return TensorRtDouble(describe("tensorrt", request.param))
+    return TensorRtDouble(describe_rtx() if request.param == "rtx" else describe("tensorrt", request.param))
 
 
 @pytest.fixture(params=CUDA)

@@ -36,6 +36,9 @@ Broken = Iterator[tuple[str, str]]
 """A (rule, message) pair for each rule that a node breaks."""
 
 MAX_LISTED = 10
+FOLDED = "attention-folded"
+NOT_PARSED = frozenset({FOLDED})
+"""Rules that a graph may break if TensorRT is given another graph of the bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +54,13 @@ class Finding:
         return f"{self.node}: {self.message} [{self.rule}]"
 
 
-def lint(model: ModelProto, *, max_opset: int = OPSET, unjudged: Collection[str] = ()) -> list[Finding]:
+def lint(
+    model: ModelProto, *, max_opset: int = OPSET, unjudged: Collection[str] = (), waived: Collection[str] = ()
+) -> list[Finding]:
     """Every rule that the graph breaks, in graph order; an empty list if there is none.
 
     ``unjudged`` names operators, of any domain, to skip because the graph is made for another engine than TensorRT.
+    ``waived`` names rules to skip.
     """
     described, failure = infer(_without_data(model))
     values = Values.of(model, described)
@@ -65,16 +71,16 @@ def lint(model: ModelProto, *, max_opset: int = OPSET, unjudged: Collection[str]
             continue
         label = f"{node.op_type} {node.name}".strip()
         findings += [Finding(node=label, rule=rule, message=text) for rule, text in _check(node, inside, values)]
-    return findings
+    return [finding for finding in findings if finding.rule not in waived]
 
 
-def require_clean(model: ModelProto, *, unjudged: Collection[str] = ()) -> None:
+def require_clean(model: ModelProto, *, unjudged: Collection[str] = (), waived: Collection[str] = ()) -> None:
     """Check that the graph breaks no rule; see ``lint``.
 
     Raises:
         GraphError: it breaks a rule; lists the first findings and their number.
     """
-    findings = lint(model, unjudged=unjudged)
+    findings = lint(model, unjudged=unjudged, waived=waived)
     if not findings:
         return
     lines = [f"  {finding}" for finding in findings[:MAX_LISTED]]
@@ -238,6 +244,20 @@ def _attention_causal(node: NodeProto, values: Values) -> Broken:
         yield "attention-causal-length", f"is_causal needs as many keys as queries, got {queries} queries, {keys} keys"
 
 
+def _attention_folded(node: NodeProto, values: Values) -> Broken:
+    """TensorRT has no kernel for one query head and one key/value head. It has one for more query heads, unfolded.
+
+    Without a kernel it spells the attention out where it may, and else refuses to build.
+    """
+    query = input_name(node, 0)
+    producer = values.producers.get(query)
+    if producer is None or producer.op_type != "Reshape" or values.length(query, 1) != 1:
+        return
+    heads = values.length(input_name(producer, 0), 1)
+    if isinstance(heads, int) and heads > 1:
+        yield FOLDED, f"{heads} query heads are folded onto one key/value head: unfold them"
+
+
 def _scatter_form(node: NodeProto, values: Values) -> Broken:
     """KVCacheUpdate writes linearly along axis -2 of a 4-D cache. operators.md requires the spelling -2."""
     if (axis := attribute(node, "axis", -2)) != -2:
@@ -351,7 +371,7 @@ def _with(shape: tuple[Dim, ...], axis: int, length: int) -> tuple[Dim, ...]:
 Rule = Callable[[NodeProto, Values], Broken]
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "Attention": (_attention_ports, _attention_attributes, _attention_mask, _attention_causal),
+    "Attention": (_attention_ports, _attention_attributes, _attention_mask, _attention_causal, _attention_folded),
     "TensorScatter": (_scatter_form, _scatter_binding),
     "RotaryEmbedding": (_rotary,),
     "CumSum": (_cumsum,),

@@ -41,6 +41,8 @@ class Values:
     """Number of times each value is read: by nodes at any depth, and as a graph output."""
     constants: dict[str, tuple[int, ...] | None]
     """Constant -> its integers; None if it holds other data, or if its data is not in the model."""
+    producers: dict[str, NodeProto] = field(default_factory=dict)
+    """Value -> the node that computes it."""
     dtypes: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
     """Value -> shape. A value of unknown rank is absent."""
@@ -56,6 +58,7 @@ class Values:
             outputs=frozenset(value.name for value in model.graph.output),
             readers=read,
             constants=dict(constants(model.graph)),
+            producers={name: node for node, _ in nodes_of(model.graph) for name in node.output},
         )
         for graph in graphs_of(described):
             values._describe((*graph.input, *graph.value_info, *graph.output))

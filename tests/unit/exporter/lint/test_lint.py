@@ -6,7 +6,7 @@ from onnx import ModelProto, TensorProto, numpy_helper, parser
 
 from cllm_export.bundle.contract import OPSET
 from cllm_export.errors import GraphError
-from cllm_export.exporter.lint.rules import DTYPES, Finding, lint, require_clean
+from cllm_export.exporter.lint.rules import DTYPES, NOT_PARSED, Finding, lint, require_clean
 
 CACHE = "float[B,2,16,8] past, float[B,2,n,8] update, int64[B] index"
 SCATTER = "present = TensorScatter<axis = -2, mode = 'linear'>(past, update, index)"
@@ -208,6 +208,28 @@ def test_is_causal_is_refused_unless_queries_and_keys_are_known_to_be_as_many(le
 
 def test_is_causal_over_as_many_queries_as_keys_is_clean():
     assert rules(attention(QKV.replace("S", "n"), "y = Attention<is_causal = 1>(q, k, v)")) == []
+
+
+def folded(kv_heads: int) -> ModelProto:
+    """Four query heads as rows of the key/value heads that they share."""
+    inputs = f"float[B,4,n,8] q, float[B,{kv_heads},S,8] k, float[B,{kv_heads},S,8] v"
+    nodes = "rows = Reshape(q, to) result = Attention(rows, k, v) y = Reshape(result, back)"
+    constants = f"int64[4] to = {{0,{kv_heads},-1,8}}, int64[4] back = {{0,4,-1,8}}"
+    return graph(inputs, "y", nodes, constants=constants)
+
+
+def test_query_groups_folded_onto_one_head_are_refused_where_tensorrt_parses_the_graph():
+    assert rules(folded(1)) == ["attention-folded"]
+    assert lint(folded(1), waived=NOT_PARSED) == []
+
+
+def test_query_groups_folded_onto_more_heads_are_clean():
+    assert rules(folded(2)) == []
+
+
+def test_a_model_of_one_head_is_clean():
+    """It folds nothing. TensorRT spells its attention out, and there is no other graph to give it."""
+    assert rules(attention(QKV.replace("B,4,", "B,1,").replace("B,2,", "B,1,"), "y = Attention(q, k, v)")) == []
 
 
 def branches(then_node: str) -> ModelProto:
