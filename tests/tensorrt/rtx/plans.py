@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[2] / "fixtures" / "plan_contents.json"
 REWRITE = "python -m tests.tensorrt.rtx.golden"
 BLOCK_SIZES = (1, 16)
 PROFILES = ("prefill", *(f"n = {size}" for size in BLOCK_SIZES))
-COUNTS = ("kernels", "attention", "cache_copies", "host_copies", "reformats")
+COUNTS = ("kernels", "attention", "cache_copies", "host_copies", "logits_copies", "reformats")
 MOST_WEIGHTS = 1.02
 """Device memory of a plan's weights over the bytes that the graph's weights have. Kernels pad some of them."""
 BITS = {
