@@ -1,4 +1,4 @@
-"""The graph for TensorRT beside the greedy one of its bundle: equal tokens, with one row of queries for each head."""
+"""The graph for TensorRT beside the greedy one of its bundle: equal tokens, in the form that its builder likes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import GREEDY_GRAPH, UNFOLDED_GRAPH, Bundle, open_bundle
 from cllm_export.errors import GraphError
-from cllm_export.exporter import pipeline
+from cllm_export.exporter.graph import unfolded
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import with_manifest
@@ -20,15 +20,26 @@ EXPORTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("qwen2", {}),
     ("llama-linear-bias-mqa", {}),
+    ("qwen3", {}),
+    ("qwen3", {"precision": "fp16"}),
+    ("gemma2", {}),
     ("gemma3", {}),
+    ("gemma3", {"precision": "fp16"}),
+    ("olmo2", {}),
+    ("phi3", {}),
+    ("stablelm-parallel", {}),
     ("llama-llama3-bf16-sharded", {"precision": "fp16"}),
+    ("llama", {"weights": "link"}),
     ("llama", PINNED),
 ]
-"""Grouped queries, one key/value head, layers with a window, fp16, fixed shapes."""
+"""Grouped queries, one key/value head, norms of heads and norms behind products, attention that is spelled out, layers
+with a window, LayerNorm, queries that are not grouped, fp16, weights in the checkpoint, fixed shapes."""
 SIZES = (1, 3, 8, 16)
-LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """ONNX Runtime takes another matrix product for one row of queries than for g rows. It sums in another order: up to
-7.6e-6 was seen in fp32, and one half-precision step of a logit near 10 (8e-3) in fp16. Tokens must be equal."""
+7.6e-6 was seen in fp32, and one half-precision step of a logit near 10 (8e-3) in fp16. Its norm in fp16 multiplies by
+the scale before it rounds. Where heads are normalised together it rounds first, as TensorRT always does: up to 2.6e-2
+was seen. Tokens must be equal."""
 
 
 @pytest.mark.parametrize(("name", "options"), EXPORTS, ids=lambda value: value if isinstance(value, str) else None)
@@ -53,9 +64,9 @@ def test_both_graphs_compute_the_same_forward(workshop: Workshop, name: str, opt
             np.testing.assert_allclose(other.logits, one.logits, rtol=0, atol=tolerance)
 
 
-def test_only_models_with_folded_query_groups_have_the_graph(workshop: Workshop):
+def test_every_bundle_that_tensorrt_may_get_has_the_graph(workshop: Workshop):
     assert UNFOLDED_GRAPH in workshop.bundle("llama").manifest.graphs
-    assert UNFOLDED_GRAPH not in workshop.bundle("llama-yarn-fp16-mha").manifest.graphs
+    assert UNFOLDED_GRAPH in workshop.bundle("llama-yarn-fp16-mha").manifest.graphs
     assert UNFOLDED_GRAPH not in workshop.bundle("llama", precision="fp32", quantize=_int8_dynamic()).manifest.graphs
 
 
@@ -74,7 +85,7 @@ def test_a_graph_folded_onto_one_head_is_built_for_onnx_runtime_and_refused_if_t
 ):
     checkpoint = workshop.checkpoint("llama-linear-bias-mqa")
     assert UNFOLDED_GRAPH in workshop.build(checkpoint).manifest.graphs
-    monkeypatch.setattr(pipeline, "derive_unfolded", lambda *_: None)
+    monkeypatch.setattr(unfolded, "STEPS", unfolded.STEPS[1:])
     with pytest.raises(GraphError, match=r"4 query heads are folded onto one key/value head.*\[attention-folded\]"):
         workshop.build(checkpoint)
     for_others = workshop.build(checkpoint, quantize=_int8_dynamic())
