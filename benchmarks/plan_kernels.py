@@ -292,13 +292,14 @@ def table(found: dict[str, PlanContents | str], sizes: Sequence[int]) -> str:
     ]
     for name, contents in found.items():
         if isinstance(contents, str):
-            lines.append(f"| `{name}` | {contents} | | | | |")
+            lines.append(f"| `{name}` | {contents} | | | | | |")
             continue
         figures = [
             [str(profile.kernels) for profile in contents.profiles],
             [", ".join(profile.attention) or "none" for profile in contents.profiles],
             [str(profile.cache_copies) for profile in contents.profiles],
             [str(profile.host_copies) for profile in contents.profiles],
+            [str(profile.logits_copies) for profile in contents.profiles],
         ]
         cells = [column[0] if len(set(column)) == 1 else " / ".join(column) for column in figures]
         lines.append(f"| `{name}` | {' | '.join(cells)} | {contents.weight_bytes / 1e6:.1f} |")

@@ -45,7 +45,7 @@ class ProfileContents:
     cache_copies: int
     """Kernels that read keys or values of the cache only to write them elsewhere."""
     logits_copies: int = 0
-    """Kernels that only copy the logits. An odd number of columns, the vocabulary, needs one in half precision."""
+    """Kernels that only copy the logits. An odd vocabulary needs one in fp16, because its head is padded."""
     reformats: int
     """Layers that change only the layout of a tensor."""
     host_copies: int

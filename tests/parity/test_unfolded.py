@@ -80,6 +80,28 @@ def test_no_query_is_folded_in_it(workshop: Workshop):
     assert bundle.tensorrt_graph == UNFOLDED_GRAPH
 
 
+def test_rows_are_gathered_before_norms_and_no_length_is_used_as_a_number(workshop: Workshop):
+    graph = onnx.load(workshop.bundle("gemma3").graph_path(UNFOLDED_GRAPH), load_external_data=False).graph
+    producers = {name: node.op_type for node in graph.node for name in node.output}
+    gathers = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "head_rows"]
+    assert not {producers.get(node.input[0]) for node in gathers} & {"RMSNormalization", "LayerNormalization"}
+    assert [producers.get(node.input[1]) for node in graph.node if node.op_type == "Where"] == ["Add"]
+
+
+def test_a_layer_slices_its_cache_and_norms_its_heads_at_once(workshop: Workshop):
+    bundle = workshop.bundle("gemma3")
+    greedy, graph = (
+        onnx.load(bundle.graph_path(name), load_external_data=False).graph for name in (GREEDY_GRAPH, UNFOLDED_GRAPH)
+    )
+    layers = bundle.manifest.geometry.num_layers
+    slices = {node.output[0] for node in graph.node if node.op_type == "Slice" and node.input[0].startswith("present_")}
+    readers = [node for node in graph.node if slices & set(node.input)]
+    assert len(slices) == 2 * layers
+    assert [(node.op_type, len(node.input)) for node in readers] == [("Concat", 2)] * layers
+    norms = [sum(node.op_type == "RMSNormalization" for node in each.node) for each in (greedy, graph)]
+    assert norms[1] == norms[0] - layers
+
+
 def test_a_graph_folded_onto_one_head_is_built_for_onnx_runtime_and_refused_if_tensorrt_gets_it(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ):
