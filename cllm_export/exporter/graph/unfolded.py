@@ -140,7 +140,7 @@ def norm_heads_together(graph: DecoderGraph) -> None:
 
 def _norm_together(graph: DecoderGraph, split: ir.Node, query: ir.Node, key: ir.Node) -> None:
     axis = split.attributes["axis"].as_int()
-    sizes = ir.convenience.get_const_tensor(split.inputs[1])
+    sizes = ir.convenience.get_const_tensor(split.inputs[1]) if split.inputs[1] is not None else None
     scales = [norm.inputs[1] for norm in (query, key)]
     if sizes is None or any(scale is None or scale.name not in graph.weights for scale in scales):
         return
