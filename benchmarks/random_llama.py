@@ -1,6 +1,6 @@
 """Make a Llama checkpoint with random weights, to measure export and latency.
 
-python benchmarks/random_llama.py OUTPUT [--size 246m] [--dtype float32] [--tokenizer TOKENIZER_JSON]
+python benchmarks/random_llama.py OUTPUT [--size 246m] [--vocabulary 32000] [--tokenizer TOKENIZER_JSON]
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = {
+    "2-layers": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
     "246m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
     "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
 
 
-def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path) -> int:
+def make_checkpoint(output: Path, size: str, dtype: torch.dtype, tokenizer: Path, vocabulary: int) -> int:
     """Write the checkpoint and return its number of parameters. Any tokenizer will do, since weights are random."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES[size], num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False
+        **{"num_key_value_heads": 4, **SIZES[size]},
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -42,10 +52,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", choices=SIZES, default="246m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--vocabulary", type=int, default=32000)
     default = Path(__file__).resolve().parent.parent / "examples" / "text_to_sql" / "checkpoint" / "tokenizer.json"
     parser.add_argument("--tokenizer", type=Path, default=default)
     args = parser.parse_args()
-    count = make_checkpoint(args.output, args.size, getattr(torch, args.dtype), args.tokenizer)
+    count = make_checkpoint(args.output, args.size, getattr(torch, args.dtype), args.tokenizer, args.vocabulary)
     print(f"{args.output}: {count / 1e6:.0f} M parameters, {args.dtype}")
 
 

@@ -265,16 +265,14 @@ class _Work:
         return None
 
     def _add_unfolded(self, graphs: dict[str, DecoderGraph], settings: Settings) -> None:
-        """Derive the graph for TensorRT, if this bundle is for TensorRT and its query groups are folded."""
+        """Derive the graph for TensorRT, if this bundle is for TensorRT."""
         greedy = graphs[GREEDY_GRAPH]
         if greedy.quantization and "tensorrt" not in greedy.quantization.engines:
             return
         with self.stages.stage("unfolded"):
             graph = derive_unfolded(greedy, settings.geometry, settings.fixed)
-            if graph is not None:
-                graphs[UNFOLDED_GRAPH] = graph
-            parsed = graphs[tensorrt_graph_of(graphs)]
-            lint_graph(parsed, ir.serde.serialize_model(parsed.model), is_parsed=True)
+            lint_graph(graph, ir.serde.serialize_model(graph.model), is_parsed=True)
+            graphs[UNFOLDED_GRAPH] = graph
 
     def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None, max_flips: float) -> None:
         """Refuse a quantised bundle that no longer computes its model, before it replaces the old bundle."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cllm_export.bundle.contract import LOGITS
 from cllm_export.checks import from_fields
 
 LAYER = re.compile(
@@ -26,7 +27,11 @@ ATTENTION = re.compile(r"^_?(\w*mha\w*?)_myl")
 CACHE = re.compile(r"^(?:past|present)_(?:key|value)\.")
 PRESENT = re.compile(r"^present_(?:key|value)\.")
 BYTES = re.compile(r"^Total (Weights|Activation|Device Persistent) Memory: (\d+) bytes")
-NOT_KERNELS = ("shape_call", "ShapeHostToDevice")
+LOGITS_OUTPUT = re.compile(rf"^{LOGITS}(?: \[profile \d+\])?$")
+ONLY_COPIES = re.compile(r"^__myl_(?:Slic|Move|Resh|Tran)+_myl")
+"""Names of generated kernels say what they compute. This one computes nothing."""
+NOT_KERNELS = ("shape_call", "ShapeHostToDevice", "signal", "wait")
+"""Layers that launch no kernel: shapes on the host, their copies, and the order of two streams."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class ProfileContents:
     """Fused attention kernels: name -> how many. Empty if attention is spelled out as matrix products."""
     cache_copies: int
     """Kernels that read keys or values of the cache only to write them elsewhere."""
+    logits_copies: int = 0
+    """Kernels that only copy the logits. An odd vocabulary needs one in fp16, because its head is padded."""
     reformats: int
     """Layers that change only the layout of a tensor."""
     host_copies: int
@@ -110,6 +117,7 @@ def _contents(layers: Sequence[re.Match[str]], device_bytes: int) -> ProfileCont
         kernels=len(layers) - sum(kinds[kind] for kind in NOT_KERNELS),
         attention=dict(sorted(attention.items())),
         cache_copies=sum(_copies_cache(layer) for layer in layers),
+        logits_copies=sum(_copies_logits(layer) for layer in layers),
         reformats=sum(count for kind, count in kinds.items() if "reformat" in kind.lower()),
         host_copies=kinds["ShapeHostToDevice"],
         device_bytes=device_bytes,
@@ -121,3 +129,8 @@ def _copies_cache(layer: re.Match[str]) -> bool:
     reads = any(CACHE.match(name) for name in TENSOR.findall(layer["inputs"]))
     writes = any(PRESENT.match(name) for name in TENSOR.findall(layer["outputs"]))
     return reads and not writes and not ATTENTION.match(layer["name"])
+
+
+def _copies_logits(layer: re.Match[str]) -> bool:
+    writes = any(LOGITS_OUTPUT.match(name) for name in TENSOR.findall(layer["outputs"]))
+    return writes and ONLY_COPIES.match(layer["name"]) is not None

@@ -1,4 +1,4 @@
-"""The graph for TensorRT beside the greedy one of its bundle: the same tokens, one row of queries a head."""
+"""The graph for TensorRT beside the greedy one of its bundle: equal tokens, in the form that its builder likes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import GREEDY_GRAPH, UNFOLDED_GRAPH, Bundle, open_bundle
 from cllm_export.errors import GraphError
-from cllm_export.exporter import pipeline
+from cllm_export.exporter.graph import unfolded
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import with_manifest
@@ -20,15 +20,26 @@ EXPORTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("qwen2", {}),
     ("llama-linear-bias-mqa", {}),
+    ("qwen3", {}),
+    ("qwen3", {"precision": "fp16"}),
+    ("gemma2", {}),
     ("gemma3", {}),
+    ("gemma3", {"precision": "fp16"}),
+    ("olmo2", {}),
+    ("phi3", {}),
+    ("stablelm-parallel", {}),
     ("llama-llama3-bf16-sharded", {"precision": "fp16"}),
+    ("llama", {"weights": "link"}),
     ("llama", PINNED),
 ]
-"""Grouped queries, one key/value head, layers with a window, fp16, fixed shapes."""
+"""Grouped queries, one key/value head, norms of heads and norms behind products, attention that is spelled out, layers
+with a window, LayerNorm, queries that are not grouped, fp16, weights in the checkpoint, fixed shapes."""
 SIZES = (1, 3, 8, 16)
-LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+LOGIT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}
 """ONNX Runtime takes another matrix product for one row of queries than for g rows. It sums in another order: up to
-7.6e-6 was seen in fp32, and one half-precision step of a logit near 10 (8e-3) in fp16. Tokens must be equal."""
+7.6e-6 was seen in fp32, and one half-precision step of a logit near 10 (8e-3) in fp16. Its norm in fp16 multiplies by
+the scale before it rounds. Where heads are normalised together it rounds first, as TensorRT always does: up to 2.6e-2
+was seen. Tokens must be equal."""
 
 
 @pytest.mark.parametrize(("name", "options"), EXPORTS, ids=lambda value: value if isinstance(value, str) else None)
@@ -53,9 +64,9 @@ def test_both_graphs_compute_the_same_forward(workshop: Workshop, name: str, opt
             np.testing.assert_allclose(other.logits, one.logits, rtol=0, atol=tolerance)
 
 
-def test_only_models_with_folded_query_groups_have_the_graph(workshop: Workshop):
+def test_every_bundle_that_tensorrt_may_get_has_the_graph(workshop: Workshop):
     assert UNFOLDED_GRAPH in workshop.bundle("llama").manifest.graphs
-    assert UNFOLDED_GRAPH not in workshop.bundle("llama-yarn-fp16-mha").manifest.graphs
+    assert UNFOLDED_GRAPH in workshop.bundle("llama-yarn-fp16-mha").manifest.graphs
     assert UNFOLDED_GRAPH not in workshop.bundle("llama", precision="fp32", quantize=_int8_dynamic()).manifest.graphs
 
 
@@ -69,12 +80,34 @@ def test_no_query_is_folded_in_it(workshop: Workshop):
     assert bundle.tensorrt_graph == UNFOLDED_GRAPH
 
 
+def test_rows_are_gathered_before_norms_and_no_length_is_used_as_a_number(workshop: Workshop):
+    graph = onnx.load(workshop.bundle("gemma3").graph_path(UNFOLDED_GRAPH), load_external_data=False).graph
+    producers = {name: node.op_type for node in graph.node for name in node.output}
+    gathers = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "head_rows"]
+    assert not {producers.get(node.input[0]) for node in gathers} & {"RMSNormalization", "LayerNormalization"}
+    assert [producers.get(node.input[1]) for node in graph.node if node.op_type == "Where"] == ["Add"]
+
+
+def test_a_layer_slices_its_cache_and_norms_its_heads_at_once(workshop: Workshop):
+    bundle = workshop.bundle("gemma3")
+    greedy, graph = (
+        onnx.load(bundle.graph_path(name), load_external_data=False).graph for name in (GREEDY_GRAPH, UNFOLDED_GRAPH)
+    )
+    layers = bundle.manifest.geometry.num_layers
+    slices = {node.output[0] for node in graph.node if node.op_type == "Slice" and node.input[0].startswith("present_")}
+    readers = [node for node in graph.node if slices & set(node.input)]
+    assert len(slices) == 2 * layers
+    assert [(node.op_type, len(node.input)) for node in readers] == [("Concat", 2)] * layers
+    norms = [sum(node.op_type == "RMSNormalization" for node in each.node) for each in (greedy, graph)]
+    assert norms[1] == norms[0] - layers
+
+
 def test_a_graph_folded_onto_one_head_is_built_for_onnx_runtime_and_refused_if_tensorrt_gets_it(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ):
     checkpoint = workshop.checkpoint("llama-linear-bias-mqa")
     assert UNFOLDED_GRAPH in workshop.build(checkpoint).manifest.graphs
-    monkeypatch.setattr(pipeline, "derive_unfolded", lambda *_: None)
+    monkeypatch.setattr(unfolded, "STEPS", unfolded.STEPS[1:])
     with pytest.raises(GraphError, match=r"4 query heads are folded onto one key/value head.*\[attention-folded\]"):
         workshop.build(checkpoint)
     for_others = workshop.build(checkpoint, quantize=_int8_dynamic())
