@@ -93,7 +93,7 @@ def record_traces(
                 method=method,
                 block_size=block_size,
                 deterministic=block_size is None,
-                proposer=proposer,
+                proposer=None if method == "autoregressive" else proposer,
                 max_new_tokens=max_new_tokens,
             )
             request = resolve(options, recorded.limits, recorded.encode(prompt.content))

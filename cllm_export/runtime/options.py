@@ -235,6 +235,12 @@ class GenerateOptions(Sampling):
             raise OptionError(f"{what} is for greedy requests and excludes a grammar: {instead}", fields=(what,))
 
     def _check_proposer(self, proposer: str) -> None:
+        if self.method == "autoregressive":
+            raise OptionError(
+                "proposer is for methods that draft, and the method is autoregressive: leave proposer out, or choose "
+                "another method",
+                fields=("proposer", "method"),
+            )
         if "model" in parse_proposers(proposer) and self.method == LOOKAHEAD:
             raise OptionError(
                 f"proposer {proposer!r} is not for lookahead, whose window is filled once: leave model out",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from cllm_export.cli import app
+from cllm_export.cli.entry import app
 from cllm_export.tensorrt.library import OLDEST, version_numbers
 from cllm_export.training.options import TuneOptions
 
@@ -237,5 +237,5 @@ def test_the_page_on_training_states_the_defaults() -> None:
 
 def test_reading_the_command_line_needs_no_torch() -> None:
     """What these tests import stays light."""
-    code = "import sys, cllm_export.cli.app, cllm_export.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, cllm_export.cli.entry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

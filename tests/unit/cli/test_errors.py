@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cllm_export.cli.entry import main
+from cllm_export.cli import main
 
 WRONG = [
     (("build", "x"), "error: missing option '--output' / '-o'; see cllm-export build --help"),

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm_export.cli import run_demo
-from cllm_export.cli.entry import main
+from cllm_export.cli import main, run_demo
 from cllm_export.prompts import Prompt
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]

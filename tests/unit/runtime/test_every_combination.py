@@ -89,12 +89,16 @@ ending = optional(
 )
 how = st.one_of(
     st.fixed_dictionaries(
-        {"method": st.sampled_from(METHODS)},
+        {"method": st.sampled_from([method for method in METHODS if method != "autoregressive"])},
         optional={
             "block_size": st.integers(1, 16),
             "deterministic": st.booleans(),
             "proposer": st.sampled_from(CHAINS),
         },
+    ),
+    st.fixed_dictionaries(
+        {"method": st.just("autoregressive")},
+        optional={"block_size": st.integers(1, 16), "deterministic": st.booleans()},
     ),
     st.fixed_dictionaries({"method": st.sampled_from(["jacobi", "speculative"]), "block_size": st.just("auto")}),
     st.fixed_dictionaries(

@@ -94,6 +94,12 @@ def test_what_a_model_was_trained_with_is_its_default():
     assert settle(trained, proposer="pad").proposer == "pad"
 
 
+def test_a_proposer_is_refused_where_nothing_is_drafted():
+    with pytest.raises(OptionError, match="the method is autoregressive: leave proposer out") as error:
+        settle(method="autoregressive", proposer="lookup")
+    assert error.value.fields == ("proposer", "method")
+
+
 def test_the_proposer_of_speculative_is_the_draft_model_where_there_is_one():
     assert settle(method="speculative").proposer == "lookup"
     assert settle(replace(LIMITS, has_draft_model=True), method="speculative").proposer == "model"
