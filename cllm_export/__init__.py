@@ -5,7 +5,7 @@ At every fixed n, the output equals that of autoregressive decoding, token for t
     import cllm_export
 
     model = cllm_export.load("bundle")
-    print(model.generate("The SQL database has ...").text)
+    print(model.generate("Question: which cities are there?").text)
 
 Importing this package imports its errors alone. Every other name is imported on first use, and none of the runtime
 loads torch, transformers or onnx.

@@ -32,7 +32,7 @@ from cllm_export.cli.options import (
     require_use,
 )
 from cllm_export.cli.show.console import plain_progress, streaming_text
-from cllm_export.cli.show.decoding import show_blocks, show_statistics
+from cllm_export.cli.show.decoding import show_blocks, show_if_empty, show_legend, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import GrammarError, OptionError, PromptError, about
 from cllm_export.progress import Progress
@@ -148,7 +148,9 @@ class View:
 
     as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
     stats: bool = option(False, help="Print statistics on standard error.")
-    show_blocks: bool = option(False, help="Print every block; marks and colours tell which tokens were accepted.")
+    show_blocks: bool = option(
+        False, help="Print every block, then the text; marks and colours tell what was accepted."
+    )
 
     def __post_init__(self) -> None:
         if self.as_json and (self.show_blocks or self.stats):
@@ -158,7 +160,7 @@ class View:
             )
 
 
-@command('cllm-export generate my-bundle "The SQL database has" --max-new-tokens 64')
+@command("cllm-export generate my-bundle --prompts prompts.jsonl --max-new-tokens 64 --stats")
 @with_options(
     GenerateOptions,
     parse=PARSE,
@@ -207,6 +209,8 @@ def generate(
         if load_prefix is not None:
             model.load_prefix(load_prefix)
         _check_all(model, entries, options)
+        if view.show_blocks:
+            show_legend()
         if len(entries) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
             _print_together(model, entries, options, view, progress)
             return
@@ -216,7 +220,7 @@ def generate(
                 if view.as_json:
                     _print_json_line(entry, model.generate(entry.content, options))
                 else:
-                    _print_text(model, entry, options, view)
+                    _print_text(model, entry, options, view, is_alone=len(entries) == 1)
                 if save_prefix is not None:
                     model.save_prefix(save_prefix, entry.content)
 
@@ -333,27 +337,37 @@ def _print_together(
         if view.as_json:
             _print_json_line(given[index], generation)
         else:
-            _print_generation(model, generation, view)
+            _print_generation(model, given[index], generation, view)
 
 
-def _print_generation(model: Model, generation: Generation, view: View) -> None:
+def _print_generation(
+    model: Model, prompt: Prompt, generation: Generation, view: View, *, is_alone: bool = False
+) -> None:
     if view.show_blocks:
+        if not is_alone:
+            typer.echo(f"prompt {prompt.id}")
         show_blocks(model, generation)
+        typer.echo(f"text: {generation.text}")
     else:
         typer.echo(generation.text)
+    _print_remarks(prompt, generation, view, is_alone=is_alone)
+
+
+def _print_remarks(prompt: Prompt, generation: Generation, view: View, *, is_alone: bool) -> None:
+    """Print on standard error what is to be said of a text that was printed."""
+    show_if_empty(generation, "" if is_alone else f"prompt {prompt.id}: ")
     if view.stats:
         show_statistics(generation)
 
 
-def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: View) -> None:
+def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: View, *, is_alone: bool) -> None:
     with model.stream(prompt.content, options) as stream:
         if view.show_blocks:
-            _print_generation(model, stream.result(), view)
+            _print_generation(model, prompt, stream.result(), view, is_alone=is_alone)
             return
         with streaming_text():
             for delta in stream:
                 typer.echo(delta, nl=False)
                 sys.stdout.flush()
             typer.echo()
-        if view.stats:
-            show_statistics(stream.result())
+        _print_remarks(prompt, stream.result(), view, is_alone=is_alone)

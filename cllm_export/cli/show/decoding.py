@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY
+from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY, say
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
@@ -61,8 +61,8 @@ def show_statistics(generation: Generation) -> None:
         )
 
 
-def show_blocks(model: Model, generation: Generation) -> None:
-    """Print a line for each forward: the block that it verified, marked and coloured by the fate of each token.
+def show_legend() -> None:
+    """Print what the marks and colours of ``show_blocks`` mean.
 
     Fast-forwarded tokens are draft tokens found right. The accepted token is the model's own token after them, which
     every forward gives. Stationary tokens are already right but wait for an earlier token. All other tokens were wrong.
@@ -77,6 +77,20 @@ def show_blocks(model: Model, generation: Generation) -> None:
     legend.append("-rejected", REJECTED)
     legend.append("; the forward gave the tokens in brackets")
     OUT.print(legend)
+
+
+def show_if_empty(generation: Generation, name: str = "") -> None:
+    """Say on standard error that a text is empty because the model ended at once.
+
+    Args:
+        name: stands before the sentence and names the prompt, if there are several.
+    """
+    if not generation.text and generation.finish_reason == "eos":
+        say(f"{name}the text is empty, since the model ended it at once: give a prompt as the model was trained on")
+
+
+def show_blocks(model: Model, generation: Generation) -> None:
+    """Print a line for each forward: the block that it verified, marked and coloured by the fate of each token."""
     records = generation.forwards
     end = records[0].write_index + len(generation.token_ids) if records else 0
     for index, record in enumerate(records):
