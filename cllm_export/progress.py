@@ -154,6 +154,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as 1 token or 2 tokens."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _rate(per_second: float) -> str:
     return f"{_count(per_second)} a second" if per_second >= 1 else f"{1 / per_second:.1f} s each"
 

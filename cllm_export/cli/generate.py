@@ -35,7 +35,7 @@ from cllm_export.cli.show.console import plain_progress, streaming_text
 from cllm_export.cli.show.decoding import show_blocks, show_if_empty, show_legend, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import GrammarError, OptionError, PromptError, about
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, counted
 from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
@@ -71,6 +71,12 @@ def _parse_bias(given: list[str]) -> dict[int, float]:
 
 def _read_file(path: str, *, name: str) -> str:
     """The text of a file that an option names."""
+    if path.lstrip().startswith("{") or "\n" in path:
+        raise OptionError(
+            f"{name} takes a file, and this is the text itself: write it to a file, and give the file's path, got "
+            f"{path.strip()[:40]!r}",
+            fields=(name,),
+        )
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -160,7 +166,7 @@ class View:
             )
 
 
-@command("cllm-export generate my-bundle --prompts prompts.jsonl --max-new-tokens 64 --stats")
+@command("cllm-export generate my-bundle --prompts prompts.jsonl --max-new-tokens 64")
 @with_options(
     GenerateOptions,
     parse=PARSE,
@@ -250,18 +256,19 @@ def trace(
     check_report("output", output, force=force)
     with about("prompts"):
         entries = read_prompts(prompts, limit=limit)
+    methods = (method,) if method else DEFAULT_METHODS
     with load(bundle, threads=threads) as model:
         traces = record_traces(
             open_bundle(bundle),
             model,
             entries,
-            methods=(method,) if method else DEFAULT_METHODS,
+            methods=methods,
             block_size=block_size,
             proposer=proposer,
             max_new_tokens=max_new_tokens,
         )
     write_text(output, json.dumps(traces) + "\n")
-    typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
+    typer.echo(f"wrote {output} ({counted(len(entries), 'prompt')}, {counted(len(methods), 'method')} each)")
 
 
 def _check_all(model: Model, given: Sequence[Prompt], options: GenerateOptions) -> None:

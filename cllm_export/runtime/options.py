@@ -221,7 +221,11 @@ class GenerateOptions(Sampling):
             return
         if given := next((name for name in SHAPE if getattr(self, name) is not None), None):
             method = self.method or "another one"
-            raise OptionError(f"{given} is for the method lookahead, and the method is {method}", fields=(given,))
+            raise OptionError(
+                f"{given} is for the method lookahead, and the method is {method}: choose method='lookahead', or leave "
+                f"{given} out",
+                fields=(given, "method"),
+            )
 
     def _require_greedy(self, what: str, instead: str) -> None:
         """Refuse options that need logits: sampling, logprobs and grammars."""

@@ -12,6 +12,7 @@ from cllm_export.progress import (
     STAGE_INTERVAL,
     ProgressLines,
     Terminated,
+    counted,
     duration,
     heartbeat,
     resumable,
@@ -132,6 +133,14 @@ def test_a_stage_that_begins_again_counts_its_time_again():
     work.after(3, "held out", 9, 9)
     work.after(100, "training", 1, 2)
     assert work.after(3, "held out", 0, 9) == ["[1:49] held out: 0 of 9 (0%), 0:00 so far"]
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(number, "later step") for number in (0, 1, 1200)] == [
+        "0 later steps",
+        "1 later step",
+        "1,200 later steps",
+    ]
 
 
 def test_durations_are_read_as_on_a_clock():

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY, say
+from cllm_export.progress import counted
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
@@ -18,7 +19,8 @@ def show_bench(report: Mapping[str, Any]) -> None:
     """Print every bundle, method and n of a bench report, the fastest first, and T(n) of a single bundle."""
     machine, bundles = report["machine"], report["bundles"]
     OUT.print(
-        f"{report['prompts']} prompts, {report['repeats']} repeats, {machine['threads']} thread(s), "
+        f"{counted(report['prompts'], 'prompt')}, {counted(report['repeats'], 'repeat')}, "
+        f"{counted(machine['threads'], 'thread')}, "
         f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
         markup=False,
     )
@@ -34,7 +36,7 @@ def show_bench(report: Mapping[str, Any]) -> None:
         markup=False,
     )
     for bundle in bundles:
-        if bundle["why_busy"]:
+        if bundle["why_busy"] and len(bundles) > 1:  # of a single bundle, a warning has said so
             OUT.print(f"times of forwards of {bundle['name']}: unknown, {bundle['why_busy']}", markup=False)
     if len(bundles) == 1 and bundles[0]["latency"]:
         OUT.print(_latency_table(bundles[0]["latency"]))
@@ -47,14 +49,14 @@ def show_statistics(generation: Generation) -> None:
     entry = generation.statistics
     reused = f" ({entry.reused_tokens} of {entry.prompt_tokens} tokens reused)" if entry.reused_tokens else ""
     ERR.print(
-        f"[dim]{entry.new_tokens} tokens in {entry.forwards} forwards ({entry.tokens_per_forward:.2f} per forward), "
+        f"[dim]{counted(entry.new_tokens, 'token')} in {counted(entry.forwards, 'forward')} ({entry.tokens_per_forward:.2f} per forward), "
         f"{entry.tokens_per_second:,.0f} tokens/s, fast-forwarded {entry.fast_forwarded}, stationary "
         f"{entry.stationary}, prefill {entry.prefill_seconds * 1e3:.1f} ms{reused}, {generation.finish_reason}[/dim]"
     )
     if entry.on_device:
         reason = f": {entry.on_device.form_reason}" if entry.on_device.form_reason else ""
         ERR.print(
-            f"on the device {entry.on_device.num_forwards} forwards, {entry.on_device.num_syncs} waits of the host "
+            f"on the device {counted(entry.on_device.num_forwards, 'forward')}, {entry.on_device.num_syncs} waits of the host "
             f"({entry.syncs_per_token:.3f} per token), {entry.on_device.form}{reason}",
             style="dim",
             markup=False,

@@ -275,6 +275,8 @@ PAIRS = {
     "generate": (
         *("bundle hello --prompts=prompts.jsonl", "bundle hello --limit=1", "bundle hello --json --stats"),
         *("bundle hello --json --show-blocks", "bundle hello --logprobs=1", "bundle hello --draft-model=bundle"),
+        *("bundle hello --window=4", "bundle hello --proposer=pad --method=autoregressive"),
+        *("bundle hello --grammar={}", "bundle hello --json-schema={}"),
         *("bundle hello --cuda-graphs", "bundle --prompts=prompts.jsonl --save-prefix=new.safetensors"),
     ),
     "quantize": (

@@ -149,7 +149,7 @@ def test_a_bias_of_a_token_that_the_model_has_not_is_refused():
         ({"block_size": "auto", "method": "jacobi-block"}, "keeps its size"),
         ({"block_size": "auto", "forwards_per_sync": 2}, "forwards_per_sync excludes block_size"),
         ({"block_size": 4, "method": "lookahead"}, "block_size is not for lookahead"),
-        ({"window": 3}, "window is for the method lookahead"),
+        ({"window": 3}, "choose method='lookahead', or leave window out"),
         ({"method": "lookahead", "window": 0}, "window must be an integer of at least 1, got 0"),
         ({"method": "lookahead", "temperature": 1.0}, "lookahead is for greedy requests and excludes sampling"),
         ({"method": "lookahead", "proposer": "model"}, "is not for lookahead"),
