@@ -49,14 +49,16 @@ def show_statistics(generation: Generation) -> None:
     entry = generation.statistics
     reused = f" ({entry.reused_tokens} of {entry.prompt_tokens} tokens reused)" if entry.reused_tokens else ""
     ERR.print(
-        f"[dim]{counted(entry.new_tokens, 'token')} in {counted(entry.forwards, 'forward')} ({entry.tokens_per_forward:.2f} per forward), "
+        f"[dim]{counted(entry.new_tokens, 'token')} in {counted(entry.forwards, 'forward')} "
+        f"({entry.tokens_per_forward:.2f} per forward), "
         f"{entry.tokens_per_second:,.0f} tokens/s, fast-forwarded {entry.fast_forwarded}, stationary "
         f"{entry.stationary}, prefill {entry.prefill_seconds * 1e3:.1f} ms{reused}, {generation.finish_reason}[/dim]"
     )
     if entry.on_device:
         reason = f": {entry.on_device.form_reason}" if entry.on_device.form_reason else ""
         ERR.print(
-            f"on the device {counted(entry.on_device.num_forwards, 'forward')}, {entry.on_device.num_syncs} waits of the host "
+            f"on the device {counted(entry.on_device.num_forwards, 'forward')}, "
+            f"{counted(entry.on_device.num_syncs, 'wait')} of the host "
             f"({entry.syncs_per_token:.3f} per token), {entry.on_device.form}{reason}",
             style="dim",
             markup=False,
