@@ -16,6 +16,11 @@ WRONG = [
     (("bench", "x", "--repeats", "many"), "error: invalid value for '--repeats'"),
     (("bench", "x", "--repeats", "0"), "error: --repeats must be an integer of at least 1, got 0"),
     (("trace", "x", "--limit", "0"), "error: --limit must be an integer of at least 1, got 0"),
+    (
+        ("generate", "x", "hi", "--json-schema", '{"type": "object"}'),
+        "error: --json-schema takes a file, and this is the",
+    ),
+    (("evaluate", "x", "--task", "foo", "--data", "y"), "error: invalid value for '--task': 'foo' is not one of"),
     (("inspect", "nowhere"), "error: nowhere is not a bundle"),
 ]
 

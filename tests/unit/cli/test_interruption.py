@@ -77,3 +77,14 @@ def test_the_handler_of_sigterm_that_was_there_before_is_back_after_the_command(
     monkeypatch.setattr(run_demo, "_build", sending(signal.SIGTERM))
     demo(monkeypatch, capsys, example)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_is_stopped_before_it_wrote_anything_leaves_no_directory(tmp_path: Path):
+    pytest.importorskip("torch")
+    from cllm_export.training.work import WorkDirectory
+
+    work = WorkDirectory(tmp_path / "made", force=False, resume=False)
+    work._lock_directory()
+    assert work.path.is_dir()
+    work.close()
+    assert list(tmp_path.iterdir()) == []
