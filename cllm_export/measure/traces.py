@@ -97,7 +97,8 @@ def record_traces(
                 max_new_tokens=max_new_tokens,
             )
             request = resolve(options, recorded.limits, recorded.encode(prompt.content))
-            generation = recorded.generate(request.prompt, options, block_size=request.block_size)
+            fills = proposer if request.block_size != 1 else None
+            generation = recorded.generate(request.prompt, options, block_size=request.block_size, proposer=fills)
             traces.append(
                 {
                     "prompt": prompt.id,

@@ -239,7 +239,7 @@ class GenerateOptions(Sampling):
             raise OptionError(f"{what} is for greedy requests and excludes a grammar: {instead}", fields=(what,))
 
     def _check_proposer(self, proposer: str) -> None:
-        if self.method == "autoregressive":
+        if self.method == "autoregressive" and self.block_size in (None, 1, "auto"):  # a larger block is filled by it
             raise OptionError(
                 "proposer is for methods that draft, and the method is autoregressive: leave proposer out, or choose "
                 "another method",

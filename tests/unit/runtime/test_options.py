@@ -98,6 +98,8 @@ def test_a_proposer_is_refused_where_nothing_is_drafted():
     with pytest.raises(OptionError, match="the method is autoregressive: leave proposer out") as error:
         settle(method="autoregressive", proposer="lookup")
     assert error.value.fields == ("proposer", "method")
+    filled = settle(method="autoregressive", block_size=4, proposer="lookup")  # its rows are discarded
+    assert filled.proposer == "lookup"
 
 
 def test_the_proposer_of_speculative_is_the_draft_model_where_there_is_one():
