@@ -195,7 +195,7 @@ def plain(bundle, world: World, request: Request) -> Outcome:
     given: dict[str, Any] = request.what
     try:
         return Outcome(
-            outcome_of(model.generate(request.prompt, method="autoregressive", block_size=1, proposer="pad", **given)),
+            outcome_of(model.generate(request.prompt, method="autoregressive", block_size=1, **given)),
             None,
         )
     except CllmExportError as error:
@@ -238,8 +238,6 @@ def settled(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
             left = {name: value for name, value in left.items() if name not in LOOKAHEAD} | {"method": "jacobi"}
     if left.get("deterministic") and left.get("block_size") == "auto":
         del left["deterministic"]
-    if left["method"] == "autoregressive" and "model" in left.get("proposer", ""):
-        del left["proposer"]
     return left
 
 
