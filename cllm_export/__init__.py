@@ -5,10 +5,10 @@ At every fixed n, the output equals that of autoregressive decoding, token for t
     import cllm_export
 
     model = cllm_export.load("bundle")
-    print(model.generate("The SQL database has ...").text)
+    print(model.generate("Question: which cities are there?").text)
 
-Importing this package loads neither torch, transformers nor onnx: ``build``, ``verify`` and their options are imported
-on first use.
+Importing this package imports its errors alone. Every other name is imported on first use, and none of the runtime
+loads torch, transformers or onnx.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from cllm_export.errors import (
     SnapshotError,
     UnsupportedError,
 )
-from cllm_export.runtime.load import load
-from cllm_export.runtime.model import Model
-from cllm_export.runtime.options import GenerateOptions
-from cllm_export.runtime.request_run import Generation, Stream
-from cllm_export.runtime.service import Handle, Service
 
 if TYPE_CHECKING:
     from cllm_export.bundle.manifest import Bundle, open_bundle
     from cllm_export.exporter.options import BuildOptions
     from cllm_export.exporter.pipeline import build
     from cllm_export.prompts import Chat, Prompt, read_prompts
+    from cllm_export.runtime.load import load
+    from cllm_export.runtime.model import Model
+    from cllm_export.runtime.options import GenerateOptions
+    from cllm_export.runtime.request_run import Generation, Stream
+    from cllm_export.runtime.service import Handle, Service
     from cllm_export.verification.report import Parity, VerifyOptions
     from cllm_export.verification.verify import verify
 
@@ -89,10 +89,17 @@ _LAZY = {
     "BuildOptions": "cllm_export.exporter.options",
     "Bundle": "cllm_export.bundle.manifest",
     "Chat": "cllm_export.prompts",
+    "GenerateOptions": "cllm_export.runtime.options",
+    "Generation": "cllm_export.runtime.request_run",
+    "Handle": "cllm_export.runtime.service",
+    "Model": "cllm_export.runtime.model",
     "Parity": "cllm_export.verification.report",
     "Prompt": "cllm_export.prompts",
+    "Service": "cllm_export.runtime.service",
+    "Stream": "cllm_export.runtime.request_run",
     "VerifyOptions": "cllm_export.verification.report",
     "build": "cllm_export.exporter.pipeline",
+    "load": "cllm_export.runtime.load",
     "open_bundle": "cllm_export.bundle.manifest",
     "read_prompts": "cllm_export.prompts",
     "verify": "cllm_export.verification.verify",

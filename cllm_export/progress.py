@@ -86,7 +86,9 @@ class ProgressLines:
     def __call__(self, stage: str, done: int, total: int, note: str = "", /) -> None:
         with self._lock:
             now, is_new = self._clock(), stage != self._stage
-            if stage not in self._starts or (is_new and total <= 1) or done < self._starts[stage].done:
+            start = self._starts.get(stage)
+            begins = start is None or done < start.done or (is_new and (total <= 1 or done == start.done))
+            if begins:
                 self._starts[stage] = _Start(now, done)
             self._stage, self._done, self._total, self._note = stage, done, total, note
             self._write_if_after(STAGE_INTERVAL if is_new else INTERVAL, now)
@@ -150,6 +152,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as 1 token or 2 tokens."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _rate(per_second: float) -> str:

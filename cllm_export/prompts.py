@@ -4,7 +4,7 @@ A prompt file is JSON Lines or plain text, one prompt a line. A row of JSON Line
 
     prompt                    text, or instead:
     messages                  chat messages for the model's template
-    id                        text or an integer; by default the line number
+    id                        text or an integer, for one row alone; by default the line number
     answer                    text: the right answer, which is trained on or compared with
     kind, tables              for scores: the group of the prompt, and the database of an answer in SQL
     tools, documents, chat_template, chat_template_kwargs, add_generation_prompt, continue_final_message
@@ -141,12 +141,20 @@ def parse_prompts(data: bytes, *, source: str, limit: int | None = None) -> list
     data = data.removeprefix(codecs.BOM_UTF8)
     is_json = source.lower().endswith((".jsonl", ".json")) or _starts_with_brace(data)
     prompts: list[Prompt] = []
+    line_of: dict[str, int] = {}
     for number, line in enumerate(data.split(b"\n"), start=1):
         if limit is not None and len(prompts) >= limit:
             break
         text = _decode(line, f"{source}:{number}").removesuffix("\r")
         if text.strip():
-            prompts.append(_parse_row(text, number, source) if is_json else Prompt(id=str(number), content=text))
+            prompt = _parse_row(text, number, source) if is_json else Prompt(id=str(number), content=text)
+            first = line_of.setdefault(prompt.id, number)
+            if first != number:
+                raise PromptError(
+                    f"{source}:{number}: the id {_show(prompt.id)} is also that of line {first}: give each row its own "
+                    "(a row without an id has its line number)"
+                )
+            prompts.append(prompt)
     if not prompts:
         raise PromptError(f'{source} holds no prompt: write one a line, as text or as JSON like {{"prompt": "..."}}')
     return prompts

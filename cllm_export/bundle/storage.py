@@ -35,7 +35,7 @@ def staged_output(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
         _remove_abandoned(target)
         staging, lock = _make_staging(target)
     except OSError as error:
-        raise OutputError(f"cannot write beside {target}: {error.strerror}") from None
+        raise OutputError(f"cannot write beside {target}: {error.strerror}; choose another output") from None
     try:
         yield staging
         check_output(target, force=force, marker=marker)  # the target may have appeared in the meantime
@@ -74,9 +74,26 @@ def check_parent(target: Path) -> None:
     """
     parent = next((path for path in Path(os.path.abspath(target)).parents if path.exists()), Path(os.sep))
     if not parent.is_dir():
-        raise OutputError(f"cannot write beside {target}: {parent} is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write beside {target}: {parent} cannot be written to")
+        raise OutputError(f"cannot write beside {target}: {parent} is not a directory; choose another output")
+    if reason := why_unwritable(parent):
+        raise OutputError(f"cannot write beside {target}: {parent} cannot be written to ({reason}); {ELSEWHERE}")
+
+
+ELSEWHERE = "choose another output, or make that directory writable"
+
+
+def why_unwritable(directory: Path) -> str | None:
+    """Why no file can be made in a directory; None if one can.
+
+    A scratch directory is made and removed, because permissions alone do not tell: ``/proc`` and some mounts refuse.
+    """
+    scratch = directory / f".cllm-export-{secrets.token_hex(4)}.unfinished"
+    try:
+        scratch.mkdir()
+        scratch.rmdir()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -145,20 +162,31 @@ def check_file(path: Path, *, force: bool, name: str = "output") -> None:
         OutputError: the file exists and ``force`` is not set, the path is a directory, or its directory does not exist
             or is not writable.
     """
-    directory = path.absolute().parent
+    directory = Path(os.path.realpath(path)).parent
     if _is_stream(path) and not path.is_dir():
         return
-    if path.is_dir() or not directory.is_dir() or not os.access(directory, os.W_OK):
+    if path.is_dir() or not directory.is_dir():
         raise OutputError(
             f"cannot write {path}: {name} must be a file in a directory that exists and can be written", fields=(name,)
+        )
+    if reason := why_unwritable(directory):
+        raise OutputError(
+            f"cannot write {path}: {directory} cannot be written to ({reason}); choose another {name}", fields=(name,)
         )
     if os.path.lexists(path) and not force:
         raise OutputError(f"{path} exists; replace it with force=True or choose another {name}", fields=(name,))
 
 
+STREAMS = ("/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/fd", "/proc/self/fd")
+"""Names of what the process has open. They count as streams even where a regular file is open."""
+
+
 def _is_stream(path: Path) -> bool:
-    """Whether the path must not be replaced by a file: a pipe, a device or a directory."""
-    return path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file())
+    """Whether the path must not be replaced by a file: a pipe, a device, a directory or an open file's name."""
+    absolute = Path(os.path.abspath(path))
+    if any(absolute.is_relative_to(name) for name in STREAMS):
+        return True
+    return path.exists() and not path.is_file()
 
 
 def unfinished_files(directory: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cllm_export import __version__
+from cllm_export.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, NOTHING_SAVED
 from cllm_export.cli.flags import Flag, with_flags, with_value
 from cllm_export.cli.show.console import is_first_process, progress_lines, say, spelling
 from cllm_export.cli.show.help import Command, write_sections
@@ -28,7 +29,7 @@ ORDER = (
 """Order of commands in the help: those that most users need come first."""
 
 
-EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_CLOSED, EXIT_TERMINATED = 1, 2, 3, 130, 141, 143
+EXIT_FAILED, EXIT_ERROR, EXIT_DEFECT, EXIT_CLOSED = 1, 2, 3, 141
 EXIT_CODES = {
     0: "The command did what it was asked.",
     EXIT_FAILED: "It ran, but the result is bad: not verified, collapsed, or nothing collected.",
@@ -120,9 +121,6 @@ def command(example: str) -> Callable[[Run], Run]:
         example: a command line that the help shows.
     """
     return app.command(cls=Command, epilog=example)
-
-
-NOTHING_SAVED = "nothing was saved, and nothing is left half-written; run the same command again"
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,32 +1,28 @@
-"""The start of the command line: errors become one message and an exit code."""
+"""The command line with all its commands: errors become one message and an exit code."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import typer
 
+from cllm_export.cli import bench, build, calibrate, chat, demo, device, generate, train, verify
 from cllm_export.cli.app import EXIT_DEFECT, EXIT_ERROR, app
 from cllm_export.cli.show.console import ERR
 from cllm_export.errors import CllmExportError
-from cllm_export.progress import Terminated
+
+__all__ = ["bench", "build", "calibrate", "chat", "demo", "device", "generate", "main", "train", "verify"]
 
 
 def main() -> None:
-    """Entry point of ``cllm-export``: errors become one message and an exit code, never a traceback."""
+    """Run a command: errors become one message and an exit code, never a traceback."""
     debug = _take_debug_flag(sys.argv)
     if sys.stdout is None:
         _fail("standard output is closed: redirect it to a file, or to /dev/null", EXIT_ERROR)
     try:
-        with _sigterm_as_interruption():
-            sys.exit(app(prog_name="cllm-export", standalone_mode=False))
+        sys.exit(app(prog_name="cllm-export", standalone_mode=False))
     except typer.TyperException as error:
         _fail_usage(error)
     except CllmExportError as error:
@@ -42,23 +38,6 @@ def main() -> None:
             f"{type(error).__name__}: {error}; this is a defect of cllm-export: run again with --debug and report it"
         )
         _fail(message, EXIT_DEFECT, error if debug else None)
-
-
-@contextmanager
-def _sigterm_as_interruption() -> Iterator[None]:
-    """Let SIGTERM end the work in order, as Ctrl-C does, so that it says what was saved and removes what was not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _take_debug_flag(argv: list[str]) -> bool:

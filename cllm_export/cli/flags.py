@@ -70,8 +70,9 @@ def with_value(error: Any, arguments: Sequence[str]) -> str:
     spellings = [*error.param.opts, *error.param.secondary_opts] if error.param else []
     joined = [text.partition("=")[2] for text in arguments if text.partition("=")[0] in spellings and "=" in text]
     apart = [value for flag, value in itertools.pairwise(arguments) if flag in spellings]
-    values = [value for value in (*joined, *apart) if value not in error.message]
-    return f"{error.message}, got {', '.join(map(repr, values))}" if values else str(error.message)
+    message = str(error.message).removeprefix("Value error, ")  # of pydantic, in which typer checks a choice
+    values = [value for value in (*joined, *apart) if value not in message]
+    return f"{message}, got {', '.join(map(repr, values))}" if values else message
 
 
 def _replaced(text: str, names: list[str], suffix: str, by: Callable[[re.Match[str]], str]) -> str:

@@ -32,10 +32,10 @@ from cllm_export.cli.options import (
     require_use,
 )
 from cllm_export.cli.show.console import plain_progress, streaming_text
-from cllm_export.cli.show.decoding import show_blocks, show_statistics
+from cllm_export.cli.show.decoding import show_blocks, show_if_empty, show_legend, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import GrammarError, OptionError, PromptError, about
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, counted
 from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
@@ -71,6 +71,12 @@ def _parse_bias(given: list[str]) -> dict[int, float]:
 
 def _read_file(path: str, *, name: str) -> str:
     """The text of a file that an option names."""
+    if path.lstrip().startswith("{") or "\n" in path:
+        raise OptionError(
+            f"{name} takes a file, and this is the text itself: write it to a file, and give the file's path, got "
+            f"{path.strip()[:40]!r}",
+            fields=(name,),
+        )
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -144,7 +150,9 @@ class View:
 
     as_json: bool = option(False, flag="--json", help="Print a JSON line for each prompt.")
     stats: bool = option(False, help="Print statistics on standard error.")
-    show_blocks: bool = option(False, help="Print every block; marks and colours tell which tokens were accepted.")
+    show_blocks: bool = option(
+        False, help="Print every block, then the text; marks and colours tell what was accepted."
+    )
 
     def __post_init__(self) -> None:
         if self.as_json and (self.show_blocks or self.stats):
@@ -154,7 +162,7 @@ class View:
             )
 
 
-@command('cllm-export generate my-bundle "The SQL database has" --max-new-tokens 64')
+@command("cllm-export generate my-bundle --prompts prompts.jsonl --max-new-tokens 64")
 @with_options(
     GenerateOptions,
     parse=PARSE,
@@ -203,6 +211,8 @@ def generate(
         if load_prefix is not None:
             model.load_prefix(load_prefix)
         _check_all(model, entries, options)
+        if view.show_blocks:
+            show_legend()
         if len(entries) > 1 and model.engine.num_slots > 1 and options.forwards_per_sync is None:
             _print_together(model, entries, options, view, progress)
             return
@@ -212,7 +222,7 @@ def generate(
                 if view.as_json:
                     _print_json_line(entry, model.generate(entry.content, options))
                 else:
-                    _print_text(model, entry, options, view)
+                    _print_text(model, entry, options, view, is_alone=len(entries) == 1)
                 if save_prefix is not None:
                     model.save_prefix(save_prefix, entry.content)
 
@@ -242,18 +252,19 @@ def trace(
     check_report("output", output, force=force)
     with about("prompts"):
         entries = read_prompts(prompts, limit=limit)
+    methods = (method,) if method else DEFAULT_METHODS
     with load(bundle, threads=threads) as model:
         traces = record_traces(
             open_bundle(bundle),
             model,
             entries,
-            methods=(method,) if method else DEFAULT_METHODS,
+            methods=methods,
             block_size=block_size,
             proposer=proposer,
             max_new_tokens=max_new_tokens,
         )
     write_text(output, json.dumps(traces) + "\n")
-    typer.echo(f"wrote {output} ({len(traces['traces'])} traces)")
+    typer.echo(f"wrote {output} ({counted(len(entries), 'prompt')}, {counted(len(methods), 'method')} each)")
 
 
 def _check_all(model: Model, given: Sequence[Prompt], options: GenerateOptions) -> None:
@@ -329,27 +340,37 @@ def _print_together(
         if view.as_json:
             _print_json_line(given[index], generation)
         else:
-            _print_generation(model, generation, view)
+            _print_generation(model, given[index], generation, view)
 
 
-def _print_generation(model: Model, generation: Generation, view: View) -> None:
+def _print_generation(
+    model: Model, prompt: Prompt, generation: Generation, view: View, *, is_alone: bool = False
+) -> None:
     if view.show_blocks:
+        if not is_alone:
+            typer.echo(f"prompt {prompt.id}")
         show_blocks(model, generation)
+        typer.echo(f"text: {generation.text}")
     else:
         typer.echo(generation.text)
+    _print_remarks(prompt, generation, view, is_alone=is_alone)
+
+
+def _print_remarks(prompt: Prompt, generation: Generation, view: View, *, is_alone: bool) -> None:
+    """Print on standard error what is to be said of a text that was printed."""
+    show_if_empty(generation, "" if is_alone else f"prompt {prompt.id}: ")
     if view.stats:
         show_statistics(generation)
 
 
-def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: View) -> None:
+def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: View, *, is_alone: bool) -> None:
     with model.stream(prompt.content, options) as stream:
         if view.show_blocks:
-            _print_generation(model, stream.result(), view)
+            _print_generation(model, prompt, stream.result(), view, is_alone=is_alone)
             return
         with streaming_text():
             for delta in stream:
                 typer.echo(delta, nl=False)
                 sys.stdout.flush()
             typer.echo()
-        if view.stats:
-            show_statistics(stream.result())
+        _print_remarks(prompt, stream.result(), view, is_alone=is_alone)

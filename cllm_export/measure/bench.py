@@ -311,7 +311,7 @@ def _leave_latency(bundles: Sequence[Bundle], times: Sequence[MeasuredTimes | No
     if others or found is None:
         return
     if found.why_busy:
-        log.warning("the times of forwards are not kept: %s", found.why_busy)
+        log.warning("times of forwards are not kept, since %s", found.why_busy)
         return
     try:
         write_latency(bundle, found.seconds, num_slots=1, threads=threads)

@@ -93,11 +93,12 @@ def record_traces(
                 method=method,
                 block_size=block_size,
                 deterministic=block_size is None,
-                proposer=proposer,
+                proposer=None if method == "autoregressive" else proposer,
                 max_new_tokens=max_new_tokens,
             )
             request = resolve(options, recorded.limits, recorded.encode(prompt.content))
-            generation = recorded.generate(request.prompt, options, block_size=request.block_size)
+            fills = proposer if request.block_size != 1 else None
+            generation = recorded.generate(request.prompt, options, block_size=request.block_size, proposer=fills)
             traces.append(
                 {
                     "prompt": prompt.id,

@@ -222,7 +222,11 @@ class GenerateOptions(Sampling):
             return
         if given := next((name for name in SHAPE if getattr(self, name) is not None), None):
             method = self.method or "another one"
-            raise OptionError(f"{given} is for the method lookahead, and the method is {method}", fields=(given,))
+            raise OptionError(
+                f"{given} is for the method lookahead, and the method is {method}: choose method='lookahead', or leave "
+                f"{given} out",
+                fields=(given, "method"),
+            )
 
     def _require_greedy(self, what: str, instead: str) -> None:
         """Refuse options that need logits: sampling, logprobs and grammars."""
@@ -236,6 +240,12 @@ class GenerateOptions(Sampling):
             raise OptionError(f"{what} is for greedy requests and excludes a grammar: {instead}", fields=(what,))
 
     def _check_proposer(self, proposer: str) -> None:
+        if self.method == "autoregressive" and self.block_size in (None, 1, "auto"):  # a larger block is filled by it
+            raise OptionError(
+                "proposer is for methods that draft, and the method is autoregressive: leave proposer out, or choose "
+                "another method",
+                fields=("proposer", "method"),
+            )
         if "model" in parse_proposers(proposer) and self.method == LOOKAHEAD:
             raise OptionError(
                 f"proposer {proposer!r} is not for lookahead, whose window is filled once: leave model out",

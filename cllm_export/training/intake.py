@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
+from cllm_export.progress import counted
 from cllm_export.training.data.samples import EMPTY_PROMPT, NO_ANSWER, TOO_LONG, UNTOKENISABLE
 from cllm_export.training.options import TuneOptions
 from cllm_export.training.prepare import TrainingData
@@ -60,7 +61,10 @@ def _length(data: TrainingData, options: TuneOptions, num_processes: int) -> str
     if options.steps is None:
         duration = f"{options.minutes:g} minutes of training"
     else:
-        duration = f"{options.steps:,} steps of training are {options.steps / steps_an_epoch:.2g} epochs"
+        epochs = f"{options.steps / steps_an_epoch:.2g}"
+        steps = counted(options.steps, "step")
+        verb = "is" if options.steps == 1 else "are"
+        duration = f"{steps} of training {verb} {epochs} {'epoch' if epochs == '1' else 'epochs'}"
     visits = f", each sample {options.visits} times" if options.visits > 1 else ""
     return (
         f"{sum(lengths):,} tokens to train on, median {median(lengths):g} and at most {max(lengths):,} a sample; "

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from cllm_export.errors import OptionError, TuningError
 from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint
-from cllm_export.progress import Progress, resumable
+from cllm_export.progress import Progress, counted, resumable
 from cllm_export.runtime.options import pad_token
 from cllm_export.training.data.samples import Sample, digest_samples
 from cllm_export.training.held_out import held_out_length, measure
@@ -187,11 +187,13 @@ class _Run:
 
     def describe_saved(self) -> str:
         """What an interruption leaves, and how to go on."""
+        lost = self._step - self._saved_step
         if not self._saved_step:
-            return f"no state was saved yet, and {self._step} steps are lost: run the same command again"
-        num_lost = self._step - self._saved_step
+            what = f"{counted(lost, 'step')} {'is' if lost == 1 else 'are'} lost" if lost else "no step was finished"
+            return f"no state was saved yet, and {what}: run the same command again"
         return (
-            f"{self._work.path} holds the state of step {self._saved_step}, and {num_lost} later steps are lost: run "
+            f"{self._work.path} holds the state of step {self._saved_step}, and {counted(lost, 'later step')} "
+            f"{'is' if lost == 1 else 'are'} lost: run "
             "the same command with resume=True"
         )
 

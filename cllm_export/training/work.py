@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,12 @@ class WorkDirectory:
     def _lock_directory(self) -> None:
         busy = f"another run is at work in {self.path}: wait for it, or choose another output"
         self._lock.enter_context(locked_directory(self.path, busy=busy))
+        self._lock.callback(self._remove_if_empty)
+
+    def _remove_if_empty(self) -> None:
+        """Leave no empty directory of a run that was stopped before it wrote anything."""
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _require_same(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The counters of the saved run, after a check that its settings equal these."""

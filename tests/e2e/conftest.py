@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cllm_export.cli.entry import main
+from cllm_export.cli import main
 from tests.conftest import Workshop
 
 Snapshot = dict[str, tuple[int, int]]

@@ -260,10 +260,12 @@ def test_a_prompts_state_is_refused_by_name(bundle: Path, cli: Cli, tmp_path: Pa
 
 def test_show_blocks_gives_a_line_for_each_forward_without_colour_in_a_pipe(bundle: Path):
     [line] = lines_of(run("generate", bundle, "the cat", "--json", *FEW))
-    legend, *blocks = run("generate", bundle, "the cat", "--show-blocks", *FEW).out.splitlines()
+    legend, *shown = run("generate", bundle, "the cat", "--show-blocks", *FEW).out.splitlines()
     for word in ("accepted", "stationary", "rejected"):
         assert word in legend
-    assert len(blocks) == line["stats"]["forwards"]
+    forwards = line["stats"]["forwards"]
+    assert [block.split()[0] for block in shown[:forwards]] == [str(number + 1) for number in range(forwards)]
+    assert "\n".join(shown[forwards:]) == f"text: {line['text']}"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

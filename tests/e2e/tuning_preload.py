@@ -7,6 +7,6 @@ os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "H
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import cllm_export.cli
+import cllm_export.cli.entry
 import cllm_export.training.command  # noqa: F401
 import tests.e2e.tuning_worker  # noqa: F401

@@ -91,7 +91,7 @@ def _obey(orders: Orders) -> None:
 
 
 def _run(orders: Orders) -> None:
-    from cllm_export.cli.entry import main
+    from cllm_export.cli import main
 
     if orders.accelerator:
         from accelerate import PartialState

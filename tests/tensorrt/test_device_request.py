@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from cllm_export import load
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.cli.entry import main
+from cllm_export.cli import main
 from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.prefix.prompt_state import PromptState
 from cllm_export.runtime.decoding.text import TextCodec

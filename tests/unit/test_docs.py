@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from cllm_export.cli import app
+from cllm_export.cli.entry import app
 from cllm_export.tensorrt.library import OLDEST, version_numbers
 from cllm_export.training.options import TuneOptions
 
@@ -89,7 +89,7 @@ def anchors_of(page: Path) -> set[str]:
 
 def calls_of(text: str) -> Iterator[tuple[str, list[str]]]:
     """Every command in code with its options: in blocks by its full name, in spans of prose by either."""
-    names = set(get_command(app.app).commands)
+    names = set(get_command(app).commands)
     lines = [line for block in blocks_of(text) for line in block.splitlines()]
     for span in SPAN.findall(INDENTED.sub("", _spaced(FENCE.sub("", text)))):
         is_call = span.split()[0] in names and " --" in span
@@ -147,7 +147,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @each_page
 def test_commands_exist(page: Path) -> None:
     """Every command of a page exists, and has the options that the page gives it."""
-    commands = get_command(app.app).commands
+    commands = get_command(app).commands
     for name, options in calls_of(page.read_text(encoding="utf-8")):
         assert name in commands, f"{page.name}: cllm-export {name}"
         known = {flag for option in commands[name].params for flag in (*option.opts, *option.secondary_opts)}
@@ -237,5 +237,5 @@ def test_the_page_on_training_states_the_defaults() -> None:
 
 def test_reading_the_command_line_needs_no_torch() -> None:
     """What these tests import stays light."""
-    code = "import sys, cllm_export.cli.app, cllm_export.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, cllm_export.cli.entry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

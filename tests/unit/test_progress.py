@@ -12,6 +12,7 @@ from cllm_export.progress import (
     STAGE_INTERVAL,
     ProgressLines,
     Terminated,
+    counted,
     duration,
     heartbeat,
     resumable,
@@ -123,6 +124,23 @@ def test_a_hushed_heart_writes_nothing_into_the_middle_of_a_text():
     assert work.after(100) == []
     work.lines.is_hushed = False
     assert work.after(1) == ["[1:41] tune, 1:41 so far"]
+
+
+def test_a_stage_that_begins_again_counts_its_time_again():
+    """Held-out prompts are decoded many times in a run, each time from 0."""
+    work = Work()
+    work.after(3, "held out", 0, 9)
+    work.after(3, "held out", 9, 9)
+    work.after(100, "training", 1, 2)
+    assert work.after(3, "held out", 0, 9) == ["[1:49] held out: 0 of 9 (0%), 0:00 so far"]
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(number, "later step") for number in (0, 1, 1200)] == [
+        "0 later steps",
+        "1 later step",
+        "1,200 later steps",
+    ]
 
 
 def test_durations_are_read_as_on_a_clock():

@@ -36,6 +36,20 @@ def test_the_line_number_stands_in_for_an_id_of_null():
     assert parse(b'{"prompt": "one", "id": null}')[0].id == "1"
 
 
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        (('{"prompt": "a", "id": 2}', '{"prompt": "b"}'), ("2", "1")),
+        (('{"prompt": "a", "id": 1}', "", '{"prompt": "b", "id": "1"}'), ("3", "1")),
+        (('{"prompt": "a"}', '{"prompt": "b", "id": "x"}', '{"prompt": "c", "id": "x"}'), ("3", "2")),
+    ],
+)
+def test_an_id_of_two_rows_is_refused_with_both_lines(rows, lines):
+    """Integers and text are one kind of id, and a row without one has its line number."""
+    with pytest.raises(PromptError, match=rf"prompts.jsonl:{lines[0]}: the id .* is also that of line {lines[1]}:"):
+        parse("\n".join(rows).encode())
+
+
 def test_messages_are_kept_as_they_are():
     data = b'{"messages": [{"role": "user", "content": "hello"}]}'
     assert parse(data) == [Prompt(id="1", content=MESSAGES)]

@@ -79,12 +79,16 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
     shown = ("family", "precision", "block_size", "max_length", "batch_size", "eos_token_ids", "trained_with")
     for key in shown:
         value = description[key]
-        yield key.replace("_", " "), _pairs(value) if isinstance(value, dict) else str(value or "-").strip("[]")
+        text = _pairs(value).replace("_", " ") if isinstance(value, dict) else str(value or "-").strip("[]")
+        yield key.replace("_", " "), text
     if description["quantization"]:
         yield "quantization", _quantization_text(description["quantization"])
     for name, graph in description["graphs"].items():
         pinned = graph["fixed_shapes"]
-        yield f"graph {name}", f"{graph['file']}: {_pairs(pinned) if pinned else 'symbolic B, n, S, h'}"
+        yield (
+            f"graph {name}",
+            f"{graph['file']}: {_pairs(pinned) if pinned else 'any number of slots, tokens and positions'}",
+        )
     for name, size in description["files"].items():
         yield f"file {name}", bytes_text(size)
     for path, size in description["linked_files"].items():

@@ -10,6 +10,7 @@ from rich.table import Table
 from cllm_export.bundle.quantization import UNQUANTISED
 from cllm_export.cli.show.console import OUT
 from cllm_export.cli.show.decoding import show_bench
+from cllm_export.progress import counted
 
 MAX_SHOWN = 10
 
@@ -19,7 +20,9 @@ def show_calibration(report: Mapping[str, Any]) -> None:
     rows = report["rows"]
     total = sum(rows.values())
     shares = ", ".join(f"{kind} {count:,} ({count / total:.0%})" for kind, count in rows.items())
-    OUT.print(f"{report['prompts']} prompts, {report['skipped']} skipped; {total:,} rows: {shares}", markup=False)
+    OUT.print(
+        f"{counted(report['prompts'], 'prompt')}, {report['skipped']} skipped; {total:,} rows: {shares}", markup=False
+    )
     if report["outliers"]:
         OUT.print(_outlier_table(report["outliers"]))
     gram = " and Gram matrices" if report["gram"] else ""
@@ -47,7 +50,7 @@ def show_convergence(report: Mapping[str, Any]) -> None:
     """Print what each bundle lost against the unquantised one, one column per bundle."""
     baseline, candidates = report["baseline"], report["candidates"]
     entries = [baseline, *candidates]
-    OUT.print(f"{report['prompts']} prompts, n = {report['settings']['block_size']}", markup=False)
+    OUT.print(f"{counted(report['prompts'], 'prompt')}, n = {report['settings']['block_size']}", markup=False)
     table = make_table("", *(entry["path"] for entry in entries))
     for label, cells in _convergence_rows(entries):
         table.add_row(label, *cells)

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY
+from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY, say
+from cllm_export.progress import counted
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.request_run import Generation
@@ -18,7 +19,8 @@ def show_bench(report: Mapping[str, Any]) -> None:
     """Print every bundle, method and n of a bench report, the fastest first, and T(n) of a single bundle."""
     machine, bundles = report["machine"], report["bundles"]
     OUT.print(
-        f"{report['prompts']} prompts, {report['repeats']} repeats, {machine['threads']} thread(s), "
+        f"{counted(report['prompts'], 'prompt')}, {counted(report['repeats'], 'repeat')}, "
+        f"{counted(machine['threads'], 'thread')}, "
         f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
         markup=False,
     )
@@ -34,7 +36,7 @@ def show_bench(report: Mapping[str, Any]) -> None:
         markup=False,
     )
     for bundle in bundles:
-        if bundle["why_busy"]:
+        if bundle["why_busy"] and len(bundles) > 1:  # of a single bundle, a warning has said so
             OUT.print(f"times of forwards of {bundle['name']}: unknown, {bundle['why_busy']}", markup=False)
     if len(bundles) == 1 and bundles[0]["latency"]:
         OUT.print(_latency_table(bundles[0]["latency"]))
@@ -47,22 +49,24 @@ def show_statistics(generation: Generation) -> None:
     entry = generation.statistics
     reused = f" ({entry.reused_tokens} of {entry.prompt_tokens} tokens reused)" if entry.reused_tokens else ""
     ERR.print(
-        f"[dim]{entry.new_tokens} tokens in {entry.forwards} forwards ({entry.tokens_per_forward:.2f} per forward), "
+        f"[dim]{counted(entry.new_tokens, 'token')} in {counted(entry.forwards, 'forward')} "
+        f"({entry.tokens_per_forward:.2f} per forward), "
         f"{entry.tokens_per_second:,.0f} tokens/s, fast-forwarded {entry.fast_forwarded}, stationary "
         f"{entry.stationary}, prefill {entry.prefill_seconds * 1e3:.1f} ms{reused}, {generation.finish_reason}[/dim]"
     )
     if entry.on_device:
         reason = f": {entry.on_device.form_reason}" if entry.on_device.form_reason else ""
         ERR.print(
-            f"on the device {entry.on_device.num_forwards} forwards, {entry.on_device.num_syncs} waits of the host "
+            f"on the device {counted(entry.on_device.num_forwards, 'forward')}, "
+            f"{counted(entry.on_device.num_syncs, 'wait')} of the host "
             f"({entry.syncs_per_token:.3f} per token), {entry.on_device.form}{reason}",
             style="dim",
             markup=False,
         )
 
 
-def show_blocks(model: Model, generation: Generation) -> None:
-    """Print a line for each forward: the block that it verified, marked and coloured by the fate of each token.
+def show_legend() -> None:
+    """Print what the marks and colours of ``show_blocks`` mean.
 
     Fast-forwarded tokens are draft tokens found right. The accepted token is the model's own token after them, which
     every forward gives. Stationary tokens are already right but wait for an earlier token. All other tokens were wrong.
@@ -77,6 +81,20 @@ def show_blocks(model: Model, generation: Generation) -> None:
     legend.append("-rejected", REJECTED)
     legend.append("; the forward gave the tokens in brackets")
     OUT.print(legend)
+
+
+def show_if_empty(generation: Generation, name: str = "") -> None:
+    """Say on standard error that a text is empty because the model ended at once.
+
+    Args:
+        name: stands before the sentence and names the prompt, if there are several.
+    """
+    if not generation.text and generation.finish_reason == "eos":
+        say(f"{name}the text is empty, since the model ended it at once: give a prompt as the model was trained on")
+
+
+def show_blocks(model: Model, generation: Generation) -> None:
+    """Print a line for each forward: the block that it verified, marked and coloured by the fate of each token."""
     records = generation.forwards
     end = records[0].write_index + len(generation.token_ids) if records else 0
     for index, record in enumerate(records):

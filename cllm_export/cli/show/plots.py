@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cllm_export.bundle.storage import output_error, whole_file
+from cllm_export.bundle.storage import output_error, whole_file, why_unwritable
 from cllm_export.errors import OutputError
 from cllm_export.extras import missing_extra, require_floors
 
@@ -27,8 +27,12 @@ def check_plots(directory: Path | None, *names: str, force: bool) -> None:
     if directory is None:
         return
     above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OutputError(f"cannot write plots to {directory}: {above} is no directory that can be written to")
+    reason = why_unwritable(above) if above.is_dir() else "it is no directory"
+    if reason:
+        raise OutputError(
+            f"cannot write plots to {directory}: {above} cannot be written to ({reason}); choose another directory",
+            fields=("plots",),
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError:

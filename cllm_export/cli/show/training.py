@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cllm_export.cli.show.bundle import _pairs
 from cllm_export.cli.show.console import OUT, plain_table, words
+from cllm_export.progress import counted
 
 
 def show_evaluation(report: Mapping[str, Any]) -> None:
@@ -67,7 +68,7 @@ def show_probe(report: Mapping[str, Any]) -> None:
     """Print what the readiness probe measured and what it advises."""
     machine, best, verdict = report["machine"], report["best_form"], report["verdict"]
     OUT.print(
-        f"{report['prompts']} prompts, {machine['threads']} thread(s), {machine['processor']}, "
+        f"{counted(report['prompts'], 'prompt')}, {counted(machine['threads'], 'thread')}, {machine['processor']}, "
         f"onnxruntime {machine['onnxruntime']}, skipped: {_pairs(report['skipped']) or 'none'}",
         markup=False,
     )
@@ -109,7 +110,7 @@ def show_collection(path: str, summary: Mapping[str, Any]) -> None:
 
 def _collection_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "samples", f"{summary['samples']:,} of {summary['prompts']:,} prompts"
-    yield "new tokens", f"{summary['new_tokens']:,} in {summary['forwards']:,} forwards"
+    yield "new tokens", f"{summary['new_tokens']:,} in {counted(summary['forwards'], 'forward')}"
     for name in ("tokens_per_forward", "iterations_per_block"):
         yield words(name), "-" if summary[name] is None else f"{summary[name]:.2f}"
     for name in ("prompt_length", "answer_length"):
@@ -121,7 +122,7 @@ def show_tuning(path: str, report: Mapping[str, Any]) -> None:
     """Print the result of tuning: quality and tokens per forward from the parent to the end."""
     dropped = _pairs(report["dropped"]) or "none"
     OUT.print(
-        f"{report['samples']:,} samples (dropped: {dropped}), {report['steps']:,} steps, "
+        f"{counted(report['samples'], 'sample')} (dropped: {dropped}), {counted(report['steps'], 'step')}, "
         f"{report['minutes']:.1f} minutes of training",
         markup=False,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
-from cllm_export.bundle.storage import check_file, unfinished_files, whole_file, write_json, write_text
+from cllm_export.bundle.storage import check_file, check_output, unfinished_files, whole_file, write_json, write_text
 from cllm_export.errors import OutputError
 
 
@@ -50,6 +52,33 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
     reader.join()
     assert read == ["through"]
     assert path.is_fifo()
+
+
+def test_a_file_below_dev_is_a_file_and_an_open_file_is_a_stream(tmp_path):
+    """Only `/dev/stdout` and its like are written into as they are, even where a regular file is open."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        pytest.skip("this system has no /dev/shm")
+    with tempfile.NamedTemporaryFile(dir=shared) as taken:
+        path = Path(taken.name)
+        with pytest.raises(OutputError, match="exists; replace it with force=True"):
+            check_file(path, force=False)
+        with whole_file(path) as scratch:
+            assert scratch != path
+            scratch.write_text("new")
+        path.write_text("old")
+        opened = Path(f"/dev/fd/{os.open(path, os.O_WRONLY)}")
+        check_file(opened, force=False)
+        with whole_file(opened) as stream:
+            assert stream == opened
+        os.close(int(opened.name))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+def test_a_directory_that_refuses_new_files_is_found_whatever_its_permissions_say():
+    for check in (check_file, check_output):
+        with pytest.raises(OutputError, match=r"/proc cannot be written to .*choose another output"):
+            check(Path("/proc/new"), force=False, **({"marker": "bundle.json"} if check is check_output else {}))
 
 
 @pytest.mark.parametrize("name", [".", "none/report.json", "file/report.json"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import cllm_export.cli  # its modules add their commands
+import cllm_export.cli.entry  # it has all commands
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.cli.app import app
 from cllm_export.cli.chat import Conversation
@@ -68,7 +68,7 @@ def chat(bundle: Bundle, letters: Capitals, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(EngineChoice, "load", load)
 
     def run(stdin: str | bytes, *options: str) -> Any:
-        assert cllm_export.cli.main
+        assert cllm_export.cli.entry.main
         return CliRunner().invoke(app, ["chat", str(bundle.path), *FEW, *options], input=stdin)
 
     return run

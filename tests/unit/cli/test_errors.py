@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cllm_export.cli.entry import main
+from cllm_export.cli import main
 
 WRONG = [
     (("build", "x"), "error: missing option '--output' / '-o'; see cllm-export build --help"),
@@ -16,6 +16,11 @@ WRONG = [
     (("bench", "x", "--repeats", "many"), "error: invalid value for '--repeats'"),
     (("bench", "x", "--repeats", "0"), "error: --repeats must be an integer of at least 1, got 0"),
     (("trace", "x", "--limit", "0"), "error: --limit must be an integer of at least 1, got 0"),
+    (
+        ("generate", "x", "hi", "--json-schema", '{"type": "object"}'),
+        "error: --json-schema takes a file, and this is the",
+    ),
+    (("evaluate", "x", "--task", "foo", "--data", "y"), "error: invalid value for '--task': 'foo' is not one of"),
     (("inspect", "nowhere"), "error: nowhere is not a bundle"),
 ]
 

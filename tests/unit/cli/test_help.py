@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-import cllm_export.cli  # its modules add their commands
+import cllm_export.cli.entry  # it has all commands
 from cllm_export.checks import OptionGroup
 from cllm_export.cli.app import EXIT_CODES, ORDER, app
 from cllm_export.cli.show.help import section_of
@@ -26,7 +26,7 @@ QUICKSTART = Path(__file__).parents[3] / "docs" / "quickstart.md"
 
 def group() -> TyperGroup:
     """The application with all its commands."""
-    assert cllm_export.cli.main
+    assert cllm_export.cli.entry.main
     found = typer.main.get_command(app)
     assert isinstance(found, TyperGroup)
     assert set(found.commands) == set(ORDER)

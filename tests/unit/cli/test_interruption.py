@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cllm_export.cli import run_demo
-from cllm_export.cli.entry import main
+from cllm_export.cli import main, run_demo
 from cllm_export.prompts import Prompt
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -78,3 +77,14 @@ def test_the_handler_of_sigterm_that_was_there_before_is_back_after_the_command(
     monkeypatch.setattr(run_demo, "_build", sending(signal.SIGTERM))
     demo(monkeypatch, capsys, example)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_is_stopped_before_it_wrote_anything_leaves_no_directory(tmp_path: Path):
+    pytest.importorskip("torch")
+    from cllm_export.training.work import WorkDirectory
+
+    work = WorkDirectory(tmp_path / "made", force=False, resume=False)
+    work._lock_directory()
+    assert work.path.is_dir()
+    work.close()
+    assert list(tmp_path.iterdir()) == []

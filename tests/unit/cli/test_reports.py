@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cllm_export.cli  # its modules add their commands
+import cllm_export.cli.entry  # it has all commands
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.cli.app import app
 from cllm_export.cli.show.plots import TRADE_OFF, check_plots, plot_trade_off
@@ -59,7 +59,7 @@ def test_times_that_a_bundle_cannot_keep_are_no_error(bundle: Bundle, caplog: py
     ids=lambda arguments: arguments[0],
 )
 def test_a_file_is_not_replaced_without_force(bundle: Bundle, tmp_path: Path, arguments: tuple[str, ...]):
-    assert cllm_export.cli.main
+    assert cllm_export.cli.entry.main
     file, prompts = tmp_path / "file", tmp_path / "prompts.jsonl"
     file.write_text("mine")
     prompts.write_text('{"prompt": "hello"}\n')

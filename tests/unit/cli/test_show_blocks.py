@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from cllm_export.cli.show.decoding import show_blocks
+from cllm_export.bundle.manifest import Bundle
+from cllm_export.cli.entry import app
+from cllm_export.cli.generate import EngineChoice
+from cllm_export.cli.show.decoding import show_blocks, show_legend
 from cllm_export.runtime.decoding.statistics import ForwardRecord
+from tests.fakes import HashModel, Row, byte_level_tokenizer, make_model, write_bundle
 
 WORDS = SimpleNamespace(decode=lambda ids, skip_special_tokens: chr(ord("a") + ids[0]))
 MODEL: Any = SimpleNamespace(codec=SimpleNamespace(tokenizer=WORDS))
@@ -21,6 +28,7 @@ LAST = ForwardRecord(write_index=8, block=[4, 5, 9, 9], next_ids=[5, 6, 7, 7], n
 
 def shown(capsys: pytest.CaptureFixture[str], *records: ForwardRecord) -> list[str]:
     tokens = [token for record in records for token in record.new]
+    show_legend()
     show_blocks(MODEL, SimpleNamespace(forwards=records, token_ids=tokens))  # type: ignore[arg-type]
     return capsys.readouterr().out.splitlines()
 
@@ -35,3 +43,38 @@ def test_the_tokens_in_brackets_are_the_text(capsys):
     _, *lines = shown(capsys, FIRST, SECOND, LAST)
     given = [line.split("[")[1].split("]")[0] for line in lines]
     assert "".join(given).replace("|", "").replace("+", "") == "bcdef"
+
+
+class Echo(HashModel):
+    """A model that repeats the last letter, but ends a text after `c`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(vocab_size=bundle.manifest.geometry.vocab_size)
+        self._eos, self._end = bundle.manifest.eos_token_ids[0], byte_level_tokenizer().token_to_id("c")
+
+    def predict(self, rows: Sequence[Row]) -> int:
+        return self._eos if rows[-1].token == self._end else rows[-1].token
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `generate` on a fake engine whose model ends `c` and what follows it at once."""
+    bundle = write_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(EngineChoice, "load", lambda *_, **__: make_model(bundle, Echo(bundle)))
+    options = ["--max-new-tokens", "2", "--block-size", "2", "--method", "jacobi"]
+    return lambda *given: CliRunner().invoke(app, ["generate", str(bundle.path), *options, *given])
+
+
+def test_several_prompts_have_one_legend_and_a_heading_each(run: Any, tmp_path: Path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "id": "first"}\n{"prompt": "b", "id": "second"}\n')
+    done = run("--prompts", str(tmp_path / "prompts.jsonl"), "--show-blocks")
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith("  ")] == [
+        "block: [fast-forwarded|+accepted] ~stationary -rejected; the forward gave the tokens in brackets",
+        *("prompt first", "text: aa", "prompt second", "text: bb"),
+    ]
+
+
+def test_a_text_that_is_empty_because_the_model_ended_at_once_says_so(run: Any):
+    assert "the text is empty, since the model ended it at once" in run("c").stderr
+    assert "empty" not in run("a").stderr

@@ -93,3 +93,28 @@ def test_a_command_in_a_process_of_others_leaves_its_handler_as_it_was(monkeypat
     with pytest.raises(SystemExit):
         main()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+SLOW = "import time; print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_while_modules_are_imported_gives_one_sentence_too(tmp_path: Path, number: signal.Signals, word: str):
+    """The first second of a command is that of its imports, of numpy and others."""
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text(SLOW)
+    first = environment()["PYTHONPATH"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cllm_export", "doctor"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{first}"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as command:
+        assert command.stdout and command.stdout.readline() == "ready\n"
+        command.send_signal(number)
+        _, err = command.communicate()
+    assert command.returncode == 128 + number
+    assert (
+        err == f"stopped by {word}: nothing was saved, and nothing is left half-written; run the same command again\n"
+    )

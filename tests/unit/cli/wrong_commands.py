@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import typer
 from typer.core import TyperGroup
 
-import cllm_export.cli  # its modules add their commands
+import cllm_export.cli.entry  # it has all commands
+from cllm_export.cli import main
 from cllm_export.cli.app import app
-from cllm_export.cli.entry import main
 
 HEAVY = frozenset(
     {
@@ -102,7 +102,7 @@ class Outcome:
 
 
 def commands() -> dict[str, Any]:
-    assert cllm_export.cli.main
+    assert cllm_export.cli.entry.main
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
     return dict(group.commands)
@@ -254,7 +254,7 @@ def _outputs(entry: Parameter) -> Iterator[str]:
     if not _is_path(entry) or entry.name not in OUTPUTS:
         return
     is_directory = entry.name == "plots" or (entry.name == "output" and entry.command in DIRECTORY_OUTPUTS)
-    yield "taken.txt/below"
+    yield from ("taken.txt/below", "/proc/new")
     yield "taken.txt" if is_directory else "taken"
     if is_directory and entry.name == "output":
         yield from ("taken", "dangling")
@@ -276,6 +276,8 @@ PAIRS = {
     "generate": (
         *("bundle hello --prompts=prompts.jsonl", "bundle hello --limit=1", "bundle hello --json --stats"),
         *("bundle hello --json --show-blocks", "bundle hello --logprobs=1", "bundle hello --draft-model=bundle"),
+        *("bundle hello --window=4", "bundle hello --proposer=pad --method=autoregressive"),
+        *("bundle hello --grammar={}", "bundle hello --json-schema={}"),
         *("bundle hello --cuda-graphs", "bundle --prompts=prompts.jsonl --save-prefix=new.safetensors"),
     ),
     "quantize": (

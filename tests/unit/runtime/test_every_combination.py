@@ -89,12 +89,16 @@ ending = optional(
 )
 how = st.one_of(
     st.fixed_dictionaries(
-        {"method": st.sampled_from(METHODS)},
+        {"method": st.sampled_from([method for method in METHODS if method != "autoregressive"])},
         optional={
             "block_size": st.integers(1, 16),
             "deterministic": st.booleans(),
             "proposer": st.sampled_from(CHAINS),
         },
+    ),
+    st.fixed_dictionaries(
+        {"method": st.just("autoregressive")},
+        optional={"block_size": st.integers(1, 16), "deterministic": st.booleans()},
     ),
     st.fixed_dictionaries({"method": st.sampled_from(["jacobi", "speculative"]), "block_size": st.just("auto")}),
     st.fixed_dictionaries(
@@ -191,7 +195,7 @@ def plain(bundle, world: World, request: Request) -> Outcome:
     given: dict[str, Any] = request.what
     try:
         return Outcome(
-            outcome_of(model.generate(request.prompt, method="autoregressive", block_size=1, proposer="pad", **given)),
+            outcome_of(model.generate(request.prompt, method="autoregressive", block_size=1, **given)),
             None,
         )
     except CllmExportError as error:
@@ -234,8 +238,6 @@ def settled(model: Model, options: Mapping[str, Any]) -> dict[str, Any]:
             left = {name: value for name, value in left.items() if name not in LOOKAHEAD} | {"method": "jacobi"}
     if left.get("deterministic") and left.get("block_size") == "auto":
         del left["deterministic"]
-    if left["method"] == "autoregressive" and "model" in left.get("proposer", ""):
-        del left["proposer"]
     return left
 
 

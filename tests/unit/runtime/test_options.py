@@ -94,6 +94,14 @@ def test_what_a_model_was_trained_with_is_its_default():
     assert settle(trained, proposer="pad").proposer == "pad"
 
 
+def test_a_proposer_is_refused_where_nothing_is_drafted():
+    with pytest.raises(OptionError, match="the method is autoregressive: leave proposer out") as error:
+        settle(method="autoregressive", proposer="lookup")
+    assert error.value.fields == ("proposer", "method")
+    filled = settle(method="autoregressive", block_size=4, proposer="lookup")  # its rows are discarded
+    assert filled.proposer == "lookup"
+
+
 def test_the_proposer_of_speculative_is_the_draft_model_where_there_is_one():
     assert settle(method="speculative").proposer == "lookup"
     assert settle(replace(LIMITS, has_draft_model=True), method="speculative").proposer == "model"
@@ -143,7 +151,7 @@ def test_a_bias_of_a_token_that_the_model_has_not_is_refused():
         ({"block_size": "auto", "method": "jacobi-block"}, "keeps its size"),
         ({"block_size": "auto", "forwards_per_sync": 2}, "forwards_per_sync excludes block_size"),
         ({"block_size": 4, "method": "lookahead"}, "block_size is not for lookahead"),
-        ({"window": 3}, "window is for the method lookahead"),
+        ({"window": 3}, "choose method='lookahead', or leave window out"),
         ({"method": "lookahead", "window": 0}, "window must be an integer of at least 1, got 0"),
         ({"method": "lookahead", "temperature": 1.0}, "lookahead is for greedy requests and excludes sampling"),
         ({"method": "lookahead", "proposer": "model"}, "is not for lookahead"),

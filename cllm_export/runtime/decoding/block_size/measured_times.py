@@ -41,8 +41,8 @@ class MeasuredTimes:
             return None
         low, high = self.quartiles[size]
         return (
-            f"half of the measured T({size}) / T({min(self.seconds)}) lie outside {low:.2f} to {high:.2f}: the machine "
-            "is too busy to tell; end other work on it, and run this again"
+            "the machine is too busy to tell: end other work on it, and run this again "
+            f"(half of the measured T({size}) / T({min(self.seconds)}) lie outside {low:.2f} to {high:.2f})"
         )
 
 

@@ -66,8 +66,8 @@ def model(bundle) -> Model:
 def test_constrained_decoding_gives_the_same_tokens_by_every_loop(
     model, regex, method, size, seed, temperature, proposer
 ):
-    common = {"regex": regex, "seed": seed, "temperature": temperature, "proposer": proposer, "max_new_tokens": 40}
-    jacobi = model.generate([5, 9, 3], method=method, block_size=size, **common)
+    common = {"regex": regex, "seed": seed, "temperature": temperature, "max_new_tokens": 40}
+    jacobi = model.generate([5, 9, 3], method=method, proposer=proposer, block_size=size, **common)
     plain = model.generate([5, 9, 3], method="autoregressive", block_size=size, **common)
     assert jacobi.token_ids == plain.token_ids
     if plain.finish_reason == "eos":

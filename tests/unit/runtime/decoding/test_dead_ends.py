@@ -31,6 +31,7 @@ DEAD = r"/[^\s\S]/"
 LOOP = 'start: "x" ("a" loop | "b" "c" "d" "e")\nloop: "a" loop'
 """The texts that begin with xa never end, and llguidance notes it only when it reads the second a."""
 LETTERS = "abc"
+DRAFTING = [method for method in METHODS if method != "autoregressive"]
 PROPOSERS = ["pad", "repeat", "prompt", "lookup", "pool", "pool+lookup"]
 SIZES = [1, 2, 3, 5, 8, 16]
 
@@ -77,6 +78,9 @@ class Case:
             for method in METHODS
             if method != "autoregressive" or not seed % 4
         ]
+        for how in self.hows:
+            if how["method"] == "autoregressive":
+                del how["proposer"]
 
 
 class LimitedMatchers:
@@ -138,7 +142,7 @@ def test_all_methods_proposers_and_sizes_give_one_answer_for_every_grammar(model
         assert sum(count for outcome, count in seen.items() if kind in outcome) >= 3, (kind, seen)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DRAFTING)
 @pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_rejected_draft_into_an_endless_loop_leaves_the_text_as_it_was(model, method, proposer, size):
@@ -158,7 +162,7 @@ def test_a_draft_that_meets_a_limit_of_the_lexer_leaves_the_text_as_it_was(model
         prompt = ids_of(model, "aabbabab" * 3)
         expected = outcome_of(model, prompt, method="autoregressive", seed=seed, **options)
         outcomes[expected[2] if len(expected) == 4 else expected[0]] += 1
-        for method in METHODS:
+        for method in DRAFTING:
             for proposer in ("lookup", "prompt"):
                 found = outcome_of(model, prompt, method=method, proposer=proposer, block_size=16, seed=seed, **options)
                 assert found == expected, (method, proposer, seed)
