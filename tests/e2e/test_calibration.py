@@ -155,7 +155,7 @@ def test_a_place_for_plots_is_judged_before_the_work_and_made_after_it(
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         outcome = cli("bench", bundle, "--prompts", prompts, "--plots", place)
-        assert_refused(outcome, "cannot write plots to", "is no directory")
+        assert_refused(outcome, "cannot write --plots to", "is no directory")
     outcome = cli("bench", bundle, "--prompts", tmp_path / "missing.jsonl", "--plots", tmp_path / "a" / "b")
     assert_refused(outcome, "cannot read prompts")
     assert {path.name for path in tmp_path.iterdir()} == {"file"}

@@ -31,7 +31,7 @@ def test_build_adds_the_graph_and_generate_decodes_with_it(cli: Cli, workshop: W
     options = ("--weights", "copy", "--lookahead", "--json")
     built = cli("build", workshop.checkpoint("llama"), "--output", output, *options)
     assert built.code == 0
-    assert json.loads(built.out)["graphs"] == ["greedy", "lookahead"]
+    assert json.loads(built.out)["graphs"] == ["greedy", "lookahead", "unfolded"]
     assert json.loads(built.out)["lookahead_refused"] is None
     assert "lookahead" in cli("inspect", output).out
 
@@ -55,7 +55,7 @@ def test_bench_times_it_beside_the_baseline(cli: Cli, bundle: Bundle, tmp_path: 
 @pytest.mark.parametrize(
     ("command", "options", "phrase"),
     [
-        ("generate", ("--window", 3), "window is for the method lookahead"),
+        ("generate", ("--window", 3), "--window is for the --method lookahead"),
         ("generate", ("--method", "lookahead", "--temperature", 1), "lookahead is for greedy requests"),
         ("generate", ("--method", "lookahead", "--window", 40), "choose smaller ones"),
         ("bench", ("--guesses", 3), "--guesses is for lookahead"),

@@ -12,7 +12,7 @@ from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
 
 from cllm_export.bundle.contract import OPSET, TensorSpec, graph_inputs, graph_outputs
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle
-from cllm_export.exporter.lint.rules import require_clean
+from cllm_export.exporter.lint.rules import NOT_PARSED, require_clean
 from cllm_export.verification.tokens import MARGIN_EPSILON
 from tests.checkpoints import MAX_POSITIONS, VARIANTS
 from tests.conftest import Workshop
@@ -69,8 +69,11 @@ def test_every_exported_graph_is_sound_onnx_and_clean_by_the_lint(
     workshop: Workshop, name: str, options: dict[str, Any]
 ):
     bundle = workshop.bundle(name, **options)
-    onnx.checker.check_model(str(bundle.graph_path()))
-    require_clean(graph_of(bundle))
+    parsed = bundle.graph_path(bundle.tensorrt_graph)
+    for path in (bundle.graph_path(), parsed):
+        onnx.checker.check_model(str(path))
+    require_clean(graph_of(bundle), waived=NOT_PARSED)
+    require_clean(onnx.load(parsed, load_external_data=False))
 
 
 @each_export

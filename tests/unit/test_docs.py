@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 from cllm_export.cli.entry import app
-from cllm_export.tensorrt.library import OLDEST, version_numbers
+from cllm_export.tensorrt.library import TENSORRT, version_numbers
 from cllm_export.training.options import TuneOptions
 
 ROOT = Path(__file__).parents[2]
@@ -218,9 +218,9 @@ def test_the_table_of_systems_follows_from_the_floors() -> None:
     assert {row[0].split()[1].split(".")[0] for row in jetpacks} == {"5", "6", "7"}
     for system, tensorrt, python, works in jetpacks:
         newest = version_numbers(tensorrt.split(",")[-1])
-        fits = newest >= OLDEST and version_numbers(python) >= oldest_python
+        fits = newest >= TENSORRT.oldest and version_numbers(python) >= oldest_python
         assert works.startswith("yes" if fits else "no: "), system
-    assert {"Windows", "TensorRT for RTX, any system"} <= {row[0] for row in rows}
+    assert {"Windows", "Linux, x86-64, RTX cards, TensorRT for RTX"} <= {row[0] for row in rows}
 
 
 def test_the_page_on_training_states_the_defaults() -> None:
