@@ -1,4 +1,4 @@
-"""Write what the real builder makes of each family to ``tests/fixtures/plan_contents.json``.
+"""Write what the real builder makes of each family to ``plan_contents.json`` beside it.
 
 Run it after a change of the graph or of the library's version, and read the difference before it is committed:
 ``python -m tests.tensorrt.rtx.golden``.

@@ -22,7 +22,7 @@ from cllm_export.tensorrt.plan_contents import PlanContents
 from cllm_export.tensorrt.plan_options import PlanOptions
 from tests.checkpoints import REALISTIC
 
-GOLDEN = Path(__file__).parents[2] / "fixtures" / "plan_contents.json"
+GOLDEN = Path(__file__).with_name("plan_contents.json")
 REWRITE = "python -m tests.tensorrt.rtx.golden"
 BLOCK_SIZES = (1, 16)
 PROFILES = ("prefill", *(f"n = {size}" for size in BLOCK_SIZES))
