@@ -66,6 +66,7 @@ NEEDS: dict[str, dict[str, str | None]] = {
     **{"draft_model": {"methods": "speculative", "method": "speculative"}, "parent": {"task": "prompts"}},
     **{"scales": {"precision": "int8"}, "keep": {"precision": "int8-dynamic"}, "group_size": {"precision": "int4"}},
     **{"prompts": {"prompt": None}, "limit": {"prompt": None, "prompts": "prompts.jsonl"}, "logprobs": {"as_json": ""}},
+    "targets": {"target": "tensorrt-rtx"},
     **{"lora_alpha": {"lora_rank": "4"}, "trained_loop": {"trained_block_size": "4"}},
     **{"trained_proposer": {"trained_block_size": "4"}, "base": {"checkpoint": "adapter"}},
     **{name: {"methods": "lookahead", "method": "lookahead"} for name in ("window", "ngram", "guesses")},
