@@ -153,7 +153,7 @@ def _packages(distribution: metadata.Distribution, extra: str) -> list[str]:
     packages: list[str] = []
     for text in distribution.requires or ():
         requirement, _, marker = (part.strip() for part in text.partition(";"))
-        if not re.fullmatch(rf"""extra == ["']{re.escape(extra)}["']""", marker):
+        if not re.search(rf"""\bextra == ["']{re.escape(extra)}["']""", marker):
             continue
         if own := re.fullmatch(rf"{PROJECT}\[([\w,-]+)\]", requirement):
             packages += [package for name in own[1].split(",") for package in _packages(distribution, name)]

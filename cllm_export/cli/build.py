@@ -79,11 +79,7 @@ def build(
             options, precision=dtype, quantize=quantize, trained_with=trained.trained_with if trained else None
         )
     check_build(checkpoint, output, options, force=force)
-    plan = _plan_options(target, targets or [], quantize)
-    if plan:
-        from cllm_export.tensorrt.build_plan import open_builder
-
-        open_builder(plan)  # before the export, which takes longer
+    plan = _checked_plan(target, targets or [], quantize)
     with needs_extra("export"):
         from cllm_export.exporter.pipeline import export
     with progress_bar() as progress:
@@ -100,8 +96,8 @@ def build(
         tell(f"wrote {build_plan(done.bundle, plan, say=say).path}")
 
 
-def _plan_options(target: Target, targets: list[str], quantize: QuantizeOptions | None) -> PlanOptions | None:
-    """The options of the plan to build after the export; None if there is none to build."""
+def _checked_plan(target: Target, targets: list[str], quantize: QuantizeOptions | None) -> PlanOptions | None:
+    """The options of the plan to build after the export; None if there is none to build. Its builder is here."""
     if target == "onnx":
         if targets:
             raise OptionError(
@@ -109,7 +105,11 @@ def _plan_options(target: Target, targets: list[str], quantize: QuantizeOptions 
             )
         return None
     _require_tensorrt(quantize)
-    return PlanOptions(engine=target, targets=tuple(targets))
+    from cllm_export.tensorrt.build_plan import open_builder
+
+    plan = PlanOptions(engine=target, targets=tuple(targets))
+    open_builder(plan)
+    return plan
 
 
 def _require_tensorrt(quantize: QuantizeOptions | None) -> None:

@@ -17,15 +17,22 @@ from cllm_export.runtime.decoding.constraint import GrammarCompiler
 from tests.conftest import Workshop
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def marked(requirement: str, extra: str) -> str:
+    """A requirement of an extra, as the metadata of an installed package spells it."""
+    name, _, marker = requirement.partition(";")
+    return f'{name}; ({marker.strip()}) and extra == "{extra}"' if marker else f'{name}; extra == "{extra}"'
+
+
 REQUIREMENTS = [
     *PYPROJECT["dependencies"],
     *(
-        f'{requirement}; extra == "{extra}"'
+        marked(requirement, extra)
         for extra, listed in PYPROJECT["optional-dependencies"].items()
         for requirement in listed
     ),
 ]
-"""As the metadata of an installed package spells them."""
 
 
 @pytest.fixture
