@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,11 @@ ELSEWHERE = "choose another output, or make that directory writable"
 def why_unwritable(directory: Path) -> str | None:
     """Why no file can be made in a directory; None if one can.
 
-    A scratch directory is made and removed, because permissions alone do not tell: ``/proc`` and some mounts refuse.
+    A file without a name is made, because permissions alone do not tell: ``/proc`` and some mounts refuse.
     """
-    scratch = directory / f".cllm-export-{secrets.token_hex(4)}.unfinished"
     try:
-        scratch.mkdir()
-        scratch.rmdir()
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         return error.strerror or str(error)
     return None

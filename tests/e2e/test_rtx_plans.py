@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from cllm_export.bundle.manifest import Bundle, describe_files, open_bundle, write_manifest
+from cllm_export.extras import install_line
 from cllm_export.tensorrt import memory
 from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.library import TENSORRT_RTX
@@ -52,7 +53,7 @@ def test_without_the_wheel_the_line_that_installs_it_is_named(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, TENSORRT_RTX.module, None)  # type: ignore[arg-type]
-    assert "pip install 'cllm-export[tensorrt-rtx]'" in refused()
+    assert install_line("tensorrt-rtx") in refused()
 
 
 def test_an_older_library_is_refused(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch):

@@ -255,7 +255,7 @@ def test_two_forwards_a_step_are_one_of_twice_the_samples(cli: Cli, llama: Path,
     """Of equal samples, where the mean of means is the mean. The sums differ in order: 1e-6 of a gradient, which the
     first steps of Adam, of the size of the learning rate whatever the gradient's, turn into 1e-5 of a weight at most.
     """
-    same = write_prompts(tmp_path / "p.jsonl", [questions()[3]] * 12)
+    same = write_prompts(tmp_path / "p.jsonl", [questions()[3] | {"id": str(copy)} for copy in range(12)])
     options = (*FEW, "--objective", "autoregressive", "--steps", 3)
     one = (*options, "--batch-size", 4)
     two = (*options, "--batch-size", 2, "--gradient-accumulation", 2)
@@ -366,7 +366,7 @@ def test_fewer_samples_than_a_batch_are_enough(cli: Cli, llama: Path, prompts: P
     options = (*FEW, "--steps", 2, "--limit", 2, "--num-held-out", 1, "--batch-size", 8)
     outcome = cli(*arguments(llama, prompts, tmp_path / "out", *options))
     assert outcome.code == 0, outcome
-    assert "1 samples" in outcome.out
+    assert "1 sample (" in outcome.out
 
 
 # Interrupted and resumed

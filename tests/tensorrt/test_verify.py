@@ -15,7 +15,6 @@ from cllm_export.bundle.manifest import PARITY_NAME, Bundle
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
-from cllm_export.tensorrt import engine as trt_engine
 from cllm_export.tensorrt.build_plan import build_plan
 from cllm_export.tensorrt.plan_options import PlanOptions
 from cllm_export.verification.report import VerifyOptions
@@ -38,7 +37,7 @@ def machine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
     simulated = SimulatedGpu()
     options = PlanOptions(batch_size=2, block_sizes=SIZES, prefill_chunk=16, kv_lengths=(32, 64, 159))
     build_plan(bundle, options, gpu=simulated.gpu)
-    monkeypatch.setattr(trt_engine, "open_gpu", lambda: simulated.gpu)
+    monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", lambda _: simulated.gpu)
     return simulated
 
 
