@@ -45,11 +45,12 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
 
 def _profiles_table(profiles: Sequence[Mapping[str, Any]]) -> Table:
     """What a forward of each profile runs."""
-    columns = ("profile", "kernels", "attention", "cache copies", "reformats", "host copies", "device memory")
+    columns = ("profile", "kernels", "attention", "cache copies", "logits copies", "reformats", "host copies", "memory")
     table = plain_table(*columns)
+    table.columns[2].min_width = len("gemm_mha_v2")
     for profile in profiles:
         attention = ", ".join(f"{count} x {kernel}" for kernel, count in profile["attention"].items()) or "spelled out"
-        counts = (str(profile[key]) for key in ("cache_copies", "reformats", "host_copies"))
+        counts = (str(profile[key]) for key in ("cache_copies", "logits_copies", "reformats", "host_copies"))
         table.add_row(profile["name"], str(profile["kernels"]), attention, *counts, bytes_text(profile["device_bytes"]))
     return table
 
