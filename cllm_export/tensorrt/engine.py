@@ -89,7 +89,7 @@ class TrtEngine(EngineBase):
         gpu = gpu or open_gpu()
         plan = plan or find_plan(bundle, platform_of(gpu))
         require_fit(plan, bundle, platform_of(gpu))
-        self._settings = plan.manifest.settings
+        self._settings, self._plan_sha256 = plan.manifest.settings, plan.manifest.sha256
         super().__init__(
             bundle.manifest.geometry,
             num_slots=self._settings.batch_size,
@@ -156,6 +156,7 @@ class TrtEngine(EngineBase):
             "compute_capability": facts.compute_capability,
             "driver": facts.driver,
             self._gpu.library.name: self._gpu.version,
+            "plan": self._plan_sha256,
         }
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:

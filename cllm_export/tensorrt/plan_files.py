@@ -21,7 +21,7 @@ from platform import machine, system
 from typing import Any, Literal, get_args
 
 from cllm_export.bundle.contract import CONTRACT_VERSION
-from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.checks import from_fields, require_at_least, require_one_of
 from cllm_export.errors import OptionError, PlanError
@@ -82,15 +82,18 @@ class PlanSettings:
             raise OptionError(f"optimization_level must be 0 to 5, got {self.optimization_level}")
         require_one_of("hardware", self.hardware, HARDWARE)
 
-    def command(self, bundle: Path, built_for: Platform | Targets) -> str:
-        """The command that builds a plan with these settings."""
-        words = ["cllm-export", "plan", str(bundle), "--engine", built_for.engine]
+    def command(self, bundle: Bundle, built_for: Platform | Targets, here: Platform) -> str:
+        """The command that builds a plan with these settings, which runs on this machine too."""
+        words = ["cllm-export", "plan", str(bundle.path), "--engine", built_for.engine]
         if isinstance(built_for, Targets):
-            words += [word for target in built_for.targets for word in ("--for", target)]
-        words += ["--batch-size", str(self.batch_size)]
-        words += [word for size in self.block_sizes for word in ("--block-size", str(size))]
-        words += ["--prefill-chunk", str(self.prefill_chunk)]
-        words += [word for kv_length in self.kv_lengths for word in ("--kv-length", str(kv_length))]
+            known = LIBRARIES[built_for.engine].targets
+            targets = [each for each in known if each in (*built_for.targets, here.generation)]
+            words += [word for target in targets for word in ("--for", target)]
+        if bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes is None:
+            words += ["--batch-size", str(self.batch_size)]
+            words += [word for size in self.block_sizes for word in ("--block-size", str(size))]
+            words += ["--prefill-chunk", str(self.prefill_chunk)]
+            words += [word for kv_length in self.kv_lengths for word in ("--kv-length", str(kv_length))]
         if self.workspace is not None:
             words += ["--workspace", str(self.workspace)]
         words += ["--optimization-level", str(self.optimization_level)]
@@ -207,9 +210,9 @@ class PlanManifest:
             return f"{', '.join(here.targets)} on {here.system}"
         return f"{here.gpu}, {here.generation}, driver for CUDA {here.driver}"
 
-    def command(self, bundle: Path) -> str:
-        """The command that builds this plan again."""
-        return self.settings.command(bundle, self.platform)
+    def command(self, bundle: Bundle, here: Platform) -> str:
+        """The command that builds this plan again, for this machine too."""
+        return self.settings.command(bundle, self.platform, here)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -329,14 +332,28 @@ def find_plan(bundle: Bundle, here: Platform) -> Plan:
     fitting = [plan for plan, differences in reasons if not differences]
     if len(fitting) > 1:
         names = ", ".join(plan.path.name for plan in fitting)
-        raise PlanError(f"{bundle.path} has several plans that run here: {names}; remove those not wanted, or name one")
+        raise PlanError(
+            f"{bundle.path} has several plans that run here: {names}; remove the directories of those not wanted"
+        )
     if fitting:
         return fitting[0]
     lines = [
-        f"  {plan.path.name}: {'; '.join(differences)}; rebuild with: {plan.manifest.command(bundle.path)}"
+        f"  {plan.path.name}: {'; '.join(differences)}; rebuild with: {plan.manifest.command(bundle, here)}"
         for plan, differences in reasons
     ]
     raise PlanError(f"no plan of {bundle.path} runs here:\n" + "\n".join(lines))
+
+
+def _readable_plans(bundle: Bundle) -> tuple[list[Plan], list[PlanError]]:
+    """The plans that can be read, and the errors of the others: an old one must not keep a new one from running."""
+    plans: list[Plan] = []
+    errors: list[PlanError] = []
+    for path in _plan_directories(bundle):
+        try:
+            plans.append(open_plan(path))
+        except PlanError as error:
+            errors.append(PlanError(f"{error}; {path} can be removed"))
+    return plans, errors
 
 
 def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
@@ -348,7 +365,7 @@ def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
     if differences := plan.manifest.differences(bundle.fingerprint, here):
         raise PlanError(
             f"{plan.path} does not run here: {'; '.join(differences)}; "
-            f"rebuild it with: {plan.manifest.command(bundle.path)}"
+            f"rebuild it with: {plan.manifest.command(bundle, here)}"
         )
 
 

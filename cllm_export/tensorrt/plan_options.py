@@ -86,12 +86,12 @@ class PlanOptions:
             advice = (
                 f"builds for named generations: give targets, some of {', '.join(library.targets)}"
                 if library.targets
-                else "builds for the GPU of this machine: leave targets out, which are for tensorrt-rtx"
+                else "builds for the GPU of this machine: targets is for tensorrt-rtx, leave it out"
             )
             raise OptionError(f"{library.title} {advice}", fields=("targets",))
         for name, reason in library.lacks:
             if getattr(self, name) != next(field.default for field in fields(self) if field.name == name):
-                raise OptionError(f"{library.title} takes no {name}: {reason}", fields=(name,))
+                raise OptionError(f"{library.title} takes no {name}: {reason}", fields=(name, "targets"))
 
 
 def settle(options: PlanOptions, manifest: Manifest) -> PlanSettings:

@@ -28,8 +28,10 @@ from tests.contacts.environments import (
 from tests.contacts.test_clean_install import GENERATE, PROMPT
 
 FLOORS = declared_floors()
-NOT_RUN = ("torch", "onnxruntime-gpu", "tensorrt", "cuda-python")
-"""torch is the pinned one; the others need a GPU."""
+PINNED_FLOORS = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings")
+"""Their floor is the pinned version, with which ``test_tensorrt_rtx.py`` builds. No older one was run."""
+NOT_RUN = ("torch", "onnxruntime-gpu", "tensorrt", "cuda-python", *PINNED_FLOORS)
+"""torch is the pinned one; others need a GPU."""
 RUNTIME_EXTRAS = ("cpu", "grammar", "plot", "evaluate")
 EVERY_EXTRA = (*RUNTIME_EXTRAS, "export", "train", "sentencepiece")
 CHECKPOINT = ROOT / "examples" / "text_to_sql" / "checkpoint"
@@ -92,6 +94,11 @@ def decodes_with_grammars(python: Path, bundle: Path) -> None:
     for constraint in (("--grammar", grammar), ("--regex", " SELECT [a-z]+")):
         [row] = map(json.loads, cllm(python, *GENERATE, *constraint, bundle, PROMPT).splitlines())
         assert row["text"].startswith(" SELECT ")
+
+
+@pytest.mark.parametrize("name", PINNED_FLOORS)
+def test_a_floor_that_is_not_run_here_is_the_pinned_version(name: str):
+    assert f"{name}=={FLOORS[name]}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
 def test_every_floor_is_what_was_installed(everything: Path):

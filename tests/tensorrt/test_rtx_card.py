@@ -141,7 +141,9 @@ def test_a_plan_that_cannot_be_written_to_runs_and_says_so_once(
 
 
 def test_a_card_of_other_generations_is_refused_with_the_command_that_rebuilds(bundle: Bundle, plan: Plan):
-    with pytest.raises(PlanError, match=r"generation: built for sm89, here is sm120; rebuild with: .* --for sm89"):
+    with pytest.raises(
+        PlanError, match=r"generation: built for sm89, here is sm120; rebuild with: .* --for sm89 --for sm120 "
+    ):
         TrtEngine(bundle, gpu=card(capability=(12, 0)).gpu)
     with pytest.raises(PlanError, match=r"does not run here: generation: built for sm89, here is sm86; rebuild it"):
         TrtEngine(bundle, plan=plan, gpu=card(capability=(8, 6)).gpu)

@@ -21,6 +21,8 @@ from cllm_export.runtime.engines.base import Engine
 
 BUDGET_SECONDS = 2.0
 """What a comparison before a first request may take, by the times of forwards that are known then."""
+FIRST_BUDGETS = 5
+"""How many budgets the first size alone may take."""
 PREFILLED = 16
 """KV rows that a comparison before a first request prefills."""
 PAST = 17 * PREFILLED
@@ -186,6 +188,9 @@ def affordable_sizes(
 ) -> tuple[int, ...]:
     """The first of these sizes, as many as ``compare_sizes`` compares within the budget.
 
+    The first alone may take ``FIRST_BUDGETS`` times as long: it is the most useful one, and it is compared once. If it
+    takes longer, no other is compared in its place.
+
     Args:
         sizes: block sizes, the most useful first.
         seconds: seconds of a forward by block size, of n = 1 at least. Those of other sizes follow from them.
@@ -195,8 +200,10 @@ def affordable_sizes(
     for size in sizes:
         wanted = [*chosen, size]
         cost = time(PREFILLED) + max(wanted) * time(1) + sum(map(time, wanted))
-        if cost <= budget:
+        if cost <= budget * (1 if chosen else FIRST_BUDGETS):
             chosen = wanted
+        elif not chosen:
+            break
     return tuple(chosen)
 
 

@@ -158,12 +158,19 @@ def test_an_engine_without_logits_is_not_compared(caplog):
 
 
 def test_the_work_of_a_comparison_is_bounded_by_the_times_of_forwards():
-    sizes, slow = (16, 2, 4, 8), {1: 1.0, 16: 1.0}
+    sizes, slow = (2, 16, 4, 8), {1: 1.0, 16: 1.0}
     cost = 1.0 + 8 + 3  # the past, eight rows of one token, and a forward of each of 2, 4 and 8
     assert affordable_sizes(sizes, slow, budget=cost) == (2, 4, 8)
     assert affordable_sizes(sizes, slow, budget=cost - 0.5) == (2, 4)
     assert affordable_sizes(sizes, slow, budget=100) == sizes
-    assert affordable_sizes(sizes, slow, budget=1.0) == ()
+
+
+def test_the_most_useful_size_may_take_longer_and_none_is_compared_in_its_place():
+    """Else a model of a middling size would lose the n that it was trained with, which a larger one keeps."""
+    sizes, slow = (16, 2, 4, 8), {1: 1.0, 16: 1.0}
+    alone = 1.0 + 16 + 1
+    assert affordable_sizes(sizes, slow, budget=alone / 5) == (16,)
+    assert affordable_sizes(sizes, slow, budget=alone / 5 - 0.1) == ()
 
 
 def test_the_comparison_runs_as_many_forwards_as_its_bound_says():
