@@ -37,7 +37,8 @@ def declared_floors() -> dict[str, str]:
         *project["dependencies"],
         *(each for extra in project["optional-dependencies"].values() for each in extra),
     ]
-    return dict(line.split(">=") for line in listed if ">=" in line)
+    stated = [line.partition(";")[0].strip() for line in listed]
+    return dict(line.split(">=") for line in stated if ">=" in line)
 
 
 def interpreter(version: str) -> Path:

@@ -66,7 +66,7 @@ def test_an_older_library_is_refused(refused: Callable[..., str], monkeypatch: p
     [
         (("--engine", "tensorrt-rtx", "--for", "sm99"), "--for must be one of sm75, sm80, sm86, sm89, sm120, sm121"),
         (("--engine", "tensorrt-rtx"), "builds for named generations: give --for"),
-        (("--for", "sm89"), "builds for the GPU of this machine: --for is for tensorrt-rtx, leave it out"),
+        (("--for", "sm89"), "--for is for tensorrt-rtx, leave it out"),
         ((*FOR_SM89, "--strip-weights"), "takes no --strip-weights"),
         ((*FOR_SM89, "--version-compatible"), "takes no --version-compatible"),
         ((*FOR_SM89, "--hardware", "ampere+"), "takes no --hardware"),
@@ -179,7 +179,10 @@ def test_build_makes_the_plan_of_its_bundle_too(cli: Cli, workshop: Workshop, tm
         (("--for", "sm89"), "--for names the cards of a plan: give --target tensorrt-rtx too"),
         (("--target", "tensorrt-rtx"), "builds for named generations: give --for"),
         (("--target", "tensorrt-rtx", "--for", "sm99"), "--for must be one of sm75"),
-        (("--target", "tensorrt", "--for", "sm89"), "builds for the GPU of this machine: --for is for tensorrt-rtx, leave it out"),
+        (
+            ("--target", "tensorrt", "--for", "sm89"),
+            "--for is for tensorrt-rtx, leave it out",
+        ),
     ],
     ids=["no plan", "no target", "no such target", "the other library"],
 )
