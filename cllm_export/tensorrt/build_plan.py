@@ -107,6 +107,8 @@ def build_plan(
         plan = _open_sound(target)
         say(f"{target} is there already, built for this bundle, {library.title} and settings")
         return plan
+    if bundle.tensorrt_graph == GREEDY_GRAPH:
+        say("this bundle has no graph for TensorRT: build it again, for a plan of fewer kernels")
     for line in predicted_memory(bundle, settings):
         say(line)
     require_host_memory(bundle, settings)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
 from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import GpuError, OptionError, PlanError
 from cllm_export.tensorrt.build_plan import build_plan, profiles_of
@@ -322,3 +322,10 @@ def test_a_damaged_plan_is_found_out(bundle: Bundle):
 def test_the_platform_is_what_gpu_and_bindings_say(simulated: SimulatedGpu):
     assert replace(platform_of(simulated.gpu), tensorrt=HERE.tensorrt) == HERE
     assert platform_of(simulated.gpu).tensorrt == simulated.trt.__version__
+
+
+def test_a_bundle_without_a_graph_for_tensorrt_is_said_to_be_old(bundle: Bundle):
+    said: list[str] = []
+    graphs = {GREEDY_GRAPH: bundle.manifest.graphs[GREEDY_GRAPH]}
+    build_plan(with_manifest(bundle, graphs=graphs), gpu=SimulatedGpu().gpu, say=said.append)
+    assert said[0] == "this bundle has no graph for TensorRT: build it again, for a plan of fewer kernels"
