@@ -44,7 +44,6 @@ class Library:
     oldest: tuple[int, int]
     targets: tuple[str, ...] = ()
     """Generations of cards that it builds for without a GPU. Empty if it builds for the GPU of this machine."""
-    has_timing_cache: bool = True
     compiles_on_card: bool = False
     """Whether the card that runs a plan compiles its kernels when they run first."""
     flags: tuple[str, ...] = ()
@@ -85,7 +84,6 @@ TENSORRT_RTX = Library(
     extra="tensorrt-rtx",
     oldest=(1, 7),
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
-    has_timing_cache=False,
     compiles_on_card=True,
     flags=("REQUIRE_USER_ALLOCATION",),  # the build then fails if a forward could not be recorded as a CUDA graph
     lacks=(

@@ -344,18 +344,6 @@ def find_plan(bundle: Bundle, here: Platform) -> Plan:
     raise PlanError(f"no plan of {bundle.path} runs here:\n" + "\n".join(lines))
 
 
-def _readable_plans(bundle: Bundle) -> tuple[list[Plan], list[PlanError]]:
-    """The plans that can be read, and the errors of the others: an old one must not keep a new one from running."""
-    plans: list[Plan] = []
-    errors: list[PlanError] = []
-    for path in _plan_directories(bundle):
-        try:
-            plans.append(open_plan(path))
-        except PlanError as error:
-            errors.append(PlanError(f"{error}; {path} can be removed"))
-    return plans, errors
-
-
 def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:
     """Check that a plan is this bundle's and runs on this machine.
 
@@ -396,12 +384,21 @@ def _describe_plan(path: Path, bundle: Bundle) -> dict[str, Any]:
 
 
 def plans_in(bundle: Bundle) -> list[Plan]:
-    """Every plan of a bundle, whatever it runs on.
+    """Every plan of a bundle that can be read, whatever it runs on: an old one must not keep a new one from running.
 
     Raises:
-        PlanError: one is damaged.
+        PlanError: there are plans, and none of them can be read.
     """
-    return [open_plan(path) for path in _plan_directories(bundle)]
+    plans: list[Plan] = []
+    unreadable: list[PlanError] = []
+    for path in _plan_directories(bundle):
+        try:
+            plans.append(open_plan(path))
+        except PlanError as error:
+            unreadable.append(error)
+    if unreadable and not plans:
+        raise unreadable[0]
+    return plans
 
 
 def _plan_directories(bundle: Bundle) -> Iterator[Path]:

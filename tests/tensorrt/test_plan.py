@@ -329,3 +329,14 @@ def test_a_bundle_without_a_graph_for_tensorrt_is_said_to_be_old(bundle: Bundle)
     graphs = {GREEDY_GRAPH: bundle.manifest.graphs[GREEDY_GRAPH]}
     build_plan(with_manifest(bundle, graphs=graphs), gpu=SimulatedGpu().gpu, say=said.append)
     assert said[0] == "this bundle has no graph for TensorRT: build it again, for a plan of fewer kernels"
+
+
+def test_an_old_plan_does_not_keep_a_new_one_from_running(bundle: Bundle):
+    gpu = SimulatedGpu().gpu
+    old, new = (build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=gpu) for size in (2, 4))
+    manifest = old.path / "plan.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    assert find_plan(bundle, platform_of(gpu)) == new
+    shutil.rmtree(new.path)
+    with pytest.raises(PlanError, match="schema_version 1, this cllm-export reads 2: build it again"):
+        find_plan(bundle, platform_of(gpu))
