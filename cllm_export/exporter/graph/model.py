@@ -65,6 +65,8 @@ class DecoderGraph:
     """Graph input -> value that is not in a checkpoint (RoPE tables, row numbers)."""
     quantization: Quantization | None = None
     """What was quantised; None before quantisation."""
+    spread: set[ir.Value] = field(default_factory=set)
+    """Activations whose channels a rotation has mixed, so that none is much larger than the others."""
 
     @property
     def graph(self) -> ir.Graph:

@@ -16,6 +16,7 @@ from cllm_export.bundle.quantization import (  # noqa: E402
     builds_for,
 )
 from cllm_export.errors import OptionError  # noqa: E402
+from cllm_export.exporter.graph.rounding import PairRounding, restored  # noqa: E402
 from cllm_export.exporter.lint.rules import DTYPES  # noqa: E402
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options  # noqa: E402
 from cllm_export.exporter.quantize.scheme import FakeInput, FakeLayer  # noqa: E402
@@ -95,11 +96,20 @@ def test_options_of_quantisation_need_a_scheme():
     assert refused.value.fields == ("group_size", "precision")
 
 
-def test_8_bit_weights_of_int8_dynamic_leave_room_for_a_pair():
+def test_8_bit_weights_leave_room_for_a_pair_beside_activations_of_8_bits():
     matrix = weights()
     fours = np.sort(np.abs(np.pad(matrix, ((0, 0), (0, 2)))).reshape(9, -1, 4), axis=-1)
     pairs = fours[..., -2:].sum(axis=-1).max(axis=1)
     scales = np.maximum(np.abs(matrix).max(axis=1) / 127, pairs / (128 * (1 - 2.0**-12)))[:, None]
+    scales[scales == 0] = 1
+    expected = np.round(matrix / scales) * scales
+    found = restored(PairRounding()(torch.from_numpy(matrix.copy())), matrix.shape[1])
+    assert np.allclose(found.numpy(), expected, rtol=FEW_ROUNDINGS, atol=0)
+
+
+def test_8_bit_weights_of_int8_dynamic_take_the_whole_range_beside_activations_of_7_bits():
+    matrix = weights()
+    scales = np.abs(matrix).max(axis=1, keepdims=True) / 127
     scales[scales == 0] = 1
     expected = np.round(matrix / scales) * scales
     assert np.allclose(fake("int8-dynamic", matrix).weight.numpy(), expected, rtol=FEW_ROUNDINGS, atol=0)
@@ -146,5 +156,6 @@ def test_4_bit_weights_take_the_step_of_least_error_in_each_group():
 def test_rows_are_rounded_by_the_operators_of_a_bundle(name: str):
     nodes = fake(name, weights(), np.ones(70, np.float32)).nodes
     operators = [node.op_type for node in nodes]
-    assert operators.count("QuantizeLinear") == operators.count("DequantizeLinear") == 1
+    restoring = "Cast" if name == "int8-dynamic" else "DequantizeLinear"
+    assert operators.count("QuantizeLinear") == operators.count(restoring) == 1
     assert nodes[0].inputs[0] is not None and nodes[0].inputs[0].name == "rows"
