@@ -147,7 +147,7 @@ def test_a_timing_cache_that_does_not_fit_is_started_anew(bundle: Bundle):
     [
         (
             "parse",
-            r"does not take .*unfolded.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed",
+            r"does not take .*tensorrt.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed",
         ),
         ("build", r"could not build a plan of .*; TensorRT says: \[simulated\] build failed"),
         ("deserialize", r"was built and does not run: TensorRT does not load .*simulated\] deserialize failed"),
@@ -324,9 +324,10 @@ def test_the_platform_is_what_gpu_and_bindings_say(simulated: SimulatedGpu):
     assert platform_of(simulated.gpu).tensorrt == simulated.trt.__version__
 
 
-def test_a_bundle_without_a_graph_for_tensorrt_is_said_to_be_old(bundle: Bundle):
+@pytest.mark.parametrize("others", [(), ("unfolded",)], ids=["none", "of an earlier name"])
+def test_a_bundle_without_a_graph_for_tensorrt_is_said_to_be_old(bundle: Bundle, others: tuple[str, ...]):
     said: list[str] = []
-    graphs = {GREEDY_GRAPH: bundle.manifest.graphs[GREEDY_GRAPH]}
+    graphs = dict.fromkeys((GREEDY_GRAPH, *others), bundle.manifest.graphs[GREEDY_GRAPH])
     build_plan(with_manifest(bundle, graphs=graphs), gpu=SimulatedGpu().gpu, say=said.append)
     assert said[0] == "this bundle has no graph for TensorRT: build it again, for a plan of fewer kernels"
 

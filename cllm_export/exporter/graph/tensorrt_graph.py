@@ -33,7 +33,7 @@ NORMS = ("RMSNormalization", "LayerNormalization")
 Step = Callable[[DecoderGraph], None]
 
 
-def derive_unfolded(
+def derive_tensorrt_graph(
     greedy: DecoderGraph, geometry: Geometry, fixed: FixedShapes | None = None, *, steps: Sequence[Step] | None = None
 ) -> DecoderGraph:
     """Derive the graph for TensorRT from a finished greedy graph, which stays unchanged.
@@ -214,7 +214,7 @@ def _like(graph: DecoderGraph, node: ir.Node, *inputs: ir.Value) -> ir.Value:
 def _add(
     graph: DecoderGraph, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None
 ) -> ir.Value:
-    """The result of a new node. ``derive_unfolded`` sorts the graph, so its place does not matter."""
+    """The result of a new node. ``derive_tensorrt_graph`` sorts the graph, so its place does not matter."""
     node = ir.node(op_type, inputs, attributes or {})
     graph.graph.append(node)
     return node.outputs[0]
