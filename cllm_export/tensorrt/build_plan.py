@@ -104,7 +104,8 @@ def build_plan(
         _require_precision(bundle, (built_for.generation,), OLDEST_GENERATION)
     target = plans_of(bundle) / plan_key(bundle.fingerprint, built_for, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:
-        plan = _open_sound(target)
+        plan = open_plan(target)
+        plan.check_file()
         say(f"{target} is there already, built for this bundle, {library.title} and settings")
         return plan
     if bundle.tensorrt_graph == GREEDY_GRAPH:
@@ -117,15 +118,6 @@ def build_plan(
         if on_gpu is not None:
             _smoke(bundle, open_plan(staging), on_gpu, say)
     return open_plan(target)
-
-
-def _open_sound(path: Path) -> Plan:
-    try:
-        plan = open_plan(path)
-        plan.check_file()
-    except PlanError as error:
-        raise PlanError(f"{error}; force=True replaces it") from None
-    return plan
 
 
 def open_builder(options: PlanOptions, *, gpu: Gpu | None = None) -> tuple[Any, Gpu | None]:

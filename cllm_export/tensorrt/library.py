@@ -120,7 +120,7 @@ def open_gpu(library: Library = TENSORRT, *, device: int = 0) -> Gpu:
         GpuError: there is no GPU, or the library is too old or does not load.
         MissingExtraError: the library or cuda-python is not installed.
     """
-    cuda = open_cuda(device)
+    cuda = open_cuda(device, extra=library.extra)
     return Gpu(tensorrt=import_library(library), cuda=cuda, facts=cuda.facts(device), library=library)
 
 

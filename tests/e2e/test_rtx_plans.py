@@ -107,7 +107,8 @@ def test_a_truncated_plan_is_refused_and_replaced_by_force(refused: Callable[...
     [path] = bundle.path.glob("plans/*/model.plan")
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:1000])
-    assert f"has 1000 bytes, its manifest says {whole}; build the plan again; --force replaces it" in refused()
+    advice = "build it again: cllm-export plan with the same options and --force"
+    assert refused().endswith(f"has 1000 bytes, its manifest says {whole}; {advice}")
     [described] = json.loads(cli("inspect", bundle.path, "--json").out)["plans"]
     assert "has 1000 bytes" in described["error"]
     assert cli("plan", bundle.path, *FOR_SM89, "--force").code == 0
