@@ -175,6 +175,35 @@ def test_build_makes_the_plan_of_its_bundle_too(cli: Cli, workshop: Workshop, tm
 
 
 @pytest.mark.parametrize(
+    ("precision", "target", "lacked"),
+    [
+        (["fp32"], "sm75", "fp32"),
+        (["bf16"], "sm75", "bf16"),
+        (["int4", "--compute", "bf16", "--quantize-for", "tensorrt"], "sm75", "bf16"),
+        (["int4", "--compute", "fp16", "--quantize-for", "tensorrt"], "sm75", "int4"),
+    ],
+    ids=["fp32", "bf16", "int4 in bf16", "int4"],
+)
+def test_a_number_format_that_a_target_lacks_is_refused_before_anything_is_imported_or_built(
+    cli: Cli,
+    workshop: Workshop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: list[str],
+    target: str,
+    lacked: str,
+):
+    for module in ("torch", TENSORRT_RTX.module, "cllm_export.exporter.pipeline"):
+        monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    checkpoint, output = workshop.checkpoint("small"), tmp_path / "new"
+    asked = ("--precision", *precision, "--target", "tensorrt-rtx", "--for", "sm120", "--for", target)
+    outcome = cli("build", checkpoint, "--output", output, *asked)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {output} would be a bundle with {lacked}, which {target} does not have: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--for", "sm89"), "--for names the cards of a plan: give --target tensorrt-rtx too"),

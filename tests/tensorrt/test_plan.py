@@ -6,6 +6,7 @@ flags and files are those that were asked for, and that each way to fail ends in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from cllm_export.extras import install_line
 from cllm_export.runtime.load import load
 from cllm_export.tensorrt.build_plan import build_plan, profiles_of
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
-from cllm_export.tensorrt.library import TENSORRT, TENSORRT_RTX, open_gpu
+from cllm_export.tensorrt.library import TENSORRT, TENSORRT_RTX, Library, open_gpu
 from cllm_export.tensorrt.plan_files import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
 from cllm_export.tensorrt.plan_options import PlanOptions, default_kv_lengths, settle
 from tests.conftest import PINNED, Workshop
@@ -360,6 +361,24 @@ def test_a_damaged_plan_is_found_out(bundle: Bundle):
 def test_the_platform_is_what_gpu_and_bindings_say(simulated: SimulatedGpu):
     assert replace(platform_of(simulated.gpu), tensorrt=HERE.tensorrt) == HERE
     assert platform_of(simulated.gpu).tensorrt == simulated.trt.__version__
+
+
+@pytest.mark.parametrize(
+    ("library", "formats", "generation", "lacked"),
+    [
+        (TENSORRT_RTX, ("fp16", "fp8"), "sm86", "fp8"),
+        (TENSORRT_RTX, ("fp32",), "sm75", "fp32"),
+        (TENSORRT, ("fp16", "int4"), "sm75", "int4"),
+        (TENSORRT, ("fp32", "int8"), "sm75", None),
+        (TENSORRT_RTX, ("bf16", "fp8"), "sm89", None),
+    ],
+)
+def test_a_library_knows_the_first_cards_of_each_number_format(
+    library: Library, formats: tuple[str, ...], generation: str, lacked: str | None
+):
+    refused = pytest.raises(GpuError, match=f"it is a bundle with {lacked}, which {generation} does not have")
+    with refused if lacked else contextlib.nullcontext():
+        library.require_formats("it is", formats, ("sm120", generation))
 
 
 @pytest.mark.parametrize("others", [(), ("unfolded",)], ids=["none", "of an earlier name"])
