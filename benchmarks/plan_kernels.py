@@ -24,7 +24,7 @@ import onnx_ir as ir
 from cllm_export.bundle.contract import Geometry
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, open_bundle
 from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
-from cllm_export.exporter.graph.tensorrt_graph import STEPS, Step, derive_tensorrt_graph, slice_cache_together
+from cllm_export.exporter.graph.tensorrt_graph import STEPS, Step, derive_tensorrt_graph, read_cache_together
 from cllm_export.tensorrt.build_plan import _configure, _set_targets, allow_decomposing
 from cllm_export.tensorrt.library import TENSORRT_RTX, Log, import_library
 from cllm_export.tensorrt.plan_contents import PlanContents, read_contents
@@ -208,7 +208,7 @@ def lengths_for_mask(network: Any, trt: Any) -> None:
             layer.attention.key_value_lengths = lengths
 
 
-BEFORE_SLICES = tuple(step for step in STEPS if step is not slice_cache_together)
+BEFORE_SLICES = tuple(step for step in STEPS if step is not read_cache_together)
 TRIED: dict[str, Form] = {
     "whole_cache": Form(steps=BEFORE_SLICES, changes=(whole_cache,)),
     "whole_cache, n = 1 alone": Form(steps=BEFORE_SLICES, changes=(whole_cache,), single_row_kernels=True),
@@ -278,7 +278,7 @@ def build(bundle: Bundle, form: Form, options: dict[str, Any]) -> PlanContents |
     _set_targets(config, options["targets"], trt)
     if builder.build_serialized_network(network, config) is None:
         return log.explain("not built")
-    contents = read_contents(log.report)
+    contents = read_contents(log.report, kv_length=geometry.cache_length)
     assert contents is not None
     return contents
 

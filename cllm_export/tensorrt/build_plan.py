@@ -31,7 +31,7 @@ from cllm_export.tensorrt.library import (
     open_gpu,
 )
 from cllm_export.tensorrt.memory import memory_figures, options_of, require_host_memory
-from cllm_export.tensorrt.plan_contents import read_contents
+from cllm_export.tensorrt.plan_contents import profile_names, read_contents
 from cllm_export.tensorrt.plan_files import (
     PLAN_MANIFEST_NAME,
     PLAN_NAME,
@@ -142,6 +142,20 @@ def formats_of(manifest: Manifest) -> tuple[str, ...]:
     return (manifest.precision, *([quantization.scheme] if quantization else []))
 
 
+def copies_left(manifest: PlanManifest) -> list[str]:
+    """What a forward of each profile copies of the cache, one line for each profile that copies anything."""
+    contents, settings = manifest.contents, manifest.settings
+    if contents is None:
+        return []
+    names = profile_names(settings.block_sizes, len(contents.profiles))
+    return [
+        f"{name}: a forward copies keys and values of {settings.kv_lengths[-1]:,} rows in {profile.cache_copies} "
+        f"kernels, {profile.cache_copy_bytes / MEGABYTE:,.1f} MB read and written"
+        for name, profile in zip(names, contents.profiles, strict=True)
+        if profile.cache_copies
+    ]
+
+
 def _require_graph(bundle: Bundle) -> None:
     """Refuse a graph with operators that TensorRT does not have, before any work is done."""
     quantization = bundle.manifest.quantization
@@ -187,9 +201,11 @@ class _Build:
             settings=self._settings,
             size=path.stat().st_size,
             sha256=sha256_of(path),
-            contents=read_contents(self._log.report),
+            contents=read_contents(self._log.report, kv_length=self._settings.kv_lengths[-1]),
         )
         (staging / PLAN_MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for line in copies_left(manifest):
+            self._say(line)
         del parser  # until here it must hold the network's weights; it reads some from the source's maps
 
     def _parse(self, source: GraphSource, title: str) -> tuple[Any, Any]:

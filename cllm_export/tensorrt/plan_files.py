@@ -31,7 +31,7 @@ from cllm_export.tensorrt.plan_contents import PlanContents, profile_names
 
 log = logging.getLogger(__name__)
 
-PLAN_SCHEMA_VERSION = 2
+PLAN_SCHEMA_VERSION = 3
 PLANS_DIRECTORY = "plans"
 PLAN_NAME, PLAN_MANIFEST_NAME = "model.plan", "plan.json"
 KEY_LENGTH = 16

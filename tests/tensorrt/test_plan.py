@@ -393,8 +393,8 @@ def test_an_old_plan_does_not_keep_a_new_one_from_running(bundle: Bundle):
     gpu = SimulatedGpu().gpu
     old, new = (build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=gpu) for size in (2, 4))
     manifest = old.path / "plan.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 3', '"schema_version": 1'))
     assert find_plan(bundle, platform_of(gpu)) == new
     shutil.rmtree(new.path)
-    with pytest.raises(PlanError, match="schema_version 1, this cllm-export reads 2: build it again"):
+    with pytest.raises(PlanError, match="schema_version 1, this cllm-export reads 3: build it again"):
         find_plan(bundle, platform_of(gpu))
