@@ -2,9 +2,9 @@
 
     python benchmarks/plan_kernels.py BUNDLE [--for sm89] [--block-size 1 16] [--only FORM ...] [--json OUT]
 
-The steps are those of ``cllm_export/exporter/graph/unfolded.py``, added one by one to the greedy graph. The other forms
-change the finished graph for TensorRT. Several of them compute other tokens, or the right ones only where S is the
-whole cache: they show what a form would cost, and none of them is a product. The bundle must have symbolic shapes.
+The steps are those of ``cllm_export/exporter/graph/tensorrt_graph.py``, added one by one to the greedy graph. The other
+forms change the finished graph for TensorRT. Several of them compute other tokens, or the right ones only where S is
+the whole cache: they show what a form would cost, and none of them is a product. The bundle must have symbolic shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import onnx_ir as ir
 from cllm_export.bundle.contract import Geometry
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, open_bundle
 from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
-from cllm_export.exporter.graph.unfolded import STEPS, Step, derive_unfolded, slice_cache_together
+from cllm_export.exporter.graph.tensorrt_graph import STEPS, Step, derive_tensorrt_graph, read_cache_together
 from cllm_export.tensorrt.build_plan import _configure, _set_targets, allow_decomposing
 from cllm_export.tensorrt.library import TENSORRT_RTX, Log, import_library
 from cllm_export.tensorrt.plan_contents import PlanContents, read_contents
@@ -208,7 +208,7 @@ def lengths_for_mask(network: Any, trt: Any) -> None:
             layer.attention.key_value_lengths = lengths
 
 
-BEFORE_SLICES = tuple(step for step in STEPS if step is not slice_cache_together)
+BEFORE_SLICES = tuple(step for step in STEPS if step is not read_cache_together)
 TRIED: dict[str, Form] = {
     "whole_cache": Form(steps=BEFORE_SLICES, changes=(whole_cache,)),
     "whole_cache, n = 1 alone": Form(steps=BEFORE_SLICES, changes=(whole_cache,), single_row_kernels=True),
@@ -262,7 +262,7 @@ def build(bundle: Bundle, form: Form, options: dict[str, Any]) -> PlanContents |
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log.logger)
     geometry = bundle.manifest.geometry
-    graph = derive_unfolded(load_greedy(bundle), geometry, steps=(*form.steps, *_steps(form.changes, geometry)))
+    graph = derive_tensorrt_graph(load_greedy(bundle), geometry, steps=(*form.steps, *_steps(form.changes, geometry)))
     with tempfile.TemporaryDirectory() as scratch:
         for path in bundle.path.iterdir():
             (Path(scratch) / path.name).symlink_to(path.resolve())
@@ -274,11 +274,11 @@ def build(bundle: Bundle, form: Form, options: dict[str, Any]) -> PlanContents |
     if form.network is not None:
         form.network(network, trt)
     plan_options = PlanOptions(engine="tensorrt-rtx", single_row_kernels=form.single_row_kernels, **options)
-    config = _configure(bundle, settle(plan_options, bundle.manifest), trt, builder)
+    config = _configure(bundle, settle(plan_options, bundle.manifest), TENSORRT_RTX, trt, builder)
     _set_targets(config, options["targets"], trt)
     if builder.build_serialized_network(network, config) is None:
         return log.explain("not built")
-    contents = read_contents(log.report)
+    contents = read_contents(log.report, kv_length=geometry.cache_length)
     assert contents is not None
     return contents
 
@@ -287,12 +287,12 @@ def table(found: dict[str, PlanContents | str], sizes: Sequence[int]) -> str:
     """A Markdown table. Each cell has one figure for prefill and for each block size."""
     profiles = " / ".join(["prefill", *(f"n = {size}" for size in sizes)])
     lines = [
-        f"| form ({profiles}) | kernels | attention | cache copies | host copies | weights, MB |",
-        "|---" * 6 + "|",
+        f"| form ({profiles}) | kernels | attention | cache copies | host copies | logits copies | weights, MB |",
+        "|---" * 7 + "|",
     ]
     for name, contents in found.items():
         if isinstance(contents, str):
-            lines.append(f"| `{name}` | {contents} | | | | | |")
+            lines.append(f"| `{name}` | {contents} | | | | | | |")
             continue
         figures = [
             [str(profile.kernels) for profile in contents.profiles],

@@ -1,7 +1,7 @@
 """The bundle, a directory that the exporter writes and the runtime reads, and its manifest.
 
     bundle.json            the manifest: everything the runtime must know, and sha256 and size of every other file
-    model.onnx             the greedy graph; further graphs are separate files (lookahead.onnx, unfolded.onnx)
+    model.onnx             the greedy graph; further graphs are separate files (lookahead.onnx, tensorrt.onnx)
     weights.bin            the one weights file that all graphs share; linked weights stay in the checkpoint instead
     tokenizer.json         and, if the checkpoint has them, chat_template.jinja, more_chat_templates.json and
                            generation_config.json
@@ -46,8 +46,8 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 
 PARITY_NAME = "parity.json"
 
-GREEDY_GRAPH, LOOKAHEAD_GRAPH, UNFOLDED_GRAPH = "greedy", "lookahead", "unfolded"
-"""The names of a bundle's graphs. TensorRT parses the unfolded one; a model without query groups needs none."""
+GREEDY_GRAPH, LOOKAHEAD_GRAPH, TENSORRT_GRAPH = "greedy", "lookahead", "tensorrt"
+"""The names of a bundle's graphs. TensorRT parses the graph of its name, in bundles that it may get."""
 
 Loop = Literal["sliding", "block"]
 
@@ -236,7 +236,7 @@ class Bundle:
 
 def tensorrt_graph_of(graphs: Collection[str]) -> str:
     """Name of the graph that TensorRT parses, of a bundle with these graphs."""
-    return UNFOLDED_GRAPH if UNFOLDED_GRAPH in graphs else GREEDY_GRAPH
+    return TENSORRT_GRAPH if TENSORRT_GRAPH in graphs else GREEDY_GRAPH
 
 
 def open_bundle(path: str | Path) -> Bundle:

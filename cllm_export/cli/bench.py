@@ -10,7 +10,13 @@ import typer
 from cllm_export.bundle.manifest import GREEDY_GRAPH, open_bundle
 from cllm_export.checks import option_specs
 from cllm_export.cli.app import command
-from cllm_export.cli.before.arguments import check_bundle, check_checkpoint_or_adapter, check_prompts, check_report
+from cllm_export.cli.before.arguments import (
+    check_bundle,
+    check_checkpoint_or_adapter,
+    check_plan,
+    check_prompts,
+    check_report,
+)
 from cllm_export.cli.options import (
     CheckpointOption,
     ForceOption,
@@ -70,6 +76,7 @@ def bench(
     opened = [open_bundle(path) for path in bundles]
     check_bundle("draft_model", options.draft_model)
     check_bundle("bundles", bundles[0], block_sizes=options.block_sizes)
+    check_plan(bundles[0], options.provider, options.plan)
     check_prompts("prompts", prompts, limit=limit)
     check_checkpoint_or_adapter(checkpoint)
     check_report("output", output, force=force)

@@ -22,6 +22,7 @@ from cllm_export.errors import OptionError
 from cllm_export.exporter.options import BuildOptions, TrainedOptions
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options
 from cllm_export.extras import needs_extra
+from cllm_export.tensorrt.library import LIBRARIES
 from cllm_export.tensorrt.plan_options import PlanOptions
 
 Target = Literal["onnx", "tensorrt", "tensorrt-rtx"]
@@ -79,7 +80,7 @@ def build(
             options, precision=dtype, quantize=quantize, trained_with=trained.trained_with if trained else None
         )
     check_build(checkpoint, output, options, force=force)
-    plan = _checked_plan(target, targets or [], quantize)
+    plan = _checked_plan(output, target, targets or [], dtype, quantize)
     with needs_extra("export"):
         from cllm_export.exporter.pipeline import export
     with progress_bar() as progress:
@@ -96,7 +97,9 @@ def build(
         tell(f"wrote {build_plan(done.bundle, plan, say=say).path}")
 
 
-def _checked_plan(target: Target, targets: list[str], quantize: QuantizeOptions | None) -> PlanOptions | None:
+def _checked_plan(
+    output: Path, target: Target, targets: list[str], precision: Precision, quantize: QuantizeOptions | None
+) -> PlanOptions | None:
     """The options of the plan to build after the export; None if there is none to build. Its builder is here."""
     if target == "onnx":
         if targets:
@@ -106,9 +109,14 @@ def _checked_plan(target: Target, targets: list[str], quantize: QuantizeOptions 
         return None
     _require_tensorrt(quantize)
     from cllm_export.tensorrt.build_plan import open_builder
+    from cllm_export.tensorrt.engine import platform_of
 
     plan = PlanOptions(engine=target, targets=tuple(targets))
-    open_builder(plan)
+    library, formats = LIBRARIES[target], (precision, *([quantize.scheme] if quantize else []))
+    library.require_formats(f"{output} would be", formats, plan.targets)
+    _, gpu = open_builder(plan)
+    if gpu is not None:
+        library.require_formats(f"{output} would be", formats, (platform_of(gpu).generation,))
     return plan
 
 

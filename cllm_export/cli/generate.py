@@ -41,7 +41,7 @@ from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
 from cllm_export.runtime.decoding.shared_options import threads_option
-from cllm_export.runtime.load import Provider, load, provider_option
+from cllm_export.runtime.load import Provider, load, plan_option, provider_option
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import BlockSize, GenerateOptions, resolve
 from cllm_export.runtime.request_run import Generation
@@ -122,6 +122,7 @@ class EngineChoice:
     )
     threads: int | None = threads_option()
     provider: Provider = provider_option()
+    plan: str | None = plan_option()
     cuda_graphs: bool = option(False, help="For cuda: let ONNX Runtime record forwards as CUDA graphs and replay them.")
 
     def __post_init__(self) -> None:
@@ -139,6 +140,7 @@ class EngineChoice:
             draft_model=self.draft_model,
             provider=self.provider,
             cuda_graphs=self.cuda_graphs,
+            plan=self.plan,
         )
 
 

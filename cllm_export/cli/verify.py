@@ -6,7 +6,7 @@ import typer
 
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.cli.app import EXIT_FAILED, command
-from cllm_export.cli.before.arguments import check_bundle, check_checkpoint_or_adapter, check_prompts
+from cllm_export.cli.before.arguments import check_bundle, check_checkpoint_or_adapter, check_plan, check_prompts
 from cllm_export.cli.options import (
     BaseOption,
     BundleArgument,
@@ -42,6 +42,7 @@ def verify(
     if limit is not None and prompts is None:
         raise OptionError("limit needs prompts", fields=("limit", "prompts"))
     check_bundle("bundle", bundle, block_sizes=options.block_sizes)
+    check_plan(bundle, options.provider, options.plan)
     check_checkpoint_or_adapter(checkpoint, base)
     check_prompts("prompts", prompts, limit=limit)
     with progress_bar() as progress, needs_extra("export"):

@@ -22,7 +22,7 @@ from cllm_export.bundle.manifest import (
     GREEDY_GRAPH,
     LOOKAHEAD_GRAPH,
     MANIFEST_NAME,
-    UNFOLDED_GRAPH,
+    TENSORRT_GRAPH,
     WEIGHTS_NAME,
     Bundle,
     describe_files,
@@ -43,8 +43,8 @@ from cllm_export.exporter.graph.linking import LINKED_PASSES
 from cllm_export.exporter.graph.lookahead import derive_lookahead, lookahead_obstacle
 from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
 from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
+from cllm_export.exporter.graph.tensorrt_graph import derive_tensorrt_graph
 from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
-from cllm_export.exporter.graph.unfolded import derive_unfolded
 from cllm_export.exporter.options import BuildOptions
 from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
 from cllm_export.exporter.quantize.gptq import factor_bytes
@@ -173,7 +173,7 @@ class _Work:
             finish_graph(graph, settings, stages)
             graphs = {GREEDY_GRAPH: graph}
             refused = self._add_lookahead(graphs, checkpoint, settings)
-            self._add_unfolded(graphs, settings)
+            self._add_tensorrt_graph(graphs, settings)
             layout = plan_weights(graph, checkpoint.tensors, link=is_linked, changed=changed)
             with staged_output(self._output, force=force, marker=MANIFEST_NAME) as staging:
                 require_space(staging, layout.size + _TEXT_BYTES, self._output)
@@ -264,15 +264,15 @@ class _Work:
             lint_graph(graph, ir.serde.serialize_model(graph.model), is_parsed=False)
         return None
 
-    def _add_unfolded(self, graphs: dict[str, DecoderGraph], settings: Settings) -> None:
+    def _add_tensorrt_graph(self, graphs: dict[str, DecoderGraph], settings: Settings) -> None:
         """Derive the graph for TensorRT, if this bundle is for TensorRT."""
         greedy = graphs[GREEDY_GRAPH]
         if greedy.quantization and "tensorrt" not in greedy.quantization.engines:
             return
-        with self.stages.stage("unfolded"):
-            graph = derive_unfolded(greedy, settings.geometry, settings.fixed)
+        with self.stages.stage("tensorrt"):
+            graph = derive_tensorrt_graph(greedy, settings.geometry, settings.fixed)
             lint_graph(graph, ir.serde.serialize_model(graph.model), is_parsed=True)
-            graphs[UNFOLDED_GRAPH] = graph
+            graphs[TENSORRT_GRAPH] = graph
 
     def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None, max_flips: float) -> None:
         """Refuse a quantised bundle that no longer computes its model, before it replaces the old bundle."""

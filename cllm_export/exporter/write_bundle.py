@@ -20,8 +20,8 @@ from cllm_export.bundle.manifest import (
     GREEDY_GRAPH,
     LOOKAHEAD_GRAPH,
     MORE_CHAT_TEMPLATES_NAME,
+    TENSORRT_GRAPH,
     TOKENIZER_NAME,
-    UNFOLDED_GRAPH,
     FileEntry,
     GraphEntry,
     Manifest,
@@ -40,7 +40,7 @@ from cllm_export.runtime.decoding.text import DEFAULT, templates_by_name
 
 log = logging.getLogger(__name__)
 
-GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx", UNFOLDED_GRAPH: "unfolded.onnx"}
+GRAPH_FILES = {GREEDY_GRAPH: "model.onnx", LOOKAHEAD_GRAPH: "lookahead.onnx", TENSORRT_GRAPH: "tensorrt.onnx"}
 
 TOOLS = ("cllm-export", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "safetensors")
 

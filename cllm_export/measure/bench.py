@@ -112,7 +112,7 @@ def run_bench(
     """
     options, names = options or BenchOptions(), names or [str(bundle.path) for bundle in bundles]
     progress = progress or (lambda *_: None)
-    _check(bundles, checkpoint)
+    _check(bundles, checkpoint, options)
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
     encoded = _encode(bundles, models[0], prompts)
@@ -124,7 +124,7 @@ def run_bench(
     entries = _summaries(settings, passes, models, times)
     for setting, entry in zip(settings, entries, strict=True):
         entry |= {"name": names[setting.bundle], **_about(bundles[setting.bundle])}
-    return _about_run(options, len(encoded)) | {
+    return _about_run(options, len(encoded), models[0]) | {
         "bundles": [
             {"name": name, "fingerprint": bundle.fingerprint, **_about(bundle), **_latency(found)}
             for name, bundle, found in zip(names, bundles, times, strict=True)
@@ -134,9 +134,10 @@ def run_bench(
     }
 
 
-def _about_run(options: BenchOptions, num_prompts: int) -> dict[str, Any]:
+def _about_run(options: BenchOptions, num_prompts: int, model: Model) -> dict[str, Any]:
+    engine = None if options.provider == "cpu" else model.engine.describe()
     return {
-        "machine": describe_machine(options.threads),
+        "machine": describe_machine(options.threads, engine),
         "provider": options.provider,
         "prompts": num_prompts,
         "max_new_tokens": options.max_new_tokens,
@@ -159,7 +160,9 @@ def _about(bundle: Bundle) -> dict[str, Any]:
     return {"precision": precision_name(bundle), "weight_bytes": bundle.weight_bytes}
 
 
-def _check(bundles: Sequence[Bundle], checkpoint: Path | None) -> None:
+def _check(bundles: Sequence[Bundle], checkpoint: Path | None, options: BenchOptions) -> None:
+    if options.plan and len(bundles) > 1:
+        raise OptionError(f"plan is of one bundle, got {len(bundles)} bundles: leave it out", fields=("plan",))
     if checkpoint:
         if len(bundles) > 1:
             raise OptionError(
@@ -182,6 +185,7 @@ def _load(bundle: Bundle, options: BenchOptions) -> Model:
         draft_model=options.draft_model,
         prefix_cache_bytes=0,
         provider=options.provider,
+        plan=options.plan,
     )
 
 

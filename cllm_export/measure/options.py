@@ -12,7 +12,7 @@ from cllm_export.runtime.decoding.drafts.sources import SOURCES, parse_proposers
 from cllm_export.runtime.decoding.lookahead.layout import MIN_NGRAM
 from cllm_export.runtime.decoding.request import LOOKAHEAD, METHODS, Method
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
-from cllm_export.runtime.load import Provider, provider_option
+from cllm_export.runtime.load import Provider, plan_option, provider_option
 
 HAVE_NO_BLOCK: tuple[Method, ...] = ("autoregressive", LOOKAHEAD)
 """Methods that take no block size."""
@@ -63,6 +63,7 @@ class BenchOptions:
     """A warm-up pass runs before these passes."""
     threads: int | None = threads_option()
     provider: Provider = provider_option()
+    plan: str | None = plan_option()
     ignore_eos: bool = option(False, help="Decode every prompt to the limit.", hidden=True)
     """Needed to time random tokens, which reach eos at once."""
 

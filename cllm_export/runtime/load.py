@@ -28,6 +28,7 @@ from cllm_export.runtime.options import pad_token
 
 if TYPE_CHECKING:
     from cllm_export.tensorrt.library import LibraryName
+    from cllm_export.tensorrt.plan_files import Plan
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def load(
     prefix_cache_bytes: int | None = None,
     provider: Provider = "cpu",
     cuda_graphs: bool = False,
+    plan: str | None = None,
 ) -> Model:
     """Load a bundle for generation.
 
@@ -56,6 +58,8 @@ def load(
             beginning is prefilled only from the first token that differs. 0 keeps nothing. By default 256 MiB.
         provider: ``cpu`` and ``cuda`` are ONNX Runtime's; ``tensorrt`` runs the bundle's plan for this machine.
         cuda_graphs: only for ``cuda``: ONNX Runtime records the forward of each n and KV length, and replays it.
+        plan: only for ``tensorrt`` and ``tensorrt-rtx``: the key of the bundle's plan. By default it is the newest that
+            runs here. A draft model runs its own newest.
 
     Raises:
         OptionError: an option is out of range, or the draft model does not fit the model. The message says which and
@@ -72,7 +76,7 @@ def load(
     draft = open_bundle(draft_model) if draft_model else None
     if draft:
         check_pair(bundle, draft)
-    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
+    engine = open_engine(bundle, provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs, plan=plan)
     measured = _Measured(bundle, engine, provider, threads)
     return Model(
         bundle.manifest,
@@ -166,6 +170,35 @@ def provider_option() -> Any:
     )
 
 
+def plan_option() -> Any:
+    """Which of a bundle's plans runs, as an option of a command."""
+    return option(
+        None,
+        help="Key of the plan to run, as `inspect` shows it, with --provider tensorrt or tensorrt-rtx.",
+        otherwise="the newest that runs here",
+        group="Machine",
+    )
+
+
+def require_plan(bundle: Bundle, provider: Provider, plan: str | None) -> Plan | None:
+    """The plan that an option names; None without the option. Needs no GPU.
+
+    Raises:
+        OptionError: this provider runs no plan, or the bundle has none of this key.
+        PlanError: the plan is damaged.
+    """
+    if plan is None:
+        return None
+    if provider in ("cpu", "cuda"):
+        raise OptionError(
+            f"plan is for provider tensorrt and tensorrt-rtx, got provider {provider}: leave plan out",
+            fields=("plan", "provider"),
+        )
+    from cllm_export.tensorrt.plan_files import named_plan
+
+    return named_plan(bundle, plan)
+
+
 def open_engine(
     bundle: Bundle,
     provider: Provider,
@@ -173,12 +206,13 @@ def open_engine(
     num_slots: int | None = None,
     threads: int | None = None,
     cuda_graphs: bool = False,
+    plan: str | None = None,
 ) -> Engine:
     """A bundle's engine on a device. By default it has as many slots as the bundle or the plan was built for.
 
     Raises:
-        OptionError: there is no such provider, the plan has another number of slots, or ``cuda_graphs`` is set for a
-            provider other than ``cuda``.
+        OptionError: there is no such provider or plan, the plan has another number of slots, or ``cuda_graphs`` or
+            ``plan`` is set for a provider that takes none.
         GpuError, PlanError, EngineError, MissingExtraError: see the engine.
     """
     require_one_of("provider", provider, PROVIDERS)
@@ -186,22 +220,24 @@ def open_engine(
         raise OptionError(
             f"cuda_graphs is for the provider cuda, got {provider}: leave it out (plans record graphs without)"
         )
+    named = require_plan(bundle, provider, plan)
     match provider:
         case "cpu" | "cuda":
             return OrtEngine(bundle, device=provider, num_slots=num_slots, threads=threads, cuda_graphs=cuda_graphs)
         case library:
-            return _open_plan_engine(bundle, library, num_slots)
+            return _open_plan_engine(bundle, library, num_slots, named)
 
 
-def _open_plan_engine(bundle: Bundle, library: LibraryName, num_slots: int | None) -> Engine:
+def _open_plan_engine(bundle: Bundle, library: LibraryName, num_slots: int | None, plan: Plan | None) -> Engine:
     from cllm_export.tensorrt.engine import TrtEngine
     from cllm_export.tensorrt.library import LIBRARIES, open_gpu
 
-    engine = TrtEngine(bundle, gpu=open_gpu(LIBRARIES[library]))
+    engine = TrtEngine(bundle, plan=plan, gpu=open_gpu(LIBRARIES[library]))
     if num_slots not in (None, engine.num_slots):
         slots = engine.num_slots
         engine.close()
         raise OptionError(
-            f"the plan was built for {slots} slots, got num_slots={num_slots}: build one with that batch_size"
+            f"the plan was built for {slots} slots, got num_slots={num_slots}: build one with that batch_size, or name "
+            "another with plan"
         )
     return engine

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from cllm_export.bundle.contract import LOGITS, TensorSpec, graph_inputs, graph_
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle, Manifest
 from cllm_export.bundle.quantization import builds_for
 from cllm_export.bundle.storage import sha256_of, staged_output
-from cllm_export.errors import CllmExportError, GpuError, PlanError
+from cllm_export.errors import CllmExportError, PlanError
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
 from cllm_export.tensorrt.graph import GraphSource, errors_of
 from cllm_export.tensorrt.library import (
@@ -31,7 +31,7 @@ from cllm_export.tensorrt.library import (
     open_gpu,
 )
 from cllm_export.tensorrt.memory import memory_figures, options_of, require_host_memory
-from cllm_export.tensorrt.plan_contents import read_contents
+from cllm_export.tensorrt.plan_contents import profile_names, read_contents
 from cllm_export.tensorrt.plan_files import (
     PLAN_MANIFEST_NAME,
     PLAN_NAME,
@@ -51,10 +51,6 @@ from cllm_export.tensorrt.plan_options import PlanOptions, settle
 from cllm_export.tensorrt.smoke import run_smoke
 
 MEGABYTE = 1_000_000
-OLDEST_GENERATION = {"bf16": 80, "int4": 80, "fp8": 89}
-"""Number format -> the first generation of cards that has it, as ten times its compute capability."""
-OLDEST_WITH_TARGETS = {**OLDEST_GENERATION, "fp32": 80}
-"""The same of TensorRT for RTX, which multiplies no fp32 matrices on older cards."""
 
 Say = Callable[[str], None]
 Shape = tuple[int, ...]
@@ -92,19 +88,20 @@ def build_plan(
     library = LIBRARIES[options.engine]
     _require_graph(bundle)
     settings = settle(options, bundle.manifest)
+    library.require_formats(f"{bundle.path} is", formats_of(bundle.manifest), options.targets)
     tensorrt, on_gpu = open_builder(options, gpu=gpu)
     if on_gpu is None:
         targets = tuple(sorted(set(options.targets), key=library.targets.index))
-        _require_precision(bundle, targets, OLDEST_WITH_TARGETS)
         built_for: Platform | Targets = Targets(
             targets=targets, tensorrt=str(tensorrt.__version__), system=this_system(), engine=library.name
         )
     else:
         built_for = platform_of(on_gpu)
-        _require_precision(bundle, (built_for.generation,), OLDEST_GENERATION)
+        library.require_formats(f"{bundle.path} is", formats_of(bundle.manifest), (built_for.generation,))
     target = plans_of(bundle) / plan_key(bundle.fingerprint, built_for, settings)
     if (target / PLAN_MANIFEST_NAME).is_file() and not force:
-        plan = _open_sound(target)
+        plan = open_plan(target)
+        plan.check_file()
         say(f"{target} is there already, built for this bundle, {library.title} and settings")
         return plan
     if bundle.tensorrt_graph == GREEDY_GRAPH:
@@ -117,15 +114,6 @@ def build_plan(
         if on_gpu is not None:
             _smoke(bundle, open_plan(staging), on_gpu, say)
     return open_plan(target)
-
-
-def _open_sound(path: Path) -> Plan:
-    try:
-        plan = open_plan(path)
-        plan.check_file()
-    except PlanError as error:
-        raise PlanError(f"{error}; force=True replaces it") from None
-    return plan
 
 
 def open_builder(options: PlanOptions, *, gpu: Gpu | None = None) -> tuple[Any, Gpu | None]:
@@ -148,6 +136,26 @@ def predicted_memory(bundle: Bundle, settings: PlanSettings) -> list[str]:
     return [f"predicted {each.name}: {each.bytes / MEGABYTE:,.0f} MB ({each.how})" for each in figures]
 
 
+def formats_of(manifest: Manifest) -> tuple[str, ...]:
+    """The number formats that a bundle's forwards need of a card."""
+    quantization = manifest.quantization
+    return (manifest.precision, *([quantization.scheme] if quantization else []))
+
+
+def copies_left(manifest: PlanManifest) -> list[str]:
+    """What a forward of each profile copies of the cache, one line for each profile that copies anything."""
+    contents, settings = manifest.contents, manifest.settings
+    if contents is None:
+        return []
+    names = profile_names(settings.block_sizes, len(contents.profiles))
+    return [
+        f"{name}: a forward copies keys and values of {settings.kv_lengths[-1]:,} rows in {profile.cache_copies} "
+        f"kernels, {profile.cache_copy_bytes / MEGABYTE:,.1f} MB read and written"
+        for name, profile in zip(names, contents.profiles, strict=True)
+        if profile.cache_copies
+    ]
+
+
 def _require_graph(bundle: Bundle) -> None:
     """Refuse a graph with operators that TensorRT does not have, before any work is done."""
     quantization = bundle.manifest.quantization
@@ -156,20 +164,6 @@ def _require_graph(bundle: Bundle) -> None:
             f"{bundle.path} is {quantization.scheme} for {', '.join(quantization.engines)}, with operators that "
             f"TensorRT has not: build the bundle with {builds_for('tensorrt')}"
         )
-
-
-def _require_precision(bundle: Bundle, generations: Sequence[str], oldest_of: Mapping[str, int]) -> None:
-    """Refuse a number format that a generation of cards does not have, before the graph is parsed."""
-    quantization = bundle.manifest.quantization
-    formats = [bundle.manifest.precision, *([quantization.scheme] if quantization else [])]
-    for generation in generations:
-        for name in formats:
-            oldest = oldest_of.get(name)
-            if oldest is not None and int(generation.removeprefix("sm")) < oldest:
-                raise GpuError(
-                    f"{bundle.path} is a bundle with {name}, which {generation} does not have: build the bundle with "
-                    f"precision='fp16', or for cards of sm{oldest} or newer"
-                )
 
 
 class _Build:
@@ -207,9 +201,11 @@ class _Build:
             settings=self._settings,
             size=path.stat().st_size,
             sha256=sha256_of(path),
-            contents=read_contents(self._log.report),
+            contents=read_contents(self._log.report, kv_length=self._settings.kv_lengths[-1]),
         )
         (staging / PLAN_MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        for line in copies_left(manifest):
+            self._say(line)
         del parser  # until here it must hold the network's weights; it reads some from the source's maps
 
     def _parse(self, source: GraphSource, title: str) -> tuple[Any, Any]:

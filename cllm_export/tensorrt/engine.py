@@ -69,7 +69,7 @@ class TrtEngine(EngineBase):
 
     Args:
         bundle: an opened bundle.
-        plan: one of the bundle's plans; by default the one that fits this machine.
+        plan: one of the bundle's plans; by default the newest that fits this machine.
         gpu: the GPU; by default the first.
         cuda_graphs: replay captured forwards. If False, every forward is enqueued kernel by kernel, for comparison.
 
@@ -89,7 +89,7 @@ class TrtEngine(EngineBase):
         gpu = gpu or open_gpu()
         plan = plan or find_plan(bundle, platform_of(gpu))
         require_fit(plan, bundle, platform_of(gpu))
-        self._settings, self._plan_sha256 = plan.manifest.settings, plan.manifest.sha256
+        self._settings, self._plan = plan.manifest.settings, plan
         super().__init__(
             bundle.manifest.geometry,
             num_slots=self._settings.batch_size,
@@ -156,7 +156,8 @@ class TrtEngine(EngineBase):
             "compute_capability": facts.compute_capability,
             "driver": facts.driver,
             self._gpu.library.name: self._gpu.version,
-            "plan": self._plan_sha256,
+            "plan": self._plan.path.name,
+            "plan_sha256": self._plan.manifest.sha256,
         }
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:

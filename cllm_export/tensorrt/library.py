@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from cllm_export.runtime.engines.cuda import ADVICE, Cuda, GpuFacts, open_cuda
 LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 LIBRARY_NAMES: tuple[LibraryName, ...] = get_args(LibraryName)
 
+CARD_FORMATS = (("bf16", 80), ("int4", 80), ("fp8", 89))
 KEPT_LINES, SHOWN_LINES = 64, 8
 NOISE = re.compile(
     r"Make sure (input|output) \S+ has Int64 binding|The logger passed into \w+ differs|--- (Begin|End) node ---"
@@ -50,10 +52,33 @@ class Library:
     """Flags of the builder that each plan gets."""
     lacks: tuple[tuple[str, str], ...] = ()
     """Options of a plan that it cannot do, and the reason."""
+    oldest_generation: tuple[tuple[str, int], ...] = CARD_FORMATS
+    """Number formats that not every card has, and the first generation that has each: ten times its compute
+    capability."""
 
     @property
     def oldest_text(self) -> str:
         return ".".join(map(str, self.oldest))
+
+    def require_formats(self, subject: str, formats: Sequence[str], generations: Sequence[str]) -> None:
+        """Refuse a number format that a generation of cards does not have, before a graph is parsed or exported.
+
+        Args:
+            subject: what has the formats, as the beginning of the message: "PATH is".
+            formats: precision and scheme of a bundle.
+            generations: compute capabilities as TensorRT names them, such as sm89.
+
+        Raises:
+            GpuError: a generation lacks one of the formats. The message names both.
+        """
+        oldest = dict(self.oldest_generation)
+        for generation in generations:
+            for name in formats:
+                if int(generation.removeprefix("sm")) < oldest.get(name, 0):
+                    raise GpuError(
+                        f"{subject} a bundle with {name}, which {generation} does not have: build the bundle with "
+                        f"precision='fp16', or for cards of sm{oldest[name]} or newer"
+                    )
 
     def require_version(self, version: str) -> None:
         """Check that this version can run the graphs of a bundle.
@@ -85,6 +110,7 @@ TENSORRT_RTX = Library(
     oldest=(1, 7),
     targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
     compiles_on_card=True,
+    oldest_generation=(*CARD_FORMATS, ("fp32", 80)),  # it multiplies no fp32 matrices on older cards
     flags=("REQUIRE_USER_ALLOCATION",),  # the build then fails if a forward could not be recorded as a CUDA graph
     lacks=(
         ("strip_weights", "its builder needs a GPU to strip weights"),
@@ -120,7 +146,7 @@ def open_gpu(library: Library = TENSORRT, *, device: int = 0) -> Gpu:
         GpuError: there is no GPU, or the library is too old or does not load.
         MissingExtraError: the library or cuda-python is not installed.
     """
-    cuda = open_cuda(device)
+    cuda = open_cuda(device, extra=library.extra)
     return Gpu(tensorrt=import_library(library), cuda=cuda, facts=cuda.facts(device), library=library)
 
 

@@ -6,6 +6,7 @@ text is the same on a machine without a GPU, so a test can hold a plan to its co
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,12 @@ LAYER = re.compile(
     r", Outputs: \[(?P<outputs>.*?)\], (?:Tactic|Param)"
 )
 TENSOR = re.compile(r"\{ Name: ([^,]+),")
+SIZED_TENSOR = re.compile(r"\{ Name: ([^,]+), Dimensions: \[([\d,-]*)\],.*?, Datatype: (\w+)")
+"""A tensor's name, its shape with -1 for an axis that varies, and its datatype."""
+BITS = {"Float": 32, "Half": 16, "BFloat16": 16, "FP8": 8, "Int8": 8}
+"""Bits of a number in a copy of the cache."""
+ROW_AXIS = 2
+"""Axis of the rows in a cache [B, K, rows, D]."""
 GROUP = re.compile(r"_myl(\d+)_\d+$")
 """The compiled part that a kernel belongs to. Each profile has one, numbered in the order of the profiles."""
 PROFILE = re.compile(r"\[profile (\d+)\]")
@@ -44,6 +51,8 @@ class ProfileContents:
     """Fused attention kernels: name -> how many. Empty if attention is spelled out as matrix products."""
     cache_copies: int
     """Kernels that read keys or values of the cache only to write them elsewhere."""
+    cache_copy_bytes: int
+    """Bytes that these kernels read and write in a forward at the longest KV length."""
     logits_copies: int = 0
     """Kernels that only copy the logits. An odd vocabulary needs one in fp16, because its head is padded."""
     reformats: int
@@ -75,10 +84,12 @@ def profile_names(block_sizes: Sequence[int], count: int) -> list[str]:
     return ["prefill", *(f"n = {size}" for size in block_sizes)][-count:]
 
 
-def read_contents(report: Sequence[str]) -> PlanContents | None:
-    """The contents of a plan from the messages of its build; None if the builder printed no layers.
+def read_contents(report: Sequence[str], *, kv_length: int) -> PlanContents | None:
+    """The contents of a plan from the messages of its build; None if they are not as this module knows them.
 
-    ``report`` holds the messages that ``Log.report`` keeps, in their order.
+    Args:
+        report: the messages that ``Log.report`` keeps, in their order.
+        kv_length: the longest KV length S of the plan, in rows.
     """
     dump = next((message for message in report if message.startswith("Layers:")), None)
     if dump is None:
@@ -90,10 +101,11 @@ def read_contents(report: Sequence[str]) -> PlanContents | None:
     groups = _by_profile(layers)
     if not weights or len(activations) != len(groups):
         return None
-    return PlanContents(
-        weight_bytes=weights[-1],
-        profiles=tuple(_contents(group, size) for group, size in zip(groups, activations, strict=True)),
-    )
+    try:
+        profiles = tuple(_contents(group, size, kv_length) for group, size in zip(groups, activations, strict=True))
+    except KeyError:  # a datatype that no cache is known to have
+        return None
+    return PlanContents(weight_bytes=weights[-1], profiles=profiles)
 
 
 def _by_profile(layers: Iterable[re.Match[str]]) -> list[list[re.Match[str]]]:
@@ -110,13 +122,15 @@ def _by_profile(layers: Iterable[re.Match[str]]) -> list[list[re.Match[str]]]:
     return [[*group, *others.get(index, ())] for index, group in enumerate(ordered)]
 
 
-def _contents(layers: Sequence[re.Match[str]], device_bytes: int) -> ProfileContents:
+def _contents(layers: Sequence[re.Match[str]], device_bytes: int, kv_length: int) -> ProfileContents:
+    copies = [layer for layer in layers if _copies_cache(layer)]
     kinds = Counter(layer["kind"] for layer in layers)
     attention = Counter(match[1] for layer in layers if (match := ATTENTION.match(layer["name"])))
     return ProfileContents(
         kernels=len(layers) - sum(kinds[kind] for kind in NOT_KERNELS),
         attention=dict(sorted(attention.items())),
-        cache_copies=sum(_copies_cache(layer) for layer in layers),
+        cache_copies=len(copies),
+        cache_copy_bytes=sum(_copied_bytes(layer, kv_length) for layer in copies),
         logits_copies=sum(_copies_logits(layer) for layer in layers),
         reformats=sum(count for kind, count in kinds.items() if "reformat" in kind.lower()),
         host_copies=kinds["ShapeHostToDevice"],
@@ -129,6 +143,23 @@ def _copies_cache(layer: re.Match[str]) -> bool:
     reads = any(CACHE.match(name) for name in TENSOR.findall(layer["inputs"]))
     writes = any(PRESENT.match(name) for name in TENSOR.findall(layer["outputs"]))
     return reads and not writes and not ATTENTION.match(layer["name"])
+
+
+def _copied_bytes(layer: re.Match[str], kv_length: int) -> int:
+    """Bytes of the cache's rows that a copy reads, and of all that it writes."""
+    read = [tensor for tensor in SIZED_TENSOR.findall(layer["inputs"]) if CACHE.match(tensor[0])]
+    written = SIZED_TENSOR.findall(layer["outputs"])
+    return sum(_size(*tensor[1:], kv_length, is_cache=True) for tensor in read) + sum(
+        _size(*tensor[1:], kv_length) for tensor in written
+    )
+
+
+def _size(dimensions: str, datatype: str, kv_length: int, *, is_cache: bool = False) -> int:
+    """Bytes of a tensor; of a cache, those of rows 0..S-1."""
+    shape = [kv_length if each == "-1" else int(each) for each in dimensions.split(",")]
+    if is_cache:
+        shape[ROW_AXIS] = min(shape[ROW_AXIS], kv_length)
+    return math.prod(shape) * BITS[datatype] // 8
 
 
 def _copies_logits(layer: re.Match[str]) -> bool:

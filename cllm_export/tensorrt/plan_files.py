@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,10 +29,14 @@ from cllm_export.errors import OptionError, PlanError
 from cllm_export.tensorrt.library import LIBRARIES, LibraryName
 from cllm_export.tensorrt.plan_contents import PlanContents, profile_names
 
-PLAN_SCHEMA_VERSION = 2
+log = logging.getLogger(__name__)
+
+PLAN_SCHEMA_VERSION = 3
 PLANS_DIRECTORY = "plans"
 PLAN_NAME, PLAN_MANIFEST_NAME = "model.plan", "plan.json"
 KEY_LENGTH = 16
+BUILD_AGAIN = "build it again: cllm-export plan with the same options and --force"
+"""What to do about a damaged plan, whose directory holds the place of a sound one."""
 
 Hardware = Literal["same", "compute-capability", "ampere+"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -236,7 +241,7 @@ class PlanManifest:
             raw["contents"] = PlanContents.from_json(raw["contents"]) if raw["contents"] else None
             return from_fields(cls, raw)
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            raise PlanError(f"{source} is damaged: {error}; build the plan again") from None
+            raise PlanError(f"{source} is damaged: {error}; {BUILD_AGAIN}") from None
 
     def differences(self, fingerprint: str, here: Platform) -> list[str]:
         """All relevant differences between this bundle and machine and those that the plan was built for."""
@@ -265,6 +270,11 @@ class Plan:
     def file(self) -> Path:
         return self.path / PLAN_NAME
 
+    @property
+    def built_at(self) -> int:
+        """When its manifest was written, in nanoseconds since 1970."""
+        return (self.path / PLAN_MANIFEST_NAME).stat().st_mtime_ns
+
     def check_file(self) -> None:
         """Compare the plan's sha256 with its manifest.
 
@@ -274,7 +284,7 @@ class Plan:
         if (actual := sha256_of(self.file)) != self.manifest.sha256:
             raise PlanError(
                 f"{self.file} is corrupted: its sha256 is {actual}, its manifest says {self.manifest.sha256}; "
-                "build the plan again"
+                + BUILD_AGAIN
             )
 
 
@@ -312,16 +322,15 @@ def open_plan(path: Path) -> Plan:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path} holds no plan: {error}; build one with: cllm-export plan BUNDLE") from None
     if size != manifest.size:
-        raise PlanError(f"{path / PLAN_NAME} has {size} bytes, its manifest says {manifest.size}; build the plan again")
+        raise PlanError(f"{path / PLAN_NAME} has {size} bytes, its manifest says {manifest.size}; {BUILD_AGAIN}")
     return Plan(path=path, manifest=manifest)
 
 
 def find_plan(bundle: Bundle, here: Platform) -> Plan:
-    """The plan of a bundle that runs on this machine.
+    """The plan of a bundle that runs on this machine. If several do, it is the newest, and a warning says which.
 
     Raises:
-        PlanError: no plan fits, or several do, with different settings. If none fits, the message lists each plan's
-            differences and the command that rebuilds it.
+        PlanError: no plan fits. The message lists each plan's differences and the command that rebuilds it.
     """
     plans = plans_in(bundle)
     if not plans:
@@ -330,18 +339,48 @@ def find_plan(bundle: Bundle, here: Platform) -> Plan:
         raise PlanError(f"{bundle.path} has no plan; build one with: {build}")
     reasons = [(plan, plan.manifest.differences(bundle.fingerprint, here)) for plan in plans]
     fitting = [plan for plan, differences in reasons if not differences]
-    if len(fitting) > 1:
-        names = ", ".join(plan.path.name for plan in fitting)
-        raise PlanError(
-            f"{bundle.path} has several plans that run here: {names}; remove the directories of those not wanted"
-        )
     if fitting:
-        return fitting[0]
+        return _newest(fitting, bundle)
     lines = [
         f"  {plan.path.name}: {'; '.join(differences)}; rebuild with: {plan.manifest.command(bundle, here)}"
         for plan, differences in reasons
     ]
     raise PlanError(f"no plan of {bundle.path} runs here:\n" + "\n".join(lines))
+
+
+def _newest(plans: list[Plan], bundle: Bundle) -> Plan:
+    """The plan that was built last. If there are others, a warning names it and them."""
+    newest, *others = sorted(plans, key=lambda plan: (plan.built_at, plan.path.name), reverse=True)
+    if others:
+        log.warning(
+            "%s has %d plans that run here: the newest is taken, %s; choose another with plan (--plan): %s",
+            bundle.path,
+            len(plans),
+            _told(newest),
+            "; ".join(map(_told, others)),
+        )
+    return newest
+
+
+def _told(plan: Plan) -> str:
+    """A plan's key, and what tells it from others that run on the same machine."""
+    settings = plan.manifest.settings
+    sizes = ", ".join(map(str, settings.block_sizes))
+    return f"{plan.path.name} (n = {sizes}, {settings.batch_size} slot{'s' * (settings.batch_size != 1)})"
+
+
+def named_plan(bundle: Bundle, key: str) -> Plan:
+    """The plan of a bundle with this key, whatever it runs on.
+
+    Raises:
+        OptionError: the bundle has plans, and none of this key. The message names them.
+        PlanError: the bundle has no plan, or this one is damaged.
+    """
+    directories = {path.name: path for path in _plan_directories(bundle)}
+    if not directories:
+        raise PlanError(f"{bundle.path} has no plan, so none of key {key!r}; build one with: cllm-export plan BUNDLE")
+    require_one_of("plan", key, tuple(directories))
+    return open_plan(directories[key])
 
 
 def require_fit(plan: Plan, bundle: Bundle, here: Platform) -> None:

@@ -100,6 +100,8 @@ class EngineRun(NamedTuple):
 
     provider: Provider
     threads: int | None
+    plan: str | None = None
+    """Key of the plan, where the provider runs one."""
 
     def open(self, bundle: Bundle, *, num_slots: int | None = None, log_severity: int = 3) -> Engine:
         """An engine of the bundle. ONNX Runtime logs at this level; 2 shows its warnings."""
@@ -108,7 +110,7 @@ class EngineRun(NamedTuple):
             return OrtEngine(
                 bundle, device=device, num_slots=num_slots, threads=self.threads, log_severity=log_severity
             )
-        return open_engine(bundle, self.provider, threads=self.threads)
+        return open_engine(bundle, self.provider, threads=self.threads, plan=self.plan)
 
 
 class _Probe:

@@ -12,7 +12,7 @@ from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, documented, option
 from cllm_export.errors import OptionError, OutputError
 from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
-from cllm_export.runtime.load import Provider, provider_option
+from cllm_export.runtime.load import Provider, plan_option, provider_option
 
 GREEDY, SAMPLED = "", "sampled "
 """Prefixes of check names."""
@@ -82,6 +82,8 @@ class VerifyOptions:
     threads: int | None = threads_option()
     provider: Provider = provider_option()
     """What runs the bundle. The certificate is for this provider alone."""
+    plan: str | None = plan_option()
+    """The certificate is for this plan alone."""
     by_layer: bool | None = option(
         None,
         help="Compare with the checkpoint layer by layer, or by decoding.",

@@ -51,7 +51,13 @@ class TokenSession:
     ) -> None:
         manifest = bundle.manifest
         self._bundle = bundle
-        self._model = load(bundle.path, threads=options.threads, provider=options.provider, prefix_cache_bytes=0)
+        self._model = load(
+            bundle.path,
+            threads=options.threads,
+            provider=options.provider,
+            plan=options.plan,
+            prefix_cache_bytes=0,
+        )
         self._reference = reference
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens

@@ -136,7 +136,7 @@ def _decode(
     with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
         facts, checks = session.describe_engine(), session.token_checks()
     progress("checks of the engine", 0, 1)
-    run = EngineRun(options.provider, options.threads)
+    run = EngineRun(options.provider, options.threads, facts.get("plan"))
     checks += [check(bundle, run) for check in ENGINE_CHECKS]
     exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
     return [*checks, exact.check], facts, exact

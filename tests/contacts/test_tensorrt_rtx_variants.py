@@ -14,9 +14,8 @@ from cllm_export.bundle.contract import lookahead_inputs
 from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, Bundle
 from cllm_export.errors import GpuError, PlanError
 from cllm_export.exporter.quantize.options import QuantizeOptions
-from cllm_export.tensorrt import build_plan as build_module
 from cllm_export.tensorrt.build_plan import allow_decomposing
-from cllm_export.tensorrt.library import TENSORRT_RTX, Log, import_library
+from cllm_export.tensorrt.library import TENSORRT_RTX, Library, Log, import_library
 from cllm_export.tensorrt.plan_contents import read_contents
 from tests.conftest import PINNED, Workshop
 from tests.scales import observe_stock, save_scales
@@ -88,7 +87,7 @@ def test_a_number_format_that_a_card_lacks_is_refused_by_name_and_the_builder_ag
     bundle = quantized(workshop, scales, name, number_format) if is_scheme else workshop.bundle(name, precision="bf16")
     with pytest.raises(GpuError, match=f"{number_format}, which {target} does not have"):
         contents_of(bundle, tmp_path / "refused", target)
-    monkeypatch.setattr(build_module, "_require_precision", lambda *_: None)
+    monkeypatch.setattr(Library, "require_formats", lambda *_: None)
     with pytest.raises(PlanError, match="the model contains HW-specific datatypes"):
         contents_of(bundle, tmp_path / "asked", target)
 
@@ -160,6 +159,6 @@ def test_the_lookahead_graph_parses_and_builds(library: Any, workshop: Workshop)
         profile.set_shape(spec.name, *shapes)
     assert config.add_optimization_profile(profile) >= 0
     assert builder.build_serialized_network(network, config) is not None, log.explain("")
-    contents = read_contents(log.report)
+    contents = read_contents(log.report, kv_length=bundle.manifest.geometry.cache_length)
     assert contents is not None
     require_sound(contents, bundle, num_profiles=1)

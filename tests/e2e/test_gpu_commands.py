@@ -54,6 +54,19 @@ def test_without_a_gpu_a_command_for_one_ends_in_one_sentence_and_writes_nothing
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["generate", "bench", "verify"])
+def test_a_plan_is_refused_for_a_provider_that_runs_none_and_if_there_is_none(cli: Cli, tmp_path: Path, command: str):
+    bundle = write_bundle(tmp_path / "bundle")
+    given = (command, bundle.path, *(["a prompt"] if command == "generate" else []), "--plan", "0123")
+    outcome = cli(*given)
+    assert outcome.code == 2
+    said = "error: --plan is for --provider tensorrt and tensorrt-rtx, got --provider cpu: leave --plan out"
+    assert outcome.err.splitlines() == [said]
+    outcome = cli(*given, "--provider", "tensorrt-rtx")
+    assert outcome.code == 2
+    assert "has no plan, so none of key '0123'; build one with: cllm-export plan BUNDLE" in outcome.err
+
+
 def test_doctor_reports_on_a_machine_without_a_gpu(cli: Cli):
     outcome = cli("doctor")
     assert outcome.code == 0

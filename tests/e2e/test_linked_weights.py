@@ -47,7 +47,7 @@ def test_a_linked_bundle_gives_the_checkpoints_tokens_and_writes_no_weight(works
     the copied bundle's own parity test."""
     bundle = workshop.bundle(name, weights="link")
     graph = onnx.load(bundle.graph_path(), load_external_data=False)
-    assert lint(graph, waived=NOT_PARSED) == [], "TensorRT parses the unfolded graph"
+    assert lint(graph, waived=NOT_PARSED) == [], "TensorRT parses a graph of its own"
     held = {tensor.name for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     assert held - {"rotary.cos", "rotary.sin"} == set(bundle.manifest.linked_weights)
     model, reference = load(bundle.path, threads=THREADS), workshop.reference(name)
@@ -218,7 +218,7 @@ def test_a_bf16_bundle_is_clean_and_refused_by_the_cpu_engine_in_a_sentence(work
     for mode in ("link", "copy"):
         bundle = workshop.build(checkpoint, precision="bf16", weights=mode)
         graph = onnx.load(bundle.graph_path(), load_external_data=False)
-        assert lint(graph, waived=NOT_PARSED) == [], "TensorRT parses the unfolded graph"
+        assert lint(graph, waived=NOT_PARSED) == [], "TensorRT parses a graph of its own"
         past = next(value for value in graph.graph.input if value.name == "past_key.0")
         assert past.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
         with pytest.raises(EngineError, match=r"bf16 bundle.*precision='fp32', or run it on a GPU engine"):

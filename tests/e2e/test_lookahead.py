@@ -31,7 +31,7 @@ def test_build_adds_the_graph_and_generate_decodes_with_it(cli: Cli, workshop: W
     options = ("--weights", "copy", "--lookahead", "--json")
     built = cli("build", workshop.checkpoint("llama"), "--output", output, *options)
     assert built.code == 0
-    assert json.loads(built.out)["graphs"] == ["greedy", "lookahead", "unfolded"]
+    assert json.loads(built.out)["graphs"] == ["greedy", "lookahead", "tensorrt"]
     assert json.loads(built.out)["lookahead_refused"] is None
     assert "lookahead" in cli("inspect", output).out
 

@@ -107,7 +107,8 @@ def test_a_truncated_plan_is_refused_and_replaced_by_force(refused: Callable[...
     [path] = bundle.path.glob("plans/*/model.plan")
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:1000])
-    assert f"has 1000 bytes, its manifest says {whole}; build the plan again; --force replaces it" in refused()
+    advice = "build it again: cllm-export plan with the same options and --force"
+    assert refused().endswith(f"has 1000 bytes, its manifest says {whole}; {advice}")
     [described] = json.loads(cli("inspect", bundle.path, "--json").out)["plans"]
     assert "has 1000 bytes" in described["error"]
     assert cli("plan", bundle.path, *FOR_SM89, "--force").code == 0
@@ -171,6 +172,35 @@ def test_build_makes_the_plan_of_its_bundle_too(cli: Cli, workshop: Workshop, tm
     [plan] = json.loads(cli("inspect", tmp_path / "new", "--json").out)["plans"]
     assert plan["built_for"] == "sm89 on Linux x86_64"
     assert f"wrote {tmp_path / 'new' / 'plans' / plan['key']}" in built.out
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "lacked"),
+    [
+        (["fp32"], "sm75", "fp32"),
+        (["bf16"], "sm75", "bf16"),
+        (["int4", "--compute", "bf16", "--quantize-for", "tensorrt"], "sm75", "bf16"),
+        (["int4", "--compute", "fp16", "--quantize-for", "tensorrt"], "sm75", "int4"),
+    ],
+    ids=["fp32", "bf16", "int4 in bf16", "int4"],
+)
+def test_a_number_format_that_a_target_lacks_is_refused_before_anything_is_imported_or_built(
+    cli: Cli,
+    workshop: Workshop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: list[str],
+    target: str,
+    lacked: str,
+):
+    for module in ("torch", TENSORRT_RTX.module, "cllm_export.exporter.pipeline"):
+        monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    checkpoint, output = workshop.checkpoint("small"), tmp_path / "new"
+    asked = ("--precision", *precision, "--target", "tensorrt-rtx", "--for", "sm120", "--for", target)
+    outcome = cli("build", checkpoint, "--output", output, *asked)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {output} would be a bundle with {lacked}, which {target} does not have: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

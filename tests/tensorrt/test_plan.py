@@ -6,8 +6,12 @@ flags and files are those that were asked for, and that each way to fail ends in
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +21,12 @@ import pytest
 
 from cllm_export.bundle.manifest import GREEDY_GRAPH, Bundle
 from cllm_export.bundle.quantization import Quantization
-from cllm_export.errors import GpuError, OptionError, PlanError
+from cllm_export.errors import GpuError, MissingExtraError, OptionError, PlanError
+from cllm_export.extras import install_line
+from cllm_export.runtime.load import load
 from cllm_export.tensorrt.build_plan import build_plan, profiles_of
 from cllm_export.tensorrt.engine import TrtEngine, platform_of
+from cllm_export.tensorrt.library import TENSORRT, TENSORRT_RTX, Library, open_gpu
 from cllm_export.tensorrt.plan_files import Platform, find_plan, open_plan, plan_key, plans_of, require_fit
 from cllm_export.tensorrt.plan_options import PlanOptions, default_kv_lengths, settle
 from tests.conftest import PINNED, Workshop
@@ -147,7 +154,7 @@ def test_a_timing_cache_that_does_not_fit_is_started_anew(bundle: Bundle):
     [
         (
             "parse",
-            r"does not take .*unfolded.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed",
+            r"does not take .*tensorrt.onnx: a node that is not known; TensorRT says: \[simulated\] parse failed",
         ),
         ("build", r"could not build a plan of .*; TensorRT says: \[simulated\] build failed"),
         ("deserialize", r"was built and does not run: TensorRT does not load .*simulated\] deserialize failed"),
@@ -287,13 +294,45 @@ def test_the_key_follows_from_everything_a_plan_depends_on(bundle: Bundle):
     assert len(keys) == 2 + len(ELSEWHERE) + 12
 
 
-def test_two_plans_that_run_here_must_be_told_apart(bundle: Bundle):
+@pytest.mark.parametrize("last", [0, 1])
+def test_of_two_plans_that_run_here_the_newest_is_taken_and_named(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, last: int
+):
     gpu = SimulatedGpu().gpu
     plans = [build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=gpu) for size in (2, 4)]
-    with pytest.raises(PlanError, match="several plans that run here"):
-        TrtEngine(bundle, gpu=gpu)
-    with TrtEngine(bundle, plan=plans[1], gpu=gpu) as engine:
-        assert engine.block_sizes == (4,)
+    for plan in plans:
+        os.utime(plan.path / "plan.json", ns=(0, 10**18 + (plan is plans[last])))
+    with TrtEngine(bundle, gpu=gpu) as engine:
+        assert engine.describe()["plan"] == plans[last].path.name
+    told = [f"{plan.path.name} (n = {size}, 1 slot)" for plan, size in zip(plans, (2, 4), strict=True)]
+    assert f"the newest is taken, {told[last]}; choose another with plan (--plan): {told[1 - last]}" in caplog.text
+
+
+def test_a_plan_is_chosen_by_its_key_and_an_unknown_one_is_refused_with_those_there_are(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    gpu = SimulatedGpu().gpu
+    monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", lambda _: gpu)
+    with pytest.raises(PlanError, match="has no plan, so none of key 'old'"):
+        load(bundle.path, provider="tensorrt", plan="old")
+    keys = {size: build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=gpu).path.name for size in (2, 4)}
+    for size, key in keys.items():
+        with load(bundle.path, provider="tensorrt", plan=key) as model:
+            assert model.engine.block_sizes == (size,)
+    assert not caplog.records, "nothing was chosen for the user"
+    for key in ("old", "../plans", ""):
+        with pytest.raises(OptionError, match=f"plan must be one of {', '.join(sorted(keys.values()))}, got"):
+            load(bundle.path, provider="tensorrt", plan=key)
+    with pytest.raises(OptionError, match="plan is for provider tensorrt and tensorrt-rtx, got provider cpu"):
+        load(bundle.path, plan=keys[2])
+
+
+def test_without_cuda_python_the_extra_of_the_library_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cllm_export.runtime.engines.cuda.require_gpu", lambda: None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for library in (TENSORRT, TENSORRT_RTX):
+        with pytest.raises(MissingExtraError, match=re.escape(install_line(library.extra))):
+            open_gpu(library)
 
 
 def test_a_bundle_without_a_plan_names_the_command(bundle: Bundle):
@@ -324,9 +363,28 @@ def test_the_platform_is_what_gpu_and_bindings_say(simulated: SimulatedGpu):
     assert platform_of(simulated.gpu).tensorrt == simulated.trt.__version__
 
 
-def test_a_bundle_without_a_graph_for_tensorrt_is_said_to_be_old(bundle: Bundle):
+@pytest.mark.parametrize(
+    ("library", "formats", "generation", "lacked"),
+    [
+        (TENSORRT_RTX, ("fp16", "fp8"), "sm86", "fp8"),
+        (TENSORRT_RTX, ("fp32",), "sm75", "fp32"),
+        (TENSORRT, ("fp16", "int4"), "sm75", "int4"),
+        (TENSORRT, ("fp32", "int8"), "sm75", None),
+        (TENSORRT_RTX, ("bf16", "fp8"), "sm89", None),
+    ],
+)
+def test_a_library_knows_the_first_cards_of_each_number_format(
+    library: Library, formats: tuple[str, ...], generation: str, lacked: str | None
+):
+    refused = pytest.raises(GpuError, match=f"it is a bundle with {lacked}, which {generation} does not have")
+    with refused if lacked else contextlib.nullcontext():
+        library.require_formats("it is", formats, ("sm120", generation))
+
+
+@pytest.mark.parametrize("others", [(), ("unfolded",)], ids=["none", "of an earlier name"])
+def test_a_bundle_without_a_graph_for_tensorrt_is_said_to_be_old(bundle: Bundle, others: tuple[str, ...]):
     said: list[str] = []
-    graphs = {GREEDY_GRAPH: bundle.manifest.graphs[GREEDY_GRAPH]}
+    graphs = dict.fromkeys((GREEDY_GRAPH, *others), bundle.manifest.graphs[GREEDY_GRAPH])
     build_plan(with_manifest(bundle, graphs=graphs), gpu=SimulatedGpu().gpu, say=said.append)
     assert said[0] == "this bundle has no graph for TensorRT: build it again, for a plan of fewer kernels"
 
@@ -335,8 +393,8 @@ def test_an_old_plan_does_not_keep_a_new_one_from_running(bundle: Bundle):
     gpu = SimulatedGpu().gpu
     old, new = (build_plan(bundle, PlanOptions(block_sizes=(size,)), gpu=gpu) for size in (2, 4))
     manifest = old.path / "plan.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 3', '"schema_version": 1'))
     assert find_plan(bundle, platform_of(gpu)) == new
     shutil.rmtree(new.path)
-    with pytest.raises(PlanError, match="schema_version 1, this cllm-export reads 2: build it again"):
+    with pytest.raises(PlanError, match="schema_version 1, this cllm-export reads 3: build it again"):
         find_plan(bundle, platform_of(gpu))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cllm_export.bundle.manifest import Bundle
+from cllm_export.cli.show.decoding import show_bench
 from cllm_export.errors import EngineError, GpuError, OptionError, PlanError
 from cllm_export.measure import bench as measuring
 from cllm_export.measure.bench import run_bench
@@ -166,9 +167,9 @@ def test_a_plan_that_fails_in_its_first_forwards_leaves_nothing_on_card_or_disk(
 def test_a_truncated_plan_is_refused_before_it_reaches_the_library(bundle: Bundle, plan: Plan):
     plan.file.write_bytes(plan.file.read_bytes()[:100])
     simulated = card()
-    with pytest.raises(PlanError, match=r"has 100 bytes, its manifest says \d+; build the plan again"):
+    with pytest.raises(PlanError, match=r"has 100 bytes, its manifest says \d+; build it again: "):
         TrtEngine(bundle, gpu=simulated.gpu)
-    with pytest.raises(PlanError, match="build the plan again"):
+    with pytest.raises(PlanError, match="build it again: "):
         open_plan(plan.path)
 
 
@@ -192,18 +193,27 @@ def test_n_is_chosen_among_those_of_the_plan(bundle: Bundle, plan: Plan, monkeyp
         assert 1 in seen <= {1, 8}
 
 
-def test_bench_times_a_plan_and_keeps_no_times_of_it(bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+def test_bench_times_a_plan_and_keeps_no_times_of_it(
+    bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """`latency.json` is of ONNX Runtime on this processor."""
     monkeypatch.setattr("cllm_export.tensorrt.library.open_gpu", lambda _: card().gpu)
     monkeypatch.setattr(measuring, "time_in_turn", partial(time_in_turn, rounds=1, min_seconds=0))
     options = BenchOptions(provider="tensorrt-rtx", methods=("jacobi",), block_sizes=(8,), max_new_tokens=4, repeats=1)
     report = run_bench([bundle], options=options)
     assert report["provider"] == "tensorrt-rtx"
+    machine = report["machine"]
+    assert (machine["device"], machine["plan"]) == (card().gpu.facts.name, plan.path.name)
+    assert "onnxruntime" not in machine, "it ran nothing"
+    show_bench(report)
+    assert f"{machine['device']}, TensorRT for RTX {machine['tensorrt-rtx']}, driver 13.0" in capsys.readouterr().out
     assert {entry["equal"] for entry in report["settings"]} == {report["prompts"]}
     assert [each["block_size"] for each in report["bundles"][0]["latency"]] == [1, 8]
     assert not (bundle.path / LATENCY_NAME).exists()
     with pytest.raises(OptionError, match="block_sizes must be among the plan's, 1 or 8, got 16"):
         run_bench([bundle], options=BenchOptions(provider="tensorrt-rtx", block_sizes=(16,)))
+    with pytest.raises(OptionError, match="plan is of one bundle, got 2 bundles"):
+        run_bench([bundle, bundle], options=BenchOptions(provider="tensorrt-rtx", plan=plan.path.name))
 
 
 def test_the_provider_opens_its_own_library(bundle: Bundle, plan: Plan, monkeypatch: pytest.MonkeyPatch):

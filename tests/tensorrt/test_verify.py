@@ -59,6 +59,7 @@ def test_a_certificate_of_a_plan_names_its_gpu_and_counts_for_it_alone(
     facts = machine.gpu.facts
     report = json.loads((bundle.path / PARITY_NAME).read_text())
     expected = {"provider": "tensorrt", "device": facts.name, "driver": facts.driver, "tensorrt": machine.gpu.version}
+    expected["plan"] = next(path.parent.name for path in bundle.path.glob("plans/*/plan.json"))
     assert {name: report["conditions"][name] for name in expected} == expected
     assert "onnxruntime" not in report["conditions"]
     assert report["exact_sizes"] == {"equal": CHOSEN, "different": [], "num_slots": [2]}

@@ -20,6 +20,7 @@ from cllm_export.exporter.checkpoint.adapter_files import (
 )
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_snapshot
+from cllm_export.runtime.load import Provider, require_plan
 
 
 def check_counts(**counts: int | None) -> None:
@@ -39,6 +40,11 @@ def check_bundle(name: str, path: Path | None, *, block_sizes: Sequence[int | No
         if size is not None:
             check_block_size(size, largest=bundle.manifest.geometry.max_block_size)
     return bundle
+
+
+def check_plan(bundle: Path, provider: Provider, plan: str | None) -> None:
+    """Check the plan that an option names."""
+    require_plan(open_bundle(bundle), provider, plan)
 
 
 def check_new_tokens(bundle: Path, max_new_tokens: int | None) -> None:

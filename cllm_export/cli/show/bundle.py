@@ -50,8 +50,11 @@ def _profiles_table(profiles: Sequence[Mapping[str, Any]]) -> Table:
     table.columns[2].min_width = len("gemm_mha_v2")
     for profile in profiles:
         attention = ", ".join(f"{count} x {kernel}" for kernel, count in profile["attention"].items()) or "spelled out"
-        counts = (str(profile[key]) for key in ("cache_copies", "logits_copies", "reformats", "host_copies"))
-        table.add_row(profile["name"], str(profile["kernels"]), attention, *counts, bytes_text(profile["device_bytes"]))
+        copies = str(profile["cache_copies"])
+        copies += f" ({bytes_text(profile['cache_copy_bytes'])})" if profile["cache_copies"] else ""
+        counts = (str(profile[key]) for key in ("logits_copies", "reformats", "host_copies"))
+        memory = bytes_text(profile["device_bytes"])
+        table.add_row(profile["name"], str(profile["kernels"]), attention, copies, *counts, memory)
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cllm_export.bundle.inspect import LIBRARIES
 from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJECTED, STATIONARY, say
 from cllm_export.progress import counted
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
@@ -21,7 +22,8 @@ def show_bench(report: Mapping[str, Any]) -> None:
     OUT.print(
         f"{counted(report['prompts'], 'prompt')}, {counted(report['repeats'], 'repeat')}, "
         f"{counted(machine['threads'], 'thread')}, "
-        f"{machine['processor']}, onnxruntime {machine['onnxruntime']}",
+        f"{machine.get('device') or machine['processor']}, "
+        + ", ".join(f"{title} {machine[name]}" for name, title in LIBRARIES.items() if name in machine),
         markup=False,
     )
     OUT.print(_settings_table(report))

@@ -97,7 +97,7 @@ def require_gpu() -> None:
         raise GpuError(f"this needs an NVIDIA GPU, and {reason}; {ADVICE}")
 
 
-def open_cuda(device: int = 0) -> Cuda:
+def open_cuda(device: int = 0, *, extra: str = "tensorrt") -> Cuda:
     """CUDA on a device of this machine.
 
     Raises:
@@ -108,7 +108,7 @@ def open_cuda(device: int = 0) -> Cuda:
     try:
         from cuda.bindings import runtime
     except ImportError:
-        raise missing_extra("cuda-python", extra="tensorrt") from None
+        raise missing_extra("cuda-python", extra=extra) from None
     cuda = Cuda(runtime)
     cuda.use(device)
     return cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,17 @@ def _left_of_cgroup() -> int | None:
         return None
 
 
-def describe_machine(threads: int | None) -> dict[str, Any]:
-    """The facts that a measured figure depends on besides the bundle."""
+def describe_machine(threads: int | None, engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The facts that a measured figure depends on besides the bundle.
+
+    Args:
+        threads: CPU threads; None for as many as the process may use.
+        engine: what ran the forwards, as ``Engine.describe`` says; by default ONNX Runtime on the CPU.
+    """
     return {
         "processor": _processor(),
         "threads": threads or available_threads(),
-        **onnxruntime_version(),
+        **(onnxruntime_version() if engine is None else engine),
         "python": platform.python_version(),
     }
 

@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).with_name("plan_contents.json")
 REWRITE = "python -m tests.tensorrt.rtx.golden"
 BLOCK_SIZES = (1, 16)
 PROFILES = ("prefill", *(f"n = {size}" for size in BLOCK_SIZES))
-COUNTS = ("kernels", "attention", "cache_copies", "host_copies", "logits_copies", "reformats")
+COUNTS = ("kernels", "attention", "cache_copies", "cache_copy_bytes", "host_copies", "logits_copies", "reformats")
 CARDS = ("sm89", "sm120")
 """Ada and Blackwell. One plan holds both."""
 ALL_SIZES = (1, 16, 64)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from cllm_export.bundle.manifest import GREEDY_GRAPH
 from cllm_export.exporter.checkpoint.families import FAMILIES
 from cllm_export.tensorrt import build_plan as build_module
 from tests.checkpoints import REALISTIC
-from tests.conftest import Workshop
+from tests.conftest import PINNED, Workshop
 from tests.tensorrt.rtx.plans import (
     NUM_LAYERS,
     PROFILES,
@@ -50,6 +51,32 @@ def test_a_plan_of_every_family_builds_and_holds_what_it_held(
     if golden is None:
         pytest.skip(f"the plan builds; its counts are those of {version}, which nobody has looked at: run {REWRITE}")
     assert counts_of(contents) == golden[family], f"look at what changed, then run {REWRITE}"
+
+
+@pytest.mark.parametrize(
+    ("built", "whole_cache"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"batch_size": 2}, False),
+        (PINNED, True),
+        ({**PINNED, "batch_size": 2}, True),
+    ],
+    ids=["extents", "whole cache", "two slots", "fixed shapes", "fixed shapes, two slots"],
+)
+def test_a_layer_copies_its_rows_in_one_kernel_and_each_row_once(
+    version: str, workshop: Workshop, tmp_path: Path, built: dict[str, Any], whole_cache: bool
+):
+    """Read once and written once: a copy for each query head would be four times the bytes that are written."""
+    bundle = workshop.bundle("real-llama", precision="fp16", **built)
+    geometry = bundle.manifest.geometry
+    asked: dict[str, Any] = {"kv_lengths": (geometry.cache_length,)} if whole_cache else {}
+    if bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes:
+        asked = {"block_sizes": ()}
+    contents = contents_of(bundle, tmp_path / "plan", **asked)
+    cache = bundle.manifest.batch_size * geometry.cache_length * geometry.kv_bytes_per_token("fp16")
+    for profile in contents.profiles:
+        assert (profile.cache_copies, profile.cache_copy_bytes) == (NUM_LAYERS, 2 * cache)
 
 
 def test_an_attention_that_has_a_kernel_keeps_it_though_it_may_be_decomposed(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from cllm_export.tensorrt.plan_contents import ProfileContents, read_contents
 
-BUFFER = "{{ Name: {}, Dimensions: [16,4099], Strides: [4099,1], StrideOrder: [1,0], Datatype: Float }}"
+BUFFER = "{{ Name: {}, Dimensions: [{}], Strides: [4099,1], StrideOrder: [1,0], Datatype: {} }}"
+KV_LENGTH = 32
 
 
-def layer(name: str, kind: str, reads: str = "", writes: str = "") -> str:
-    inputs, outputs = (BUFFER.format(each) if each else "" for each in (reads, writes))
+def layer(name: str, kind: str, reads: str = "", writes: str = "", *, datatype: str = "Half") -> str:
+    """A layer's line. A cache has 48 rows in each of two heads, and what is made of it has S rows."""
+    inputs, outputs = (
+        BUFFER.format(each, "1,2,48,64" if "present" in each else "1,2,-1,64", datatype) if each else ""
+        for each in (reads, writes)
+    )
     return f"Name: {name}, LayerType: {kind}, Inputs: [ {inputs}], Outputs: [ {outputs}], TacticName: , StreamId: 0"
 
 
 def profile_of(*layers: str) -> ProfileContents:
     """The contents of a plan with one profile that has these layers."""
     report = ["Total Activation Memory: 512 bytes", "Total Weights Memory: 1024 bytes"]
-    contents = read_contents([*report, "\n".join(("Layers:", *layers))])
+    contents = read_contents([*report, "\n".join(("Layers:", *layers))], kv_length=KV_LENGTH)
     assert contents is not None and contents.weight_bytes == 1024
     (profile,) = contents.profiles
     return profile
@@ -44,3 +49,12 @@ def test_a_kernel_that_reads_the_cache_only_to_write_it_elsewhere_is_a_copy():
     attention = layer("_gemm_mha_v2_myl1_3", "kgen", "present_key.0", "c")
     profile = profile_of(update, layer("__myl_SlicMul_myl1_2", "kgen", "present_key.0", "b"), attention)
     assert (profile.cache_copies, profile.attention) == (1, {"gemm_mha_v2": 1})
+    assert profile.cache_copy_bytes == 2 * (2 * KV_LENGTH * 64 * 2), "S of the 48 rows are read, and S are written"
+    in_fp32 = layer("__myl_SlicMul_myl1_2", "kgen", "present_key.0", "b", datatype="Float")
+    assert profile_of(in_fp32).cache_copy_bytes == 2 * (2 * KV_LENGTH * 64 * 4)
+
+
+def test_a_log_with_a_datatype_that_no_cache_has_says_nothing_instead_of_a_wrong_figure():
+    report = ["Total Activation Memory: 512 bytes", "Total Weights Memory: 1024 bytes"]
+    copy = layer("__myl_SlicMul_myl1_2", "kgen", "present_key.0", "b", datatype="Unheard")
+    assert read_contents([*report, f"Layers:\n{copy}"], kv_length=KV_LENGTH) is None

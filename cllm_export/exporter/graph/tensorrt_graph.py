@@ -33,7 +33,7 @@ NORMS = ("RMSNormalization", "LayerNormalization")
 Step = Callable[[DecoderGraph], None]
 
 
-def derive_unfolded(
+def derive_tensorrt_graph(
     greedy: DecoderGraph, geometry: Geometry, fixed: FixedShapes | None = None, *, steps: Sequence[Step] | None = None
 ) -> DecoderGraph:
     """Derive the graph for TensorRT from a finished greedy graph, which stays unchanged.
@@ -107,22 +107,28 @@ def number_rows_on_the_device(graph: DecoderGraph) -> None:
             where.replace_input_with(1, _add(graph, "Add", [last, graph.add_constant([1])]))
 
 
-def slice_cache_together(graph: DecoderGraph) -> None:
+def read_cache_together(graph: DecoderGraph) -> None:
     """Take a layer's keys and values out of the cache through one Concat and one Split: one kernel instead of two.
 
-    TensorRT's attention kernels read packed rows. So rows 0..S-1 of a longer cache are copied first, in any form.
+    TensorRT's attention kernels read packed rows. So rows 0..S-1 of the cache are copied first, in any form. With fixed
+    shapes the graph has no Slice, and two kernels would copy each row once for each query head.
     """
     outputs = {str(value.name): value for value in graph.graph.outputs}
     for name in [name for name in outputs if name.startswith(PRESENT_KEY)]:
         caches = outputs[name], outputs[name.replace(PRESENT_KEY, PRESENT_VALUE)]
-        slices = [node.outputs[0] for cache in caches for node in _readers(cache) if node.op_type == "Slice"]
-        if len(slices) == len(caches):
-            uses = [list(value.uses()) for value in slices]
-            joined = _add(graph, "Concat", slices, {"axis": HEAD_AXIS})
-            parts = _split(graph, joined, {"axis": HEAD_AXIS, "num_outputs": len(slices)})
-            for part, readers in zip(parts, uses, strict=True):
-                for use in readers:
-                    use.node.replace_input_with(use.idx, part)
+        read = [_rows_that_are_read(cache) for cache in caches]
+        uses = [list(value.uses()) for value in read]
+        joined = _add(graph, "Concat", read, {"axis": HEAD_AXIS})
+        parts = _split(graph, joined, {"axis": HEAD_AXIS, "num_outputs": len(read)})
+        for part, readers in zip(parts, uses, strict=True):
+            for use in readers:
+                use.node.replace_input_with(use.idx, part)
+
+
+def _rows_that_are_read(cache: ir.Value) -> ir.Value:
+    """Rows 0..S-1 of a cache: the result of its Slice, or the cache itself with fixed shapes."""
+    slices = [node.outputs[0] for node in _readers(cache) if node.op_type == "Slice"]
+    return slices[0] if slices else cache
 
 
 def norm_heads_together(graph: DecoderGraph) -> None:
@@ -173,7 +179,7 @@ STEPS: tuple[Step, ...] = (
     unfold_query_groups,
     gather_before_norms,
     number_rows_on_the_device,
-    slice_cache_together,
+    read_cache_together,
     norm_heads_together,
 )
 
@@ -214,7 +220,7 @@ def _like(graph: DecoderGraph, node: ir.Node, *inputs: ir.Value) -> ir.Value:
 def _add(
     graph: DecoderGraph, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None
 ) -> ir.Value:
-    """The result of a new node. ``derive_unfolded`` sorts the graph, so its place does not matter."""
+    """The result of a new node. ``derive_tensorrt_graph`` sorts the graph, so its place does not matter."""
     node = ir.node(op_type, inputs, attributes or {})
     graph.graph.append(node)
     return node.outputs[0]

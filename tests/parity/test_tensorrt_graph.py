@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 from cllm_export.bundle.contract import Batch
-from cllm_export.bundle.manifest import GREEDY_GRAPH, UNFOLDED_GRAPH, Bundle, open_bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, TENSORRT_GRAPH, Bundle, open_bundle
 from cllm_export.errors import GraphError
-from cllm_export.exporter.graph import unfolded
+from cllm_export.exporter.graph import tensorrt_graph
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from tests.conftest import PINNED, THREADS, Workshop
 from tests.fakes import with_manifest
@@ -45,19 +45,19 @@ was seen. Tokens must be equal."""
 @pytest.mark.parametrize(("name", "options"), EXPORTS, ids=lambda value: value if isinstance(value, str) else None)
 def test_both_graphs_compute_the_same_forward(workshop: Workshop, name: str, options: dict[str, Any]):
     bundle = workshop.bundle(name, **options)
-    greedy, unfolded = (_engine(bundle, graph) for graph in (GREEDY_GRAPH, UNFOLDED_GRAPH))
+    greedy, for_tensorrt = (_engine(bundle, graph) for graph in (GREEDY_GRAPH, TENSORRT_GRAPH))
     generator = np.random.default_rng(0)
     vocabulary = bundle.manifest.geometry.vocab_size
     fixed = bundle.manifest.graphs[GREEDY_GRAPH].fixed_shapes
     for size in [fixed.block_size] if fixed else SIZES:
         chunk = greedy.prefill_chunk
         prompt = generator.integers(0, vocabulary, (1, chunk)).tolist()
-        for engine in (greedy, unfolded):
+        for engine in (greedy, for_tensorrt):
             engine.prefill(Batch(prompt, [chunk], [0]))
         for start in (chunk, 0):
             block = generator.integers(0, vocabulary, (1, size)).tolist()
             batch = Batch(block, [1], [start])
-            one, other = (engine.forward(batch, with_logits=True) for engine in (greedy, unfolded))
+            one, other = (engine.forward(batch, with_logits=True) for engine in (greedy, for_tensorrt))
             assert other.next_ids == one.next_ids
             assert list(other.num_accepted) == list(one.num_accepted)
             tolerance = LOGIT_TOLERANCE[bundle.manifest.precision]
@@ -65,23 +65,23 @@ def test_both_graphs_compute_the_same_forward(workshop: Workshop, name: str, opt
 
 
 def test_every_bundle_that_tensorrt_may_get_has_the_graph(workshop: Workshop):
-    assert UNFOLDED_GRAPH in workshop.bundle("llama").manifest.graphs
-    assert UNFOLDED_GRAPH in workshop.bundle("llama-yarn-fp16-mha").manifest.graphs
-    assert UNFOLDED_GRAPH not in workshop.bundle("llama", precision="fp32", quantize=_int8_dynamic()).manifest.graphs
+    assert TENSORRT_GRAPH in workshop.bundle("llama").manifest.graphs
+    assert TENSORRT_GRAPH in workshop.bundle("llama-yarn-fp16-mha").manifest.graphs
+    assert TENSORRT_GRAPH not in workshop.bundle("llama", precision="fp32", quantize=_int8_dynamic()).manifest.graphs
 
 
 def test_no_query_is_folded_in_it(workshop: Workshop):
     bundle = workshop.bundle("llama-linear-bias-mqa")
     heads = bundle.manifest.geometry.num_heads
-    graph = onnx.shape_inference.infer_shapes(onnx.load(bundle.graph_path(UNFOLDED_GRAPH), load_external_data=False))
+    graph = onnx.shape_inference.infer_shapes(onnx.load(bundle.graph_path(TENSORRT_GRAPH), load_external_data=False))
     shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.graph.value_info}
     queries = [node.input[0] for node in graph.graph.node if node.op_type == "Attention"]
     assert {shapes[name][1].dim_value for name in queries if name in shapes} == {heads}
-    assert bundle.tensorrt_graph == UNFOLDED_GRAPH
+    assert bundle.tensorrt_graph == TENSORRT_GRAPH
 
 
 def test_rows_are_gathered_before_norms_and_no_length_is_used_as_a_number(workshop: Workshop):
-    graph = onnx.load(workshop.bundle("gemma3").graph_path(UNFOLDED_GRAPH), load_external_data=False).graph
+    graph = onnx.load(workshop.bundle("gemma3").graph_path(TENSORRT_GRAPH), load_external_data=False).graph
     producers = {name: node.op_type for node in graph.node for name in node.output}
     gathers = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == "head_rows"]
     assert not {producers.get(node.input[0]) for node in gathers} & {"RMSNormalization", "LayerNormalization"}
@@ -91,7 +91,7 @@ def test_rows_are_gathered_before_norms_and_no_length_is_used_as_a_number(worksh
 def test_a_layer_slices_its_cache_and_norms_its_heads_at_once(workshop: Workshop):
     bundle = workshop.bundle("gemma3")
     greedy, graph = (
-        onnx.load(bundle.graph_path(name), load_external_data=False).graph for name in (GREEDY_GRAPH, UNFOLDED_GRAPH)
+        onnx.load(bundle.graph_path(name), load_external_data=False).graph for name in (GREEDY_GRAPH, TENSORRT_GRAPH)
     )
     layers = bundle.manifest.geometry.num_layers
     slices = {node.output[0] for node in graph.node if node.op_type == "Slice" and node.input[0].startswith("present_")}
@@ -106,8 +106,8 @@ def test_a_graph_folded_onto_one_head_is_built_for_onnx_runtime_and_refused_if_t
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ):
     checkpoint = workshop.checkpoint("llama-linear-bias-mqa")
-    assert UNFOLDED_GRAPH in workshop.build(checkpoint).manifest.graphs
-    monkeypatch.setattr(unfolded, "STEPS", unfolded.STEPS[1:])
+    assert TENSORRT_GRAPH in workshop.build(checkpoint).manifest.graphs
+    monkeypatch.setattr(tensorrt_graph, "STEPS", tensorrt_graph.STEPS[1:])
     with pytest.raises(GraphError, match=r"4 query heads are folded onto one key/value head.*\[attention-folded\]"):
         workshop.build(checkpoint)
     for_others = workshop.build(checkpoint, quantize=_int8_dynamic())
