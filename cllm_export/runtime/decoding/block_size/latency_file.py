@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.bundle.storage import write_json
+from cllm_export.bundle.storage import one_writer, write_json
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.block_size.measured_times import monotone
@@ -62,16 +62,17 @@ def write_compared_sizes(bundle: Bundle, sizes: ExactSizes, *, num_slots: int, t
 
 
 def _keep(bundle: Bundle, found: Mapping[str, Any], num_slots: int, threads: int | None) -> None:
-    """Add to the entry of this machine. Entries of another build of the bundle go."""
+    """Add to the entry of this machine. Entries of another build of the bundle go, those of other writers stay."""
     conditions = _conditions(bundle, num_slots, threads)
-    try:
-        entries = _read(bundle)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError):
-        entries = []
-    same = [entry for entry in entries if entry["conditions"].get("bundle_fingerprint") == bundle.fingerprint]
-    mine = next((entry for entry in same if entry["conditions"] == conditions), {})
-    others = [entry for entry in same if entry["conditions"] != conditions]
-    write_json(bundle.path / LATENCY_NAME, {"measured": [*others, {**mine, "conditions": conditions, **found}]})
+    with one_writer(bundle.path):
+        try:
+            entries = _read(bundle)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError):
+            entries = []
+        same = [entry for entry in entries if entry["conditions"].get("bundle_fingerprint") == bundle.fingerprint]
+        mine = next((entry for entry in same if entry["conditions"] == conditions), {})
+        others = [entry for entry in same if entry["conditions"] != conditions]
+        write_json(bundle.path / LATENCY_NAME, {"measured": [*others, {**mine, "conditions": conditions, **found}]})
 
 
 def _entry_here(bundle: Bundle, conditions: Mapping[str, Any]) -> dict[str, Any]:
