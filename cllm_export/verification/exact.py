@@ -20,7 +20,8 @@ from cllm_export.verification.report import Check
 
 NAME = "rows are bit-equal at every n"
 PASTS = (13, 150, 600)
-"""KV rows before the compared ones: within one part of a sum over the cache, in two, and in several."""
+"""KV rows before the compared ones: within one part of a sum over the cache, in two, and in several. The longest text
+that the cache has room for is added, in one slot beside shorter ones."""
 WIDTHS = (1, 5, 16, 128)
 """Widths of prefill chunks."""
 
@@ -91,11 +92,21 @@ def check_exact_sizes(
         tried |= set(fitting)
         for past in fitting:
             rows = RowsOfOne(engine, past=past, count=max([1, *sizes]), seed=past)
-            equal = frozenset(size for size in sizes if rows.are_given_by(size, num_blocks=None))
-            found = found.joined(ExactSizes(equal=equal, different=frozenset(sizes) - equal))
+            found = found.joined(_sizes_of(rows, sizes))
             if past == fitting[0]:
                 problems += _problems_of_prefill(engine, rows, past)
+        if engine.can_copy_rows and fitting[-1] < room:
+            tried.add(room)
+            if not rows.stretch(room):
+                problems.append(f"n = 1 beside a slot with {room} KV rows gives other rows")
+                found = found.joined(ExactSizes(different=frozenset(sizes)))
+            found = found.joined(_sizes_of(rows, sizes))
     return Exactness(_check(found, num_slots, tried, problems), found, num_slots)
+
+
+def _sizes_of(rows: RowsOfOne, sizes: Sequence[int]) -> ExactSizes:
+    equal = rows.sizes_that_give_them(sizes, num_blocks=None)
+    return ExactSizes(equal=equal, different=frozenset(sizes) - equal)
 
 
 def _problems_of_prefill(engine: Engine, rows: RowsOfOne, past: int) -> list[str]:

@@ -52,6 +52,24 @@ def test_a_difference_after_many_rows_alone_is_found():
     assert compared(engine).to_dict() == {"equal": [2, 3, 8, 12, 16], "different": [4], "num_slots": [1]}
 
 
+def test_the_longest_text_is_compared_beside_short_ones():
+    """One slot has as many KV rows as the cache has room for; the others keep theirs."""
+    engine = RoundingEngine(num_slots=2)
+    engine._logits_of = lambda size, *_: size == 4 and engine.calls[-1].write_index[0] > 40
+    found = compared(engine)
+    assert found.to_dict() == {"equal": [2, 3, 8, 12, 16], "different": [4], "num_slots": [2]}
+    assert "after up to 48 KV rows" in found.check.detail
+    assert any(long == 48 and short < 24 for long, short in (call.write_index for call in engine.calls))
+
+
+def test_a_slot_whose_rows_of_one_token_depend_on_a_longer_neighbour_is_said():
+    engine = RoundingEngine(num_slots=2)
+    engine._kv_of = lambda _, __, slot: slot == 1 and engine.calls[-1].write_index[0] > 40
+    found = compared(engine)
+    assert found.to_dict() == {"equal": [], "different": SIZES, "num_slots": [2]}
+    assert "n = 1 beside a slot with 48 KV rows gives other rows" in found.check.detail
+
+
 def test_a_prefill_width_that_writes_other_kv_is_said():
     class OddPrefill(RoundingEngine):
         def prefill(self, batch: Batch) -> None:

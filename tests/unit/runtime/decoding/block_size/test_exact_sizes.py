@@ -142,7 +142,7 @@ def test_where_other_sizes_are_exact_the_one_of_the_training_is_left_out():
 
 
 def test_an_engine_too_slow_to_compare_them_all_compares_what_fits_and_names_verify(caplog):
-    found, kept = settle(RoundingEngine(), seconds=0.15)
+    found, kept = settle(RoundingEngine(), seconds=0.07)
     assert found.sizes == (1, 2, 4)
     assert kept == [ExactSizes(equal=frozenset({2, 4}))]
     assert "n = 8, 12, 16 was not compared with n = 1, which takes more than 2 s" in caplog.text
@@ -159,7 +159,8 @@ def test_an_engine_without_logits_is_not_compared(caplog):
 
 def test_the_work_of_a_comparison_is_bounded_by_the_times_of_forwards():
     sizes, slow = (2, 16, 4, 8), {1: 1.0, 16: 1.0}
-    cost = 1.0 + 8 + 3  # the past, eight rows of one token, and a forward of each of 2, 4 and 8
+    once = 8 + 2 * 4  # eight rows of one token, and a forward and a prefill of each of 1, 2, 4 and 8
+    cost = 1.0 + 2 * once  # the past, then in a short text and in a long one
     assert affordable_sizes(sizes, slow, budget=cost) == (2, 4, 8)
     assert affordable_sizes(sizes, slow, budget=cost - 0.5) == (2, 4)
     assert affordable_sizes(sizes, slow, budget=100) == sizes
@@ -168,16 +169,43 @@ def test_the_work_of_a_comparison_is_bounded_by_the_times_of_forwards():
 def test_the_most_useful_size_may_take_longer_and_none_is_compared_in_its_place():
     """Else a model of a middling size would lose the n that it was trained with, which a larger one keeps."""
     sizes, slow = (16, 2, 4, 8), {1: 1.0, 16: 1.0}
-    alone = 1.0 + 16 + 1
+    alone = 1.0 + 2 * (16 + 2 * 2)
     assert affordable_sizes(sizes, slow, budget=alone / 5) == (16,)
     assert affordable_sizes(sizes, slow, budget=alone / 5 - 0.1) == ()
 
 
 def test_the_comparison_runs_as_many_forwards_as_its_bound_says():
-    engine = RoundingEngine()
+    engine = RoundingEngine(max_length=400)
     compare_sizes(engine, (2, 4, 8))
     ran = [(call.kind, len(call.input_ids[0])) for call in engine.calls]
-    assert ran == [("prefill", PREFILLED), *[("forward", 1)] * 8, *(("forward", size) for size in (2, 4, 8))]
+    in_one_text = [("forward", 1)] * 8 + [(kind, size) for size in (1, 2, 4, 8) for kind in ("forward", "prefill")]
+    assert ran == [("prefill", PREFILLED), *in_one_text, *in_one_text]
+
+
+def test_the_longest_text_that_the_cache_has_room_for_is_compared():
+    """Attention over many rows may add up in more parts at one n than at another."""
+    engine = RoundingEngine(max_length=2000)
+    engine._logits_of = lambda size, *_: size == 8 and engine.calls[-1].write_index[0] > 1900
+    found = compare_sizes(engine, SIZES)
+    assert found == ExactSizes(equal=frozenset({2, 4, 12, 16}), different=frozenset({8}))
+    last_rows = max(call.write_index[0] + len(call.input_ids[0]) for call in engine.calls)
+    assert last_rows == engine.geometry.cache_length - 15
+
+
+@pytest.mark.parametrize("of_size", [8, 1])
+def test_a_slot_whose_rows_depend_on_a_longer_neighbour_is_found(of_size: int):
+    """A forward has one KV length for all slots: that of the longest."""
+    engine = RoundingEngine(num_slots=3, max_length=400)
+    engine._logits_of = lambda size, _, slot: (size, slot) == (of_size, 2) and max(engine.calls[-1].write_index) > 300
+    found = compare_sizes(engine, SIZES)
+    assert found.different == ({8} if of_size == 8 else set(SIZES)), "where n = 1 depends on it, nothing is exact"
+
+
+def test_the_longest_text_is_not_compared_where_rows_cannot_be_copied():
+    engine = RoundingEngine(max_length=400)
+    engine.can_copy_rows = False
+    assert compare_sizes(engine, SIZES).equal == set(SIZES)
+    assert max(call.write_index[0] for call in engine.calls) < 2 * PREFILLED
 
 
 def test_the_comparison_reads_more_rows_than_it_prefills():
