@@ -97,7 +97,8 @@ def run_bench(
     - ``fastest_in``: number of passes in which no other setting was faster.
 
     ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
-    busy for these times to decide anything. If not, a single writable bundle on the CPU keeps ``latency.json``.
+    busy for these times to decide anything. If not, a single writable bundle on the CPU keeps ``latency.json``. It also
+    keeps there which block sizes are bit-equal to n = 1: all that ``auto`` may choose are compared first.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -115,6 +116,7 @@ def run_bench(
     _check(bundles, checkpoint)
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
+    _compare_sizes(models, progress)
     encoded = _encode(bundles, models[0], prompts)
     options = options if prompts else replace(options, ignore_eos=True)
     passes = _in_turn(models, encoded, settings := _settings(models, options, sizes), options, progress)
@@ -183,6 +185,15 @@ def _load(bundle: Bundle, options: BenchOptions) -> Model:
         prefix_cache_bytes=0,
         provider=options.provider,
     )
+
+
+def _compare_sizes(models: Sequence[Model], progress: Progress) -> None:
+    """Let ``auto`` of a single bundle choose among all exact sizes, and keep which they are for the next load."""
+    [model, *others] = models
+    if others or model.engine.fixed_shapes:
+        return
+    progress("comparing block sizes with n = 1", 0, 1)
+    model.compare_sizes()
 
 
 def _encode(bundles: Sequence[Bundle], model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:

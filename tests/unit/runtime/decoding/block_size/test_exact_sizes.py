@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle.contract import Batch
+from cllm_export.bundle.contract import Batch, FixedShapes
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle, TrainedWith
-from cllm_export.errors import OptionError
+from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.block_size.auto_sizes import candidate_sizes, settle_sizes
 from cllm_export.runtime.decoding.block_size.certificate import conditions_of, differences, read_certified_sizes
 from cllm_export.runtime.decoding.block_size.exact_sizes import (
@@ -141,12 +141,12 @@ def test_where_other_sizes_are_exact_the_one_of_the_training_is_left_out():
     assert found.sizes == (1, 2, 4, 8, 12)
 
 
-def test_an_engine_too_slow_to_compare_them_all_compares_what_fits_and_names_verify(caplog):
+def test_an_engine_too_slow_to_compare_them_all_compares_what_fits_and_names_the_call(caplog):
     found, kept = settle(RoundingEngine(), seconds=0.07)
     assert found.sizes == (1, 2, 4)
     assert kept == [ExactSizes(equal=frozenset({2, 4}))]
     assert "n = 8, 12, 16 was not compared with n = 1, which takes more than 2 s" in caplog.text
-    assert "cllm-export verify" in caplog.text
+    assert "compare once with Model.compare_sizes()" in caplog.text
 
 
 def test_an_engine_without_logits_is_not_compared(caplog):
@@ -237,9 +237,9 @@ def bundle(tmp_path) -> Bundle:
     return write_bundle(tmp_path / "bundle")
 
 
-def rounding_model(bundle: Bundle, engine: FakeEngine, **options: Any) -> Model:
+def rounding_model(bundle: Bundle, engine: FakeEngine, *, seconds: float = 1e-4, **options: Any) -> Model:
     found = make_model(bundle, HashModel(vocab_size=64), exact_sizes=NOTHING)
-    return Model(bundle.manifest, engine, found.codec, forward_seconds={1: 1e-4, 16: 2e-4}, **options)
+    return Model(bundle.manifest, engine, found.codec, forward_seconds={1: seconds, 16: 2 * seconds}, **options)
 
 
 def test_requests_use_exact_sizes_alone_and_give_the_tokens_of_one(bundle: Bundle, caplog):
@@ -261,6 +261,35 @@ def test_a_pinned_size_compares_nothing_and_is_used_whatever_its_bits(bundle: Bu
     found = model.generate([5, 6], max_new_tokens=4, block_size=16, ignore_eos=True)
     assert {len(record.block) for record in found.forwards} == {16}
     assert (model.auto_sizes, caplog.text) == (None, "")
+
+
+def test_a_large_model_ends_up_compared_by_one_call_and_every_later_load_knows(bundle: Bundle, caplog):
+    """Its forwards take seconds, so a first request compares nothing."""
+    trained = with_manifest(bundle, trained_with=TrainedWith(block_size=16, proposer="pad", loop="sliding"))
+    engine, kept = RoundingEngine(logits_of=lambda size, *_: size == 8), list[ExactSizes]()
+    model = rounding_model(trained, engine, seconds=9.0, keep_sizes=kept.append)
+    model.generate([5, 6], max_new_tokens=2)
+    assert (model.auto_sizes, kept) == ((16,), [])
+    assert "compare once with Model.compare_sizes() or cllm-export bench" in caplog.text
+    assert model.compare_sizes() == model.auto_sizes == (1, 2, 4, 12, 16)
+    assert kept == [ExactSizes(equal=frozenset({2, 4, 12, 16}), different=frozenset({8}))]
+    num_calls = len(engine.calls)
+    assert model.compare_sizes() == (1, 2, 4, 12, 16)
+    assert len(engine.calls) == num_calls, "sizes are compared once"
+    again = RoundingEngine()
+    later = rounding_model(trained, again, seconds=9.0, exact_sizes=kept[0])
+    later.generate([5, 6], max_new_tokens=2)
+    assert later.auto_sizes == (1, 2, 4, 12, 16)
+
+
+def test_sizes_are_not_compared_beside_a_request_nor_where_there_is_one(bundle: Bundle, tmp_path):
+    model = rounding_model(bundle, RoundingEngine())
+    with model.lease.hold(), pytest.raises(EngineError, match="another request is running"):
+        model.compare_sizes()
+    shapes = FixedShapes(batch_size=1, block_size=4, kv_length=79)
+    pinned = make_model(write_bundle(tmp_path / "pinned", fixed_shapes=shapes), HashModel(vocab_size=64))
+    with pytest.raises(OptionError, match="has the block size 4 alone: there is no other to compare"):
+        pinned.compare_sizes()
 
 
 # Files.
