@@ -16,7 +16,7 @@ from cllm_export.runtime.decoding.block_size.auto_sizes import candidate_sizes
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes, RowsOfOne, room_before
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.verification.engine_checks import EngineRun
-from cllm_export.verification.report import Check
+from cllm_export.verification.report import Check, VerifyOptions
 
 NAME = "rows are bit-equal at every n"
 PASTS = (13, 150, 600)
@@ -40,17 +40,18 @@ class Exactness(NamedTuple):
         return None if self.sizes is None else {**self.sizes.to_dict(), "num_slots": self.num_slots}
 
 
-def exactness_of(bundle: Bundle, run: EngineRun, *, own_sizes: Sequence[int] = ()) -> Exactness:
+def exactness_of(bundle: Bundle, options: VerifyOptions) -> Exactness:
     """Compare with one slot and with several, where the number may vary.
 
-    ``own_sizes`` are compared besides those of ``auto``.
+    The block sizes of the options are compared besides those of ``auto``.
     """
-    manifest = bundle.manifest
-    may_vary = run.provider in ("cpu", "cuda") and manifest.graphs[GREEDY_GRAPH].fixed_shapes is None
+    manifest, run, own_sizes = bundle.manifest, EngineRun(options.provider, options.threads), options.block_sizes
+    may_vary = options.slots_may_vary and manifest.graphs[GREEDY_GRAPH].fixed_shapes is None
+    several = options.num_slots or max(2, manifest.batch_size)
     sizes = {manifest.block_size, *own_sizes, *([manifest.trained_with.block_size] if manifest.trained_with else [])}
 
     def opened() -> Generator[Engine]:
-        for num_slots in sorted({1, max(2, manifest.batch_size)}) if may_vary else [None]:
+        for num_slots in sorted({1, several}) if may_vary else [None]:
             engine = run.open(bundle, num_slots=num_slots)
             try:
                 yield engine

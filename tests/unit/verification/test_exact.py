@@ -12,7 +12,7 @@ from cllm_export.runtime.engines.base import Engine
 from cllm_export.verification import exact
 from cllm_export.verification.engine_checks import EngineRun, bfloat16_bits
 from cllm_export.verification.exact import Exactness, check_exact_sizes, exactness_of
-from cllm_export.verification.report import VerifyOptions
+from cllm_export.verification.report import VerifyOptions, check_slots
 from tests.fakes import FakeEngine, HashModel, RoundingEngine, make_geometry, write_bundle
 
 SIZES = [2, 3, 4, 8, 12, 16]
@@ -117,9 +117,30 @@ def test_slots_vary_where_they_may(tmp_path, monkeypatch: pytest.MonkeyPatch, pr
 
     with_engines(monkeypatch, opened)
     monkeypatch.setattr(exact, "PASTS", (5,))
-    found = exactness_of(write_bundle(tmp_path / "bundle"), EngineRun(provider, 1))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions(provider=provider))
     assert asked == slots
     assert found.num_slots == [each or 3 for each in slots]
+
+
+@pytest.mark.parametrize(("num_slots", "slots"), [(8, [1, 8]), (1, [1])])
+def test_the_slots_of_a_service_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch, num_slots, slots):
+    with_engines(monkeypatch, lambda number: RoundingEngine(num_slots=number or 1))
+    monkeypatch.setattr(exact, "PASTS", (5,))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions(num_slots=num_slots))
+    assert (found.to_dict() or {})["num_slots"] == slots
+
+
+def test_slots_that_no_engine_of_the_bundle_has_are_refused_before_any_work(tmp_path):
+    with pytest.raises(OptionError, match="a plan has the slots that it was built with, got num_slots=8"):
+        VerifyOptions(provider="tensorrt", num_slots=8)
+    shapes = FixedShapes(batch_size=2, block_size=4, kv_length=79)
+    pinned, free = (write_bundle(tmp_path / str(each), fixed_shapes=each) for each in (shapes, None))
+    with pytest.raises(OptionError, match="is pinned to 2 slots, got num_slots=3: leave num_slots out"):
+        check_slots(pinned, VerifyOptions(num_slots=3))
+    with pytest.raises(OptionError, match="bytes of memory are free: give at most num_slots="):
+        check_slots(free, VerifyOptions(num_slots=10**12))
+    check_slots(pinned, VerifyOptions(num_slots=2))
+    check_slots(free, VerifyOptions(num_slots=3))
 
 
 def test_an_engine_that_fails_fails_the_check(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -127,7 +148,7 @@ def test_an_engine_that_fails_fails_the_check(tmp_path, monkeypatch: pytest.Monk
         raise EngineError("it broke")
 
     with_engines(monkeypatch, broken)
-    found = exactness_of(write_bundle(tmp_path / "bundle"), EngineRun("cpu", 1))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions())
     assert (found.check.passed, found.check.detail, found.to_dict()) == (False, "it broke", None)
 
 
