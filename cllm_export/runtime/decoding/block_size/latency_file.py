@@ -1,8 +1,8 @@
 """``latency.json``: what was measured of forwards on this machine. It is in the bundle's directory, not part of it.
 
 It holds T(n) as ``cllm-export bench`` timed it, and the block sizes that were compared with n = 1. Each entry is valid
-only for the bundle, processor, library, threads and number of slots that it was measured with. Without a valid one the
-runtime measures itself.
+only for the bundle, processor, library, its options, threads and number of slots that it was measured with. Without a
+valid one the runtime measures itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.block_size.measured_times import monotone
 from cllm_export.runtime.engines.machine import describe_machine, processor_features
+from cllm_export.runtime.engines.onnxruntime import SESSION_OPTIONS
 
 log = logging.getLogger(__name__)
 
@@ -123,4 +124,4 @@ def _conditions(bundle: Bundle, num_slots: int, threads: int | None) -> dict[str
     machine = describe_machine(threads)
     conditions = {name: machine[name] for name in _CONDITIONS}
     own = {"bundle_fingerprint": bundle.fingerprint, "num_slots": num_slots, "features": processor_features()}
-    return own | conditions
+    return own | conditions | {"session_options": dict(SESSION_OPTIONS)}

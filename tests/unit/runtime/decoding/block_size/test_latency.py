@@ -220,7 +220,7 @@ def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):
     assert read_latency(bundle, num_slots=1, threads=1) is None
 
 
-@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "features", "onnxruntime"])
+@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "features", "onnxruntime", "session_options"])
 def test_a_file_of_another_bundle_or_machine_is_left_alone_and_says_what_differs(tmp_path, caplog, key):
     bundle = write_bundle(tmp_path / "bundle")
     write_latency(bundle, {1: 0.001}, num_slots=1, threads=1)
