@@ -97,8 +97,7 @@ def run_bench(
     - ``fastest_in``: number of passes in which no other setting was faster.
 
     ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
-    busy for these times to decide anything. If not, a single writable bundle on the CPU keeps ``latency.json``. It also
-    keeps there which block sizes are bit-equal to n = 1: all that ``auto`` may choose are compared first.
+    busy for these times to decide anything. One bundle on the CPU keeps steady times and exact n in ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -116,7 +115,6 @@ def run_bench(
     _check(bundles, checkpoint)
     models = [_load(bundle, options) for bundle in bundles]
     sizes = _settle_sizes(models, options)
-    _compare_sizes(models, progress)
     encoded = _encode(bundles, models[0], prompts)
     options = options if prompts else replace(options, ignore_eos=True)
     passes = _in_turn(models, encoded, settings := _settings(models, options, sizes), options, progress)
@@ -260,8 +258,10 @@ def _in_turn(
     """Run passes through all settings in turn, ``repeats`` times, after a warm-up round.
 
     A pass is all prompts in one setting, as a service would run them. Switching settings between requests would be
-    unfair: the heavy forwards of one loop evict processor caches, and the light forwards of another pay for it.
+    unfair: the heavy forwards of one loop evict processor caches, and the light forwards of another pay for it. Block
+    sizes are compared before, so that ``auto`` chooses among all that are exact.
     """
+    _compare_sizes(models, progress)
     passes: dict[Setting, list[Pass]] = {setting: [] for setting in settings}
     total = (options.repeats + 1) * len(settings)
     for done in range(total):
