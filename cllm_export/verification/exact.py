@@ -23,7 +23,7 @@ PASTS = (13, 150, 600)
 """KV rows before the compared ones: within one part of a sum over the cache, in two, and in several. The longest text
 that the cache has room for is added, in one slot beside shorter ones."""
 WIDTHS = (1, 5, 16, 128)
-"""Widths of prefill chunks."""
+"""Widths of prefill chunks. They read the second of the pasts, which is longer than the widest."""
 
 
 class Exactness(NamedTuple):
@@ -81,6 +81,7 @@ def check_exact_sizes(
     found, tried = ExactSizes(), set[int]()
     num_slots: list[int] = []
     problems: list[str] = []
+    num_read = 0
     for engine in engines:
         if engine.fixed_shapes:
             return _not_checked("the engine has one shape")
@@ -94,7 +95,7 @@ def check_exact_sizes(
         for past in fitting:
             rows = RowsOfOne(engine, past=past, count=max([1, *sizes]), seed=past)
             found = found.joined(_sizes_of(rows, sizes))
-            if past == fitting[0]:
+            if past == (num_read := fitting[:2][-1]):
                 problems += _problems_of_prefill(engine, rows, past)
         if engine.can_copy_rows and fitting[-1] < room:
             tried.add(room)
@@ -102,7 +103,7 @@ def check_exact_sizes(
                 problems.append(f"n = 1 beside a slot with {room} KV rows gives other rows")
                 found = found.joined(ExactSizes(different=frozenset(sizes)))
             found = found.joined(_sizes_of(rows, sizes))
-    return Exactness(_check(found, num_slots, tried, problems), found, num_slots)
+    return Exactness(_check(found, num_slots, max(tried, default=0), problems, num_read=num_read), found, num_slots)
 
 
 def _sizes_of(rows: RowsOfOne, sizes: Sequence[int]) -> ExactSizes:
@@ -121,13 +122,13 @@ def _problems_of_prefill(engine: Engine, rows: RowsOfOne, past: int) -> list[str
     return problems
 
 
-def _check(found: ExactSizes, slots: list[int], pasts: set[int], problems: list[str]) -> Check:
+def _check(found: ExactSizes, slots: list[int], longest: int, problems: list[str], *, num_read: int) -> Check:
     equal, different = (", ".join(map(str, sorted(each))) for each in (found.equal, found.different))
-    over = f"with {' and '.join(map(str, slots))} slots, after up to {max(pasts, default=0)} KV rows"
+    over = f"with {' and '.join(map(str, slots))} slots, after up to {longest} KV rows"
     said = [f"n = {equal} gives the logits and KV of n = 1, {over}"] if equal else []
     if different:
         said.append(f"n = {different} does not, so auto leaves it out")
-    said += sorted(set(problems)) or [f"so do prefill and the prefix cache, over {min(pasts, default=0)} rows"]
+    said += sorted(set(problems)) or [f"so do prefill and the prefix cache, over {num_read} rows"]
     is_exact = not different and not problems
     return Check(
         name=NAME,

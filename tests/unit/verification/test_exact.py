@@ -70,17 +70,20 @@ def test_a_slot_whose_rows_of_one_token_depend_on_a_longer_neighbour_is_said():
     assert "n = 1 beside a slot with 48 KV rows gives other rows" in found.check.detail
 
 
-def test_a_prefill_width_that_writes_other_kv_is_said():
+@pytest.mark.parametrize("odd", [5, 20])
+def test_a_prefill_width_that_writes_other_kv_is_said(odd: int):
+    """The widest chunk reads as many rows as it has."""
+
     class OddPrefill(RoundingEngine):
         def prefill(self, batch: Batch) -> None:
             super().prefill(batch)
             size = len(batch.input_ids[0])
             for row in range(batch.write_index[0], batch.write_index[0] + size):
-                (self._off.add if size == 5 else self._off.discard)((0, row))
+                (self._off.add if size == odd else self._off.discard)((0, row))
 
     found = compared(OddPrefill())
     assert found.check.passed is None
-    assert "prefill in chunks of 5 writes other KV" in found.check.detail
+    assert f"prefill in chunks of {odd} writes other KV" in found.check.detail
 
 
 def test_what_cannot_be_compared_is_said_and_certifies_nothing():
