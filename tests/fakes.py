@@ -314,9 +314,10 @@ class RoundingEngine(FakeEngine):
         logits_of: Callable[[int, int, int], bool] = lambda *_: False,
         kv_of: Callable[[int, int, int], bool] = lambda *_: False,
         num_slots: int = 1,
+        max_length: int = 64,
         max_block_size: int = 16,
     ) -> None:
-        geometry = make_geometry(vocab_size=64, max_length=64, max_block_size=max_block_size)
+        geometry = make_geometry(vocab_size=64, max_length=max_length, max_block_size=max_block_size)
         super().__init__(HashModel(vocab_size=64), geometry, num_slots=num_slots)
         self._logits_of, self._kv_of = logits_of, kv_of
         self._off: set[tuple[int, int]] = set()

@@ -282,6 +282,31 @@ def locked_directory(directory: Path, *, busy: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in such a block of this directory, and keep the others out.
+
+    For a file that is read, changed and written again. The lock ends with its process, and leaves no file.
+
+    Raises:
+        OutputError: the directory cannot be locked.
+    """
+    from filelock import lock_descriptor
+
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise output_error(error, directory) from None
+    try:
+        try:
+            lock_descriptor(descriptor)
+        except OSError as error:
+            raise output_error(error, directory) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed builds of the same target left: staging directories whose lock no process holds."""
     if target.exists():

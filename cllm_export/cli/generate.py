@@ -40,7 +40,7 @@ from cllm_export.prompts import Prompt, parse_stdin, read_prompts
 from cllm_export.runtime.decode_all import decode_all
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_target
 from cllm_export.runtime.decoding.request import Method
-from cllm_export.runtime.decoding.shared_options import threads_option
+from cllm_export.runtime.decoding.shared_options import num_slots_option, threads_option
 from cllm_export.runtime.load import Provider, load, plan_option, provider_option
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import BlockSize, GenerateOptions, resolve
@@ -114,11 +114,8 @@ class EngineChoice:
         help="Another bundle with the same tokenizer, which drafts for --method speculative or --proposer model.",
         group="Decoding",
     )
-    num_slots: int | None = option(
-        None,
-        minimum=1,
-        help="Number of prompts decoded at once, all at one block size.",
-        otherwise="the bundle's batch size",
+    num_slots: int | None = num_slots_option(
+        help="Number of prompts decoded at once, all at one block size.", otherwise="the bundle's batch size"
     )
     threads: int | None = threads_option()
     provider: Provider = provider_option()

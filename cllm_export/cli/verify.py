@@ -22,7 +22,7 @@ from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError
 from cllm_export.extras import needs_extra
 from cllm_export.prompts import read_prompts
-from cllm_export.verification.report import VerifyOptions
+from cllm_export.verification.report import VerifyOptions, check_slots
 
 
 @command("cllm-export verify my-bundle --checkpoint path/to/checkpoint")
@@ -41,7 +41,8 @@ def verify(
 
     if limit is not None and prompts is None:
         raise OptionError("limit needs prompts", fields=("limit", "prompts"))
-    check_bundle("bundle", bundle, block_sizes=options.block_sizes)
+    if opened := check_bundle("bundle", bundle, block_sizes=options.block_sizes):
+        check_slots(opened, options)
     check_plan(bundle, options.provider, options.plan)
     check_checkpoint_or_adapter(checkpoint, base)
     check_prompts("prompts", prompts, limit=limit)

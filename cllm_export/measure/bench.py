@@ -97,7 +97,7 @@ def run_bench(
     - ``fastest_in``: number of passes in which no other setting was faster.
 
     ``bundles`` describes each bundle with its T(n), the spread of T(n) / T(1), and ``why_busy`` if the machine was too
-    busy for these times to decide anything. If not, a single writable bundle on the CPU keeps ``latency.json``.
+    busy for these times to decide anything. One bundle on the CPU keeps steady times and exact n in ``latency.json``.
 
     Args:
         names: names of the bundles in the report; by default their paths.
@@ -189,6 +189,15 @@ def _load(bundle: Bundle, options: BenchOptions) -> Model:
     )
 
 
+def _compare_sizes(models: Sequence[Model], progress: Progress) -> None:
+    """Let ``auto`` of a single bundle choose among all exact sizes, and keep which they are for the next load."""
+    [model, *others] = models
+    if others or model.engine.fixed_shapes:
+        return
+    progress("comparing block sizes with n = 1", 0, 1)
+    model.compare_sizes()
+
+
 def _encode(bundles: Sequence[Bundle], model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of every prompt, after a check that every bundle has room for them."""
     smallest = min(bundles, key=lambda bundle: bundle.manifest.max_length)
@@ -253,8 +262,10 @@ def _in_turn(
     """Run passes through all settings in turn, ``repeats`` times, after a warm-up round.
 
     A pass is all prompts in one setting, as a service would run them. Switching settings between requests would be
-    unfair: the heavy forwards of one loop evict processor caches, and the light forwards of another pay for it.
+    unfair: the heavy forwards of one loop evict processor caches, and the light forwards of another pay for it. Block
+    sizes are compared before, so that ``auto`` chooses among all that are exact.
     """
+    _compare_sizes(models, progress)
     passes: dict[Setting, list[Pass]] = {setting: [] for setting in settings}
     total = (options.repeats + 1) * len(settings)
     for done in range(total):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from cllm_export.runtime.decoding.block_size.auto_sizes import AutoSizes, candidate_sizes, settle_sizes
 from cllm_export.runtime.decoding.block_size.chooser import PinnedSize, SizePolicy
-from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
+from cllm_export.runtime.decoding.block_size.exact_sizes import BUDGET_SECONDS, ExactSizes
 from cllm_export.runtime.decoding.draft_model import DraftModel
 from cllm_export.runtime.decoding.jacobi import Decoder
 from cllm_export.runtime.decoding.lookahead.loop import LookaheadLoop
@@ -106,7 +107,12 @@ class LoopMaker:
         return scheduler
 
     def make_scheduler(
-        self, block_size: BlockSize, *, prefill_width: int | None = None, alternate_width: int | None = None
+        self,
+        block_size: BlockSize,
+        *,
+        prefill_width: int | None = None,
+        alternate_width: int | None = None,
+        reading_widths: Sequence[int] = (),
     ) -> Scheduler:
         """A scheduler over the engine's slots; see ``Scheduler`` for the widths.
 
@@ -119,6 +125,7 @@ class LoopMaker:
             pad_token_id=self._limits.pad_token_id,
             prefill_width=prefill_width,
             alternate_width=alternate_width,
+            reading_widths=reading_widths,
             drafter=self._draft_model,
             prefix_cache=self._prefix_cache,
         )
@@ -133,23 +140,46 @@ class LoopMaker:
         if self._device_loops:
             self._device_loops.close()
 
-    def _size_policy(self, block_size: BlockSize) -> SizePolicy:
-        """The policy that gives n. All requests share one chooser. What it must know is measured here, once."""
-        if isinstance(block_size, int):
-            return PinnedSize(block_size)
+    def settle_auto(self) -> AutoSizes:
+        """What ``auto`` means here. What must be known for it is measured and compared at the first call.
+
+        Raises:
+            EngineError: the engine failed.
+        """
         if self._auto is None:
-            trained = self._limits.trained_with
-            first = min(trained.block_size, self._engine.max_block_size) if trained else 1
-            self._auto = settle_sizes(
-                self._engine,
-                candidate_sizes(self._engine, first=first),
-                first=first,
-                pad_token_id=self._limits.pad_token_id,
-                known_times=self._forward_seconds,
-                known_sizes=self._exact_sizes,
-                keep=self._keep_sizes,
-            )
-        return self._auto.policy
+            self._auto = self._settle(BUDGET_SECONDS)
+        return self._auto
+
+    def compare_sizes(self) -> AutoSizes:
+        """What ``auto`` means here once every size is compared, however long that takes.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        self._auto = self._settle(math.inf)
+        return self._auto
+
+    def _settle(self, budget: float) -> AutoSizes:
+        trained = self._limits.trained_with
+        first = min(trained.block_size, self._engine.max_block_size) if trained else 1
+        return settle_sizes(
+            self._engine,
+            candidate_sizes(self._engine, first=first),
+            first=first,
+            pad_token_id=self._limits.pad_token_id,
+            known_times=self._forward_seconds,
+            known_sizes=self._exact_sizes,
+            keep=self._know,
+            budget=budget,
+        )
+
+    def _know(self, sizes: ExactSizes) -> None:
+        self._exact_sizes = sizes
+        self._keep_sizes(sizes)
+
+    def _size_policy(self, block_size: BlockSize) -> SizePolicy:
+        """The policy that gives n. All requests share one chooser."""
+        return PinnedSize(block_size) if isinstance(block_size, int) else self.settle_auto().policy
 
     def _device_engine(self, request: ResolvedRequest) -> TrtEngine:
         from cllm_export.tensorrt.loop.device_request import require_device_loop

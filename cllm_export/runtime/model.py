@@ -48,7 +48,7 @@ class Model:
         forward_seconds: seconds of a forward by block size, if they are known. Otherwise they are measured before the
             first request for which n is chosen.
         exact_sizes: block sizes that were compared with n = 1 on such an engine; by default none. The others are
-            compared before the first request for which n is chosen.
+            compared before the first request for which n is chosen, as many as a moment allows.
         keep_sizes: takes the compared sizes then, to know them another time.
     """
 
@@ -155,6 +155,22 @@ class Model:
         run = self.requests.make(self.encode(prompt, **arguments), given)
         self.loops.require(run.request)
         return run
+
+    def compare_sizes(self) -> tuple[int, ...]:
+        """Compare every block size that ``auto`` may choose with n = 1, however long that takes.
+
+        For a model whose forwards are too slow to compare them all before a first request. A 7 B model takes minutes on
+        a CPU. Call it once, before a ``Service``: on the CPU, ``latency.json`` keeps what was found for the next load
+        with as many slots and threads. Sizes that were compared before are not compared again. Returns ``auto_sizes``.
+
+        Raises:
+            OptionError: the engine has fixed shapes, so that n is one number.
+            EngineError: the engine failed, a request is running, or a service is open.
+        """
+        if fixed := self.engine.fixed_shapes:
+            raise OptionError(f"this model has the block size {fixed.block_size} alone: there is no other to compare")
+        with self.lease.hold():
+            return self.loops.compare_sizes().sizes
 
     @property
     def auto_sizes(self) -> tuple[int, ...] | None:

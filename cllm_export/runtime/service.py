@@ -182,8 +182,8 @@ class Service:
 
     By default all forwards have one n. A request's result is then bit-identical to its result alone in this service.
     With ``auto``, n is chosen for the batch before each forward, for the most tokens per second, among sizes that are
-    bit-equal to n = 1 on this engine. A forward that also reads a prompt has other widths, which are not compared. So a
-    near tie may round differently beside a prompt that is being read.
+    bit-equal to n = 1 on this engine. Forwards that read prompts have these sizes too. So a request's result is that of
+    n = 1, whatever runs beside it.
 
     Use it in a ``with`` or an ``async with``, or ``close`` it. While it is open, ``Model.generate`` is refused. Make it
     after a fork: its worker does not run in a child process, where every call is refused.
@@ -486,13 +486,18 @@ def _run_call(function: Callable[[], T], future: Future[T]) -> None:
 
 
 def _make_scheduler(model: Model, block_size: BlockSize) -> Scheduler:
-    """A scheduler whose prefill width follows from n.
+    """A scheduler whose reading forwards follow from n.
 
     A fixed n prefills in chunks of n. If n is at most half of MIN_PREFILL_WIDTH, wider prefill-only forwards alternate
-    with decode-only forwards. With ``auto``, where n may be 1, chunks have up to MIN_PREFILL_WIDTH tokens. The model's
-    largest n is an upper limit of this width.
+    with decode-only forwards. The same holds where ``auto`` means one n. Where it chooses among several, a chunk has
+    one of these sizes, up to MIN_PREFILL_WIDTH: they are bit-equal to n = 1, and other widths were not compared. The
+    model's largest n is an upper limit of this width.
     """
     wide = min(MIN_PREFILL_WIDTH, model.limits.max_block_size)
-    if block_size == "auto":
-        return model.loops.make_scheduler(block_size, prefill_width=wide)
-    return model.loops.make_scheduler(block_size, alternate_width=wide if block_size <= wide // 2 else None)
+    sizes = (block_size,) if isinstance(block_size, int) else model.loops.settle_auto().sizes
+    if len(sizes) > 1:
+        widest = min(wide, model.engine.prefill_chunk)
+        return model.loops.make_scheduler(
+            block_size, reading_widths=[size for size in sorted({1, *sizes}) if size <= widest]
+        )
+    return model.loops.make_scheduler(block_size, alternate_width=wide if sizes[0] <= wide // 2 else None)

@@ -16,13 +16,14 @@ from cllm_export.runtime.decoding.block_size.auto_sizes import candidate_sizes
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes, RowsOfOne, room_before
 from cllm_export.runtime.engines.base import Engine
 from cllm_export.verification.engine_checks import EngineRun
-from cllm_export.verification.report import Check
+from cllm_export.verification.report import Check, VerifyOptions
 
 NAME = "rows are bit-equal at every n"
 PASTS = (13, 150, 600)
-"""KV rows before the compared ones: within one part of a sum over the cache, in two, and in several."""
+"""KV rows before the compared ones: within one part of a sum over the cache, in two, and in several. The longest text
+that the cache has room for is added, in one slot beside shorter ones."""
 WIDTHS = (1, 5, 16, 128)
-"""Widths of prefill chunks."""
+"""Widths of prefill chunks. They read the second of the pasts, which is longer than the widest."""
 
 
 class Exactness(NamedTuple):
@@ -39,17 +40,18 @@ class Exactness(NamedTuple):
         return None if self.sizes is None else {**self.sizes.to_dict(), "num_slots": self.num_slots}
 
 
-def exactness_of(bundle: Bundle, run: EngineRun, *, own_sizes: Sequence[int] = ()) -> Exactness:
+def exactness_of(bundle: Bundle, options: VerifyOptions) -> Exactness:
     """Compare with one slot and with several, where the number may vary.
 
-    ``own_sizes`` are compared besides those of ``auto``.
+    The block sizes of the options are compared besides those of ``auto``.
     """
-    manifest = bundle.manifest
-    may_vary = run.provider in ("cpu", "cuda") and manifest.graphs[GREEDY_GRAPH].fixed_shapes is None
+    manifest, run, own_sizes = bundle.manifest, EngineRun(options.provider, options.threads), options.block_sizes
+    may_vary = options.slots_may_vary and manifest.graphs[GREEDY_GRAPH].fixed_shapes is None
+    several = options.num_slots or max(2, manifest.batch_size)
     sizes = {manifest.block_size, *own_sizes, *([manifest.trained_with.block_size] if manifest.trained_with else [])}
 
     def opened() -> Generator[Engine]:
-        for num_slots in sorted({1, max(2, manifest.batch_size)}) if may_vary else [None]:
+        for num_slots in sorted({1, several}) if may_vary else [None]:
             engine = run.open(bundle, num_slots=num_slots)
             try:
                 yield engine
@@ -79,6 +81,7 @@ def check_exact_sizes(
     found, tried = ExactSizes(), set[int]()
     num_slots: list[int] = []
     problems: list[str] = []
+    num_read = 0
     for engine in engines:
         if engine.fixed_shapes:
             return _not_checked("the engine has one shape")
@@ -91,11 +94,21 @@ def check_exact_sizes(
         tried |= set(fitting)
         for past in fitting:
             rows = RowsOfOne(engine, past=past, count=max([1, *sizes]), seed=past)
-            equal = frozenset(size for size in sizes if rows.are_given_by(size, num_blocks=None))
-            found = found.joined(ExactSizes(equal=equal, different=frozenset(sizes) - equal))
-            if past == fitting[0]:
+            found = found.joined(_sizes_of(rows, sizes))
+            if past == (num_read := fitting[:2][-1]):
                 problems += _problems_of_prefill(engine, rows, past)
-    return Exactness(_check(found, num_slots, tried, problems), found, num_slots)
+        if engine.can_copy_rows and fitting[-1] < room:
+            tried.add(room)
+            if not rows.stretch(room):
+                problems.append(f"n = 1 beside a slot with {room} KV rows gives other rows")
+                found = found.joined(ExactSizes(different=frozenset(sizes)))
+            found = found.joined(_sizes_of(rows, sizes))
+    return Exactness(_check(found, num_slots, max(tried, default=0), problems, num_read=num_read), found, num_slots)
+
+
+def _sizes_of(rows: RowsOfOne, sizes: Sequence[int]) -> ExactSizes:
+    equal = rows.sizes_that_give_them(sizes, num_blocks=None)
+    return ExactSizes(equal=equal, different=frozenset(sizes) - equal)
 
 
 def _problems_of_prefill(engine: Engine, rows: RowsOfOne, past: int) -> list[str]:
@@ -109,13 +122,13 @@ def _problems_of_prefill(engine: Engine, rows: RowsOfOne, past: int) -> list[str
     return problems
 
 
-def _check(found: ExactSizes, slots: list[int], pasts: set[int], problems: list[str]) -> Check:
+def _check(found: ExactSizes, slots: list[int], longest: int, problems: list[str], *, num_read: int) -> Check:
     equal, different = (", ".join(map(str, sorted(each))) for each in (found.equal, found.different))
-    over = f"with {' and '.join(map(str, slots))} slots, after up to {max(pasts, default=0)} KV rows"
+    over = f"with {' and '.join(map(str, slots))} slots, after up to {longest} KV rows"
     said = [f"n = {equal} gives the logits and KV of n = 1, {over}"] if equal else []
     if different:
         said.append(f"n = {different} does not, so auto leaves it out")
-    said += sorted(set(problems)) or [f"so do prefill and the prefix cache, over {min(pasts, default=0)} rows"]
+    said += sorted(set(problems)) or [f"so do prefill and the prefix cache, over {num_read} rows"]
     is_exact = not different and not problems
     return Check(
         name=NAME,

@@ -7,11 +7,12 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cllm_export.bundle.manifest import PARITY_NAME, Bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, PARITY_NAME, Bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import check_options, documented, option
 from cllm_export.errors import OptionError, OutputError
-from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, threads_option
+from cllm_export.runtime.decoding.shared_options import max_new_tokens_option, num_slots_option, threads_option
+from cllm_export.runtime.engines.machine import require_memory
 from cllm_export.runtime.load import Provider, plan_option, provider_option
 
 GREEDY, SAMPLED = "", "sampled "
@@ -84,6 +85,11 @@ class VerifyOptions:
     """What runs the bundle. The certificate is for this provider alone."""
     plan: str | None = plan_option()
     """The certificate is for this plan alone."""
+    num_slots: int | None = num_slots_option(
+        help="Number of slots to compare block sizes with, as the service will have.",
+        otherwise="the bundle's batch size, at least 2",
+    )
+    """Block sizes are compared with one slot and with this many. A plan has the slots that it was built with."""
     by_layer: bool | None = option(
         None,
         help="Compare with the checkpoint layer by layer, or by decoding.",
@@ -100,6 +106,17 @@ class VerifyOptions:
                 f"layers are compared on the CPU alone, got provider={self.provider!r}: leave provider or by_layer out",
                 fields=("provider", "by_layer"),
             )
+        if self.num_slots is not None and not self.slots_may_vary:
+            raise OptionError(
+                f"a plan has the slots that it was built with, got num_slots={self.num_slots} and "
+                f"provider={self.provider!r}: leave num_slots out",
+                fields=("num_slots", "provider"),
+            )
+
+    @property
+    def slots_may_vary(self) -> bool:
+        """Whether the provider runs any number of slots."""
+        return self.provider in ("cpu", "cuda")
 
 
 def check_writable(bundle: Bundle) -> None:
@@ -114,6 +131,25 @@ def check_writable(bundle: Bundle) -> None:
             file.flush()
     except OSError as error:
         raise OutputError(f"cannot write {PARITY_NAME} into {bundle.path}: {error.strerror}") from None
+
+
+def check_slots(bundle: Bundle, options: VerifyOptions) -> None:
+    """Check, before any work, that an engine can have as many slots as the options ask for.
+
+    Raises:
+        OptionError: the bundle is pinned to another number, or so many do not fit into memory.
+    """
+    slots, manifest = options.num_slots, bundle.manifest
+    if slots is None:
+        return
+    fixed = manifest.graphs[GREEDY_GRAPH].fixed_shapes
+    if fixed and slots != fixed.batch_size:
+        raise OptionError(
+            f"{bundle.path} is pinned to {fixed.batch_size} slots, got num_slots={slots}: leave num_slots out",
+            fields=("num_slots",),
+        )
+    if options.provider == "cpu":
+        require_memory(slots, manifest.geometry.cache_bytes(manifest.precision))
 
 
 def write_parity(bundle: Bundle, parity: Parity) -> None:

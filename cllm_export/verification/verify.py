@@ -41,6 +41,7 @@ from cllm_export.verification.report import (
     Check,
     Parity,
     VerifyOptions,
+    check_slots,
     check_writable,
     files_text,
     reported,
@@ -83,6 +84,7 @@ def verify(
     options = options or VerifyOptions()
     bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_writable(bundle)
+    check_slots(bundle, options)
     instead = _why_by_layer(bundle, options)
     if checkpoint is None:
         _require_no_checkpoint(base, instead)
@@ -138,7 +140,7 @@ def _decode(
     progress("checks of the engine", 0, 1)
     run = EngineRun(options.provider, options.threads, facts.get("plan"))
     checks += [check(bundle, run) for check in ENGINE_CHECKS]
-    exact = exactness_of(bundle, run, own_sizes=options.block_sizes)
+    exact = exactness_of(bundle, options)
     return [*checks, exact.check], facts, exact
 
 

@@ -86,6 +86,9 @@ class Scheduler:
         alternate_width: if set, prefill and decode alternate: a prefill-only forward of this width, then a decode-only
             forward of ``block_size``. For block sizes too small to prefill with. Results stay bit-identical. Ignored
             if the engine has fixed shapes.
+        reading_widths: if set, ascending: a forward that reads prompts has one of these widths, or that of its blocks
+            if this is larger. Results stay bit-identical if all these widths and all block sizes round alike. Ignored
+            if the engine has fixed shapes.
         drafter: answers the draft requests of tasks, once before each forward. It has a lane for each slot.
         prefix_cache: keeps the KV of prompts and of their new tokens. The prefill of a later prompt starts after the
             longest prefix that the cache holds.
@@ -99,6 +102,7 @@ class Scheduler:
         pad_token_id: int,
         prefill_width: int | None = None,
         alternate_width: int | None = None,
+        reading_widths: Sequence[int] = (),
         drafter: Drafter | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
@@ -108,6 +112,7 @@ class Scheduler:
         self._sizes = block_size
         self._prefill_width = None if engine.fixed_shapes else prefill_width
         self._alternate_width = None if engine.fixed_shapes else alternate_width
+        self._reading_widths = () if engine.fixed_shapes else tuple(reading_widths)
         self._is_prefill_turn = False
         self._drafter = drafter
         self._slots = [Slot(pad_token_id, memory_of(engine, slot, prefix_cache)) for slot in range(engine.num_slots)]
@@ -249,9 +254,12 @@ class Scheduler:
             return 0
         if self._alternate_width is not None:
             return self._alternate_width
+        most = max(self._slots[index].num_to_prefill for index in prefilling)
+        if self._reading_widths:
+            return next((width for width in self._reading_widths if width >= most), self._reading_widths[-1])
         if self._prefill_width is None:
             return block_size or self._sizes.choose(self._drafts_of(prefilling))
-        return min(self._prefill_width, max(self._slots[index].num_to_prefill for index in prefilling))
+        return min(self._prefill_width, most)
 
     def _observe(self, step: Step, running: Sequence[Slot], seconds: float) -> None:
         """Report a forward to the policy that chooses n. A forward widened for prefill is no measure of T(n)."""

@@ -53,6 +53,11 @@ def limit_option(default: int | None = None) -> Any:
     return option(default, help="Use only this many prompts, from the first.", minimum=1, group="Input")
 
 
+def num_slots_option(*, help: str, otherwise: str) -> Any:  # noqa: A002 - as ``option`` calls it
+    """B, the number of slots of an engine."""
+    return option(None, help=help, otherwise=otherwise, minimum=1, group="Machine")
+
+
 def threads_option() -> Any:
     """CPU threads of the engine."""
     return option(

@@ -8,9 +8,11 @@ one sentence. This happens before any library is loaded that would crash there.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from typing import Any, Literal, NamedTuple
 
 from cllm_export.errors import EngineError, GpuError
@@ -85,6 +87,21 @@ def describe_gpu(device: int = 0) -> dict[str, Any]:
         if status
         else {"device": name.value.decode(), "driver": version_text(version.value)}
     )
+
+
+KERNEL_LIBRARIES = ("nvidia-cublas", "nvidia-cudnn", "nvidia-cuda-runtime", "nvidia-cuda-nvrtc")
+"""How the names of packages begin whose kernels ONNX Runtime's CUDA provider runs."""
+KERNEL_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+"""Variables of the environment by which NVIDIA's libraries choose kernels."""
+
+
+def describe_cuda() -> dict[str, Any]:
+    """What kernels on a GPU depend on besides it: installed packages of NVIDIA with versions, and the environment."""
+    names = {(found.metadata["Name"] or "").lower().replace("_", "-"): found.version for found in distributions()}
+    return {
+        "libraries": {name: names[name] for name in sorted(names) if name.startswith(KERNEL_LIBRARIES)},
+        "environment": {name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
+    }
 
 
 def require_gpu() -> None:

@@ -29,7 +29,7 @@ from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, GpuError, OptionError
 from cllm_export.extras import install_line, missing_extra, require_floors
 from cllm_export.runtime.engines.base import EngineBase, Forward, KvRows
-from cllm_export.runtime.engines.cuda import describe_gpu, require_gpu
+from cllm_export.runtime.engines.cuda import describe_cuda, describe_gpu, require_gpu
 from cllm_export.runtime.engines.kv_cache import allocate, check_row_shape, graph_kv_length, kv_length_bucket
 from cllm_export.runtime.engines.machine import (
     available_threads,
@@ -59,6 +59,9 @@ QDQ_AS_WRITTEN = ("session.disable_quant_qdq", "1")
 """Session setting: dequantise and then multiply in fp32, as the graph says. The alternative is a fused kernel of signed
 bytes. On x86 without VNNI, that kernel adds products in 16 bits and saturates silently. On a tiny model, half of the
 logits moved by a tenth of their spread."""
+
+SESSION_OPTIONS = {"graph_optimization_level": "ORT_ENABLE_ALL", **dict([QDQ_AS_WRITTEN])}
+"""The options of every session that its kernels depend on, besides threads, which vary."""
 
 ENABLE_GRAPHS = ("enable_cuda_graph", "1")
 """Option of the CUDA provider that enables CUDA graphs."""
@@ -265,6 +268,7 @@ class OrtEngine(EngineBase):
         self._linked = MappedWeights(bundle)  # must live as long as the sessions, which read through its maps
         self._graph_ids = itertools.count(1) if cuda_graphs else None
         self._sessions = {GREEDY_GRAPH: self._load(GREEDY_GRAPH)}
+        self._provider_options = self._sessions[GREEDY_GRAPH].get_provider_options()[PROVIDERS[device]]
         self._views = self._sessions[GREEDY_GRAPH].io_binding() if copies or device != "cpu" else None
         """Makes the views of buffers on a device; None if buffers are host arrays."""
         self._cache = allocate(self.geometry, manifest.precision, self.num_slots, self._make_buffer)
@@ -280,8 +284,12 @@ class OrtEngine(EngineBase):
         return {past: buffer.value.data_ptr() for past, buffer in self._cache.items()}
 
     def describe(self) -> dict[str, Any]:
-        device = describe_processor(self._threads) if self._device == "cpu" else describe_gpu()
-        return device | onnxruntime_version()
+        if self._device == "cpu":
+            device = describe_processor(self._threads)
+        else:
+            device = describe_gpu() | describe_cuda() | {"cuda_graphs": self._graph_ids is not None}
+        options = {"session_options": dict(SESSION_OPTIONS), "provider_options": dict(self._provider_options)}
+        return device | onnxruntime_version() | options
 
     def forward(self, batch: Batch, *, with_logits: bool = False) -> Forward:
         size = self._check_batch(batch)
@@ -504,6 +512,8 @@ def _session_options(threads: int, log_severity: int, device: Device) -> onnxrun
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = log_severity
+    level = SESSION_OPTIONS["graph_optimization_level"]
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     options.add_session_config_entry(*QDQ_AS_WRITTEN)
     return options
 

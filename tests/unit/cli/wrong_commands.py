@@ -291,7 +291,12 @@ PAIRS = {
         "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --resume",
         "checkpoint --prompts=prompts.jsonl --output=new/out --steps=1 --optimizer=muon --mixed-precision=fp16",
     ),
-    "verify": ("bundle --limit=1", "--by-layer bundle", "bundle --base=checkpoint"),
+    "verify": (
+        "bundle --limit=1",
+        "--by-layer bundle",
+        "bundle --base=checkpoint",
+        "bundle --num-slots=2 --provider=tensorrt",
+    ),
 }
 """Options that need each other, or exclude each other. The message names the last."""
 

@@ -6,7 +6,7 @@ import gc
 import re
 import weakref
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from onnxruntime import InferenceSession as RealSession
 from cllm_export.bundle.contract import Batch
 from cllm_export.errors import EngineError, GpuError, OptionError
 from cllm_export.extras import install_line
+from cllm_export.runtime.decoding.block_size.certificate import differences
+from cllm_export.runtime.engines import cuda
 from cllm_export.runtime.engines import onnxruntime as ort_engine
 from cllm_export.runtime.engines.onnxruntime import OrtEngine
 from cllm_export.runtime.load import Provider, load, open_engine
@@ -114,6 +116,14 @@ class GraphSession:
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider"]
 
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        """As the real one: every option of the provider, those that nobody gave included."""
+        given = dict(self.providers[0][1]) if isinstance(self.providers[0], tuple) else {}
+        return {
+            "CUDAExecutionProvider": {"use_tf32": "1", "enable_cuda_graph": "0"} | given,
+            "CPUExecutionProvider": {},
+        }
+
     def io_binding(self) -> Any:
         io = self._session.io_binding()
         io.owner = self  # as a binding keeps its session
@@ -192,6 +202,36 @@ def test_sessions_of_every_device_have_the_same_options(
     (found,) = graph_session.options
     assert found.intra_op_num_threads == 3
     assert found.get_session_config_entry("session.disable_quant_qdq") == "1"
+
+
+def test_an_engine_says_all_that_its_kernels_are_chosen_by(
+    workshop: Workshop, graph_session: type[GraphSession], monkeypatch: pytest.MonkeyPatch
+):
+    """A certificate of other settings must not count."""
+    bundle = workshop.bundle("small")
+    facts = OrtEngine(bundle, threads=2).describe()
+    assert set(facts) == {"device", "features", "threads", "onnxruntime", "session_options", "provider_options"}
+    assert facts["session_options"] == {
+        "graph_optimization_level": "ORT_ENABLE_ALL",
+        "session.disable_quant_qdq": "1",
+    }
+    assert {options.graph_optimization_level.name for options in graph_session.options} == {"ORT_ENABLE_ALL"}
+    plain, recorded = (open_engine(bundle, "cuda", cuda_graphs=graphs).describe() for graphs in (False, True))
+    assert differences(plain, recorded | {"device": "a GPU"}) == ["cuda_graphs", "device", "provider_options"]
+    assert plain["provider_options"]["use_tf32"] == "1"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    other = open_engine(bundle, "cuda").describe() | {"device": "a GPU"}
+    assert differences(plain | {"device": "a GPU"}, other) == ["environment"]
+
+
+def test_packages_of_kernels_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch):
+    class Package(NamedTuple):
+        metadata: dict[str, str]
+        version: str
+
+    names = ("nvidia_cublas_cu12", "nvidia-cudnn-cu13", "nvidia-ml-py", "numpy")
+    monkeypatch.setattr(cuda, "distributions", lambda: [Package({"Name": name}, "9.1") for name in names])
+    assert cuda.describe_cuda()["libraries"] == {"nvidia-cublas-cu12": "9.1", "nvidia-cudnn-cu13": "9.1"}
 
 
 def test_threads_reach_the_engine_of_every_provider(workshop: Workshop, graph_session: type[GraphSession]):

@@ -12,7 +12,7 @@ from cllm_export.runtime.engines.base import Engine
 from cllm_export.verification import exact
 from cllm_export.verification.engine_checks import EngineRun, bfloat16_bits
 from cllm_export.verification.exact import Exactness, check_exact_sizes, exactness_of
-from cllm_export.verification.report import VerifyOptions
+from cllm_export.verification.report import VerifyOptions, check_slots
 from tests.fakes import FakeEngine, HashModel, RoundingEngine, make_geometry, write_bundle
 
 SIZES = [2, 3, 4, 8, 12, 16]
@@ -52,17 +52,38 @@ def test_a_difference_after_many_rows_alone_is_found():
     assert compared(engine).to_dict() == {"equal": [2, 3, 8, 12, 16], "different": [4], "num_slots": [1]}
 
 
-def test_a_prefill_width_that_writes_other_kv_is_said():
+def test_the_longest_text_is_compared_beside_short_ones():
+    """One slot has as many KV rows as the cache has room for; the others keep theirs."""
+    engine = RoundingEngine(num_slots=2)
+    engine._logits_of = lambda size, *_: size == 4 and engine.calls[-1].write_index[0] > 40
+    found = compared(engine)
+    assert found.to_dict() == {"equal": [2, 3, 8, 12, 16], "different": [4], "num_slots": [2]}
+    assert "after up to 48 KV rows" in found.check.detail
+    assert any(long == 48 and short < 24 for long, short in (call.write_index for call in engine.calls))
+
+
+def test_a_slot_whose_rows_of_one_token_depend_on_a_longer_neighbour_is_said():
+    engine = RoundingEngine(num_slots=2)
+    engine._kv_of = lambda _, __, slot: slot == 1 and engine.calls[-1].write_index[0] > 40
+    found = compared(engine)
+    assert found.to_dict() == {"equal": [], "different": SIZES, "num_slots": [2]}
+    assert "n = 1 beside a slot with 48 KV rows gives other rows" in found.check.detail
+
+
+@pytest.mark.parametrize("odd", [5, 20])
+def test_a_prefill_width_that_writes_other_kv_is_said(odd: int):
+    """The widest chunk reads as many rows as it has."""
+
     class OddPrefill(RoundingEngine):
         def prefill(self, batch: Batch) -> None:
             super().prefill(batch)
             size = len(batch.input_ids[0])
             for row in range(batch.write_index[0], batch.write_index[0] + size):
-                (self._off.add if size == 5 else self._off.discard)((0, row))
+                (self._off.add if size == odd else self._off.discard)((0, row))
 
     found = compared(OddPrefill())
     assert found.check.passed is None
-    assert "prefill in chunks of 5 writes other KV" in found.check.detail
+    assert f"prefill in chunks of {odd} writes other KV" in found.check.detail
 
 
 def test_what_cannot_be_compared_is_said_and_certifies_nothing():
@@ -99,9 +120,30 @@ def test_slots_vary_where_they_may(tmp_path, monkeypatch: pytest.MonkeyPatch, pr
 
     with_engines(monkeypatch, opened)
     monkeypatch.setattr(exact, "PASTS", (5,))
-    found = exactness_of(write_bundle(tmp_path / "bundle"), EngineRun(provider, 1))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions(provider=provider))
     assert asked == slots
     assert found.num_slots == [each or 3 for each in slots]
+
+
+@pytest.mark.parametrize(("num_slots", "slots"), [(8, [1, 8]), (1, [1])])
+def test_the_slots_of_a_service_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch, num_slots, slots):
+    with_engines(monkeypatch, lambda number: RoundingEngine(num_slots=number or 1))
+    monkeypatch.setattr(exact, "PASTS", (5,))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions(num_slots=num_slots))
+    assert (found.to_dict() or {})["num_slots"] == slots
+
+
+def test_slots_that_no_engine_of_the_bundle_has_are_refused_before_any_work(tmp_path):
+    with pytest.raises(OptionError, match="a plan has the slots that it was built with, got num_slots=8"):
+        VerifyOptions(provider="tensorrt", num_slots=8)
+    shapes = FixedShapes(batch_size=2, block_size=4, kv_length=79)
+    pinned, free = (write_bundle(tmp_path / str(each), fixed_shapes=each) for each in (shapes, None))
+    with pytest.raises(OptionError, match="is pinned to 2 slots, got num_slots=3: leave num_slots out"):
+        check_slots(pinned, VerifyOptions(num_slots=3))
+    with pytest.raises(OptionError, match="bytes of memory are free: give at most num_slots="):
+        check_slots(free, VerifyOptions(num_slots=10**12))
+    check_slots(pinned, VerifyOptions(num_slots=2))
+    check_slots(free, VerifyOptions(num_slots=3))
 
 
 def test_an_engine_that_fails_fails_the_check(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -109,7 +151,7 @@ def test_an_engine_that_fails_fails_the_check(tmp_path, monkeypatch: pytest.Monk
         raise EngineError("it broke")
 
     with_engines(monkeypatch, broken)
-    found = exactness_of(write_bundle(tmp_path / "bundle"), EngineRun("cpu", 1))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions())
     assert (found.check.passed, found.check.detail, found.to_dict()) == (False, "it broke", None)
 
 

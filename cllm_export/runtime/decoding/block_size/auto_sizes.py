@@ -51,6 +51,7 @@ def settle_sizes(
     known_times: Mapping[int, float] | None,
     known_sizes: ExactSizes,
     keep: Callable[[ExactSizes], None],
+    budget: float = BUDGET_SECONDS,
 ) -> AutoSizes:
     """Time and compare what is not known yet, and choose the sizes of ``auto``. Says once which are left out, and why.
 
@@ -60,13 +61,14 @@ def settle_sizes(
         known_times: seconds of a forward by block size; None to measure them.
         known_sizes: sizes that were compared before, under the same conditions.
         keep: takes what was found, with what was known.
+        budget: seconds that the comparison may take, by the times of forwards; infinity for all candidates.
 
     Raises:
         EngineError: the engine failed.
     """
     seconds = known_times or time_forwards(engine, candidates, pad_token_id=pad_token_id)
     missing = [size for size in candidates if size > 1 and size not in known_sizes.compared]
-    if engine.has_logits and (affordable := affordable_sizes(missing, seconds)):
+    if engine.has_logits and (affordable := affordable_sizes(missing, seconds, budget=budget)):
         known_sizes = known_sizes.joined(compare_sizes(engine, affordable))
         keep(known_sizes)
     sizes = tuple(sorted(size for size in candidates if size == 1 or size in known_sizes.equal))
@@ -91,7 +93,7 @@ def _say_what_is_left_out(
     if unknown and has_logits:
         reasons.append(
             f"n = {_listed(unknown)} was not compared with n = 1, which takes more than {BUDGET_SECONDS:g} s: "
-            "compare once with cllm-export verify"
+            "compare once with Model.compare_sizes() or cllm-export bench"
         )
     elif unknown:
         reasons.append(f"n = {_listed(unknown)} cannot be compared with n = 1, because the plan gives no logits")

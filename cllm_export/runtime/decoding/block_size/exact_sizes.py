@@ -2,7 +2,8 @@
 
 A row is exact at n if a forward of n tokens gives it the logits and the KV that forwards of one token give it, over the
 same cache. Where every row is, decoding at n makes the tokens of n = 1, whatever the drafts are: near ties round alike.
-So a size counts only if each of its rows was compared. The work is a fixed number of forwards, and no clock is read.
+So a size counts only if each of its rows was compared: as a block, and as a chunk of a prompt that a prefill reads. The
+work is a fixed number of forwards, and no clock is read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +29,9 @@ PREFILLED = 16
 """KV rows that a comparison before a first request prefills."""
 PAST = 17 * PREFILLED
 """KV rows before the compared ones there. The others are copies, which cost no forward. Attention over so many rows
-adds up in more than one part, as it does in long texts."""
+adds up in more than one part. All is compared again in the longest text that the cache has room for."""
+MAX_COPIED = 1024
+"""KV rows that are copied at once, which bounds the memory for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,14 @@ class ExactSizes:
         return cls(equal=frozenset(found["equal"]), different=frozenset(found["different"]))
 
 
+class Row(NamedTuple):
+    """Stands for the bits of a row in one slot."""
+
+    logits: bytes
+    kv: bytes
+    """Empty where the engine cannot hand out its KV."""
+
+
 class RowsOfOne:
     """Rows of random texts, one for each slot, as forwards of one token give them, to compare other forwards with.
 
@@ -89,40 +101,74 @@ class RowsOfOne:
         vocabulary = engine.geometry.vocab_size
         self._engine, self._count = engine, count
         self._starts = [past - slot % 2 if past else 0 for slot in range(engine.num_slots)]
-        self._texts = [[generator.randrange(vocabulary) for _ in range(start + count)] for start in self._starts]
+        texts = [[generator.randrange(vocabulary) for _ in range(start + count)] for start in self._starts]
+        self._pasts = [text[:start] for text, start in zip(texts, self._starts, strict=True)]
+        self._tokens = [text[start:] for text, start in zip(texts, self._starts, strict=True)]
         self.fill(engine.prefill_chunk, most=prefilled)
         if prefilled:
-            self._copy_up(prefilled)
-        self._rows = [digest for row in range(count) for digest in self._forward(row, 1)]
+            for slot, start in enumerate(self._starts):
+                self._copy_up(slot, min(prefilled, start), start)
+        self._rows = self._rows_of_one()
+        self._past_of_one: list[bytes] | None = None
 
     def fill(self, width: int, *, most: int | None = None) -> None:
         """Prefill the past of every slot in chunks of this width, or the first ``most`` rows of it."""
         end = min(max(self._starts), most or max(self._starts))
+        texts = [past + tokens for past, tokens in zip(self._pasts, self._tokens, strict=True)]
         for begin in range(0, end, width):
             size = min(width, end - begin)
-            chunks = [text[begin : begin + size] for text in self._texts]
+            chunks = [text[begin : begin + size] for text in texts]
             slots = self._engine.num_slots
             self._engine.prefill(Batch(chunks, [size] * slots, [begin] * slots))
 
+    def stretch(self, longest: int) -> bool:
+        """Move the rows of slot 0 up, after ``longest`` KV rows. The other slots stay, beside a longer text.
+
+        The new rows of the past are copies, which cost no forward. Returns whether forwards of one token still give the
+        other slots the rows that they gave before: attention must add up their few rows alike, whatever the extent of
+        the batch. The rows of before stay the ones to compare with.
+        """
+        written = self._starts[0] + self._count
+        self._copy_up(0, written, longest)
+        self._starts[0] = longest
+        found, before = self._rows_of_one(), self._rows
+        self._rows = [(own[0], *others[1:]) for own, others in zip(found, before, strict=True)]
+        return found == self._rows
+
     def are_given_by(self, size: int, *, num_blocks: int | None = 1) -> bool:
         """Whether blocks of this size, one after the other, give every row bit for bit.
+
+        A prefill of the first block must write the same KV too, where the engine takes so long a chunk: it may have
+        kernels of its own.
 
         Args:
             num_blocks: how many blocks to compare; None for as many as there are rows for.
         """
         most = self._count // size
         blocks = range(most if num_blocks is None else min(num_blocks, most))
-        return bool(blocks) and all(
-            self._forward(block * size, size) == self._rows[block * size : (block + 1) * size] for block in blocks
+        return (
+            bool(blocks)
+            and all(
+                self._forward(block * size, size) == self._rows[block * size : (block + 1) * size] for block in blocks
+            )
+            and self._are_read_by(size)
         )
+
+    def sizes_that_give_them(self, sizes: Iterable[int], *, num_blocks: int | None = 1) -> frozenset[int]:
+        """Those of these sizes for which ``are_given_by`` holds. None if it does not hold for 1, as for its prefill."""
+        if not self.are_given_by(1):
+            return frozenset()
+        return frozenset(size for size in sizes if self.are_given_by(size, num_blocks=num_blocks))
 
     def past_is_given_by(self, width: int) -> bool:
         """Whether prefill in chunks of this width gives every slot's past the KV of forwards of one token."""
-        for row in range(max(self._starts)):
-            self._run([[text[row]] for text in self._texts], [row] * self._engine.num_slots)
-        expected = self._past()
+        if self._past_of_one is None:
+            texts = [past + tokens for past, tokens in zip(self._pasts, self._tokens, strict=True)]
+            for row in range(max(self._starts)):
+                self._run([[text[row]] for text in texts], [row] * self._engine.num_slots)
+            self._past_of_one = self._past()
         self.fill(width)
-        return self._past() == expected
+        return self._past() == self._past_of_one
 
     def past_is_kept(self, num_blocks: int = 1) -> bool:
         """Whether the past, read and written back as the prefix cache does, gives the same rows again."""
@@ -133,25 +179,43 @@ class RowsOfOne:
             self._engine.write_rows(slot, 0, start, rows)
         return all(self._forward(row, 1) == self._rows[row : row + 1] for row in range(num_blocks))
 
-    def _copy_up(self, count: int) -> None:
-        """Repeat the first rows of every slot up to its start."""
-        for slot, start in enumerate(self._starts):
-            rows = self._engine.read_rows(slot, 0, min(count, start))
-            for begin in range(count, start, count):
-                stop = min(begin + count, start)
-                self._engine.write_rows(slot, begin, stop, rows[:, :, : stop - begin])
+    def _are_read_by(self, size: int) -> bool:
+        """Whether a prefill of the first rows writes their KV."""
+        if not self._engine.can_copy_rows or size > self._engine.prefill_chunk:
+            return True
+        slots = self._engine.num_slots
+        self._engine.prefill(Batch([tokens[:size] for tokens in self._tokens], [size] * slots, list(self._starts)))
+        expected = [[row.kv for row in slot] for slot in zip(*self._rows[:size], strict=True)]
+        return self._kv(self._starts, size) == expected
 
-    def _forward(self, row: int, size: int) -> list[tuple[bytes, ...]]:
-        """Digests of logits and KV of rows ``row`` to ``row + size``: for each row, those of every slot."""
+    def _copy_up(self, slot: int, count: int, stop: int) -> None:
+        """Repeat the first ``count`` rows of a slot, which are written, up to row ``stop``."""
+        while 0 < count < stop:
+            size = min(count, MAX_COPIED, stop - count)
+            self._engine.write_rows(slot, count, count + size, self._engine.read_rows(slot, 0, size))
+            count += size
+
+    def _rows_of_one(self) -> list[tuple[Row, ...]]:
+        """Every compared row, by forwards of one token: for each row, those of every slot."""
+        return [row for index in range(self._count) for row in self._forward(index, 1)]
+
+    def _forward(self, row: int, size: int) -> list[tuple[Row, ...]]:
+        """Rows ``row`` to ``row + size`` by one forward: for each row, those of every slot."""
         begins = [start + row for start in self._starts]
-        blocks = [text[begin : begin + size] for text, begin in zip(self._texts, begins, strict=True)]
-        logits = self._run(blocks, begins)
-        digests = [[_digest(each) for each in slot] for slot in logits]
-        if self._engine.can_copy_rows:
-            for slot, begin in enumerate(begins):
-                kv = self._engine.read_rows(slot, begin, begin + size)
-                digests[slot] = [digest + _digest(kv[:, :, index]) for index, digest in enumerate(digests[slot])]
-        return list(zip(*digests, strict=True))
+        logits = self._run([tokens[row : row + size] for tokens in self._tokens], begins)
+        kv = self._kv(begins, size)
+        rows = [
+            [Row(_digest(found), written) for found, written in zip(*slot, strict=True)]
+            for slot in zip(logits, kv, strict=True)
+        ]
+        return list(zip(*rows, strict=True))
+
+    def _kv(self, begins: Sequence[int], size: int) -> list[list[bytes]]:
+        """Digests [B][size] of the KV rows that begin there."""
+        if not self._engine.can_copy_rows:
+            return [[b""] * size for _ in begins]
+        kv = [self._engine.read_rows(slot, begin, begin + size) for slot, begin in enumerate(begins)]
+        return [[_digest(rows[:, :, index]) for index in range(size)] for rows in kv]
 
     def _run(self, blocks: list[list[int]], begins: list[int]) -> np.ndarray:
         """Logits [B, n, V] of a forward."""
@@ -169,17 +233,21 @@ def _digest(values: np.ndarray) -> bytes:
 
 
 def compare_sizes(engine: Engine, sizes: Sequence[int]) -> ExactSizes:
-    """Compare one block of each size with n = 1, in every slot. The engine must have logits, and n that may vary.
+    """Compare a block and a prefill of each size with n = 1, in every slot: in a short text, then in the longest.
+
+    With several slots, one has the longest text beside short ones. The engine must have logits, and n that may vary.
 
     Raises:
         EngineError: the engine failed.
     """
     if not sizes:
         return ExactSizes()
-    prefilled = min(PREFILLED, engine.prefill_chunk)
-    most = min(PAST if engine.can_copy_rows else prefilled, room_before(engine, max(sizes)))
+    prefilled, longest = min(PREFILLED, engine.prefill_chunk), room_before(engine, max(sizes))
+    most = min(PAST if engine.can_copy_rows else prefilled, longest)
     rows = RowsOfOne(engine, past=most, count=max(sizes), prefilled=min(prefilled, most))
-    equal = frozenset(size for size in sizes if rows.are_given_by(size))
+    equal = rows.sizes_that_give_them(sizes)
+    if engine.can_copy_rows and most < longest:
+        equal = rows.sizes_that_give_them(sorted(equal)) if rows.stretch(longest) else frozenset()
     return ExactSizes(equal=equal, different=frozenset(sizes) - equal)
 
 
@@ -199,7 +267,8 @@ def affordable_sizes(
     chosen: list[int] = []
     for size in sizes:
         wanted = [*chosen, size]
-        cost = time(PREFILLED) + max(wanted) * time(1) + sum(map(time, wanted))
+        once = max(wanted) * time(1) + 2 * sum(map(time, [1, *wanted]))  # a forward and a prefill of each size
+        cost = time(PREFILLED) + 2 * once  # in a short text and in a long one
         if cost <= budget * (1 if chosen else FIRST_BUDGETS):
             chosen = wanted
         elif not chosen:

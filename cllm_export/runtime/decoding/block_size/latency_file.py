@@ -1,8 +1,8 @@
 """``latency.json``: what was measured of forwards on this machine. It is in the bundle's directory, not part of it.
 
 It holds T(n) as ``cllm-export bench`` timed it, and the block sizes that were compared with n = 1. Each entry is valid
-only for the bundle, processor, library, threads and number of slots that it was measured with. Without a valid one the
-runtime measures itself.
+only for the bundle, processor, library, its options, threads and number of slots that it was measured with. Without a
+valid one the runtime measures itself.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.bundle.storage import write_json
+from cllm_export.bundle.storage import one_writer, write_json
 from cllm_export.errors import OptionError
 from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.block_size.measured_times import monotone
 from cllm_export.runtime.engines.machine import describe_machine, processor_features
+from cllm_export.runtime.engines.onnxruntime import SESSION_OPTIONS
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +63,17 @@ def write_compared_sizes(bundle: Bundle, sizes: ExactSizes, *, num_slots: int, t
 
 
 def _keep(bundle: Bundle, found: Mapping[str, Any], num_slots: int, threads: int | None) -> None:
-    """Add to the entry of this machine. Entries of another build of the bundle go."""
+    """Add to the entry of this machine. Entries of another build of the bundle go, those of other writers stay."""
     conditions = _conditions(bundle, num_slots, threads)
-    try:
-        entries = _read(bundle)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError):
-        entries = []
-    same = [entry for entry in entries if entry["conditions"].get("bundle_fingerprint") == bundle.fingerprint]
-    mine = next((entry for entry in same if entry["conditions"] == conditions), {})
-    others = [entry for entry in same if entry["conditions"] != conditions]
-    write_json(bundle.path / LATENCY_NAME, {"measured": [*others, {**mine, "conditions": conditions, **found}]})
+    with one_writer(bundle.path):
+        try:
+            entries = _read(bundle)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError):
+            entries = []
+        same = [entry for entry in entries if entry["conditions"].get("bundle_fingerprint") == bundle.fingerprint]
+        mine = next((entry for entry in same if entry["conditions"] == conditions), {})
+        others = [entry for entry in same if entry["conditions"] != conditions]
+        write_json(bundle.path / LATENCY_NAME, {"measured": [*others, {**mine, "conditions": conditions, **found}]})
 
 
 def _entry_here(bundle: Bundle, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,4 +124,4 @@ def _conditions(bundle: Bundle, num_slots: int, threads: int | None) -> dict[str
     machine = describe_machine(threads)
     conditions = {name: machine[name] for name in _CONDITIONS}
     own = {"bundle_fingerprint": bundle.fingerprint, "num_slots": num_slots, "features": processor_features()}
-    return own | conditions
+    return own | conditions | {"session_options": dict(SESSION_OPTIONS)}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cllm_export.bundle.contract import Batch
+from cllm_export.bundle.contract import Batch, FixedShapes
 from cllm_export.bundle.manifest import PARITY_NAME, Bundle, TrainedWith
-from cllm_export.errors import OptionError
+from cllm_export.errors import EngineError, OptionError
 from cllm_export.runtime.decoding.block_size.auto_sizes import candidate_sizes, settle_sizes
 from cllm_export.runtime.decoding.block_size.certificate import conditions_of, differences, read_certified_sizes
 from cllm_export.runtime.decoding.block_size.exact_sizes import (
@@ -141,12 +141,12 @@ def test_where_other_sizes_are_exact_the_one_of_the_training_is_left_out():
     assert found.sizes == (1, 2, 4, 8, 12)
 
 
-def test_an_engine_too_slow_to_compare_them_all_compares_what_fits_and_names_verify(caplog):
-    found, kept = settle(RoundingEngine(), seconds=0.15)
+def test_an_engine_too_slow_to_compare_them_all_compares_what_fits_and_names_the_call(caplog):
+    found, kept = settle(RoundingEngine(), seconds=0.07)
     assert found.sizes == (1, 2, 4)
     assert kept == [ExactSizes(equal=frozenset({2, 4}))]
     assert "n = 8, 12, 16 was not compared with n = 1, which takes more than 2 s" in caplog.text
-    assert "cllm-export verify" in caplog.text
+    assert "compare once with Model.compare_sizes()" in caplog.text
 
 
 def test_an_engine_without_logits_is_not_compared(caplog):
@@ -159,7 +159,8 @@ def test_an_engine_without_logits_is_not_compared(caplog):
 
 def test_the_work_of_a_comparison_is_bounded_by_the_times_of_forwards():
     sizes, slow = (2, 16, 4, 8), {1: 1.0, 16: 1.0}
-    cost = 1.0 + 8 + 3  # the past, eight rows of one token, and a forward of each of 2, 4 and 8
+    once = 8 + 2 * 4  # eight rows of one token, and a forward and a prefill of each of 1, 2, 4 and 8
+    cost = 1.0 + 2 * once  # the past, then in a short text and in a long one
     assert affordable_sizes(sizes, slow, budget=cost) == (2, 4, 8)
     assert affordable_sizes(sizes, slow, budget=cost - 0.5) == (2, 4)
     assert affordable_sizes(sizes, slow, budget=100) == sizes
@@ -168,16 +169,43 @@ def test_the_work_of_a_comparison_is_bounded_by_the_times_of_forwards():
 def test_the_most_useful_size_may_take_longer_and_none_is_compared_in_its_place():
     """Else a model of a middling size would lose the n that it was trained with, which a larger one keeps."""
     sizes, slow = (16, 2, 4, 8), {1: 1.0, 16: 1.0}
-    alone = 1.0 + 16 + 1
+    alone = 1.0 + 2 * (16 + 2 * 2)
     assert affordable_sizes(sizes, slow, budget=alone / 5) == (16,)
     assert affordable_sizes(sizes, slow, budget=alone / 5 - 0.1) == ()
 
 
 def test_the_comparison_runs_as_many_forwards_as_its_bound_says():
-    engine = RoundingEngine()
+    engine = RoundingEngine(max_length=400)
     compare_sizes(engine, (2, 4, 8))
     ran = [(call.kind, len(call.input_ids[0])) for call in engine.calls]
-    assert ran == [("prefill", PREFILLED), *[("forward", 1)] * 8, *(("forward", size) for size in (2, 4, 8))]
+    in_one_text = [("forward", 1)] * 8 + [(kind, size) for size in (1, 2, 4, 8) for kind in ("forward", "prefill")]
+    assert ran == [("prefill", PREFILLED), *in_one_text, *in_one_text]
+
+
+def test_the_longest_text_that_the_cache_has_room_for_is_compared():
+    """Attention over many rows may add up in more parts at one n than at another."""
+    engine = RoundingEngine(max_length=2000)
+    engine._logits_of = lambda size, *_: size == 8 and engine.calls[-1].write_index[0] > 1900
+    found = compare_sizes(engine, SIZES)
+    assert found == ExactSizes(equal=frozenset({2, 4, 12, 16}), different=frozenset({8}))
+    last_rows = max(call.write_index[0] + len(call.input_ids[0]) for call in engine.calls)
+    assert last_rows == engine.geometry.cache_length - 15
+
+
+@pytest.mark.parametrize("of_size", [8, 1])
+def test_a_slot_whose_rows_depend_on_a_longer_neighbour_is_found(of_size: int):
+    """A forward has one KV length for all slots: that of the longest."""
+    engine = RoundingEngine(num_slots=3, max_length=400)
+    engine._logits_of = lambda size, _, slot: (size, slot) == (of_size, 2) and max(engine.calls[-1].write_index) > 300
+    found = compare_sizes(engine, SIZES)
+    assert found.different == ({8} if of_size == 8 else set(SIZES)), "where n = 1 depends on it, nothing is exact"
+
+
+def test_the_longest_text_is_not_compared_where_rows_cannot_be_copied():
+    engine = RoundingEngine(max_length=400)
+    engine.can_copy_rows = False
+    assert compare_sizes(engine, SIZES).equal == set(SIZES)
+    assert max(call.write_index[0] for call in engine.calls) < 2 * PREFILLED
 
 
 def test_the_comparison_reads_more_rows_than_it_prefills():
@@ -209,9 +237,9 @@ def bundle(tmp_path) -> Bundle:
     return write_bundle(tmp_path / "bundle")
 
 
-def rounding_model(bundle: Bundle, engine: FakeEngine, **options: Any) -> Model:
+def rounding_model(bundle: Bundle, engine: FakeEngine, *, seconds: float = 1e-4, **options: Any) -> Model:
     found = make_model(bundle, HashModel(vocab_size=64), exact_sizes=NOTHING)
-    return Model(bundle.manifest, engine, found.codec, forward_seconds={1: 1e-4, 16: 2e-4}, **options)
+    return Model(bundle.manifest, engine, found.codec, forward_seconds={1: seconds, 16: 2 * seconds}, **options)
 
 
 def test_requests_use_exact_sizes_alone_and_give_the_tokens_of_one(bundle: Bundle, caplog):
@@ -233,6 +261,35 @@ def test_a_pinned_size_compares_nothing_and_is_used_whatever_its_bits(bundle: Bu
     found = model.generate([5, 6], max_new_tokens=4, block_size=16, ignore_eos=True)
     assert {len(record.block) for record in found.forwards} == {16}
     assert (model.auto_sizes, caplog.text) == (None, "")
+
+
+def test_a_large_model_ends_up_compared_by_one_call_and_every_later_load_knows(bundle: Bundle, caplog):
+    """Its forwards take seconds, so a first request compares nothing."""
+    trained = with_manifest(bundle, trained_with=TrainedWith(block_size=16, proposer="pad", loop="sliding"))
+    engine, kept = RoundingEngine(logits_of=lambda size, *_: size == 8), list[ExactSizes]()
+    model = rounding_model(trained, engine, seconds=9.0, keep_sizes=kept.append)
+    model.generate([5, 6], max_new_tokens=2)
+    assert (model.auto_sizes, kept) == ((16,), [])
+    assert "compare once with Model.compare_sizes() or cllm-export bench" in caplog.text
+    assert model.compare_sizes() == model.auto_sizes == (1, 2, 4, 12, 16)
+    assert kept == [ExactSizes(equal=frozenset({2, 4, 12, 16}), different=frozenset({8}))]
+    num_calls = len(engine.calls)
+    assert model.compare_sizes() == (1, 2, 4, 12, 16)
+    assert len(engine.calls) == num_calls, "sizes are compared once"
+    again = RoundingEngine()
+    later = rounding_model(trained, again, seconds=9.0, exact_sizes=kept[0])
+    later.generate([5, 6], max_new_tokens=2)
+    assert later.auto_sizes == (1, 2, 4, 12, 16)
+
+
+def test_sizes_are_not_compared_beside_a_request_nor_where_there_is_one(bundle: Bundle, tmp_path):
+    model = rounding_model(bundle, RoundingEngine())
+    with model.lease.hold(), pytest.raises(EngineError, match="another request is running"):
+        model.compare_sizes()
+    shapes = FixedShapes(batch_size=1, block_size=4, kv_length=79)
+    pinned = make_model(write_bundle(tmp_path / "pinned", fixed_shapes=shapes), HashModel(vocab_size=64))
+    with pytest.raises(OptionError, match="has the block size 4 alone: there is no other to compare"):
+        pinned.compare_sizes()
 
 
 # Files.

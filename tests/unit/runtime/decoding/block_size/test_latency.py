@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -219,7 +220,7 @@ def test_a_file_is_read_where_bundle_machine_and_slots_are_the_same(tmp_path):
     assert read_latency(bundle, num_slots=1, threads=1) is None
 
 
-@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "features", "onnxruntime"])
+@pytest.mark.parametrize("key", ["bundle_fingerprint", "processor", "features", "onnxruntime", "session_options"])
 def test_a_file_of_another_bundle_or_machine_is_left_alone_and_says_what_differs(tmp_path, caplog, key):
     bundle = write_bundle(tmp_path / "bundle")
     write_latency(bundle, {1: 0.001}, num_slots=1, threads=1)
@@ -252,6 +253,24 @@ def test_a_damaged_file_is_left_alone_with_a_warning(tmp_path, caplog, text):
     (bundle.path / LATENCY_NAME).write_text(text)
     assert read_latency(bundle, num_slots=1, threads=1) is None
     assert "cannot be read" in caplog.text
+
+
+def test_two_writers_at_once_lose_nothing_of_each_other(tmp_path):
+    """Each reads the file, adds its entry and writes it again: two servers that start on one bundle."""
+    bundle, barrier = write_bundle(tmp_path / "bundle"), threading.Barrier(2)
+
+    def write(sizes: range) -> None:
+        barrier.wait(10)
+        for num_slots in sizes:
+            write_latency(bundle, {1: float(num_slots)}, num_slots=num_slots, threads=1)
+
+    writers = [threading.Thread(target=write, args=(sizes,)) for sizes in (range(1, 13), range(13, 25))]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    found = [read_latency(bundle, num_slots=num_slots, threads=1) for num_slots in range(1, 25)]
+    assert found == [{1: float(num_slots)} for num_slots in range(1, 25)]
 
 
 def test_a_bundle_that_cannot_be_written_to_is_named(tmp_path):
