@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from cllm_export.errors import MissingExtraError, OutdatedPackageError
 
-Extra = Literal["export", "train", "sentencepiece"]
+Extra = Literal["export", "train", "sentencepiece", "gguf"]
 
 PROJECT = "cllm-export"
 
@@ -28,6 +28,7 @@ _PACKAGES: dict[Extra, tuple[str, ...]] = {
     "export": _EXPORT,
     "train": (*_EXPORT, "pyarrow", "accelerate", "peft", "tensorboard"),
     "sentencepiece": ("sentencepiece", "google"),
+    "gguf": ("gguf", *_EXPORT),
 }
 _DISTRIBUTIONS = {"google": "protobuf"}
 """Package -> the distribution that holds it, if its name differs by more than an underscore."""
