@@ -8,6 +8,7 @@ from typing import Any
 from cllm_export.errors import CheckpointError, UnsupportedError
 from cllm_export.exporter.checkpoint.families import FAMILIES
 from cllm_export.exporter.gguf.header import GgufFile
+from cllm_export.exporter.gguf.tokenizer import check_split
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2")
 """The architectures of GGUF whose family is supported, and for which transformers has tables. Mistral is ``llama``."""
@@ -49,6 +50,7 @@ def check_gguf(file: GgufFile) -> None:
                 "the family does not have; take the Hugging Face checkpoint of the model"
             )
     _check_tokenizer(file)
+    check_split(file)
 
 
 def _check_architecture(file: GgufFile) -> None:
