@@ -13,23 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.storage import check_output, scratch_directory, sha256_of, staged_output, write_json
-from cllm_export.errors import CheckpointError
+from cllm_export.errors import CheckpointError, CllmExportError
 from cllm_export.exporter.gguf.architectures import check_gguf
 from cllm_export.exporter.gguf.config import config_of
 from cllm_export.exporter.gguf.header import GgufFile, read_gguf
 from cllm_export.exporter.gguf.names import imported_tensors
-from cllm_export.exporter.gguf.options import ImportOptions
+from cllm_export.exporter.gguf.options import IMPORT_NAME, ImportOptions
 from cllm_export.exporter.gguf.tokenizer import write_tokenizer
-from cllm_export.exporter.gguf.weights import GgufWeights
-from cllm_export.exporter.weights.weights import require_space
 from cllm_export.extras import needs_extra
 from cllm_export.progress import SILENT, Voice
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-IMPORT_NAME = "import.json"
-"""The file of an imported checkpoint that says what it was made from. A directory without it is never replaced."""
 
 _TEXT_BYTES = 1 << 24
 """Room for the tokenizer and the other files of text."""
@@ -40,6 +35,8 @@ class Import:
     """A checkpoint that was imported."""
 
     path: Path
+    family: str
+    """Its model type."""
     num_bytes: int
     """Bytes of its weights."""
 
@@ -64,15 +61,12 @@ def import_gguf(
     check_output(output, force=force, marker=IMPORT_NAME)
     file = read_gguf(path)
     check_gguf(file)
-    with needs_extra("gguf"):
-        import gguf
-        import torch
-        import transformers
-
-        _ = gguf, torch, transformers
     before = path.stat()
     voice.progress("checksum", 0, 1)
     sha256 = require_sha256(path, options.sha256)
+    with needs_extra("gguf"):
+        from cllm_export.exporter.gguf.weights import GgufWeights
+        from cllm_export.exporter.weights.weights import require_space
     config = config_of(file)
     weights = GgufWeights(file, imported_tensors(file, config), options.dtype)
     with staged_output(output, force=force, marker=IMPORT_NAME) as staging:
@@ -83,7 +77,7 @@ def import_gguf(
         write_tokenizer(file, staging)
         write_json(staging / IMPORT_NAME, _origin(file, sha256, options))
         _require_unchanged(path, before)
-    return Import(path=output, num_bytes=weights.num_bytes)
+    return Import(path=output, family=str(config.model_type), num_bytes=weights.num_bytes)
 
 
 @contextmanager
@@ -95,7 +89,12 @@ def imported(path: Path, output: Path, *, voice: Voice = SILENT) -> Iterator[Pat
         OutputError: as ``import_gguf``.
     """
     with scratch_directory(output) as scratch:
-        yield import_gguf(path, scratch / path.stem, voice=voice).path
+        checkpoint = import_gguf(path, scratch / path.stem, voice=voice).path
+        try:
+            yield checkpoint
+        except CllmExportError as error:  # its user knows the file alone
+            error.args = (str(error).replace(str(checkpoint), str(path)),)
+            raise
 
 
 def require_sha256(path: Path, expected: str | None) -> str:

@@ -11,15 +11,16 @@ import mmap
 import struct
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.exporter.checkpoint.files import GGUF_MAGIC
 from cllm_export.extras import needs_extra
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 """Versions in use. Version 1 counted in 32 bits."""
 
@@ -70,14 +71,6 @@ class GgufFile:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path is a file that begins as GGUF does, or that is named as one."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC or path.suffix.lower() == ".gguf"
-
-
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file, and check that every tensor lies in the file.
 
@@ -98,8 +91,10 @@ def _require_start(path: Path) -> None:
     """Check the magic number, the byte order and the version."""
     with path.open("rb") as file:
         start = file.read(24)
-    if start[:4] != MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file: it begins with {start[:4]!r} instead of {MAGIC!r}; {_AGAIN}")
+    if start[:4] != GGUF_MAGIC:
+        raise CheckpointError(
+            f"{path} is not a GGUF file: it begins with {start[:4]!r} instead of {GGUF_MAGIC!r}; {_AGAIN}"
+        )
     if len(start) < 24:
         raise CheckpointError(f"{path} is cut: it has {path.stat().st_size} bytes, too few for a header; {_AGAIN}")
     version = int.from_bytes(start[4:8], "little")
@@ -205,7 +200,7 @@ class _Cursor:
                 raise self._damaged(f"it has the tensor {name!r} twice")
             tensors[name] = self._tensor(name, shape, kind, start + offset)
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-        for tensor, after in zip(ordered, ordered[1:], strict=False):
+        for tensor, after in pairwise(ordered):
             if after.offset < tensor.offset + tensor.length:
                 raise self._damaged(f"its tensors {tensor.name!r} and {after.name!r} overlap")
         return tensors

@@ -10,6 +10,9 @@ from cllm_export.bundle.contract import PRECISIONS, Precision
 from cllm_export.checks import OptionGroup, check_options, documented, option
 from cllm_export.errors import OptionError
 
+IMPORT_NAME = "import.json"
+"""The file of an imported checkpoint that says what it was made from. A directory without it is never replaced."""
+
 
 @documented
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,9 @@ _SHORT = r"'s|'t|'re|'ve|'m|'ll|'d"
 _LLAMA3 = rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN2 = rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASES = r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{0}" + r"|[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{0}"
+_CASES = (
+    r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{0}" + r"|[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{0}"
+)
 _SLASHES = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 _TEKKEN = _CASES.replace("{0}", "") + r"|\p{N}" + _SLASHES
 _GPT4O = _CASES.replace("{0}", f"(?i:{_SHORT})?") + r"|\p{N}{1,3}" + _SLASHES
@@ -52,9 +54,7 @@ def write_tokenizer(file: GgufFile, directory: Path) -> None:
 
     begins = {} if "tokenizer.ggml.add_bos_token" in file.metadata else _bos(file)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            str(file.path.parent), gguf_file=file.path.name, **begins
-        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name, **begins)
     except Exception as error:  # transformers and tokenizers raise many unrelated types
         raise CheckpointError(
             f"{file.path} has a tokenizer that cannot be converted: {type(error).__name__}: {error}; take another file "

@@ -91,10 +91,10 @@ class GgufWeights:
             values = rows[:, order] if is_bias and order is not None else rows
             yield values - each.offset if each.offset else values
 
-    def _cast(self, values: Values, each: Imported) -> memoryview:
+    def _cast(self, values: Values, each: Imported) -> bytes:
         """The bytes of values in the dtype of the checkpoint."""
         if self._precision == "fp32":
-            return memoryview(np.ascontiguousarray(values)).cast("B")
+            return values.tobytes()
         target = torch.float16 if self._precision == "fp16" else torch.bfloat16
         rounded = torch.from_numpy(np.ascontiguousarray(values)).to(target)
         if np.isfinite(values).all() and not rounded.isfinite().all():
@@ -103,4 +103,4 @@ class GgufWeights:
                 f"{self._file.path}: choose dtype='bf16' or dtype='fp32'",
                 fields=("dtype",),
             )
-        return memoryview(rounded.view(torch.int16).numpy()).cast("B")
+        return rounded.view(torch.int16).numpy().tobytes()
