@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cllm_export.exporter.gguf.header import GgufFile, GgufTensor
 
-PIECE_BYTES = 1 << 25
+PIECE_BYTES = 1 << 24
 """Bytes of dequantised values that are in memory at once; the package ``gguf`` needs about two such pieces more."""
 
 Values = npt.NDArray[np.float32]
