@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,6 +30,14 @@ _OTHER_MODELS = {
     **{"nextn_predict_layers": 0, "attention.key_length_mla": 0, "altup.num_inputs": 0},
 }
 """Field that a converter writes for models of another form -> the value that means that it is unused."""
+_NUMBERS = (
+    *("rope.freq_base", "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.factor", "rope.scaling.attn_factor"),
+    *("rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+    *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+_TEXTS = ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 TOKENIZERS = ("gpt2", "llama")
 """Kinds of tokenizers that the families have: byte-level BPE and sentencepiece."""
 
@@ -42,6 +52,7 @@ def check_gguf(file: GgufFile) -> None:
     _check_architecture(file)
     for name in (*_COUNTS, *_MORE_COUNTS):
         _check_count(file, name, is_required=name in _COUNTS)
+    _check_kinds(file)
     _check_layers(file)
     for name, unused in _OTHER_MODELS.items():
         if (value := file.get(name, unused)) != unused:
@@ -81,7 +92,32 @@ def _check_count(file: GgufFile, name: str, *, is_required: bool) -> None:
             f"{file.path} has one {key} for each layer, and in the family all are alike; choose another model"
         )
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _ABSURD:
-        raise CheckpointError(f"{file.path} is damaged: {key} is {value!r}, and no count; download it again")
+        raise _wrong(file, key, value, "no count")
+
+
+def _check_kinds(file: GgufFile) -> None:
+    """Check that numbers are numbers, and texts are texts."""
+    for name in _NUMBERS:
+        value = file.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise _wrong(file, f"{file.architecture}.{name}", value, "no number of 0 or more")
+    for key in _TEXTS:
+        if not isinstance(value := file.metadata.get(key, ""), str):
+            raise _wrong(file, key, value, "no text")
+    if not isinstance(value := file.metadata.get("tokenizer.ggml.add_bos_token", True), bool):
+        raise _wrong(file, "tokenizer.ggml.add_bos_token", value, "neither true nor false")
+    if not isinstance(value := file.get("rope.scaling.type", ""), str):
+        raise _wrong(file, f"{file.architecture}.rope.scaling.type", value, "no text")
+    for name in ("attention.sliding_window", "rope.scaling.original_context_length"):
+        if type(value := file.get(name, 1)) is not int or not 0 <= value < _ABSURD:
+            raise _wrong(file, f"{file.architecture}.{name}", value, "no count")
+    pattern = file.get("attention.sliding_window_pattern", 1)
+    if type(pattern) is not int and not (isinstance(pattern, list) and all(type(each) is bool for each in pattern)):
+        raise _wrong(file, f"{file.architecture}.attention.sliding_window_pattern", pattern, "no pattern of layers")
+
+
+def _wrong(file: GgufFile, key: str, value: object, why: str) -> CheckpointError:
+    return CheckpointError(f"{file.path} is damaged: {key} is {reprlib.repr(value)}, and {why}; download it again")
 
 
 def _check_layers(file: GgufFile) -> None:
@@ -124,8 +160,6 @@ def _check_tokenizer(file: GgufFile) -> None:
             )
     for key in ("bos", "eos", "unknown", "padding", "eot", "eom"):
         _check_token_id(file, f"tokenizer.ggml.{key}_token_id", len(tokens))
-    if not isinstance(fields.get("tokenizer.chat_template", ""), str):
-        raise CheckpointError(f"{file.path} is damaged: its chat template is no text; download it again")
 
 
 def _check_token_id(file: GgufFile, key: str, num_tokens: int) -> None:

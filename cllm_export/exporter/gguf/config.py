@@ -91,12 +91,14 @@ def _heads(file: GgufFile) -> dict[str, Any]:
 
 
 def _attention(file: GgufFile) -> dict[str, Any]:
-    """Biases, softcaps, windows and scales."""
+    """Biases, softcaps, windows, lengths and scales."""
     name, values = file.architecture, dict[str, Any]()
     if name in ("llama", "qwen3", "gemma2", "gemma3"):
         values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if name == "llama":
         values["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    if name == "phi3" and (original := file.get("rope.scaling.original_context_length")):
+        values["original_max_position_embeddings"] = original
     if name == "stablelm":
         values["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
         values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in file.tensors
