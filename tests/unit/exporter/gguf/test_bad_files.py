@@ -313,7 +313,7 @@ def test_a_disk_that_fills_up_leaves_nothing(good: Path, tmp_path: Path):
         if stage == "weights" and done > total / 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OutputError, match="the disk is full while writing .*; free space"):
+    with pytest.raises(OutputError, match=r"the disk is full while writing .*; free space"):
         import_gguf(good, tmp_path / "out", voice=Voice(progress=fill))
     assert list(tmp_path.iterdir()) == []
 

@@ -70,7 +70,7 @@ def test_an_import_is_replaced_by_force_alone(file: Path, tmp_path: Path):
 def test_progress_names_the_tensors_and_counts_the_bytes_of_the_file(file: Path, tmp_path: Path):
     seen: list[tuple[str, int, int, str]] = []
     import_gguf(file, tmp_path / "out", voice=Voice(progress=lambda *report: seen.append(report)))
-    assert [stage for stage in dict.fromkeys(report[0] for report in seen)] == ["checksum", "weights", "tokenizer"]
+    assert list(dict.fromkeys(report[0] for report in seen)) == ["checksum", "weights", "tokenizer"]
     weights = [report for report in seen if report[0] == "weights"]
     total = sum(tensor.length for tensor in header.read_gguf(file).tensors.values())
     assert weights[-1][1:3] == (total, total)
@@ -79,7 +79,10 @@ def test_progress_names_the_tensors_and_counts_the_bytes_of_the_file(file: Path,
 
 def test_the_checkpoint_of_a_build_is_gone_after_it(file: Path, tmp_path: Path):
     """Whatever happens in it, and an error names the file instead of it."""
-    with pytest.raises(CheckpointError, match="^.*tiny model.gguf is no good$"), imported(file, tmp_path / "b") as path:
+    with (
+        pytest.raises(CheckpointError, match=r"^.*tiny model\.gguf is no good$"),
+        imported(file, tmp_path / "b") as path,
+    ):
         assert (path / "config.json").is_file()
         raise CheckpointError(f"{path} is no good")
     assert list(tmp_path.iterdir()) == []
