@@ -285,7 +285,8 @@ def check_directory(path: Path, text_path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file() and (advice := import_advice(path)):
         raise CheckpointError(advice)
     if not path.is_dir():
-        what = "it is a file" if path.is_file() else "there is no such directory"
+        missing = "there is no such file" if path.suffix.lower() == ".gguf" else "there is no such directory"
+        what = "it is a file" if path.is_file() else missing
         raise CheckpointError(f"{path} is not a checkpoint: {what}")
     for directory in dict.fromkeys((path, text_path)):
         refuse_links(directory)

@@ -100,6 +100,11 @@ def test_whatever_needs_a_checkpoint_says_how_to_import(file: Path, tmp_path: Pa
             assert str(caught.value).endswith(f"import it with: cllm-export import {source} --output my-checkpoint")
 
 
+def test_a_gguf_file_that_is_missing_is_called_a_file(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"absent\.gguf is not a checkpoint: there is no such file"):
+        check_checkpoint(tmp_path / "absent.gguf")
+
+
 def test_a_file_that_is_no_gguf_is_called_a_file(tmp_path: Path):
     (tmp_path / "model.bin").write_bytes(bytes(100))
     with pytest.raises(CheckpointError, match=r"model\.bin is not a checkpoint: it is a file"):
