@@ -114,6 +114,7 @@ def import_file(
     check_import(file, output, force=force)
     with progress_bar() as progress:
         done = import_gguf(file, output, options, force=force, voice=Voice(progress=progress, say=say))
+    say(f"peak memory {done.peak / 1e6:,.0f} MB")
     typer.echo(f"wrote {output} ({bytes_text(done.num_bytes)}, {done.family}, {options.dtype})")
 
 

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cllm_export.exporter.gguf.header import GgufFile, read_gguf
 from cllm_export.exporter.gguf.names import imported_tensors
 from cllm_export.exporter.gguf.options import IMPORT_NAME, ImportOptions
 from cllm_export.exporter.gguf.tokenizer import write_tokenizer
+from cllm_export.exporter.weights.memory import watched_memory
 from cllm_export.extras import needs_extra
 from cllm_export.progress import SILENT, Voice
 
@@ -39,6 +40,8 @@ class Import:
     """Its model type."""
     num_bytes: int
     """Bytes of its weights."""
+    peak: int
+    """Peak of anonymous memory of the import, in bytes; 0 where the system does not report it."""
 
 
 def import_gguf(
@@ -61,12 +64,18 @@ def import_gguf(
     check_output(output, force=force, marker=IMPORT_NAME)
     file = read_gguf(path)
     check_gguf(file)
-    before = path.stat()
+    with needs_extra("gguf"), watched_memory() as memory:
+        done = _import(file, output, options, force=force, voice=voice)
+    return replace(done, peak=memory.peak)
+
+
+def _import(file: GgufFile, output: Path, options: ImportOptions, *, force: bool, voice: Voice) -> Import:
+    before = file.path.stat()
     voice.progress("checksum", 0, 1)
-    sha256 = require_sha256(path, options.sha256)
-    with needs_extra("gguf"):
-        from cllm_export.exporter.gguf.weights import GgufWeights
-        from cllm_export.exporter.weights.weights import require_space
+    sha256 = require_sha256(file.path, options.sha256)
+    from cllm_export.exporter.gguf.weights import GgufWeights
+    from cllm_export.exporter.weights.weights import require_space
+
     config = config_of(file)
     weights = GgufWeights(file, imported_tensors(file, config), options.dtype)
     with staged_output(output, force=force, marker=IMPORT_NAME) as staging:
@@ -76,8 +85,8 @@ def import_gguf(
         _write_config(config, options.dtype, staging)
         write_tokenizer(file, staging)
         write_json(staging / IMPORT_NAME, _origin(file, sha256, options))
-        _require_unchanged(path, before)
-    return Import(path=output, family=str(config.model_type), num_bytes=weights.num_bytes)
+        _require_unchanged(file.path, before)
+    return Import(path=output, family=str(config.model_type), num_bytes=weights.num_bytes, peak=0)
 
 
 @contextmanager
