@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from cllm_export.errors import MissingExtraError, OutdatedPackageError
 
-Extra = Literal["export", "train", "sentencepiece"]
+Extra = Literal["export", "train", "sentencepiece", "gguf"]
 
 PROJECT = "cllm-export"
 
@@ -28,6 +28,7 @@ _PACKAGES: dict[Extra, tuple[str, ...]] = {
     "export": _EXPORT,
     "train": (*_EXPORT, "pyarrow", "accelerate", "peft", "tensorboard"),
     "sentencepiece": ("sentencepiece", "google"),
+    "gguf": ("gguf", *_EXPORT),
 }
 _DISTRIBUTIONS = {"google": "protobuf"}
 """Package -> the distribution that holds it, if its name differs by more than an underscore."""
@@ -43,7 +44,7 @@ def needs_extra(extra: Extra) -> Iterator[None]:
         MissingExtraError: a package that is missing in the block belongs to this extra.
         OutdatedPackageError: an installed package of this extra is older than its floor.
     """
-    require_floors(*_RUNTIME, *_PACKAGES[extra])
+    require_floors(*_RUNTIME, *_PACKAGES[extra], extra=extra)
     try:
         yield
     except ModuleNotFoundError as error:
@@ -52,30 +53,50 @@ def needs_extra(extra: Extra) -> Iterator[None]:
         raise
 
 
-def require_floors(*packages: str) -> None:
+def require_floors(*packages: str, extra: Extra | None = None) -> None:
     """Check that each of these packages, if it is installed, is as new as the metadata of this project asks.
+
+    An ``extra`` may ask for a newer version than the others do.
 
     An older one fails in ways that blame something else: an early transformers calls a sound checkpoint incomplete.
 
     Raises:
         OutdatedPackageError: one is older.
     """
+    floors = declared_floors() | (_floors(extra) if extra else {})
     for package in packages:
         distribution = _DISTRIBUTIONS.get(package, package.replace("_", "-"))
-        floor, installed = declared_floors().get(distribution), _installed(distribution)
+        floor, installed = floors.get(distribution), _installed(distribution)
         if floor and installed and _release(installed) < _release(floor):
             raise OutdatedPackageError(distribution, installed=installed, floor=floor)
 
 
 @cache
 def declared_floors() -> dict[str, str]:
-    """Distribution -> its oldest version, from the metadata of this project; empty if the project is not installed."""
+    """Distribution -> its oldest version, from the metadata of this project; empty if the project is not installed.
+
+    If extras ask for several, it is the lowest.
+    """
+    return _floors()
+
+
+def _floors(extra: Extra | None = None) -> dict[str, str]:
+    """Distribution -> the lowest version that the metadata asks for, or that an extra itself asks for."""
     try:
         requirements = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
         return {}
-    matches = (re.match(r"([\w.-]+)\s*\(?>=\s*([\w.]+)", requirement) for requirement in requirements)
-    return {match[1].lower().replace("_", "-"): match[2] for match in matches if match}
+    floors: dict[str, str] = {}
+    for requirement in requirements:
+        match = re.match(r"([\w.-]+)\s*\(?>=\s*([\w.]+)", requirement)
+        if match and (extra is None or _is_of_extra(requirement, extra)):
+            name = match[1].lower().replace("_", "-")
+            floors[name] = min(floors.get(name, match[2]), match[2], key=_release)
+    return floors
+
+
+def _is_of_extra(requirement: str, extra: str) -> bool:
+    return re.search(rf"""\bextra == ["']{re.escape(extra)}["']""", requirement.partition(";")[2]) is not None
 
 
 def _installed(distribution: str) -> str | None:
@@ -152,8 +173,8 @@ def _packages(distribution: metadata.Distribution, extra: str) -> list[str]:
     """The requirements of an extra, with those of the extras that it names itself."""
     packages: list[str] = []
     for text in distribution.requires or ():
-        requirement, _, marker = (part.strip() for part in text.partition(";"))
-        if not re.search(rf"""\bextra == ["']{re.escape(extra)}["']""", marker):
+        requirement = text.partition(";")[0].strip()
+        if not _is_of_extra(text, extra):
             continue
         if own := re.fullmatch(rf"{PROJECT}\[([\w,-]+)\]", requirement):
             packages += [package for name in own[1].split(",") for package in _packages(distribution, name)]

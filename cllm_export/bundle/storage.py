@@ -32,20 +32,36 @@ def staged_output(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
     try:
         recover(target)
         check_output(target, force=force, marker=marker)
+    except OSError as error:
+        raise OutputError(f"cannot write beside {target}: {error.strerror}; choose another output") from None
+    with scratch_directory(target) as staging:
+        try:
+            yield staging
+            check_output(target, force=force, marker=marker)  # the target may have appeared in the meantime
+            _sync(staging)
+            _take_place(staging, target)
+        except OSError as error:
+            raise output_error(error, target) from error
+
+
+@contextlib.contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """A scratch directory beside ``target``, for the time of the block. What a killed process left goes with it.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    target = Path(os.path.realpath(target))
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        staging, lock = _make_staging(target)
+        scratch, lock = _make_staging(target)
     except OSError as error:
         raise OutputError(f"cannot write beside {target}: {error.strerror}; choose another output") from None
     try:
-        yield staging
-        check_output(target, force=force, marker=marker)  # the target may have appeared in the meantime
-        _sync(staging)
-        _take_place(staging, target)
-    except OSError as error:
-        raise output_error(error, target) from error
+        yield scratch
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
 
 

@@ -22,7 +22,7 @@ from cllm_export.progress import Terminated
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 ORDER = (
-    *("build", "plan", "verify", "generate", "chat", "inspect", "bench"),
+    *("build", "import", "plan", "verify", "generate", "chat", "inspect", "bench"),
     *("calibrate", "convergence", "quantize"),
     *("evaluate", "collect", "tune", "plan-memory", "doctor", "trace", "demo"),
 )
@@ -114,13 +114,14 @@ app = typer.Typer(
 )
 
 
-def command(example: str) -> Callable[[Run], Run]:
+def command(example: str, *, name: str | None = None) -> Callable[[Run], Run]:
     """Add a function to the application as a command.
 
     Args:
         example: a command line that the help shows.
+        name: the command's name, if it is not that of the function.
     """
-    return app.command(cls=Command, epilog=example)
+    return app.command(name, cls=Command, epilog=example)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""`build`."""
+"""`build` and `import`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import typer
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
 from cllm_export.cli.app import command
-from cllm_export.cli.before.commands import check_build
+from cllm_export.cli.before.commands import check_build, check_import
 from cllm_export.cli.flags import names_replaced
 from cllm_export.cli.options import BundleOutputOption, ForceOption, given, parse_size
 from cllm_export.cli.show.console import bytes_text, progress_bar, say
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import OptionError
+from cllm_export.exporter.gguf.convert import import_gguf
+from cllm_export.exporter.gguf.options import ImportOptions
 from cllm_export.exporter.options import BuildOptions, TrainedOptions
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options
 from cllm_export.extras import needs_extra
+from cllm_export.progress import Voice
 from cllm_export.tensorrt.library import LIBRARIES
 from cllm_export.tensorrt.plan_options import PlanOptions
 
@@ -40,7 +43,10 @@ TargetsOption = Annotated[
 )
 def build(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A Hugging Face directory with safetensors, or a LoRA adapter.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A Hugging Face directory with safetensors, a LoRA adapter, or a GGUF file.", show_default=False
+        ),
     ],
     output: BundleOutputOption,
     options: BuildOptions,
@@ -95,6 +101,22 @@ def build(
         from cllm_export.tensorrt.build_plan import build_plan
 
         tell(f"wrote {build_plan(done.bundle, plan, say=say).path}")
+
+
+@command("cllm-export import model.Q4_K_M.gguf --output my-checkpoint", name="import")
+@with_options(ImportOptions)
+def import_file(
+    file: Annotated[Path, typer.Argument(help="A GGUF file, as llama.cpp reads it.", show_default=False)],
+    output: Annotated[Path, given("--output", "The checkpoint to write.", "Output", "-o")],
+    options: ImportOptions,
+    force: ForceOption = False,
+) -> None:
+    """Import a GGUF file as a checkpoint, with its tokenizer and its chat template."""
+    check_import(file, output, force=force)
+    with progress_bar() as progress:
+        done = import_gguf(file, output, options, force=force, voice=Voice(progress=progress, say=say))
+    say(f"peak memory {done.peak / 1e6:,.0f} MB")
+    typer.echo(f"wrote {output} ({bytes_text(done.num_bytes)}, {done.family}, {options.dtype})")
 
 
 def _checked_plan(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from cllm_export.bundle.manifest import MANIFEST_NAME
-from cllm_export.errors import BundleError
+from cllm_export.errors import BundleError, CheckpointError
+from cllm_export.exporter.checkpoint.files import import_advice
 from cllm_export.extras import needs_extra
 from cllm_export.runtime.engines.machine import available_threads, require_threads
 from cllm_export.runtime.load import load
@@ -21,11 +22,14 @@ def kind_of(path: Path) -> SourceKind:
 
     Raises:
         BundleError: it is neither.
+        CheckpointError: it is a GGUF file.
     """
     if (path / MANIFEST_NAME).is_file():
         return "bundle"
     if (path / CONFIG_NAME).is_file():
         return "checkpoint"
+    if advice := import_advice(path):
+        raise CheckpointError(advice)
     raise BundleError(
         f"{path} is neither a bundle (it has no {MANIFEST_NAME}) nor a checkpoint (no {CONFIG_NAME}): give a directory "
         "that `cllm-export build` wrote, or a Hugging Face directory"

@@ -155,6 +155,20 @@ def require_lengths(options: BuildOptions, *, max_length: int, limit: int, train
         raise OptionError(f"{origin} is above the max length {max_length}; choose a smaller block_size")
 
 
+def refuse_link(path: Path, options: BuildOptions) -> None:
+    """Refuse to link the weights of a GGUF file, which is imported for the time of the build alone.
+
+    Raises:
+        OptionError: they are to be linked.
+    """
+    if options.weights == "link":
+        raise OptionError(
+            f"weights='link' needs a checkpoint that stays, and {path} is a GGUF file: import it first with "
+            f"cllm-export import {path} --output my-checkpoint, and build that",
+            fields=("weights",),
+        )
+
+
 def check_lengths(options: BuildOptions, config: Mapping[str, Any], path: Path) -> None:
     """Compare the lengths of a build with a checkpoint's ``config.json``, as far as it states them.
 

@@ -35,9 +35,10 @@ from cllm_export.bundle.storage import check_output, staged_output
 from cllm_export.checks import names_options
 from cllm_export.exporter.checkpoint.adapter import Adapter, open_source
 from cllm_export.exporter.checkpoint.families import truncated_config
-from cllm_export.exporter.checkpoint.files import TensorInfo
+from cllm_export.exporter.checkpoint.files import TensorInfo, is_gguf
 from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.checkpoint.stream import Piece, Use, rows_of, stream_files, stream_tensors
+from cllm_export.exporter.gguf.convert import imported
 from cllm_export.exporter.graph.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.graph.linking import LINKED_PASSES
 from cllm_export.exporter.graph.lookahead import derive_lookahead, lookahead_obstacle
@@ -45,7 +46,7 @@ from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
 from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
 from cllm_export.exporter.graph.tensorrt_graph import derive_tensorrt_graph
 from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
-from cllm_export.exporter.options import BuildOptions
+from cllm_export.exporter.options import BuildOptions, refuse_link
 from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
 from cllm_export.exporter.quantize.gptq import factor_bytes
 from cllm_export.exporter.quantize.rewrite import quantize
@@ -62,7 +63,7 @@ from cllm_export.exporter.weights.weights import (
     require_space,
 )
 from cllm_export.exporter.write_bundle import copy_text_files, finish_graph, lint_graph, make_manifest, write_graph
-from cllm_export.progress import Progress
+from cllm_export.progress import Progress, Voice
 from cllm_export.runtime.engines.machine import available_threads
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def export(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Export:
-    """Export a checkpoint into a bundle. An old bundle at ``output`` stays intact until the new one replaces it.
+    """Export a checkpoint or a GGUF file into a bundle. An old bundle stays intact until the new one replaces it.
 
     ``say`` receives the decisions and the seconds of each stage, one line per call.
 
@@ -135,11 +136,15 @@ def export(
         GraphError: the exported graph breaks a rule; nothing is written.
     """
     options = options or BuildOptions()
-    output = Path(output)
+    path, output = Path(checkpoint_path), Path(output)
     check_output(output, force=force, marker=MANIFEST_NAME)
+    if is_gguf(path):
+        refuse_link(path, options)
+        with imported(path, output, voice=Voice(progress=progress or (lambda *_: None))) as checkpoint:
+            return export(checkpoint, output, options, force=force, progress=progress, say=say)
     with watched_memory() as memory:
         work = _Work(options, output, Stages(say or (lambda _: None), progress or (lambda *_: None)))
-        report = work.run(Path(checkpoint_path), force=force)
+        report = work.run(path, force=force)
     report = replace(report, peak=memory.peak)
     work.stages.say(f"peak memory {memory.peak / 1e6:,.0f} MB (predicted {report.predicted_peak / 1e6:,.0f} MB)")
     return Export(bundle=open_bundle(output), report=report)

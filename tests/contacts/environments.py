@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "contacts"
@@ -31,14 +32,18 @@ def copy_source(directory: Path) -> Path:
 
 
 def declared_floors() -> dict[str, str]:
-    """Distribution -> the oldest version that ``pyproject.toml`` declares, of the runtime and of every extra."""
+    """Distribution -> the oldest version that ``pyproject.toml`` declares, of the runtime and of every extra.
+
+    Of several, it is the lowest.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     listed = [
         *project["dependencies"],
         *(each for extra in project["optional-dependencies"].values() for each in extra),
     ]
     stated = [line.partition(";")[0].strip() for line in listed]
-    return dict(line.split(">=") for line in stated if ">=" in line)
+    pairs = [line.split(">=") for line in stated if ">=" in line]
+    return dict(sorted(pairs, key=lambda pair: Version(pair[1]), reverse=True))
 
 
 def interpreter(version: str) -> Path:

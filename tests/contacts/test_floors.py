@@ -28,8 +28,9 @@ from tests.contacts.environments import (
 from tests.contacts.test_clean_install import GENERATE, PROMPT
 
 FLOORS = declared_floors()
-PINNED_FLOORS = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings")
-"""Their floor is the pinned version, with which ``test_tensorrt_rtx.py`` builds. No older one was run."""
+PINNED_FLOORS = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "gguf")
+"""Their floor is the pinned version, with which ``test_tensorrt_rtx.py`` and ``test_gguf.py`` work. No older one was
+run. So is the floor of transformers that ``gguf`` asks for."""
 NOT_RUN = ("torch", "onnxruntime-gpu", "tensorrt", "cuda-python", *PINNED_FLOORS)
 """torch is the pinned one; others need a GPU."""
 RUNTIME_EXTRAS = ("cpu", "grammar", "plot", "evaluate")

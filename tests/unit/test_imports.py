@@ -30,6 +30,7 @@ runtime
 exporter.checkpoint  exporter.lint
 exporter.graph
 exporter.quantize  exporter.weights  exporter.parity
+exporter.gguf
 exporter
 training.data
 training.model

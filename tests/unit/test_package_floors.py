@@ -48,7 +48,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_every_requirement_has_a_floor_that_is_understood(installed: dict[str, str]):
     stated = [Requirement(text) for text in REQUIREMENTS if not text.startswith("cllm-export")]
-    floors = {found.name: str(found.specifier).removeprefix(">=") for found in stated}
+    newest_first = sorted(stated, key=lambda found: Version(str(found.specifier)[2:]), reverse=True)
+    floors = {found.name: str(found.specifier).removeprefix(">=") for found in newest_first}
     assert extras.declared_floors() == floors
     for floor in floors.values():
         assert extras._release(floor) <= Version(floor).release
@@ -78,6 +79,15 @@ def test_versions_compare_as_numbers(installed: dict[str, str], version: str, is
 def test_what_needs_an_extra_does_not_begin_with_an_old_package(installed: dict[str, str], name: str, extra):
     installed[name] = "0.0.1"
     with pytest.raises(CllmExportError, match=f"{name} .* or newer, and 0.0.1 is installed"), needs_extra(extra):
+        pytest.fail("the work began")
+
+
+def test_an_extra_may_ask_for_a_newer_version_than_others(installed: dict[str, str]):
+    """An older transformers gives the tokenizer of a GGUF file another end of sequence."""
+    installed["transformers"] = "5.22.2"
+    with needs_extra("export"):
+        pass
+    with pytest.raises(OutdatedPackageError, match=r"transformers 5.23 or newer"), needs_extra("gguf"):
         pytest.fail("the work began")
 
 

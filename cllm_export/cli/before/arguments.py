@@ -18,6 +18,8 @@ from cllm_export.exporter.checkpoint.adapter_files import (
     check_checkpoint,
     is_adapter,
 )
+from cllm_export.exporter.gguf.architectures import check_gguf
+from cllm_export.exporter.gguf.header import GgufFile, read_gguf
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_snapshot
 from cllm_export.runtime.load import Provider, require_plan
@@ -78,6 +80,14 @@ def check_checkpoint_or_adapter(checkpoint: Path | None, base: Path | None = Non
             check_checkpoint(checkpoint)
     with about("base"):
         check_base(checkpoint, base)
+
+
+def check_gguf_file(name: str, path: Path) -> GgufFile:
+    """Check a GGUF file that an argument names, and return its header."""
+    with about(name):
+        file = read_gguf(path)
+        check_gguf(file)
+    return file
 
 
 def check_prompts(name: str, path: Path | None, *, limit: int | None = None) -> None:

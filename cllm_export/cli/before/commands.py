@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cllm_export.bundle.storage import check_output
 from cllm_export.calibration.search.budget import FitOptions
 from cllm_export.cli.before.arguments import (
     check_bundle,
     check_checkpoint_or_adapter,
+    check_gguf_file,
     check_new_bundle,
     check_new_tokens,
     check_prompts,
@@ -15,8 +17,10 @@ from cllm_export.cli.before.arguments import (
     check_source,
 )
 from cllm_export.errors import CalibrationError, CheckpointError, about
-from cllm_export.exporter.checkpoint.adapter_files import check_checkpoint, is_adapter, require_tensors
-from cllm_export.exporter.options import BuildOptions, check_lengths
+from cllm_export.exporter.checkpoint.adapter_files import check_checkpoint, is_adapter, refuse_base, require_tensors
+from cllm_export.exporter.checkpoint.files import is_gguf
+from cllm_export.exporter.gguf.options import IMPORT_NAME
+from cllm_export.exporter.options import BuildOptions, check_lengths, refuse_link
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.options import GenerateOptions
 from cllm_export.training.collection.options import CollectOptions
@@ -26,6 +30,9 @@ from cllm_export.training.options import TuneOptions
 def check_build(checkpoint: Path, output: Path, options: BuildOptions, *, force: bool) -> None:
     """Check the arguments of `build`."""
     check_new_bundle(output, force=force)
+    if is_gguf(checkpoint):
+        _check_build_of_gguf(checkpoint, options)
+        return
     check_checkpoint_or_adapter(checkpoint, options.base)
     if not is_adapter(checkpoint):
         check_lengths(options, check_checkpoint(checkpoint), checkpoint)
@@ -33,6 +40,24 @@ def check_build(checkpoint: Path, output: Path, options: BuildOptions, *, force:
         check_scales_file(options.quantize.scales)
         if not is_adapter(checkpoint):
             require_tensors(checkpoint, options.quantize.keep)
+
+
+def _check_build_of_gguf(path: Path, options: BuildOptions) -> None:
+    with about("base"):
+        refuse_base(path, options.base)
+    refuse_link(path, options)
+    file = check_gguf_file("checkpoint", path)
+    config = {"max_position_embeddings": file.get("context_length"), "num_hidden_layers": file.get("block_count")}
+    check_lengths(options, config, path)
+    if options.quantize:
+        check_scales_file(options.quantize.scales)
+
+
+def check_import(file: Path, output: Path, *, force: bool) -> None:
+    """Check the arguments of `import`."""
+    with about("output"):
+        check_output(output, force=force, marker=IMPORT_NAME)
+    check_gguf_file("file", file)
 
 
 def check_generate(bundle: Path, options: GenerateOptions, *, draft_model: Path | None) -> None:

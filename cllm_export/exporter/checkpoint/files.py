@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 
 LONGEST_NAME = 255
 """Largest length of a file name, in bytes, on the file systems in use."""
+
+GGUF_MAGIC = b"GGUF"
 
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
@@ -55,6 +58,23 @@ def _require_inside(path: Path, file: Path) -> None:
     homes = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     if not any(home in target.parents for home in homes):
         raise CheckpointError(f"{file} is a link that leaves the checkpoint, to {target}; put the file itself there")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a file that begins as GGUF does, or that is named as one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC or path.suffix.lower() == ".gguf"
+
+
+def import_advice(path: Path) -> str | None:
+    """What to do with a GGUF file, or a directory of one, where a checkpoint is needed; None if it is neither."""
+    found = [path] if is_gguf(path) else sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if not found:
+        return None
+    what = "a GGUF file" if path.is_file() else f"no checkpoint: it holds the GGUF file {found[0].name}"
+    return f"{path} is {what}; import it with: cllm-export import {shlex.quote(str(found[0]))} --output my-checkpoint"
 
 
 def find_tensors(files: list[Path]) -> dict[str, TensorInfo]:

@@ -36,6 +36,7 @@ from cllm_export.exporter.checkpoint.families import (
 from cllm_export.exporter.checkpoint.files import (
     TensorInfo,
     find_tensors,
+    import_advice,
     layer_of,
     read_json,
     refuse_links,
@@ -281,8 +282,12 @@ def check_directory(path: Path, text_path: Path) -> dict[str, Any]:
         CheckpointError: a file is missing or damaged.
         UnsupportedError: the graph cannot express the architecture yet.
     """
+    if not (path / "config.json").is_file() and (advice := import_advice(path)):
+        raise CheckpointError(advice)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a checkpoint: there is no such directory")
+        missing = "there is no such file" if path.suffix.lower() == ".gguf" else "there is no such directory"
+        what = "it is a file" if path.is_file() else missing
+        raise CheckpointError(f"{path} is not a checkpoint: {what}")
     for directory in dict.fromkeys((path, text_path)):
         refuse_links(directory)
     if not (path / "config.json").is_file():

@@ -166,8 +166,11 @@ def attach_weights(graph: DecoderGraph, layout: Layout) -> None:
         graph.graph.register_initializer(value)
 
 
-def require_space(directory: Path, needed: int, target: Path) -> None:
-    """Check that the disk has enough space.
+_LINK_ADVICE = "choose another output, or link the weights instead of copying them (weights='link')"
+
+
+def require_space(directory: Path, needed: int, target: Path, *, can_link: bool = True) -> None:
+    """Check that the disk has enough space. Only a bundle ``can_link`` its weights instead.
 
     Raises:
         OutputError: it does not; says how much is needed and how much is free. Or the directory is on no disk.
@@ -183,7 +186,7 @@ def require_space(directory: Path, needed: int, target: Path) -> None:
     if needed > free:
         raise OutputError(
             f"the disk is full: {target} needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; "
-            "free space, choose another output, or link the weights instead of copying them (weights='link')",
+            + (f"free space, {_LINK_ADVICE}" if can_link else "free space, or choose another output"),
             fields=("output",),
         )
 

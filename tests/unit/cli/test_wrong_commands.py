@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from tests.fakes import byte_level_tokenizer, write_bundle
 from tests.unit.cli.wrong_commands import Case, Outcome, cases
@@ -28,10 +30,28 @@ def make_checkpoint(directory: Path) -> None:
     byte_level_tokenizer().save(str(directory / "tokenizer.json"))
 
 
+def make_gguf(path: Path) -> None:
+    """A GGUF file of two layers, without a model."""
+    writer = GGUFWriter(path, "llama")
+    for key, value in {"block_count": 2, "context_length": 64, "embedding_length": 32}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_head_count(2)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.add_token_merges(["a b"])
+    for name in ("token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight"):
+        writer.add_tensor(name, np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def make_place(place: Path) -> None:
     """What right commands name, and what wrong ones do."""
     write_bundle(place / "bundle")
     make_checkpoint(place / "checkpoint")
+    make_gguf(place / "model.gguf")
     (place / "adapter").mkdir()
     (place / "adapter" / "adapter_config.json").write_text("{}")
     (place / "adapter" / "adapter_model.safetensors").write_bytes(bytes(8))

@@ -39,12 +39,12 @@ INPUTS = {
     **dict.fromkeys(("checkpoint", "base"), "checkpoint"),
     **dict.fromkeys(("prompts", "held_out", "data"), "prompts.jsonl"),
     **{"json_schema": "schema.json", "grammar": "grammar.lark", "scales": "scales.safetensors"},
-    **{"load_prefix": "prefix.safetensors", "trajectories": "trajectories", "example": "example"},
+    **{"file": "model.gguf", "load_prefix": "prefix.safetensors", "trajectories": "trajectories", "example": "example"},
 }
 """Parameter that names something to read -> a right value. Its type says whether a directory or a file is expected."""
 OUTPUTS = frozenset({"output", "as_json", "save_prefix", "plots"})
 """Parameters that name something to write."""
-DIRECTORY_OUTPUTS = frozenset({"build", "quantize", "collect", "tune", "demo"})
+DIRECTORY_OUTPUTS = frozenset({"build", "import", "quantize", "collect", "tune", "demo"})
 """Commands whose ``output`` is a directory. That of others is a file."""
 BOUNDED_BY_MODEL = frozenset({"block_size", "block_sizes", "num_layers", "max_length", "kv_lengths"})
 """Numbers that the model bounds."""
@@ -57,7 +57,7 @@ WRONG_TEXTS = {
         "targets": "sm1",
         "proposer": "guesswork",
     },
-    **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
+    **{"sha256": "12ab", "logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
 }
 """Option that takes text -> a text that it refuses."""
 FREE_TEXTS = frozenset({"prompt", "stop", "regex", "device", "system"})
@@ -266,6 +266,8 @@ PAIRS = {
     "build": (
         *("checkpoint --output=new/out --group-size=32", "checkpoint --output=new/out --keep=model.norm.weight"),
         *("checkpoint --output=new/out --precision=int8", "checkpoint --output=new/out --compute=fp16"),
+        *("model.gguf --output=new/out --base=checkpoint", "model.gguf --output=new/out --weights=link"),
+        *("model.gguf --output=new/out --max-length=65", "model.gguf --output=new/out --num-layers=3"),
         *("checkpoint --output=new/out --base=checkpoint", "checkpoint --output=new/out --trained-loop=block"),
     ),
     "collect": ("bundle --prompts=prompts.jsonl --output=new/out --device=cuda",),

@@ -1,0 +1,101 @@
+"""Writes the tokenizer of a GGUF file as the files of a checkpoint.
+
+transformers converts the vocabulary and the merges. How text is split before the merges, a file says by a name alone.
+transformers splits as GPT-2 where it does not know the name, and llama.cpp refuses. So every name is known here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.exporter.gguf.header import GgufFile
+
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = r"'s|'t|'re|'ve|'m|'ll|'d"
+_LLAMA3 = rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN2 = rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASES = (
+    r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+{0}" + r"|[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*{0}"
+)
+_SLASHES = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+_TEKKEN = _CASES.replace("{0}", "") + r"|\p{N}" + _SLASHES
+_GPT4O = _CASES.replace("{0}", f"(?i:{_SHORT})?") + r"|\p{N}{1,3}" + _SLASHES
+
+SPLITS: dict[str, str] = {
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
+    **dict.fromkeys(("lfm2", "dbrx", "smaug-bpe"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "kormo", "megrez"), _QWEN2),
+    "tekken": _TEKKEN,
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _GPT4O),
+}
+"""Names of byte-level BPE -> the expression that splits text, as llama.cpp has it."""
+GPT2_SPLITS = ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling")
+"""Names whose text is split as that of GPT-2."""
+DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""Names for which each digit stands alone, and the rest is split as that of GPT-2."""
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+"""Names for which a word of the vocabulary is one token whatever the merges are, and a text begins with BOS."""
+
+
+def write_tokenizer(file: GgufFile, directory: Path) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template, as transformers saves them.
+
+    The class that every fast tokenizer has is named, because ``AutoTokenizer`` would read the file with ``GGUFReader``.
+
+    Raises:
+        CheckpointError: transformers cannot convert the tokenizer.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    begins = {} if "tokenizer.ggml.add_bos_token" in file.metadata else _bos(file)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name, **begins)
+    except Exception as error:  # transformers and tokenizers raise many unrelated types
+        raise CheckpointError(
+            f"{file.path} has a tokenizer that cannot be converted: {type(error).__name__}: {error}; take another file "
+            "of the model"
+        ) from None
+    if file.metadata["tokenizer.ggml.model"] == "gpt2":
+        _split(tokenizer.backend_tokenizer, _name_of_split(file))
+    tokenizer.save_pretrained(directory)
+
+
+def check_split(file: GgufFile) -> None:
+    """Refuse a way to split text that is not known.
+
+    Raises:
+        UnsupportedError: as said.
+    """
+    name = _name_of_split(file)
+    if file.metadata["tokenizer.ggml.model"] == "gpt2" and name not in (*SPLITS, *GPT2_SPLITS, *DIGIT_SPLITS):
+        raise UnsupportedError(
+            f"{file.path} splits text as {name!r} (tokenizer.ggml.pre), which is not known here: build the Hugging "
+            "Face checkpoint of the model, which has its tokenizer"
+        )
+
+
+def _name_of_split(file: GgufFile) -> str:
+    return str(file.metadata.get("tokenizer.ggml.pre", "default"))
+
+
+def _bos(file: GgufFile) -> dict[str, Any]:
+    is_whole = _name_of_split(file) in WHOLE_WORDS and file.metadata["tokenizer.ggml.model"] == "gpt2"
+    return {"add_bos_token": True} if is_whole else {}
+
+
+def _split(tokenizer: Tokenizer, name: str) -> None:
+    """Let a tokenizer split text by a name."""
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if name in SPLITS:
+        split = pre_tokenizers.Split(Regex(SPLITS[name]), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
+    elif name in DIGIT_SPLITS:
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    if name in WHOLE_WORDS:
+        tokenizer.model.ignore_merges = True
