@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -113,9 +113,7 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "max_tpf_loss": self.budget.max_tpf_loss,
-            "max_quality_loss": self.budget.max_quality_loss,
+        return asdict(self.budget) | {
             "chosen": self.scheme,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "timings": self.timings,

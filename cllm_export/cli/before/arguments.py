@@ -18,6 +18,7 @@ from cllm_export.exporter.checkpoint.adapter_files import (
     check_checkpoint,
     is_adapter,
 )
+from cllm_export.general_text.passages import general_passages
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_snapshot
 
@@ -79,6 +80,12 @@ def check_prompts(name: str, path: Path | None, *, limit: int | None = None) -> 
     if path is not None:
         with about(name):
             read_prompts(path, limit=limit)
+
+
+def check_text(path: Path | None) -> None:
+    """Check the general text that an option names."""
+    with about("text"):
+        general_passages(path)
 
 
 def check_new_bundle(output: Path, *, force: bool) -> None:

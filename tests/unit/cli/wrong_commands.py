@@ -39,7 +39,12 @@ INPUTS = {
     **dict.fromkeys(("checkpoint", "base"), "checkpoint"),
     **dict.fromkeys(("prompts", "held_out", "data"), "prompts.jsonl"),
     **{"json_schema": "schema.json", "grammar": "grammar.lark", "scales": "scales.safetensors"},
-    **{"load_prefix": "prefix.safetensors", "trajectories": "trajectories", "example": "example"},
+    **{
+        "text": "prompts.jsonl",
+        "load_prefix": "prefix.safetensors",
+        "trajectories": "trajectories",
+        "example": "example",
+    },
 }
 """Parameter that names something to read -> a right value. Its type says whether a directory or a file is expected."""
 OUTPUTS = frozenset({"output", "as_json", "save_prefix", "plots"})
@@ -58,6 +63,7 @@ WRONG_TEXTS = {
         "proposer": "guesswork",
     },
     **{"logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
+    **dict.fromkeys(("min_agreement", "max_perplexity_rise", "min_same_text"), "much"),
 }
 """Option that takes text -> a text that it refuses."""
 FREE_TEXTS = frozenset({"prompt", "stop", "regex", "device", "system"})
