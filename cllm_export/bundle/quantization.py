@@ -143,6 +143,8 @@ class Quantization:
     """Weight that keeps its precision -> reason."""
     scales_sha256: str | None = None
     """sha256 of the calibration's scales file, if one was used."""
+    agreement: Agreement | None = None
+    """Tokens of general text for which the bundle predicts the model's own token, measured when it was built."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEME_NAMES or not self.engines or not set(self.engines) <= set(ENGINES):

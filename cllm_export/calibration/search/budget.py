@@ -75,11 +75,12 @@ class FitOptions(SchemeOptions):
                 require_takers(name, getattr(self, name), self.schemes)
 
     def quantize(self, scheme: SchemeName, keep: tuple[str, ...]) -> QuantizeOptions:
-        """The build options of one scheme: those of these options that the scheme takes."""
+        """The build options of one scheme: those of these options that it takes. The budget judges the bundle."""
         spec = SCHEME_SPECS[scheme]
         return QuantizeOptions(
             scheme=scheme,
             keep=keep,
+            min_agreement=0,
             group_size=self.group_size if spec.takes("group_size") else None,
             scales=self.scales if spec.takes("scales") else None,
             engine=self.engine if spec.takes("engine") else None,

@@ -115,4 +115,6 @@ class Int8Dynamic(Scheme):
         return FakeLayer(layer.rounded(PairRounding()), [*nodes, shares, restored])
 
 
-INT8_DYNAMIC = Int8Dynamic(name="int8-dynamic", max_flips=0.5, unjudged=frozenset({"MatMulInteger", "QuantizeLinear"}))
+INT8_DYNAMIC = Int8Dynamic(
+    name="int8-dynamic", min_agreement=0.5, unjudged=frozenset({"MatMulInteger", "QuantizeLinear"})
+)
