@@ -108,8 +108,8 @@ def show_if_cut(generation: Generation, options: GenerateOptions, name: str = ""
         return
     what = "no whole JSON" if kind == "json_schema" else "perhaps no match"
     say(
-        f"{name}warning: the limit of new tokens cut the text before {kind} let it end, so it is {what}: allow more with "
-        f"max_new_tokens, or bound the lengths in {kind}"
+        f"{name}warning: the limit of new tokens cut the text before its grammar let it end, so it is {what}: allow "
+        "more with max_new_tokens, or bound lengths in the grammar"
     )
 
 

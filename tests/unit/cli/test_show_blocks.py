@@ -86,13 +86,13 @@ def test_a_text_that_a_limit_cuts_before_its_grammar_ends_it_says_so(run: Any, t
     pytest.importorskip("llguidance")
     (tmp_path / "schema.json").write_text('{"const": "a long text"}')
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "id": "first"}\n{"prompt": "b", "id": "second"}\n')
-    cut = "warning: the limit of new tokens cut the text before --json-schema let it end, so it is no whole JSON"
+    cut = "warning: the limit of new tokens cut the text before its grammar let it end, so it is no whole JSON"
     schema = ("--json-schema", str(tmp_path / "schema.json"))
     alone = run("a", *schema)
     assert f"{cut}: allow more with --max-new-tokens" in alone.stderr, alone.output
     several = run("--prompts", str(tmp_path / "prompts.jsonl"), "--json", *schema).stderr
     assert f"prompt first: {cut}" in several and f"prompt second: {cut}" in several
-    assert "cut the text before --regex let it end, so it is perhaps no match" in run("a", "--regex", "a+").stderr
+    assert "cut the text before its grammar let it end, so it is perhaps no match" in run("a", "--regex", "a+").stderr
 
 
 def test_a_text_that_its_grammar_ends_or_that_has_none_is_not_said_to_be_cut(run: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cllm_export.cli.show.calibration import change, show_choice, show_convergence
+from cllm_export.cli.show.training import show_evaluation
 
 LOSSES = {
     "tpf_loss": -0.0292,
@@ -25,6 +26,36 @@ CHOICE = {
     "candidates": [{**CANDIDATE, "trials": [{"num_kept": 0, **LOSSES, "measured_on": "bundle"}]}],
     "timings": None,
 }
+
+
+def evaluated(right: int):
+    """A model in the report of `evaluate`, with this many right answers of two."""
+    share = {"share": right / 2, "right": right, "of": 2}
+    decoding = {"tokens_per_forward": 1.0, "iterations_per_block": 1.0, "fast_forwarded_per_block": 0.0, "forwards": 4}
+    return {
+        **{"path": "bundle", "decoded": 2, "prompts": 2, "skipped": {}, "general_perplexity": 7.81},
+        "scores": {"all": {"exact_match": share}, "groups": {}, "notes": []},
+        "decoding": {**decoding, "stationary_per_block": 0.0, "exact": {"equal": 2, "of": 2}}
+        | {"finish_reasons": {}, "acceptance_histogram": {}},
+    }
+
+
+@pytest.mark.parametrize(("right", "doubt"), [((0, 0), " (no evidence: none is right)"), ((0, 1), "")])
+def test_a_score_that_a_model_and_its_parent_have_nothing_of_is_no_evidence(capsys, right, doubt):
+    compared = {"same_text": {"equal": 1, "of": 2}, "general_agreement": {"equal": 9, "of": 10, "share": 0.9}}
+    models = dict(zip(("model", "parent"), map(evaluated, right), strict=True))
+    show_evaluation({"settings": {"block_size": 4}, "task": "prompts", "models": models, "compared": compared})
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"exact match{doubt} 0.0% (0 of 2)" in out
+    assert "perplexity, general text 7.81 7.81" in out
+    assert "same text: 1 of 2; same token predicted on general text: 90.0% of 10 tokens" in out
+
+
+def test_a_single_model_has_the_score_that_it_has(capsys):
+    show_evaluation(
+        {"settings": {"block_size": 4}, "task": "prompts", "models": {"model": evaluated(0)}, "compared": None}
+    )
+    assert "no evidence" not in capsys.readouterr().out
 
 
 def bundle(**changes):
