@@ -18,7 +18,6 @@ from cllm_export.evaluation.tasks.humaneval_task import HumanevalTask
 from cllm_export.evaluation.tasks.prompt_task import PromptTask
 from cllm_export.evaluation.tasks.scores import Scores
 from cllm_export.evaluation.tasks.task import Task, TaskName, user_message
-from cllm_export.general_text.passages import Passage, general_passages, text_option
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.request import JacobiMethod
 from cllm_export.runtime.decoding.shared_options import (
@@ -29,6 +28,7 @@ from cllm_export.runtime.decoding.shared_options import (
     proposer_option,
     threads_option,
 )
+from cllm_export.runtime.general_text import Passage, general_passages, text_option
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token
 from cllm_export.runtime.teacher_forced import ForcedText, Reading, agreement, general_texts, perplexity, read_texts

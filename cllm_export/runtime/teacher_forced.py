@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from cllm_export.bundle.quantization import Agreement
 from cllm_export.errors import OptionError
-from cllm_export.general_text.passages import Passage
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine, as_batch
+from cllm_export.runtime.general_text import Passage
 
 CHUNK = 32
 """Tokens of a forward, if the engine does not fix their number."""

@@ -20,7 +20,7 @@ EXPORT_ONLY = {"torch", "transformers", "onnx"}
 FLOORS = """
 errors
 checks  extras  progress  prompts
-bundle  general_text
+bundle
 runtime.engines
 runtime.decoding.block_size  runtime.decoding.drafts  runtime.decoding.prefix
 runtime.decoding

@@ -8,10 +8,10 @@ from typing import Any
 
 from cllm_export.bundle.quantization import Agreement
 from cllm_export.calibration.recording import Recording
-from cllm_export.general_text.passages import Passage
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.base import Engine
+from cllm_export.runtime.general_text import Passage
 from cllm_export.runtime.teacher_forced import (
     ForcedText,
     Reading,

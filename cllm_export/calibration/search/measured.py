@@ -17,7 +17,6 @@ from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.decoding import Settings, decode_prompts, default_settings
 from cllm_export.evaluation.tasks.questions import Question
 from cllm_export.evaluation.tasks.score_prompts import score_prompts
-from cllm_export.general_text.passages import text_option
 from cllm_export.progress import Progress
 from cllm_export.runtime.decode_all import first_difference
 from cllm_export.runtime.decoding.shared_options import (
@@ -26,6 +25,7 @@ from cllm_export.runtime.decoding.shared_options import (
     proposer_option,
     threads_option,
 )
+from cllm_export.runtime.general_text import text_option
 from cllm_export.runtime.model import Model
 
 

@@ -21,9 +21,9 @@ from cllm_export.calibration.search.measured import (
     tpf_loss,
 )
 from cllm_export.evaluation.tasks.questions import Question
-from cllm_export.general_text.passages import general_passages
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.general_text import general_passages
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token

@@ -18,9 +18,9 @@ from cllm_export.exporter.checkpoint.adapter_files import (
     check_checkpoint,
     is_adapter,
 )
-from cllm_export.general_text.passages import general_passages
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_snapshot
+from cllm_export.runtime.general_text import general_passages
 
 
 def check_counts(**counts: int | None) -> None:

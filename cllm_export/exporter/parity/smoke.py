@@ -21,9 +21,9 @@ from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.read import Checkpoint
 from cllm_export.exporter.parity.layer_parity import LayeredGraph
 from cllm_export.exporter.parity.layer_reference import Float32Array, LayerRecord, LayerReference
-from cllm_export.general_text.passages import KINDS, general_passages
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.general_text import KINDS, general_passages
 from cllm_export.runtime.teacher_forced import general_texts
 
 MAX_DISTANCE = 1.5

@@ -11,8 +11,8 @@ import pytest
 from cllm_export.bundle.contract import FixedShapes
 from cllm_export.bundle.quantization import Agreement
 from cllm_export.errors import OptionError
-from cllm_export.general_text.passages import Passage, general_passages
 from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.general_text import Passage, general_passages
 from cllm_export.runtime.teacher_forced import (
     ForcedText,
     Reading,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cllm_export.errors import OptionError
-from cllm_export.general_text.passages import KINDS, general_passages
+from cllm_export.runtime.general_text import KINDS, general_passages
 
 
 def test_the_package_has_text_of_four_kinds():

@@ -1,4 +1,7 @@
-"""The passages of general text: those of the package, or a file of the user's own."""
+"""General text, on which every model is measured: that of the package, or a file of the user's own.
+
+The package has text of four kinds, in ``texts/``. It was written for this project, and is under its licence.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def general_passages(path: Path | None = None) -> tuple[Passage, ...]:
         OptionError: the file cannot be read, is not UTF-8, or is blank.
     """
     if path is None:
-        files = resources.files("cllm_export.general_text")
+        files = resources.files("cllm_export.runtime") / "texts"
         return tuple(Passage(kind=kind, text=(files / f"{kind}.txt").read_text(encoding="utf-8")) for kind in KINDS)
     try:
         text = path.read_text(encoding="utf-8")
