@@ -155,7 +155,7 @@ def quantize(
         resumable(lambda: f"{output} was not written, and a search keeps nothing: run the same command again"),
         tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory,
     ):
-        build = _Builder(checkpoint, baseline, Path(directory), options)
+        build = _Builder(checkpoint, baseline, Path(directory), options, progress)
         candidates = tuple(
             _fit(baseline, questions, how, build.of(scheme), options, progress) for scheme, how in stand_ins.items()
         )
@@ -229,9 +229,11 @@ def _time(
 class _Builder:
     """Builds the checkpoint with the settings of the unquantised bundle, with any scheme."""
 
-    def __init__(self, checkpoint: Path, baseline: Bundle, directory: Path, options: FitOptions) -> None:
+    def __init__(
+        self, checkpoint: Path, baseline: Bundle, directory: Path, options: FitOptions, progress: Progress | None
+    ) -> None:
         self._checkpoint, self._manifest = checkpoint, baseline.manifest
-        self._directory, self._options = directory, options
+        self._directory, self._options, self._progress = directory, options, progress
 
     def of(self, scheme: SchemeName) -> Builder:
         """The builder for a scheme. A new bundle replaces the scheme's earlier one."""
@@ -253,4 +255,4 @@ class _Builder:
             trained_with=manifest.trained_with,
             quantize=quantized,
         )
-        return build(self._checkpoint, self._directory / name, options, force=True)
+        return build(self._checkpoint, self._directory / name, options, force=True, progress=self._progress)
