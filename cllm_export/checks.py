@@ -92,6 +92,33 @@ def _require_64_bits(name: str, value: object) -> None:
         raise OptionError(f"{name} must be an integer of at most {LARGEST_INTEGER}, got {value}", fields=(name,))
 
 
+def parse_share(text: str, *, name: str) -> float:
+    """``3%`` or ``0.03`` as a share; ``name`` is the option's.
+
+    Raises:
+        OptionError: the text is not a share.
+    """
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise OptionError(f"{name} must be a share such as 3% or 0.03, got {text!r}", fields=(name,)) from None
+    check_share(name, share, repr(text))
+    return share
+
+
+def check_share(name: str, share: float, given: str) -> None:
+    """Refuse what is no share. What must not be lost may be 100%; what may be lost may not.
+
+    Raises:
+        OptionError: as said; the message has ``given``.
+    """
+    is_least = name.startswith("min_")
+    if not (0 <= share < 1 or (is_least and share == 1)):
+        raise OptionError(
+            f"{name} must be from 0% to {'' if is_least else 'below '}100%, such as 3%, got {given}", fields=(name,)
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptionSpec:
     """Meaning and range of an option. It is stored as the metadata ``option`` of a dataclass field."""

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from cllm_export.bundle.contract import CONTRACT_VERSION, PRECISIONS, FixedShapes, Geometry, Precision
 from cllm_export.bundle.linked_weights import LinkedFile, LinkedWeight, check_linked
-from cllm_export.bundle.quantization import Quantization
+from cllm_export.bundle.quantization import Agreement, Quantization
 from cllm_export.bundle.storage import recover, sha256_of
 from cllm_export.checks import from_fields, require_at_least, require_one_of, require_plain_name
 from cllm_export.errors import BundleError, BundleVersionError, ChecksumError
@@ -313,7 +313,13 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
 def _quantization_from(raw: dict[str, Any] | None) -> Quantization | None:
     if raw is None:
         return None
-    return from_fields(Quantization, {**raw, "engines": tuple(raw["engines"]), "weights": tuple(raw["weights"])})
+    measured = raw.get("agreement")
+    settled = {
+        "engines": tuple(raw["engines"]),
+        "weights": tuple(raw["weights"]),
+        "agreement": from_fields(Agreement, measured) if measured is not None else None,
+    }
+    return from_fields(Quantization, raw | settled)
 
 
 def _graph_entry_from(raw: dict[str, Any]) -> GraphEntry:

@@ -7,12 +7,11 @@ recorded text, whatever this engine predicts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from cllm_export.bundle.contract import Batch
 from cllm_export.calibration.recording import Recording, State
-from cllm_export.runtime.engines.base import Engine, prefill
+from cllm_export.runtime.engines.base import Engine, as_batch, prefill
 
 
 class Replayed(NamedTuple):
@@ -43,12 +42,6 @@ def replay_text(engine: Engine, recording: Recording, size: int, pad: int) -> It
             block += (pad,) * (size - committed)
         state = State(start, committed, block)
         yield Replayed(state, _run(engine, state))
-
-
-def as_batch(engine: Engine, tokens: Sequence[int], num_committed: int, write_index: int) -> Batch:
-    """A block in slot 0; the other slots are idle."""
-    idle = engine.num_slots - 1
-    return Batch([tokens] * (1 + idle), [num_committed] + [0] * idle, [write_index] + [0] * idle)
 
 
 def _run(engine: Engine, state: State) -> list[int]:

@@ -12,6 +12,7 @@ import typer
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import PrecisionName, builds_for, split_precision
+from cllm_export.checks import parse_share
 from cllm_export.cli.app import command
 from cllm_export.cli.before.commands import check_build, check_import
 from cllm_export.cli.flags import names_replaced
@@ -37,7 +38,12 @@ TargetsOption = Annotated[
 
 @command("cllm-export build path/to/checkpoint --output my-bundle")
 @with_options(BuildOptions, parse={"max_memory": partial(parse_size, name="max_memory")})
-@with_options(LayerOptions, names={"head": "quantize_head", "engine": "quantize_for"}, flags={"scheme": "--precision"})
+@with_options(
+    LayerOptions,
+    names={"head": "quantize_head", "engine": "quantize_for"},
+    parse={"min_agreement": partial(parse_share, name="min_agreement")},
+    flags={"scheme": "--precision"},
+)
 @with_options(
     TrainedOptions, names={"block_size": "trained_block_size", "proposer": "trained_proposer", "loop": "trained_loop"}
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +12,11 @@ import typer
 from cllm_export.bundle.manifest import open_bundle
 from cllm_export.calibration.calibrate import CalibrateOptions
 from cllm_export.calibration.search.budget import FitOptions
-from cllm_export.calibration.search.fit import Budget, parse_share
+from cllm_export.calibration.search.fit import Budget
 from cllm_export.calibration.search.measured import HeldOutOptions
+from cllm_export.checks import parse_share
 from cllm_export.cli.app import command
-from cllm_export.cli.before.arguments import check_bundle, check_prompts, check_report, check_scales_output
+from cllm_export.cli.before.arguments import check_bundle, check_prompts, check_report, check_scales_output, check_text
 from cllm_export.cli.before.commands import check_quantize
 from cllm_export.cli.options import (
     BundleArgument,
@@ -32,7 +33,7 @@ from cllm_export.cli.show.report import show_report
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import about
 
-SHARES = {name: partial(parse_share, name=name) for name in ("max_tpf_loss", "max_quality_loss")}
+SHARES = {name: partial(parse_share, name=name) for name in (field.name for field in fields(Budget))}
 
 
 @command(
@@ -77,7 +78,7 @@ def convergence(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what quantised bundles lose: tokens per forward, flips by stage of convergence, texts, scores, perplexity."""
+    """Say what quantised bundles lose: agreement, perplexity, texts, scores, tokens per forward, flips by stage."""
     from cllm_export.calibration.search.convergence import measure_convergence
     from cllm_export.cli.show.calibration import show_convergence
     from cllm_export.evaluation.tasks.questions import read_questions
@@ -85,6 +86,7 @@ def convergence(
     check_bundle("against", against, block_sizes=[options.block_size])
     check_prompts("prompts", prompts, limit=limit)
     check_report("output", output, force=force)
+    check_text(options.text)
     opened, candidates = open_bundle(against), [open_bundle(path) for path in bundles]
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
@@ -118,11 +120,11 @@ def quantize(
     from cllm_export.cli.show.plots import SENSITIVITY, TRADE_OFF, check_plots, plot_choice
     from cllm_export.evaluation.tasks.questions import read_questions
 
-    check_quantize(checkpoint, against, output, options, force=force, block_size=held_out.block_size)
+    options = replace(options, budget=budget, held_out=held_out, always_rank=options.always_rank or plots is not None)
+    check_quantize(checkpoint, against, output, options, force=force)
     check_prompts("prompts", prompts, limit=limit)
     with about("plots"):
         check_plots(plots, SENSITIVITY, TRADE_OFF, force=force)
-    options = replace(options, budget=budget, held_out=held_out, always_rank=options.always_rank or plots is not None)
     questions = read_questions(prompts, limit=limit)
     with progress_bar() as progress:
         chosen = run(checkpoint, open_bundle(against), questions, output, options, force=force, progress=progress)

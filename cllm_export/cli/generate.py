@@ -32,7 +32,7 @@ from cllm_export.cli.options import (
     require_use,
 )
 from cllm_export.cli.show.console import plain_progress, streaming_text
-from cllm_export.cli.show.decoding import show_blocks, show_if_empty, show_legend, show_statistics
+from cllm_export.cli.show.decoding import show_blocks, show_if_cut, show_if_empty, show_legend, show_statistics
 from cllm_export.cli.signature import with_options
 from cllm_export.errors import GrammarError, OptionError, PromptError, about
 from cllm_export.progress import Progress, counted
@@ -219,7 +219,9 @@ def generate(
             progress("prompts", index, len(entries))
             with _naming(entry, len(entries)):
                 if view.as_json:
-                    _print_json_line(entry, model.generate(entry.content, options))
+                    generation = model.generate(entry.content, options)
+                    _print_json_line(entry, generation)
+                    show_if_cut(generation, options, _named(entry, is_alone=len(entries) == 1))
                 else:
                     _print_text(model, entry, options, view, is_alone=len(entries) == 1)
                 if save_prefix is not None:
@@ -338,12 +340,19 @@ def _print_together(
     for index, _, generation in decoded:
         if view.as_json:
             _print_json_line(given[index], generation)
+            show_if_cut(generation, options, _named(given[index], is_alone=False))
         else:
-            _print_generation(model, given[index], generation, view)
+            _print_generation(model, given[index], generation, options, view)
 
 
 def _print_generation(
-    model: Model, prompt: Prompt, generation: Generation, view: View, *, is_alone: bool = False
+    model: Model,
+    prompt: Prompt,
+    generation: Generation,
+    options: GenerateOptions,
+    view: View,
+    *,
+    is_alone: bool = False,
 ) -> None:
     if view.show_blocks:
         if not is_alone:
@@ -352,24 +361,33 @@ def _print_generation(
         typer.echo(f"text: {generation.text}")
     else:
         typer.echo(generation.text)
-    _print_remarks(prompt, generation, view, is_alone=is_alone)
+    _print_remarks(prompt, generation, options, view, is_alone=is_alone)
 
 
-def _print_remarks(prompt: Prompt, generation: Generation, view: View, *, is_alone: bool) -> None:
+def _print_remarks(
+    prompt: Prompt, generation: Generation, options: GenerateOptions, view: View, *, is_alone: bool
+) -> None:
     """Print on standard error what is to be said of a text that was printed."""
-    show_if_empty(generation, "" if is_alone else f"prompt {prompt.id}: ")
+    name = _named(prompt, is_alone=is_alone)
+    show_if_empty(generation, name)
+    show_if_cut(generation, options, name)
     if view.stats:
         show_statistics(generation)
+
+
+def _named(prompt: Prompt, *, is_alone: bool) -> str:
+    """The beginning of a remark: which prompt it is about, if there are several."""
+    return "" if is_alone else f"prompt {prompt.id}: "
 
 
 def _print_text(model: Model, prompt: Prompt, options: GenerateOptions, view: View, *, is_alone: bool) -> None:
     with model.stream(prompt.content, options) as stream:
         if view.show_blocks:
-            _print_generation(model, prompt, stream.result(), view, is_alone=is_alone)
+            _print_generation(model, prompt, stream.result(), options, view, is_alone=is_alone)
             return
         with streaming_text():
             for delta in stream:
                 typer.echo(delta, nl=False)
                 sys.stdout.flush()
             typer.echo()
-        _print_remarks(prompt, stream.result(), view, is_alone=is_alone)
+        _print_remarks(prompt, stream.result(), options, view, is_alone=is_alone)

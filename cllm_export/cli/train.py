@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cllm_export.cli.app import EXIT_FAILED, command
-from cllm_export.cli.before.arguments import check_counts, check_prompts, check_report, check_source
+from cllm_export.cli.before.arguments import check_counts, check_prompts, check_report, check_source, check_text
 from cllm_export.cli.before.commands import check_collect, check_tune, check_tune_data
 from cllm_export.cli.options import (
     ForceOption,
@@ -65,6 +65,7 @@ def evaluate(
     check_source("source", source, block_size=options.block_size)
     check_source("parent", parent)
     check_report("output", output, force=force)
+    check_text(options.text)
     with progress_bar() as progress:
         report = (run_probe if probe else run_evaluation)(source, data, task, parent, options, progress=progress)
     show_report(report, show_probe if probe else show_evaluation, as_json=as_json, output=output)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cllm_export.bundle.manifest import ProposerName
 from cllm_export.checks import check_options, option
@@ -28,7 +28,10 @@ from cllm_export.runtime.decoding.shared_options import (
     proposer_option,
     threads_option,
 )
+from cllm_export.runtime.general_text import Passage, general_passages, text_option
 from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import pad_token
+from cllm_export.runtime.teacher_forced import ForcedText, Reading, agreement, general_texts, perplexity, read_texts
 
 REPORT_VERSION = 1
 
@@ -43,6 +46,7 @@ class EvaluateOptions:
     max_new_tokens: int | None = max_new_tokens_option(None, otherwise="the task's")
     limit: int | None = limit_option()
     threads: int | None = threads_option()
+    text: Path | None = text_option()
     allow_code_execution: bool = option(
         False, help="Run the code that the model writes, in a sandbox. Only humaneval needs it.", group="Input"
     )
@@ -84,8 +88,10 @@ def evaluate(
     """Decode and score a task, and return the report, JSON-ready.
 
     ``models`` holds ``model`` and, if given, ``parent``, which is decoded with the settings of ``model``. Each has
-    ``scores`` (shares by measure, overall and by group), ``decoding`` (see ``Measures``), ``skipped`` (prompts by
-    reason) and ``answers`` (the text and the judgement of each prompt).
+    ``scores`` (shares by measure, overall and by group), ``decoding`` (see ``Measures``), ``general_perplexity``,
+    ``skipped`` (prompts by reason) and ``answers`` (the text and the judgement of each prompt). ``compared`` says how
+    far the two agree: ``same_text``, the equal answers, and ``general_agreement``, the tokens of general text for which
+    both predict the same token, which is None if their tokenizers differ. It is None without a parent.
 
     Raises:
         CllmExportError: a model cannot be opened or cannot decode with the settings, or no prompt can be decoded.
@@ -96,12 +102,18 @@ def evaluate(
             kind_of(path)
     model = open_source(source, threads=options.threads)
     settings = settle(default_settings(model, max_new_tokens=options.max_new_tokens or task.max_new_tokens), options)
+    passages = general_passages(options.text)
+    ours = _read_general(model, passages, progress)
     models = {"model": _evaluate_one(source, model, task, settings, progress, "model")}
+    models["model"]["general_perplexity"] = perplexity(ours.readings)
+    compared = None
     if parent:
         del model
-        models["parent"] = _evaluate_one(
-            parent, open_source(parent, threads=options.threads), task, settings, progress, "parent"
-        )
+        other = open_source(parent, threads=options.threads)
+        theirs = _read_general(other, passages, progress)
+        models["parent"] = _evaluate_one(parent, other, task, settings, progress, "parent")
+        models["parent"]["general_perplexity"] = perplexity(theirs.readings)
+        compared = _compare(models, ours, theirs)
     return {
         "report_version": REPORT_VERSION,
         "task": task.name,
@@ -114,6 +126,7 @@ def evaluate(
             "max_new_tokens": settings.max_new_tokens,
         },
         "models": models,
+        "compared": compared,
     }
 
 
@@ -129,6 +142,31 @@ def speaks_chat(model: Model) -> bool:
         return bool(model.encode(user_message("hello")))
     except PromptError:
         return False
+
+
+class _General(NamedTuple):
+    """General text as a model reads it."""
+
+    texts: list[ForcedText]
+    readings: list[Reading]
+
+
+def _read_general(model: Model, passages: Sequence[Passage], progress: Progress | None) -> _General:
+    texts = general_texts(model.codec, passages, max_length=model.facts.max_length)
+    report = progress or (lambda *_: None)
+    readings = read_texts(
+        model.engine, texts, pad_token(model.facts), lambda done: report("general text", done, len(texts))
+    )
+    return _General(texts, readings)
+
+
+def _compare(models: Mapping[str, Mapping[str, Any]], ours: _General, theirs: _General) -> dict[str, Any]:
+    """How far the model and its parent agree, JSON-ready."""
+    first, second = ({each["id"]: each["text"] for each in entry["answers"]} for entry in models.values())
+    both = first.keys() & second.keys()
+    equal = sum(first[name] == second[name] for name in both)
+    agreed = agreement(theirs.readings, ours.readings).to_dict() if ours.texts == theirs.texts else None
+    return {"same_text": {"equal": equal, "of": len(both)}, "general_agreement": agreed}
 
 
 def _evaluate_one(

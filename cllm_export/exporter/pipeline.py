@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from torch import Tensor
@@ -30,6 +30,7 @@ from cllm_export.bundle.manifest import (
     tensorrt_graph_of,
     write_manifest,
 )
+from cllm_export.bundle.quantization import Agreement
 from cllm_export.bundle.scales import Scales, open_scales
 from cllm_export.bundle.storage import check_output, staged_output
 from cllm_export.checks import names_options
@@ -47,7 +48,7 @@ from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
 from cllm_export.exporter.graph.tensorrt_graph import derive_tensorrt_graph
 from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
 from cllm_export.exporter.options import BuildOptions, refuse_link
-from cllm_export.exporter.parity.smoke import require_sound, smoke_bytes
+from cllm_export.exporter.parity.smoke import doubt, measure_agreement, smoke_bytes
 from cllm_export.exporter.quantize.gptq import factor_bytes
 from cllm_export.exporter.quantize.rewrite import quantize
 from cllm_export.exporter.quantize.scheme import ColumnMaximum
@@ -91,6 +92,9 @@ class BuildReport:
     """Predicted peak of anonymous memory, in bytes."""
     peak: int
     """Measured peak of anonymous memory, in bytes; 0 where the system does not report it."""
+    agreement: dict[str, Any] | None
+    """Tokens of general text for which a quantised bundle predicts the model's own token: ``equal``, ``of``, ``share``.
+    None if nothing was quantised."""
     bytes_written: int
     bytes_linked: int
 
@@ -203,8 +207,7 @@ class _Work:
                     copy_text_files(checkpoint, staging)
                     files = describe_files(staging, known)
                     write_manifest(staging, make_manifest(checkpoint, settings, graphs, layout, files, sums))
-                if options.quantize:
-                    self._require_sound(staging, checkpoint, adapter, SCHEMES[options.quantize.scheme].max_flips)
+                agreement = self._judge(staging, checkpoint, adapter)
                 written = perf_counter()
             stages.took("to disk", perf_counter() - written)
         return BuildReport(
@@ -214,6 +217,7 @@ class _Work:
             seconds=stages.seconds,
             predicted_peak=memory.peak,
             peak=0,
+            agreement=agreement.to_dict() if agreement else None,
             bytes_written=sum(entry.size for entry in files.values()),
             bytes_linked=sum(weight.length for weight in layout.linked.values()),
         )
@@ -279,16 +283,28 @@ class _Work:
             lint_graph(graph, ir.serde.serialize_model(graph.model), is_parsed=True)
             graphs[TENSORRT_GRAPH] = graph
 
-    def _require_sound(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None, max_flips: float) -> None:
-        """Refuse a quantised bundle that no longer computes its model, before it replaces the old bundle."""
-        with self.stages.stage("smoke"):
-            smoke = require_sound(
-                open_bundle(staging), checkpoint, adapter, max_flips=max_flips, threads=available_threads()
+    def _judge(self, staging: Path, checkpoint: Checkpoint, adapter: Adapter | None) -> Agreement | None:
+        """Measure how far a quantised bundle agrees with its model, and record it. Refuse a bad one."""
+        quantize = self._options.quantize
+        if quantize is None:
+            return None
+        bundle, least = open_bundle(staging), quantize.min_agreement
+        with self.stages.stage("agreement"):
+            agreement = measure_agreement(
+                bundle,
+                checkpoint,
+                adapter,
+                least=SCHEMES[quantize.scheme].min_agreement if least is None else least,
+                threads=available_threads(),
+                progress=self.stages.progress,
             )
-        self.stages.say(
-            f"of {smoke.tokens} random tokens {smoke.flips} are followed by another token than before; "
-            f"the last layer is off by {smoke.distance:.1%}"
-        )
+        self.stages.say(f"the bundle predicts the model's own token for {agreement} tokens of general text")
+        if warning := doubt(agreement):
+            self.stages.say(warning)
+        assert bundle.manifest.quantization is not None
+        record = replace(bundle.manifest.quantization, agreement=agreement)
+        write_manifest(staging, replace(bundle.manifest, quantization=record))
+        return agreement
 
     def _require_early_space(self, tensors: Mapping[str, TensorInfo]) -> None:
         """Check the disk space before the trace, with a lower bound on the size of the bundle.

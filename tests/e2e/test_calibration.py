@@ -15,6 +15,8 @@ from tests.e2e.conftest import Cli, assert_refused, run_process
 from tests.e2e.test_missing_extras import without
 
 FEW = ("--max-new-tokens", 6, "--threads", 1)
+LOOSE = ("--max-tpf-loss", "60%", "--min-agreement", "10%", "--max-perplexity-rise", "50%")
+"""A budget for tiny random models, whose margins are small."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,7 @@ def test_a_bundle_has_lost_nothing_against_itself(cli: Cli, bundle: Path, prompt
     done = cli("convergence", bundle, *arguments)
     assert done.code == 0, done.err
     (found,) = json.loads(report.read_text())["candidates"]
+    assert found["agreement"]["share"] == found["general_agreement"]["share"] == 1
     assert found["tpf_loss"] == 0 and found["flips"]["all"]["flipped"] == 0 < found["flips"]["all"]["rows"]
     assert found["exact_match"] == {"equal": 5, "of": 5, "share": 1.0} and found["first_divergence"] is None
     assert "same text" in done.out and "5 of 5" in done.out
@@ -97,15 +100,16 @@ def test_quantize_takes_the_fastest_of_several_precisions_within_the_budget_and_
 ):
     output = tmp_path / "out"
     given = ("--against", bundle, "--prompts", prompts, "--limit", 4, "--block-size", 4, "-o", output, *FEW)
-    budget = ("--max-tpf-loss", "60%", "--max-quality-loss", "99%", "--json", "--plots", tmp_path)
+    budget = (*LOOSE, "--max-quality-loss", "99%", "--json", "--plots", tmp_path)
     schemes = ("--precision", "int8-dynamic", "--precision", "int4")
     done = cli("quantize", workshop.checkpoint("small"), *given, *schemes, *budget)
     assert done.code == 0, done.err
     written = json.loads(done.out)
-    assert (written["max_tpf_loss"], written["max_quality_loss"]) == (0.6, 0.99)
+    assert (written["max_tpf_loss"], written["max_quality_loss"], written["min_agreement"]) == (0.6, 0.99, 0.1)
     for candidate, scheme in zip(written["candidates"], ("int8-dynamic", "int4"), strict=True):
         assert candidate["scheme"] == scheme and candidate["trials"][-1]["measured_on"] == "bundle"
         assert candidate["tpf_loss"] <= 0.6 and candidate["quality_loss"] <= 0.99
+        assert candidate["agreement"] >= 0.1 and candidate["perplexity_rise"] <= 0.5
     settings = written["timings"]["settings"]
     assert {entry["name"] for entry in settings} == {"fp32", "int8-dynamic", "int4"}
     assert written["chosen"] == settings[0]["name"]
@@ -123,7 +127,7 @@ def test_quantize_with_one_precision_takes_no_times(
 ):
     output = tmp_path / "out"
     given = ("--against", bundle, "--prompts", prompts, "--limit", 4, "--precision", "int8-dynamic", *FEW)
-    done = cli("quantize", workshop.checkpoint("small"), *given, "-o", output, "--max-tpf-loss", "60%")
+    done = cli("quantize", workshop.checkpoint("small"), *given, "-o", output, *LOOSE)
     assert done.code == 0, done.err
     assert f"wrote {output}: int8-dynamic, 0 layers kept" in done.out.replace("\n", "")
 

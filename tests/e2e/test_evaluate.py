@@ -68,7 +68,10 @@ def test_a_checkpoint_gives_what_its_bundle_does(
     output = tmp_path / "report.json"
     arguments = ("--task", "prompts", "--data", prompt_file, "--output", output, *FEW)
     assert cli("evaluate", bundle, *arguments, "--parent", workshop.checkpoint("llama")).code == 0
-    models = json.loads(output.read_text(encoding="utf-8"))["models"]
+    report = json.loads(output.read_text(encoding="utf-8"))
+    models, compared = report["models"], report["compared"]
+    assert compared["same_text"] == {"equal": 2, "of": 2} and compared["general_agreement"]["share"] > 0.99  # near ties
+    assert models["model"]["general_perplexity"] == pytest.approx(models["parent"]["general_perplexity"], rel=1e-3)
     assert [entry["kind"] for entry in models.values()] == ["bundle", "checkpoint"]
     for key in ("answers", "decoding", "skipped", "scores"):
         assert models["model"][key] == models["parent"][key]

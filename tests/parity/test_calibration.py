@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cllm_export.calibration.linear_inputs import checkpoint_tensors, linear_inp
 from cllm_export.calibration.recording import read_recordings
 from cllm_export.calibration.search.fake_quantization import FakeQuantization, fake_quantized
 from cllm_export.calibration.search.fit import Budget, fit
-from cllm_export.calibration.search.measured import HeldOutOptions, Losses
+from cllm_export.calibration.search.measured import HeldOutOptions, Losses, Quality
 from cllm_export.calibration.search.sensitivity import StandIn
 from cllm_export.errors import CalibrationError, OutputError
 from cllm_export.evaluation.tasks.questions import read_questions
@@ -25,6 +26,7 @@ from tests.conftest import THREADS
 
 WORDS = ("select", "name", "from", "city", "where", "count", "order", "the")
 CLEAN = CalibrateOptions(mix=0, num_rows=300, max_new_tokens=12, threads=THREADS)
+NOTHING = Losses(tpf=0, quality=Quality(0, "same_text"), agreement=1, perplexity=0, same_text=1)
 MIXED = CalibrateOptions(mix=0.5, num_rows=300, max_new_tokens=12, gram=True, threads=THREADS)
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -203,7 +205,9 @@ def test_rounding_every_layer_flips_more_than_any_layer_alone(bundle, prompts, m
     assert {entry.layer.name for entry in ranked} == {layer.name for layer in stand_in.layers}
     rates = [entry.flips.all.rate for entry in ranked]
     assert rates == sorted(rates, reverse=True)
-    assert stand_in.losses([layer.name for layer in stand_in.layers]) == Losses(tpf=0, quality=0)
+    kept = stand_in.losses([layer.name for layer in stand_in.layers])
+    assert replace(kept, quality=NOTHING.quality) == NOTHING and kept.quality.loss == 0
+    assert stand_in.losses([]).agreement < 1
     assert all("embed" not in layer.name and "lm_head" not in layer.name for layer in stand_in.layers)
 
 
@@ -235,7 +239,7 @@ def test_a_stand_in_of_every_layer_computes_what_a_bundle_does(workshop, bundle,
 def test_a_fit_on_a_real_bundle_measures_that_bundle(bundle, prompts):
     how = FakeQuantization(scheme="int8-dynamic")
     stand_in = StandIn(bundle, read_questions(prompts, limit=3), how, HeldOutOptions(max_new_tokens=8, threads=THREADS))
-    chosen = fit(stand_in, lambda keep: bundle, lambda built: Losses(tpf=0.0, quality=0.0), Budget(max_tpf_loss=0.03))
+    chosen = fit(stand_in, lambda keep: bundle, lambda built: NOTHING, Budget(max_tpf_loss=0.03))
     assert chosen.kept == () and chosen.bundle is bundle
 
 

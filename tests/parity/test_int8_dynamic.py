@@ -19,12 +19,15 @@ from torch.nn import functional  # noqa: E402
 from cllm_export.bundle.contract import Batch  # noqa: E402
 from cllm_export.bundle.inspect import describe  # noqa: E402
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle  # noqa: E402
+from cllm_export.bundle.quantization import Agreement  # noqa: E402
 from cllm_export.errors import OptionError, QuantizationError  # noqa: E402
 from cllm_export.exporter.checkpoint.read import open_checkpoint  # noqa: E402
 from cllm_export.exporter.graph.rounding import ChannelRounding, PairRounding  # noqa: E402
+from cllm_export.exporter.options import BuildOptions  # noqa: E402
 from cllm_export.exporter.parity import smoke  # noqa: E402
 from cllm_export.exporter.parity.layer_parity import LayeredGraph  # noqa: E402
-from cllm_export.exporter.parity.smoke import require_sound  # noqa: E402
+from cllm_export.exporter.parity.smoke import measure_agreement  # noqa: E402
+from cllm_export.exporter.pipeline import build, export  # noqa: E402
 from cllm_export.exporter.quantize import int8_dynamic  # noqa: E402
 from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.prompts import read_prompts  # noqa: E402
@@ -32,6 +35,7 @@ from cllm_export.runtime.decoding.request import METHODS  # noqa: E402
 from cllm_export.runtime.engines.onnxruntime import OrtEngine  # noqa: E402
 from cllm_export.runtime.load import load  # noqa: E402
 from cllm_export.runtime.model import Model  # noqa: E402
+from cllm_export.runtime.teacher_forced import ForcedText, read_texts  # noqa: E402
 from cllm_export.verification.engine_checks import EngineRun, check_rows_are_isolated  # noqa: E402
 from cllm_export.verification.report import VerifyOptions  # noqa: E402
 from cllm_export.verification.verify import verify  # noqa: E402
@@ -39,7 +43,9 @@ from tests.checkpoints import VARIANTS, edit_weights, make_checkpoint  # noqa: E
 from tests.conftest import DEMO, THREADS, Workshop  # noqa: E402
 from tests.parity.compare import random_prompts  # noqa: E402
 
-INT8 = {"quantize": QuantizeOptions(scheme="int8-dynamic")}
+DYNAMIC = QuantizeOptions(scheme="int8-dynamic")
+INT8 = {"quantize": DYNAMIC}
+INT4 = QuantizeOptions(scheme="int4")
 INT8_HEAD = {"quantize": QuantizeOptions(scheme="int8-dynamic", head=True)}
 FAMILIES = ("llama", "llama-linear-bias-mqa", "qwen3", "gemma2", "phi3")
 NUM_NEW_TOKENS = 24
@@ -226,9 +232,6 @@ def test_a_bundle_that_does_not_compute_its_model_is_not_left_behind(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The count of greedy tokens finds it as well, with other words: these are the layer's."""
-    from cllm_export.exporter.options import BuildOptions
-    from cllm_export.exporter.pipeline import build
-
     monkeypatch.setattr(int8_dynamic, "ChannelRounding", lambda: ChannelRounding(scale_factor=127))
     with pytest.raises(QuantizationError, match=r"does not compute its model any more: layer 0 is off by \S+ of its"):
         build(
@@ -240,14 +243,53 @@ def test_a_bundle_that_does_not_compute_its_model_is_not_left_behind(
 
 
 def test_a_layer_too_large_is_found_where_no_token_differs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
-    """The norm before the head takes a factor out again: the count of greedy tokens sees nothing of it."""
+    """The norm before the head takes a factor out again: the agreement of tokens sees nothing of it."""
     bundle, checkpoint = workshop.bundle("small", **INT8), open_checkpoint(workshop.checkpoint("small"))
-    sound, layer = require_sound(bundle, checkpoint, None, max_flips=0.5, threads=THREADS), LayeredGraph.layer
+    sound, layer = measure_agreement(bundle, checkpoint, None, least=0.5, threads=THREADS), LayeredGraph.layer
     monkeypatch.setattr(LayeredGraph, "layer", lambda *arguments: 3 * layer(*arguments))
     with pytest.raises(QuantizationError, match=r"layer 0 is off by 2(\.\d)? of its output"):
-        require_sound(bundle, checkpoint, None, max_flips=0.5, threads=THREADS)
+        measure_agreement(bundle, checkpoint, None, least=0.5, threads=THREADS)
     monkeypatch.setattr(smoke, "MAX_DISTANCE", 10)
-    assert require_sound(bundle, checkpoint, None, max_flips=0.5, threads=THREADS).flips == sound.flips
+    assert measure_agreement(bundle, checkpoint, None, least=0.5, threads=THREADS) == sound
+
+
+def test_a_bundle_records_the_agreement_that_its_build_measured(workshop: Workshop, tmp_path: Path):
+    """The reference runs whole in stock transformers here, and the bundle in its engine."""
+    checkpoint, said = workshop.checkpoint("small"), list[str]()
+    built = export(checkpoint, tmp_path / "bundle", BuildOptions(quantize=DYNAMIC), say=said.append)
+    record = built.bundle.manifest.quantization
+    assert record is not None and record.agreement is not None
+    tokens = smoke.general_tokens(built.bundle, record.agreement.of)
+    [ours] = read_texts(OrtEngine(built.bundle, num_slots=1, threads=THREADS), [ForcedText((*tokens, 0))], 0)
+    theirs = stock_logits(checkpoint, tokens, quantized=False).argmax(axis=-1).tolist()
+    equal = sum(first == second for first, second in zip(ours.predicted, theirs, strict=True))
+    assert record.agreement == Agreement(equal=equal, of=len(tokens)) and 0.5 < record.agreement.share < 1
+    assert built.report.agreement == record.agreement.to_dict()
+    assert sum(f"predicts the model's own token for {record.agreement} tokens of general" in line for line in said) == 1
+    assert describe(built.bundle)["quantization"]["agreement"] == vars(record.agreement)
+
+
+def test_a_build_whose_agreement_is_below_the_floor_is_refused(workshop: Workshop, tmp_path: Path):
+    found = r"predicts the model's own token for only \d+\.\d% of \d+ tokens of general text, and at least 100% are"
+    options = BuildOptions(quantize=replace(DYNAMIC, min_agreement=1.0))
+    with pytest.raises(QuantizationError, match=found) as refused:
+        build(workshop.checkpoint("small"), tmp_path / "bundle", options)
+    assert "keep names them" in str(refused.value) and "min_agreement" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_warns_of_a_bundle_that_agrees_too_little(workshop: Workshop, tmp_path: Path):
+    """That is so for a tiny random model, whose margins are small."""
+    said = list[str]()
+    export(workshop.checkpoint("small"), tmp_path / "bundle", BuildOptions(quantize=INT4), say=said.append)
+    assert [line.partition(",")[0] for line in said if "warning" in line] == [
+        "warning: fewer than 92% of the tokens agree"
+    ]
+
+
+def test_a_bundle_that_agrees_gets_no_warning():
+    assert smoke.doubt(Agreement(equal=92, of=100)) is None
+    assert "fewer than 92%" in (smoke.doubt(Agreement(equal=91, of=100)) or "")
 
 
 def test_linking_is_refused_by_name(workshop: Workshop):

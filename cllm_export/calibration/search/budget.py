@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -75,11 +75,12 @@ class FitOptions(SchemeOptions):
                 require_takers(name, getattr(self, name), self.schemes)
 
     def quantize(self, scheme: SchemeName, keep: tuple[str, ...]) -> QuantizeOptions:
-        """The build options of one scheme: those of these options that the scheme takes."""
+        """The build options of one scheme: those of these options that it takes. The budget judges the bundle."""
         spec = SCHEME_SPECS[scheme]
         return QuantizeOptions(
             scheme=scheme,
             keep=keep,
+            min_agreement=0,
             group_size=self.group_size if spec.takes("group_size") else None,
             scales=self.scales if spec.takes("scales") else None,
             engine=self.engine if spec.takes("engine") else None,
@@ -113,9 +114,7 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "max_tpf_loss": self.budget.max_tpf_loss,
-            "max_quality_loss": self.budget.max_quality_loss,
+        return asdict(self.budget) | {
             "chosen": self.scheme,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "timings": self.timings,
@@ -156,7 +155,7 @@ def quantize(
         resumable(lambda: f"{output} was not written, and a search keeps nothing: run the same command again"),
         tempfile.TemporaryDirectory(prefix=f".{output.name}.fitting-", dir=parent) as directory,
     ):
-        build = _Builder(checkpoint, baseline, Path(directory), options)
+        build = _Builder(checkpoint, baseline, Path(directory), options, progress)
         candidates = tuple(
             _fit(baseline, questions, how, build.of(scheme), options, progress) for scheme, how in stand_ins.items()
         )
@@ -230,9 +229,11 @@ def _time(
 class _Builder:
     """Builds the checkpoint with the settings of the unquantised bundle, with any scheme."""
 
-    def __init__(self, checkpoint: Path, baseline: Bundle, directory: Path, options: FitOptions) -> None:
+    def __init__(
+        self, checkpoint: Path, baseline: Bundle, directory: Path, options: FitOptions, progress: Progress | None
+    ) -> None:
         self._checkpoint, self._manifest = checkpoint, baseline.manifest
-        self._directory, self._options = directory, options
+        self._directory, self._options, self._progress = directory, options, progress
 
     def of(self, scheme: SchemeName) -> Builder:
         """The builder for a scheme. A new bundle replaces the scheme's earlier one."""
@@ -254,4 +255,4 @@ class _Builder:
             trained_with=manifest.trained_with,
             quantize=quantized,
         )
-        return build(self._checkpoint, self._directory / name, options, force=True)
+        return build(self._checkpoint, self._directory / name, options, force=True, progress=self._progress)

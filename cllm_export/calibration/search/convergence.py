@@ -12,12 +12,13 @@ from typing import Any
 
 from cllm_export.bundle.manifest import TOKENIZER_NAME, Bundle
 from cllm_export.calibration.search.flips import Predictions, count_flips, predict
+from cllm_export.calibration.search.forced_texts import ForcedTexts
 from cllm_export.calibration.search.measured import HeldOutOptions, Measured, compare_texts, measure_decode, tpf_loss
-from cllm_export.calibration.search.perplexity import perplexity
 from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.decoding import Settings
 from cllm_export.evaluation.tasks.questions import Question
 from cllm_export.progress import Progress
+from cllm_export.runtime.general_text import general_passages
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token
@@ -34,8 +35,9 @@ def measure_convergence(
     """Compare quantised bundles with their unquantised bundle and return a JSON-ready report.
 
     ``baseline`` and each of ``candidates`` hold path, fingerprint, weight_bytes, tokens_per_forward, perplexity (over
-    the new tokens of the baseline's texts), and scores if prompts have answers. A candidate also has tpf_loss
-    (a share), exact_match, first_divergence (in new tokens) and flips: see ``FlipCount``.
+    the new tokens of the baseline's texts), general_perplexity, and scores if prompts have answers. A candidate also
+    has tpf_loss (a share), exact_match, first_divergence (in new tokens), flips (see ``FlipCount``) and, for
+    teacher-forced text, agreement: the rows that predict the baseline's token, in all, on general text, on prompts.
 
     Raises:
         CalibrationError: a candidate is of another checkpoint or tokenizer.
@@ -51,7 +53,7 @@ def measure_convergence(
     return {
         "prompts": len(run.before.recordings),
         "settings": asdict(run.settings),
-        "baseline": _describe(baseline) | run.before.to_dict() | {"perplexity": run.perplexity},
+        "baseline": _describe(baseline) | run.before.to_dict() | run.readings.to_dict(),
         "candidates": [run.judge(candidate) for candidate in candidates],
     }
 
@@ -92,20 +94,23 @@ class _Run:
         self.settings: Settings = options.settings(model)
         self.before: Measured = measure_decode(model, questions, self.settings, progress, "decoding")
         self._predictions = self._predict(model)
-        self.perplexity = perplexity(model.engine, self.before.recordings, self._pad)
+        self._texts = ForcedTexts(
+            model.codec, general_passages(options.text), self.before.recordings, max_length=model.facts.max_length
+        )
+        self.readings = self._texts.read(model.engine, self._pad, progress)
 
     def judge(self, candidate: Bundle) -> dict[str, Any]:
         """The losses of a candidate."""
         model = load(candidate.path, threads=self._options.threads, prefix_cache_bytes=0)
         after = measure_decode(model, self._questions, self.settings, self._progress, "decoding")
         flips = count_flips(self.before.recordings, self._predictions, self._predict(model))
+        readings = self._texts.read(model.engine, self._pad, self._progress)
         return (
             _describe(candidate)
             | after.to_dict()
-            | {
-                "perplexity": perplexity(model.engine, self.before.recordings, self._pad),
-                "tpf_loss": tpf_loss(self.before, after),
-            }
+            | readings.to_dict()
+            | {"tpf_loss": tpf_loss(self.before, after)}
+            | self.readings.compare(readings)
             | compare_texts(self.before, after)
             | {"flips": flips.to_dict()}
         )

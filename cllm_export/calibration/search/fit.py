@@ -1,6 +1,7 @@
 """Choose which layers keep their precision, so that a quantised bundle stays within a budget of losses.
 
-The budget limits the losses of tokens per forward and of quality. Layers are ranked by how many predictions on block
+The budget limits the losses of tokens per forward and of quality, and says how far the bundle must agree with the
+unquantised one on given text. Layers are ranked by how many predictions on block
 states flip if only that layer is quantised; the worst layers are kept first. Bisection on stand-ins finds how many
 layers to keep. That choice is built and decoded, and more layers are kept if the bundle exceeds the budget.
 """
@@ -9,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from cllm_export.bundle.manifest import Bundle
+from cllm_export.bundle.quantization import GOOD_AGREEMENT
 from cllm_export.calibration.linear_inputs import LinearLayer
 from cllm_export.calibration.search.measured import Losses
 from cllm_export.calibration.search.sensitivity import LayerSensitivity
-from cllm_export.checks import OptionGroup, option
-from cllm_export.errors import CalibrationError, OptionError
+from cllm_export.checks import OptionGroup, check_share, option
+from cllm_export.errors import CalibrationError
 
 DEFAULT_TPF_LOSS = 0.03
+DEFAULT_PERPLEXITY_RISE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +39,65 @@ class Budget:
         help="Largest share of the tokens per forward that may be lost, such as 1%.",
         otherwise=f"{DEFAULT_TPF_LOSS:.0%}",
     )
+    min_agreement: float = option(
+        GOOD_AGREEMENT,
+        help="Smallest share of the tokens of given texts for which the fp32 bundle's token must be predicted.",
+        otherwise=f"{GOOD_AGREEMENT:.0%}",
+    )
+    max_perplexity_rise: float = option(
+        DEFAULT_PERPLEXITY_RISE,
+        help="Largest share by which the perplexity on general text may rise.",
+        otherwise=f"{DEFAULT_PERPLEXITY_RISE:.0%}",
+    )
+    min_same_text: float | None = option(
+        None, help="Smallest share of prompts whose text must equal that of the fp32 bundle."
+    )
     max_quality_loss: float | None = option(
         None,
-        help="Largest share of the score that may be lost; without answers, the score is the share of equal texts.",
+        help="Largest share of the score that may be lost; where no answer is right, equal texts are the score.",
     )
     """None if the quality of texts does not matter."""
 
     def __post_init__(self) -> None:
         for name, share in vars(self).items():
-            if share is not None and not 0 <= share < 1:
-                raise OptionError(f"{name} must be from 0% to below 100%, such as 3%, got {share:g}", fields=(name,))
+            if share is not None:
+                check_share(name, share, f"{share:g}")
 
     def holds(self, losses: Losses) -> bool:
-        return losses.tpf <= self.max_tpf_loss and (
-            self.max_quality_loss is None or losses.quality <= self.max_quality_loss
-        )
+        return all(limit.holds for limit in self.limits(losses))
+
+    def limits(self, losses: Losses) -> list[Limit]:
+        """Every limit beside what a bundle has, those of this budget that are not None."""
+        measured = {
+            "max_tpf_loss": ("the loss of tokens per forward", losses.tpf),
+            "min_agreement": ("the agreement", losses.agreement),
+            "max_perplexity_rise": ("the rise of the perplexity", losses.perplexity),
+            "min_same_text": ("the share of equal texts", losses.same_text),
+            "max_quality_loss": ("the loss of quality", losses.quality.loss),
+        }
+        return [
+            Limit(name, what, getattr(self, name), value)
+            for name, (what, value) in measured.items()
+            if getattr(self, name) is not None
+        ]
+
+
+class Limit(NamedTuple):
+    """One limit of a budget, and what a bundle has."""
+
+    option: str
+    what: str
+    bound: float
+    value: float
+
+    @property
+    def is_least(self) -> bool:
+        """Whether the value must not be below the bound. Else it must not be above."""
+        return self.option.startswith("min_")
+
+    @property
+    def holds(self) -> bool:
+        return self.value >= self.bound if self.is_least else self.value <= self.bound
 
 
 class Ranking(Protocol):
@@ -85,12 +132,7 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "num_kept": self.num_kept,
-            "tpf_loss": self.losses.tpf,
-            "quality_loss": self.losses.quality,
-            "measured_on": self.measured_on,
-        }
+        return {"num_kept": self.num_kept, **self.losses.to_dict(), "measured_on": self.measured_on}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +153,7 @@ class Fit:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. ``kept`` gives, for each kept layer, what quantising only that layer costs."""
         return {
-            "tpf_loss": self.losses.tpf,
-            "quality_loss": self.losses.quality,
+            **self.losses.to_dict(),
             "kept": [entry.to_dict() for entry in self.kept],
             "trials": [trial.to_dict() for trial in self.trials],
             "sensitivity": [entry.to_dict() for entry in self.ranking],
@@ -155,37 +196,27 @@ def fit(
 
 
 def _unattainable(budget: Budget, tried: Sequence[Losses]) -> str:
-    allowed = f"the loss of tokens per forward within {budget.max_tpf_loss:.1%}"
-    least = f"the least was {min(losses.tpf for losses in tried):.1%}"
-    options = "max_tpf_loss"
-    if budget.max_quality_loss is not None:
-        allowed += f" and that of quality within {budget.max_quality_loss:.1%}"
-        least += f" and {min(losses.quality for losses in tried):.1%}"
-        options += " or max_quality_loss"
+    """Every limit that no bundle kept beside the best that one had, or all limits if each was kept by some bundle."""
+    by_limit = list(zip(*(budget.limits(losses) for losses in tried), strict=True))
+    missed = [tries for tries in by_limit if not any(limit.holds for limit in tries)] or by_limit
+    parts = []
+    for tries in missed:
+        first = tries[0]
+        best = (max if first.is_least else min)(limit.value for limit in tries)
+        parts.append(
+            f"{first.what} {'at least' if first.is_least else 'within'} {first.bound:.1%}: "
+            f"the {'most' if first.is_least else 'least'} was {best:.1%}"
+        )
+    options = " or ".join(tries[0].option for tries in missed)
     return (
-        f"no choice of layers keeps {allowed}: {least}; allow more with {options}, measure on more prompts, or choose "
-        "another scheme"
+        f"no choice of layers keeps {'; nor '.join(parts)}; allow more with {options}, measure on more prompts, or "
+        "choose another scheme"
     )
 
 
 def _more(num_kept: int, total: int) -> int:
     """How many layers to keep if ``num_kept`` were too few: twice as many, but all except one before all."""
     return total if num_kept >= total - 1 else min(2 * num_kept, total - 1)
-
-
-def parse_share(text: str, *, name: str) -> float:
-    """``3%`` or ``0.03`` as a share; ``name`` is the option's.
-
-    Raises:
-        OptionError: the text is not a share.
-    """
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise OptionError(f"{name} must be a share such as 3% or 0.03, got {text!r}", fields=(name,)) from None
-    if not 0 <= share < 1:
-        raise OptionError(f"{name} must be from 0% to below 100%, got {text!r}", fields=(name,))
-    return share
 
 
 def _fewest(ranked: Sequence[LayerSensitivity], ranking: Ranking, budget: Budget, trials: list[Trial]) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from cllm_export.bundle.manifest import ProposerName
 from cllm_export.calibration.recording import Recording, recording_of
+from cllm_export.calibration.search.forced_texts import Readings
 from cllm_export.checks import check_options
 from cllm_export.errors import CalibrationError
 from cllm_export.evaluation.decoding import Settings, decode_prompts, default_settings
 from cllm_export.evaluation.tasks.questions import Question
-from cllm_export.evaluation.tasks.score_prompts import EXACT, EXECUTION, score_prompts
+from cllm_export.evaluation.tasks.score_prompts import score_prompts
 from cllm_export.progress import Progress
 from cllm_export.runtime.decode_all import first_difference
 from cllm_export.runtime.decoding.shared_options import (
@@ -23,6 +25,7 @@ from cllm_export.runtime.decoding.shared_options import (
     proposer_option,
     threads_option,
 )
+from cllm_export.runtime.general_text import text_option
 from cllm_export.runtime.model import Model
 
 
@@ -34,6 +37,7 @@ class HeldOutOptions:
     proposer: ProposerName | None = proposer_option()
     max_new_tokens: int = max_new_tokens_option()
     threads: int | None = threads_option()
+    text: Path | None = text_option()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -113,14 +117,44 @@ def measure_decode(
     )
 
 
+QualityMeasure = Literal["execution_match", "exact_match", "same_text"]
+SAME_TEXT: QualityMeasure = "same_text"
+QUALITY_MEASURES: tuple[QualityMeasure, ...] = ("execution_match", "exact_match")
+"""Scores of right answers, the better one first."""
+
+
+class Quality(NamedTuple):
+    """How much worse a bundle answers, and by which measure."""
+
+    loss: float
+    """Lost share of prompts. Below 0 if more answers are right."""
+    measure: QualityMeasure
+
+
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The losses of a bundle against the unquantised one, on the same prompts."""
+    """The losses of a bundle against the unquantised one, on the same prompts and texts."""
 
     tpf: float
     """Lost share of the tokens per forward. Below 0 if there are more."""
-    quality: float
-    """Lost share of prompts, see ``quality_loss``."""
+    quality: Quality
+    agreement: float
+    """Share of the tokens of given texts for which both predict the same token."""
+    perplexity: float
+    """Share by which the perplexity on general text is higher. Below 0 if it is lower."""
+    same_text: float
+    """Share of prompts with an equal text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "tpf_loss": self.tpf,
+            "quality_loss": self.quality.loss,
+            "quality_measure": self.quality.measure,
+            "agreement": self.agreement,
+            "perplexity_rise": self.perplexity,
+            "same_text": self.same_text,
+        }
 
 
 def tpf_loss(before: Measured, after: Measured) -> float:
@@ -128,22 +162,39 @@ def tpf_loss(before: Measured, after: Measured) -> float:
     return 1 - after.tokens_per_forward / before.tokens_per_forward
 
 
-def quality_loss(before: Measured, after: Measured) -> float:
+def quality_loss(before: Measured, after: Measured) -> Quality:
     """Share of prompts that the second bundle answers worse.
 
-    If answers can be executed, this is the loss of the execution score, else that of the exact-match score. If no
-    prompt has an answer, it is the share of texts that differ from the unquantised bundle's.
+    If answers can be executed, this is the loss of the execution score, else that of the exact-match score. A score of
+    0 of both bundles is no evidence. Where no score is evidence, it is the share of texts that differ from the
+    unquantised bundle's.
     """
-    for measure in (EXECUTION, EXACT):
+    for measure in QUALITY_MEASURES:
         first, second = (each.scores.get(measure, {}).get("share") for each in (before, after))
-        if first is not None and second is not None:
-            return float(first - second)
-    return 1 - float(compare_texts(before, after)["exact_match"]["share"])
+        if first is not None and second is not None and is_evidence(first, second):
+            return Quality(float(first - second), measure)
+    return Quality(1 - same_text(before, after), SAME_TEXT)
 
 
-def losses_between(before: Measured, after: Measured) -> Losses:
-    """The losses of the second of two bundles."""
-    return Losses(tpf=tpf_loss(before, after), quality=quality_loss(before, after))
+def is_evidence(*shares: float) -> bool:
+    """Whether scores say anything: if no model has a right answer, nothing can be lost."""
+    return any(share > 0 for share in shares)
+
+
+def same_text(before: Measured, after: Measured) -> float:
+    """Share of prompts with an equal text."""
+    return float(compare_texts(before, after)["exact_match"]["share"])
+
+
+def losses_between(before: Measured, after: Measured, ours: Readings, theirs: Readings) -> Losses:
+    """The losses of the second of two bundles, from the decodes and the readings of both."""
+    return Losses(
+        tpf=tpf_loss(before, after),
+        quality=quality_loss(before, after),
+        agreement=ours.agreement(theirs).share,
+        perplexity=ours.perplexity_rise(theirs),
+        same_text=same_text(before, after),
+    )
 
 
 def compare_texts(before: Measured, after: Measured) -> dict[str, Any]:

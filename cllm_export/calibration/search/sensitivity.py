@@ -11,6 +11,7 @@ from cllm_export.calibration.edited_engine import EditedEngine, read_graph, requ
 from cllm_export.calibration.linear_inputs import LinearLayer, linear_layers
 from cllm_export.calibration.search.fake_quantization import FakeQuantization, fake_quantized
 from cllm_export.calibration.search.flips import Flips, count_flips, predict
+from cllm_export.calibration.search.forced_texts import ForcedTexts
 from cllm_export.calibration.search.measured import (
     HeldOutOptions,
     Losses,
@@ -22,6 +23,7 @@ from cllm_export.calibration.search.measured import (
 from cllm_export.evaluation.tasks.questions import Question
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.text import TextCodec
+from cllm_export.runtime.general_text import general_passages
 from cllm_export.runtime.load import load
 from cllm_export.runtime.model import Model
 from cllm_export.runtime.options import pad_token
@@ -73,7 +75,14 @@ class StandIn:
         """The layers that can be quantised: every linear layer except the head."""
         model = load(bundle.path, threads=self._options.threads, prefix_cache_bytes=0)
         self._settings = self._options.settings(model)
-        self.before: Measured = measure_decode(model, questions, self._settings)
+        self.before: Measured = self._decode(model)
+        self._texts = ForcedTexts(
+            self._codec,
+            general_passages(self._options.text),
+            self.before.recordings,
+            max_length=bundle.manifest.max_length,
+        )
+        self._readings = self._texts.read(model.engine, self._pad, self._progress)
         self._predictions = predict(model.engine, self.before.recordings, self._pad)
 
     def rank(self) -> list[LayerSensitivity]:
@@ -90,7 +99,8 @@ class StandIn:
 
     def losses_of(self, model: Model) -> Losses:
         """The losses of a model against the unquantised bundle, on the same prompts with the same settings."""
-        return losses_between(self.before, self._decode(model))
+        readings = self._texts.read(model.engine, self._pad, self._progress)
+        return losses_between(self.before, self._decode(model), self._readings, readings)
 
     def _measure(self, layer: LinearLayer) -> LayerSensitivity:
         model = self._model([layer])
@@ -99,7 +109,7 @@ class StandIn:
         return LayerSensitivity(layer=layer, flips=flips, tpf_loss=tpf_loss(self.before, self._decode(model)))
 
     def _decode(self, model: Model) -> Measured:
-        return measure_decode(model, self._questions, self._settings)
+        return measure_decode(model, self._questions, self._settings, self._progress, "decoding")
 
     def _model(self, layers: Iterable[LinearLayer]) -> Model:
         graph, weights = fake_quantized(self._bundle, self._graph, layers, self._how)

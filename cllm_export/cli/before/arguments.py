@@ -22,6 +22,7 @@ from cllm_export.exporter.gguf.architectures import check_gguf
 from cllm_export.exporter.gguf.header import GgufFile, read_gguf
 from cllm_export.prompts import read_prompts
 from cllm_export.runtime.decoding.prefix.prefix_snapshot import check_snapshot
+from cllm_export.runtime.general_text import general_passages
 from cllm_export.runtime.load import Provider, require_plan
 
 
@@ -95,6 +96,12 @@ def check_prompts(name: str, path: Path | None, *, limit: int | None = None) -> 
     if path is not None:
         with about(name):
             read_prompts(path, limit=limit)
+
+
+def check_text(path: Path | None) -> None:
+    """Check the general text that an option names."""
+    with about("text"):
+        general_passages(path)
 
 
 def check_new_bundle(output: Path, *, force: bool) -> None:

@@ -15,6 +15,7 @@ from cllm_export.cli.before.arguments import (
     check_prompts,
     check_scales_file,
     check_source,
+    check_text,
 )
 from cllm_export.errors import CalibrationError, CheckpointError, about
 from cllm_export.exporter.checkpoint.adapter_files import check_checkpoint, is_adapter, refuse_base, require_tensors
@@ -101,15 +102,14 @@ def check_tune_data(trajectories: Path | None, held_out: Path | None, num_held_o
             read_complete(trajectories)
 
 
-def check_quantize(
-    checkpoint: Path, against: Path, output: Path, options: FitOptions, *, force: bool, block_size: int | None
-) -> None:
+def check_quantize(checkpoint: Path, against: Path, output: Path, options: FitOptions, *, force: bool) -> None:
     """Check the arguments of `quantize`."""
     check_new_bundle(output, force=force)
-    bundle = check_bundle("against", against, block_sizes=[block_size])
+    bundle = check_bundle("against", against, block_sizes=[options.held_out.block_size])
     with about("checkpoint"):
         config = check_checkpoint(checkpoint)
     check_scales_file(options.scales)
+    check_text(options.held_out.text)
     layers, held = config.get("num_hidden_layers"), bundle.manifest.geometry.num_layers if bundle else None
     if isinstance(layers, int) and held != layers:
         raise CalibrationError(

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cllm_export.bundle.memory import Figure
+from cllm_export.bundle.quantization import Agreement
 from cllm_export.cli.show.console import MARKS, OUT, bytes_text, plain_table
 from cllm_export.tensorrt.doctor import Finding
 from cllm_export.tensorrt.memory import Verdict
@@ -87,6 +88,7 @@ def _description_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield key.replace("_", " "), text
     if description["quantization"]:
         yield "quantization", _quantization_text(description["quantization"])
+        yield "agreement", _agreement_text(description["quantization"]["agreement"])
     for name, graph in description["graphs"].items():
         pinned = graph["fixed_shapes"]
         yield (
@@ -112,6 +114,13 @@ def _quantization_text(quantization: Mapping[str, Any]) -> str:
     return f"{scheme}, {quantization['method']}{groups}, for {engines}: {len(quantization['weights'])} weights" + (
         f"; {kept}" if kept else ""
     )
+
+
+def _agreement_text(agreement: Mapping[str, int] | None) -> str:
+    """For how many tokens of general text the bundle predicts the model's own token."""
+    if agreement is None:
+        return "not measured: build the bundle again"
+    return f"the model's own token for {Agreement(**agreement)} tokens of general text"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -8,11 +8,26 @@ from typing import Any
 from rich.table import Table
 
 from cllm_export.bundle.quantization import UNQUANTISED
-from cllm_export.cli.show.console import OUT
+from cllm_export.calibration.search.measured import QUALITY_MEASURES, is_evidence
+from cllm_export.cli.show.console import OUT, words
 from cllm_export.cli.show.decoding import show_bench
 from cllm_export.progress import counted
 
 MAX_SHOWN = 10
+AGREEMENTS = {
+    "same token, all texts": "agreement",
+    "same token, general text": "general_agreement",
+    "same token, texts of the prompts": "prompts_agreement",
+}
+"""Labels of the share of teacher-forced rows that predict the unquantised bundle's token, and their keys."""
+LIMITS = {
+    "max_tpf_loss": "tokens per forward lost within",
+    "min_agreement": "agreement at least",
+    "max_perplexity_rise": "perplexity risen within",
+    "min_same_text": "equal texts at least",
+    "max_quality_loss": "quality lost within",
+}
+"""Limits of a budget, in words."""
 
 
 def show_calibration(report: Mapping[str, Any]) -> None:
@@ -62,7 +77,13 @@ def _convergence_rows(entries: list[Mapping[str, Any]]) -> Iterator[tuple[str, l
     candidates = entries[1:]
     yield "weights, MB", [f"{entry['weight_bytes'] / 1e6:.1f}" for entry in entries]
     yield "tokens per forward", [f"{entry['tokens_per_forward']:.3f}" for entry in entries]
-    yield "tokens per forward lost", ["", *(f"{entry['tpf_loss']:.2%}" for entry in candidates)]
+    yield "  change", ["", *(change(-entry["tpf_loss"]) for entry in candidates)]
+    for label, key in AGREEMENTS.items():
+        yield label, ["", *(f"{entry[key]['share']:.1%} of {entry[key]['of']:,}" for entry in candidates)]
+    yield "perplexity, general text", [f"{entry['general_perplexity']:.4g}" for entry in entries]
+    rises = (entry["general_perplexity"] / entries[0]["general_perplexity"] - 1 for entry in candidates)
+    yield "  change", ["", *map(change, rises)]
+    yield "perplexity, texts of the prompts", [f"{entry['perplexity']:.4g}" for entry in entries]
     for stage in candidates[0]["flips"]:
         flips = [entry["flips"][stage] for entry in candidates]
         yield f"flips, {stage}", ["", *(f"{each['rate']:.3%} of {each['rows']:,}" for each in flips)]
@@ -71,18 +92,22 @@ def _convergence_rows(entries: list[Mapping[str, Any]]) -> Iterator[tuple[str, l
     yield "same text", ["", *(f"{each['equal']} of {each['of']}" for each in exact)]
     divergences = [entry["first_divergence"] for entry in candidates]
     yield "first divergence, median token", ["", *(f"{each['median']:g}" if each else "-" for each in divergences)]
-    yield "perplexity", [f"{entry['perplexity']:.4f}" for entry in entries]
     for measure, first in entries[0]["scores"].items():
         if first["share"] is not None:
-            yield measure.replace("_", " "), [f"{entry['scores'][measure]['share']:.1%}" for entry in entries]
+            shares = [entry["scores"][measure]["share"] for entry in entries]
+            doubt = "" if measure not in QUALITY_MEASURES or is_evidence(*shares) else " (no evidence: none is right)"
+            yield words(measure) + doubt, [f"{share:.1%}" for share in shares]
+
+
+def change(share: float) -> str:
+    """A change with its sign, so that a gain reads as a gain."""
+    return f"{share:+.2%}" if round(share, 4) else "none"
 
 
 def show_choice(path: str, report: Mapping[str, Any]) -> None:
     """Print which layers kept their precision and why, what each precision loses, and which one was the fastest."""
-    allowed = f"{report['max_tpf_loss']:.2%} of the tokens per forward"
-    if report["max_quality_loss"] is not None:
-        allowed += f", {report['max_quality_loss']:.2%} of the quality"
-    OUT.print(f"budget: {allowed}", markup=False)
+    allowed = [f"{text} {report[name]:.1%}" for name, text in LIMITS.items() if report[name] is not None]
+    OUT.print(f"budget: {', '.join(allowed)}", markup=False)
     for candidate in report["candidates"]:
         _show_candidate(candidate)
     if report["timings"]:
@@ -109,29 +134,48 @@ def _show_candidate(report: Mapping[str, Any]) -> None:
                 f"{entry['tpf_loss']:.2%}",
             )
         OUT.print(table)
-    trials = ", ".join(
-        f"{trial['num_kept']} kept: {trial['tpf_loss']:.2%} and {trial['quality_loss']:.2%} ({trial['measured_on']})"
-        for trial in report["trials"]
-    )
-    OUT.print(f"{report['scheme']}, tokens per forward and quality lost: {trials}", markup=False)
+    table = make_table(report["scheme"], "tokens per forward", "agreement", "perplexity", "equal texts", "quality")
+    for trial in report["trials"]:
+        table.add_row(
+            f"{trial['num_kept']} kept, {trial['measured_on']}",
+            change(-trial["tpf_loss"]),
+            f"{trial['agreement']:.1%}",
+            change(trial["perplexity_rise"]),
+            f"{trial['same_text']:.1%}",
+            _quality_text(trial),
+        )
+    OUT.print(table)
+
+
+def _quality_text(losses: Mapping[str, Any]) -> str:
+    """The change of the score. A score is no evidence if neither bundle has a right answer."""
+    if losses["quality_measure"] == "same_text":
+        return "no evidence: no right answers"
+    return f"{change(-losses['quality_loss'])} ({words(losses['quality_measure'])})"
 
 
 def _in_a_word(report: Mapping[str, Any]) -> str:
     """What was chosen and why, in a few words."""
     chosen = next((each for each in report["candidates"] if each["scheme"] == report["chosen"]), None)
-    words = [report["chosen"]]
+    said = [report["chosen"]]
     if chosen:
-        words.append(f"{len(chosen['kept'])} layers kept, {chosen['tpf_loss']:.2%} of the tokens per forward lost")
+        said += [
+            f"{len(chosen['kept'])} layers kept",
+            f"agreement {chosen['agreement']:.1%}",
+            f"change of tokens per forward {change(-chosen['tpf_loss'])}",
+            f"of perplexity {change(chosen['perplexity_rise'])}",
+            f"equal texts {chosen['same_text']:.1%}",
+        ]
     if report["timings"]:
         settings = report["timings"]["settings"]
         plain = next(entry for entry in settings if entry["name"] == UNQUANTISED)
         gain = settings[0]["tokens_per_second"] / plain["tokens_per_second"]
-        words.append(
+        said.append(
             f"{gain:.2f}x the unquantised bundle's tokens per second, at n = {settings[0]['block_size']}"
             if chosen
             else "no quantised bundle within the budget is faster here than the unquantised one"
         )
-    return ", ".join(words)
+    return ", ".join(said)
 
 
 def make_table(first: str, *others: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from cllm_export.cli.show.console import ACCEPTED, ERR, FAST_FORWARDED, OUT, REJ
 from cllm_export.progress import counted
 from cllm_export.runtime.decoding.statistics import ForwardRecord, stationary_positions
 from cllm_export.runtime.model import Model
+from cllm_export.runtime.options import GenerateOptions
 from cllm_export.runtime.request_run import Generation
 
 
@@ -93,6 +95,32 @@ def show_if_empty(generation: Generation, name: str = "") -> None:
     """
     if not generation.text and generation.finish_reason == "eos":
         say(f"{name}the text is empty, since the model ended it at once: give a prompt as the model was trained on")
+
+
+def show_if_cut(generation: Generation, options: GenerateOptions, name: str = "") -> None:
+    """Say on standard error that a limit cut a text before its grammar had ended it.
+
+    Args:
+        name: stands before the sentence and names the prompt, if there are several.
+    """
+    if options.given_grammar is None or generation.finish_reason != "length":
+        return
+    kind, _ = options.given_grammar
+    if kind == "json_schema" and _is_whole_json(generation.text):
+        return
+    what = "no whole JSON" if kind == "json_schema" else "perhaps no match"
+    say(
+        f"{name}warning: the limit of new tokens cut the text before its grammar let it end, so it is {what}: allow "
+        "more with max_new_tokens, or bound lengths in the grammar"
+    )
+
+
+def _is_whole_json(text: str) -> bool:
+    """Whether a text is JSON to which nothing can be added. A number might have more digits."""
+    try:
+        return not isinstance(json.loads(text), int | float)
+    except ValueError:
+        return False
 
 
 def show_blocks(model: Model, generation: Generation) -> None:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cllm_export.cli.show.bundle import _pairs
 from cllm_export.cli.show.console import OUT, plain_table, words
+from cllm_export.evaluation.tasks.score_prompts import EMPTY
 from cllm_export.progress import counted
 
 
@@ -21,6 +22,8 @@ def show_evaluation(report: Mapping[str, Any]) -> None:
     for label, cells in _evaluation_rows(list(models.values()), settings):
         table.add_row(label, *cells)
     OUT.print(table)
+    if report["compared"]:
+        OUT.print(_compared_text(report["compared"]), markup=False)
     for note in dict.fromkeys(note for entry in models.values() for note in entry["scores"]["notes"]):
         OUT.print(f"note: {note}", style="dim", markup=False)
 
@@ -31,13 +34,16 @@ def _evaluation_rows(
     yield "prompts decoded", [f"{entry['decoded']} of {entry['prompts']}" for entry in models]
     yield "skipped", [_pairs(entry["skipped"]) or "none" for entry in models]
     for measure in models[0]["scores"]["all"]:
-        yield words(measure), [_share_text(entry["scores"]["all"].get(measure)) for entry in models]
+        shares = [entry["scores"]["all"].get(measure) for entry in models]
+        doubt = " (no evidence: none is right)" if _is_no_evidence(measure, shares) else ""
+        yield words(measure) + doubt, [_share_text(share) for share in shares]
     for group, shares in models[0]["scores"]["groups"].items():
         shown = list(shares)[:2]
         cells = [
             _group_text([entry["scores"]["groups"].get(group, {}).get(name) for name in shown]) for entry in models
         ]
         yield f"  {group}: {' / '.join(words(name).removesuffix(' match') for name in shown)}", cells
+    yield "perplexity, general text", [f"{entry['general_perplexity']:.4g}" for entry in models]
     decoding = [entry["decoding"] for entry in models]
     yield "tokens per forward", [f"{entry['tokens_per_forward']:.2f}" for entry in decoding]
     yield "iterations per block", [f"{entry['iterations_per_block']:.2f}" for entry in decoding]
@@ -51,6 +57,19 @@ def _evaluation_rows(
         counts = [entry["acceptance_histogram"].get(str(matched), 0) for entry in decoding]
         cells = [f"{count} ({count / entry['forwards']:.1%})" for count, entry in zip(counts, decoding, strict=True)]
         yield f"  forwards with {matched} draft tokens right", cells
+
+
+def _is_no_evidence(measure: str, shares: Sequence[Mapping[str, Any] | None]) -> bool:
+    """Whether models are compared by a score that none of them has any of."""
+    found = [share["share"] for share in shares if share and share["share"] is not None]
+    return measure != EMPTY and len(found) > 1 and not any(found)
+
+
+def _compared_text(compared: Mapping[str, Any]) -> str:
+    """How far the model and its parent agree, in a sentence."""
+    texts, agreed = compared["same_text"], compared["general_agreement"]
+    tokens = f"{agreed['share']:.1%} of {agreed['of']:,} tokens" if agreed else "unknown, since the tokenizers differ"
+    return f"same text: {texts['equal']} of {texts['of']}; same token predicted on general text: {tokens}"
 
 
 def _share_text(share: Mapping[str, Any] | None) -> str:

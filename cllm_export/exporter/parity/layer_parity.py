@@ -27,7 +27,7 @@ from cllm_export.progress import Progress
 from cllm_export.runtime.engines.onnxruntime import QDQ_AS_WRITTEN
 
 NUM_TOKENS = 24
-"""Largest number of tokens to compare. Two forwards take them; the second one uses the cache of the first."""
+"""Largest number of tokens to compare. Two forwards take them or, if shapes are fixed, as many as they need."""
 
 TOLERANCE = 1e-3
 """Largest accepted error of a layer's output, relative to the value or the row's root mean square (the larger one).
@@ -59,11 +59,14 @@ class LayerError:
 class LayeredGraph:
     """The greedy graph of a bundle, run part by part in fp32. Shapes are those of ``contract.py``, B = 1 shown.
 
+    Args:
+        num_tokens: largest number of tokens to run; ``block_sizes`` says how many it will be.
+
     Raises:
         GraphError: the graph has no named values between layers, because an older version made it.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int, num_tokens: int = NUM_TOKENS) -> None:
         self._manifest = bundle.manifest
         self._directory = bundle.path
         self._threads = threads
@@ -76,8 +79,10 @@ class LayeredGraph:
         fixed = self._manifest.graphs["greedy"].fixed_shapes
         self._num_slots = fixed.batch_size if fixed else 1
         self._kv_length = fixed.kv_length if fixed else None
-        half = fixed.block_size if fixed else min(NUM_TOKENS // 2, self._manifest.max_length // 2)
-        self.block_sizes = (half, half)
+        longest = min(num_tokens, self._manifest.max_length)
+        size = fixed.block_size if fixed else longest // 2
+        self.block_sizes = (size,) * max(2, longest // size)
+        """The tokens of each forward. At least two run, and all but the first use the cache of those before."""
 
     def embed(self, token_ids: Sequence[int]) -> Float32Array:
         """The input of the first layer, [T, hidden size]."""

@@ -12,7 +12,7 @@ FLOAT8_MAX = 448.0
 
 FP8 = StaticScheme(
     name="fp8",
-    max_flips=0.5,
+    min_agreement=0.5,
     format=Format(
         largest=FLOAT8_MAX,
         zero=ir.DataType.FLOAT8E4M3FN.numpy().type(0),

@@ -120,4 +120,4 @@ class Int4(Scheme):
         return FakeLayer(layer.rounded(GroupRounding(group_size=layer.group_size)), [])
 
 
-INT4 = Int4(name="int4", max_flips=0.75, unjudged=frozenset({"MatMulNBits"}), reads_gram=True)
+INT4 = Int4(name="int4", min_agreement=0.25, unjudged=frozenset({"MatMulNBits"}), reads_gram=True)

@@ -9,6 +9,6 @@ from cllm_export.exporter.quantize.static_layers import Format, StaticScheme
 
 INT8 = StaticScheme(
     name="int8",
-    max_flips=0.5,
+    min_agreement=0.5,
     format=Format(largest=INT8_MAX, zero=np.int8(0), rounding=ChannelRounding(), smooth=True),
 )

@@ -186,4 +186,6 @@ class Int8Dynamic(Scheme):
         return FakeLayer(layer.rounded(rounding.weight), nodes)
 
 
-INT8_DYNAMIC = Int8Dynamic(name="int8-dynamic", max_flips=0.5, unjudged=frozenset({"MatMulInteger", "QuantizeLinear"}))
+INT8_DYNAMIC = Int8Dynamic(
+    name="int8-dynamic", min_agreement=0.5, unjudged=frozenset({"MatMulInteger", "QuantizeLinear"})
+)

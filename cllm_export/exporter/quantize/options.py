@@ -19,7 +19,7 @@ from cllm_export.bundle.quantization import (
     SchemeSpec,
     schemes_that_take,
 )
-from cllm_export.checks import OptionGroup, check_options, option
+from cllm_export.checks import OptionGroup, check_options, check_share, option
 from cllm_export.errors import OptionError
 
 
@@ -59,6 +59,13 @@ class LayerOptions(SchemeOptions):
         (), help="Do not quantise the linear layer of this checkpoint tensor; repeat the option for several."
     )
     """Checkpoint tensors whose layers keep their precision."""
+    min_agreement: float | None = option(
+        None,
+        help="Refuse a bundle that predicts the model's own token for a smaller share of general text, such as 90%.",
+        otherwise="25% for int4, else 50%",
+    )
+    """Smallest share of the tokens of general text for which the bundle must predict the model's own token. By default
+    it is the scheme's, below which nothing of the model is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,8 @@ class QuantizeOptions(LayerOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.min_agreement is not None:
+            check_share("min_agreement", self.min_agreement, f"{self.min_agreement:g}")
         if self.group_size is not None:
             require_takers("group_size", self.group_size, (self.scheme,))
             self._require_group_size(self.group_size)
@@ -134,8 +143,8 @@ def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> Quantiz
     """
     if scheme is not None:
         return QuantizeOptions(scheme=scheme, **vars(layers))
-    names = ("head", "group_size", "keep", "scales", "engine")
-    if used := next((name for name in names if getattr(layers, name)), None):
+    names = ("head", "group_size", "keep", "scales", "engine", "min_agreement")
+    if used := next((name for name in names if getattr(layers, name) not in (None, False, ())), None):
         raise OptionError(
             f"{used} needs a precision that quantises: {', '.join(SCHEME_NAMES)}", fields=(used, "precision")
         )

@@ -104,10 +104,10 @@ class Scheme(ABC):
     """One way to quantise linear layers. Its ``spec`` holds the facts that are needed before torch is imported."""
 
     name: SchemeName
-    max_flips: float
-    """Largest accepted share of greedy tokens that differ from the unquantised model's on random tokens, where margins
-    are small. For tiny random models a fifth differ in sound 8-bit bundles, and more than half in 4-bit bundles. With a
-    broken layer almost all differ."""
+    min_agreement: float
+    """Smallest accepted share of the tokens of general text for which a bundle predicts the model's own token, unless
+    the build says another. In tiny random models, whose margins are small, a fifth of the tokens differ in sound 8-bit
+    bundles, and more than half in 4-bit bundles. With a broken layer almost all differ."""
     unjudged: frozenset[str] = frozenset()
     """Operators of its graphs that TensorRT does not know. The lint skips them in a graph that is not for TensorRT."""
     reads_gram: bool = False

@@ -221,6 +221,12 @@ class EngineBase:
         return size
 
 
+def as_batch(engine: Engine, tokens: Sequence[int], num_committed: int, write_index: int) -> Batch:
+    """A block in slot 0; the other slots are idle."""
+    idle = engine.num_slots - 1
+    return Batch([tokens] * (1 + idle), [num_committed] + [0] * idle, [write_index] + [0] * idle)
+
+
 def prefill(engine: Engine, tokens: Sequence[int], pad_token_id: int) -> None:
     """Write the KV of ``tokens``, a prompt without its last token, into slot 0. The other slots are empty.
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.cli.entry import app
 from cllm_export.cli.generate import EngineChoice
-from cllm_export.cli.show.decoding import show_blocks, show_legend
+from cllm_export.cli.show.decoding import show_blocks, show_if_cut, show_legend
 from cllm_export.runtime.decoding.statistics import ForwardRecord
+from cllm_export.runtime.options import GenerateOptions
 from tests.fakes import HashModel, Row, byte_level_tokenizer, make_model, write_bundle
 
 WORDS = SimpleNamespace(decode=lambda ids, skip_special_tokens: chr(ord("a") + ids[0]))
@@ -78,3 +79,30 @@ def test_several_prompts_have_one_legend_and_a_heading_each(run: Any, tmp_path: 
 def test_a_text_that_is_empty_because_the_model_ended_at_once_says_so(run: Any):
     assert "the text is empty, since the model ended it at once" in run("c").stderr
     assert "empty" not in run("a").stderr
+
+
+def test_a_text_that_a_limit_cuts_before_its_grammar_ends_it_says_so(run: Any, tmp_path: Path):
+    """Its prompt is named if there are several, and lines of JSON are no exception."""
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"const": "a long text"}')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "id": "first"}\n{"prompt": "b", "id": "second"}\n')
+    cut = "warning: the limit of new tokens cut the text before its grammar let it end, so it is no whole JSON"
+    schema = ("--json-schema", str(tmp_path / "schema.json"))
+    alone = run("a", *schema)
+    assert f"{cut}: allow more with --max-new-tokens" in alone.stderr, alone.output
+    several = run("--prompts", str(tmp_path / "prompts.jsonl"), "--json", *schema).stderr
+    assert f"prompt first: {cut}" in several and f"prompt second: {cut}" in several
+    assert "cut the text before its grammar let it end, so it is perhaps no match" in run("a", "--regex", "a+").stderr
+
+
+def test_a_text_that_its_grammar_ends_or_that_has_none_is_not_said_to_be_cut(run: Any):
+    pytest.importorskip("llguidance")
+    assert "cut the text" not in run("a", "--regex", "a").stderr + run("a").stderr
+
+
+@pytest.mark.parametrize(("text", "is_said"), [("[1, 2]", False), ('{"a": 1', True), ("12", True)])
+def test_whole_json_at_the_limit_is_no_cut_text(capsys: pytest.CaptureFixture[str], text: str, is_said: bool):
+    """A number is: it might have had more digits."""
+    generation: Any = SimpleNamespace(text=text, finish_reason="length")
+    show_if_cut(generation, GenerateOptions(json_schema="{}"))
+    assert ("no whole JSON" in capsys.readouterr().err) == is_said

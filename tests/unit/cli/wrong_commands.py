@@ -39,7 +39,13 @@ INPUTS = {
     **dict.fromkeys(("checkpoint", "base"), "checkpoint"),
     **dict.fromkeys(("prompts", "held_out", "data"), "prompts.jsonl"),
     **{"json_schema": "schema.json", "grammar": "grammar.lark", "scales": "scales.safetensors"},
-    **{"file": "model.gguf", "load_prefix": "prefix.safetensors", "trajectories": "trajectories", "example": "example"},
+    **{
+        "file": "model.gguf",
+        "text": "prompts.jsonl",
+        "load_prefix": "prefix.safetensors",
+        "trajectories": "trajectories",
+        "example": "example",
+    },
 }
 """Parameter that names something to read -> a right value. Its type says whether a directory or a file is expected."""
 OUTPUTS = frozenset({"output", "as_json", "save_prefix", "plots"})
@@ -58,6 +64,7 @@ WRONG_TEXTS = {
         "proposer": "guesswork",
     },
     **{"sha256": "12ab", "logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
+    **dict.fromkeys(("min_agreement", "max_perplexity_rise", "min_same_text"), "much"),
 }
 """Option that takes text -> a text that it refuses."""
 FREE_TEXTS = frozenset({"prompt", "stop", "regex", "device", "system"})

@@ -71,7 +71,7 @@ def test_a_scheme_and_its_plain_data_agree(name: str):
     assert all(set(form.compute) <= set(PRECISIONS) for form in spec.forms)
     assert not scheme.reads_gram or spec.takes("scales")
     assert bool(scheme.unjudged) == any("tensorrt" not in form.engines for form in spec.forms)
-    assert 0 < scheme.max_flips < 1
+    assert 0 < scheme.min_agreement < 1
 
 
 def test_only_operators_that_tensorrt_does_not_take_so_are_left_out_of_the_lint():
