@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def verify(
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
         checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
     else:
-        progress("opening bundle and checkpoint", 0, 1)
+        progress("opening the bundle", 0, 1)
         found, facts, exact = _decode(bundle, prompts, checkpoint, base, options, progress)
         conditions |= facts
         checks += found
@@ -152,8 +153,9 @@ def _compare_tokens(
     progress: Progress,
 ) -> tuple[dict[str, Any], list[Check]]:
     """What the engine depends on, and the checks of its tokens."""
-    reference = open_reference(bundle, checkpoint, base) if checkpoint else None
-    trim_heap()  # what loading the checkpoint needed besides its weights
+    if checkpoint:
+        require_source(bundle, checkpoint, base)
+    reference = partial(open_reference, bundle, checkpoint, base) if checkpoint else None
     with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
         return session.describe_engine(), session.token_checks()
 
