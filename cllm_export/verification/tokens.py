@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cllm_export.bundle.contract import Batch, Precision
 from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, Bundle
 from cllm_export.errors import EngineError, OptionError
-from cllm_export.exporter.checkpoint.source import require_source
 from cllm_export.progress import Progress
 from cllm_export.prompts import Prompt, random_prompts
 from cllm_export.runtime.decode_all import decode_all, first_difference
@@ -39,13 +39,19 @@ MAX_TIE_SHARE = 0.02
 
 
 class TokenSession:
-    """The checks that decode prompts. They share one model, one reference and the sequences decoded so far."""
+    """The checks that decode prompts. They share one model, one reference and the sequences decoded so far.
+
+    Engine and checkpoint are never in memory together: the engine decodes everything first and is closed.
+
+    Args:
+        reference: opens the checkpoint's model once the engine is closed; None without a checkpoint.
+    """
 
     def __init__(
         self,
         bundle: Bundle,
         prompts: Sequence[Prompt],
-        reference: Reference | None,
+        reference: Callable[[], Reference] | None,
         options: VerifyOptions,
         progress: Progress,
     ) -> None:
@@ -58,7 +64,8 @@ class TokenSession:
             plan=options.plan,
             prefix_cache_bytes=0,
         )
-        self._reference = reference
+        self._open_reference = reference
+        self._reference: Reference | None = None
         self._progress = progress
         self._max_new_tokens = options.max_new_tokens
         self._prompts = (
@@ -70,7 +77,7 @@ class TokenSession:
         )
         self._contents = {key: prompt.content for key, prompt in zip(self._prompts, prompts, strict=False)}
         self._ignore_eos = not prompts  # random prompts reach eos at once, which would test nothing
-        self._decoded: dict[tuple[Method, int | None, str], list[Generation]] = {}
+        self._decoded: dict[tuple[Method, int | None, str], list[Generation] | EngineError] = {}
         own = manifest.block_size
         pinned = self._model.engine.fixed_shapes is not None
         self._block_sizes = options.block_sizes or (own,)
@@ -87,26 +94,52 @@ class TokenSession:
         return self._model.engine.describe()
 
     def token_checks(self) -> list[Check]:
+        """Every check, in the order of the report. Closes the engine."""
+        first = self._block_sizes[0]
+        lossless = self._lossless_checks(first)
+        pinned = self._model.engine.fixed_shapes is not None
+        sampled = None if pinned else self._across_shapes_check(first, SAMPLED)
+        has_lookahead = LOOKAHEAD_GRAPH in self._bundle.manifest.graphs
+        grammars = check_grammars(self._model, self._block_sizes, self._progress)
+        self._decode_ahead(first, with_lookahead=has_lookahead)
+        self.close()
+        if self._open_reference:
+            self._progress("opening the checkpoint", 0, 1)
+            self._reference = self._open_reference()
+        across = self._across_shapes_check(first, GREEDY) if sampled else None
+        detail = "the bundle is pinned to one shape"
+        return [
+            *lossless,
+            across or Check(name=f"{GREEDY}across shapes", passed=None, detail=detail),
+            sampled or Check(name=f"{SAMPLED}across shapes", passed=None, detail=detail),
+            *([_failing_with_the_engine(f"{LOOKAHEAD} == autoregressive", self._lookahead)] if has_lookahead else []),
+            grammars,
+            _failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first),
+            self._tokenization(),
+        ]
+
+    def _lossless_checks(self, first: int) -> list[Check]:
         checks = []
         for block_size in self._block_sizes:
             for method in METHODS[:2]:
                 name = f"{method} == autoregressive, n = {block_size}"
                 checks.append(_failing_with_the_engine(name, self._lossless, method, block_size))
-        first = self._block_sizes[0]
         name = f"{SAMPLED}jacobi == autoregressive, n = {first}"
-        checks.append(_failing_with_the_engine(name, self._lossless, METHODS[0], first, SAMPLED))
-        for kind in (GREEDY, SAMPLED):
-            if self._model.engine.fixed_shapes:
-                detail = "the bundle is pinned to one shape"
-                checks.append(Check(name=f"{kind}across shapes", passed=None, detail=detail))
-            else:
-                checks.append(_failing_with_the_engine(f"{kind}across shapes", self._across_shapes, first, kind))
-        if LOOKAHEAD_GRAPH in self._bundle.manifest.graphs:
-            checks.append(_failing_with_the_engine(f"{LOOKAHEAD} == autoregressive", self._lookahead))
-        checks.append(check_grammars(self._model, self._block_sizes, self._progress))
-        checks.append(_failing_with_the_engine("against the PyTorch checkpoint", self._against_checkpoint, first))
-        checks.append(self._tokenization())
-        return checks
+        return [*checks, _failing_with_the_engine(name, self._lossless, METHODS[0], first, SAMPLED)]
+
+    def _across_shapes_check(self, block_size: int, kind: str) -> Check:
+        return _failing_with_the_engine(f"{kind}across shapes", self._across_shapes, block_size, kind)
+
+    def _decode_ahead(self, block_size: int, *, with_lookahead: bool) -> None:
+        """Decode what is compared after the engine is closed. A check reports an engine that fails here."""
+        wanted: list[tuple[Method, int | None]] = [("autoregressive", block_size), ("autoregressive", 1)]
+        if self._model.engine.fixed_shapes:
+            wanted = wanted[:1]
+        if with_lookahead:
+            wanted.append((LOOKAHEAD, None))
+        for method, size in wanted:
+            with suppress(EngineError):
+                self._decode(method, size)
 
     def _lossless(self, method: Method, block_size: int, kind: str = GREEDY) -> Check:
         expected, actual = self._decode("autoregressive", block_size, kind), self._decode(method, block_size, kind)
@@ -210,22 +243,29 @@ class TokenSession:
     def _decode(self, method: Method, block_size: int | None, kind: str = GREEDY) -> list[Generation]:
         """Decode every prompt with one loop. The result is cached for further checks. Lookahead has no n."""
         key = (method, block_size, kind)
-        if key in self._decoded:
-            return self._decoded[key]
+        if known := self._decoded.get(key):
+            if isinstance(known, EngineError):
+                raise known
+            return known
         stage = f"{kind}{method}" + ("" if block_size is None else f", n = {block_size}")
-        decoded = decode_all(
-            self._model,
-            self._prompts.values(),
-            at_most=self._max_new_tokens,
-            first_seed=1,
-            progress=lambda done: self._progress(stage, done, len(self._prompts)),
-            method=method,
-            block_size=block_size,
-            ignore_eos=self._ignore_eos,
-            temperature=_sampling(1).temperature if kind == SAMPLED else None,
-        )
-        self._decoded[key] = [each.generation for each in decoded]
-        return self._decoded[key]
+        try:
+            decoded = decode_all(
+                self._model,
+                self._prompts.values(),
+                at_most=self._max_new_tokens,
+                first_seed=1,
+                progress=lambda done: self._progress(stage, done, len(self._prompts)),
+                method=method,
+                block_size=block_size,
+                ignore_eos=self._ignore_eos,
+                temperature=_sampling(1).temperature if kind == SAMPLED else None,
+            )
+            generations = [each.generation for each in decoded]
+        except EngineError as error:
+            self._decoded[key] = error
+            raise
+        self._decoded[key] = generations
+        return generations
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, list[int]]:
         encoded = {}
@@ -286,8 +326,12 @@ class Ties:
 
 
 def open_reference(bundle: Bundle, checkpoint: Path, base: Path | None) -> Reference:
+    """The checkpoint's model in PyTorch.
+
+    Raises:
+        CheckpointError: transformers does not load it.
+    """
     from cllm_export.exporter.parity.reference import Reference
 
-    require_source(bundle, checkpoint, base)
     manifest = bundle.manifest
     return Reference(checkpoint, max_length=manifest.max_length, base=base, num_layers=manifest.geometry.num_layers)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import Bundle, open_bundle
@@ -27,6 +28,7 @@ from cllm_export.runtime.engines.machine import (
     describe_processor,
     onnxruntime_version,
 )
+from cllm_export.runtime.engines.resident_memory import trim_heap
 from cllm_export.verification.engine_checks import (
     EngineRun,
     check_cache_is_in_place,
@@ -48,9 +50,6 @@ from cllm_export.verification.report import (
     write_parity,
 )
 from cllm_export.verification.tokens import TokenSession, open_reference
-
-if TYPE_CHECKING:
-    from cllm_export.exporter.parity.reference import Reference
 
 ENGINE_CHECKS = (check_rows_are_isolated, check_dead_rows_are_hidden, check_cache_is_in_place)
 
@@ -107,9 +106,8 @@ def verify(
         checks.append(Check(name="decoding", passed=None, detail=f"not tried: {instead}"))
         checks.append(check_layers(bundle, checkpoint, base=base, threads=options.threads, progress=progress))
     else:
-        progress("opening bundle and checkpoint", 0, 1)
-        reference = open_reference(bundle, checkpoint, base) if checkpoint else None
-        found, facts, exact = _decode(bundle, prompts, reference, options, progress)
+        progress("opening the bundle", 0, 1)
+        found, facts, exact = _decode(bundle, prompts, checkpoint, base, options, progress)
         conditions |= facts
         checks += found
     progress("checks of the files", 0, 1)
@@ -130,18 +128,38 @@ def _write(
 def _decode(
     bundle: Bundle,
     prompts: Sequence[Prompt],
-    reference: Reference | None,
+    checkpoint: Path | None,
+    base: Path | None,
     options: VerifyOptions,
     progress: Progress,
 ) -> tuple[list[Check], dict[str, Any], Exactness]:
-    """The checks that need an engine, what it depends on, and which sizes are exact on it."""
-    with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
-        facts, checks = session.describe_engine(), session.token_checks()
+    """The checks that need an engine, what it depends on, and which sizes are exact on it.
+
+    The checkpoint's model leaves memory before the last checks open engines of their own.
+    """
+    facts, checks = _compare_tokens(bundle, prompts, checkpoint, base, options, progress)
+    trim_heap()
     progress("checks of the engine", 0, 1)
     run = EngineRun(options.provider, options.threads, facts.get("plan"))
     checks += [check(bundle, run) for check in ENGINE_CHECKS]
     exact = exactness_of(bundle, options)
     return [*checks, exact.check], facts, exact
+
+
+def _compare_tokens(
+    bundle: Bundle,
+    prompts: Sequence[Prompt],
+    checkpoint: Path | None,
+    base: Path | None,
+    options: VerifyOptions,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[Check]]:
+    """What the engine depends on, and the checks of its tokens."""
+    if checkpoint:
+        require_source(bundle, checkpoint, base)
+    reference = partial(open_reference, bundle, checkpoint, base) if checkpoint else None
+    with closing(TokenSession(bundle, prompts, reference, options, progress)) as session:
+        return session.describe_engine(), session.token_checks()
 
 
 def check_layers(

@@ -9,16 +9,23 @@ alone, it would copy every weight that it does not repack. ``benchmarks/export_s
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle
 from cllm_export.errors import EngineError
+from cllm_export.runtime.engines.resident_memory import trim_heap
 
 if TYPE_CHECKING:
     import onnxruntime
+
+RELEASE_SECONDS = 0.01
+"""Pause between two releases. A session reads some ten megabytes in it."""
 
 NUMPY_DTYPE = {"F32": np.float32, "F16": np.float16}
 
@@ -56,8 +63,31 @@ class MappedWeights:
                 self._values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             options.add_initializer(name, self._values[name])
 
-    def release_pages(self) -> None:
-        """Tell the system that pages read during loading may be dropped. By then a session has packed its matrices, and
-        it reads only a few rows of the embedding table."""
+    @contextmanager
+    def releasing_pages(self) -> Iterator[None]:
+        """While a session loads, let the system drop the pages of the files again and again.
+
+        A session packs its matrices one by one. Without this, weights lie in memory twice when it has packed the last
+        one. Afterwards it reads only a few rows of the embedding table.
+        """
+        if not self._maps:
+            yield
+            return
+        is_loaded = Event()
+        thread = Thread(target=self._release_until, args=(is_loaded,), name="release pages", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_loaded.set()
+            thread.join()
+            self._release()
+
+    def _release_until(self, is_loaded: Event) -> None:
+        while not is_loaded.wait(RELEASE_SECONDS):
+            self._release()
+            trim_heap()  # a session frees what it has read and packed
+
+    def _release(self) -> None:
         for each in self._maps.values():
             each._mmap.madvise(mmap.MADV_DONTNEED)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cllm_export.bundle.contract import KV_DTYPE, LOGITS, Batch, DType, FixedShapes, cache_names, check_forward
-from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, Bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, WEIGHTS_NAME, Bundle
 from cllm_export.checks import require_at_least
 from cllm_export.errors import EngineError, GpuError, OptionError
 from cllm_export.extras import install_line, missing_extra, require_floors
@@ -38,6 +38,7 @@ from cllm_export.runtime.engines.machine import (
     require_memory,
 )
 from cllm_export.runtime.engines.mapped_weights import MappedWeights
+from cllm_export.runtime.engines.resident_memory import drop_file_pages, trim_heap
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -106,9 +107,9 @@ class Buffer(Protocol):
 class HostBuffer:
     """A numpy array that sessions read and write in place."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
-        self._array: NDArray[Any] = np.zeros(shape, dtype)
-        self.value = bindable(self._array)
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+        self.value = bindable(array)
 
     def put(self, values: ArrayLike) -> None:
         self._array[...] = values
@@ -275,6 +276,7 @@ class OrtEngine(EngineBase):
         self._common = {name: self._make_buffer((self.num_slots,)) for name in (*COUNTS, "num_accepted")}
         self._common["positions"] = self._make_buffer((self.geometry.cache_length,))
         self._common["positions"].put(np.arange(self.geometry.cache_length))
+        self._logits: NDArray[np.float32] | None = None
         self._buffers: dict[tuple[str, int, int, bool], _Buffers] = {}
         self._bindings: dict[tuple[str, int, int, int, bool], _Binding] = {}
 
@@ -307,7 +309,8 @@ class OrtEngine(EngineBase):
         self._is_closed = True
         for held in (self._bindings, self._buffers, self._common, self._cache, self._sessions):
             held.clear()
-        self._views = None
+        self._views = self._logits = None
+        trim_heap()
 
     def require_lookahead(self) -> None:
         self._require_open()
@@ -444,7 +447,7 @@ class OrtEngine(EngineBase):
             self._buffers[shared] = _Buffers(
                 input_ids=self._make_buffer((slots, size)),
                 next_ids=self._make_buffer((slots, head_size)),
-                logits=self._make_buffer(logits_shape, "float32") if key.with_logits else None,
+                logits=self._make_logits(logits_shape) if key.with_logits else None,
                 row_offsets=self._make_buffer((size,)) if has_rows else None,
                 row_mask=self._make_buffer((size, size), "bool") if has_rows else None,
             )
@@ -452,8 +455,18 @@ class OrtEngine(EngineBase):
 
     def _make_buffer(self, shape: tuple[int, ...], dtype: DType = "int64") -> Buffer:
         if self._views is None:
-            return HostBuffer(shape, dtype)
+            return HostBuffer(np.zeros(shape, dtype))
         return DeviceBuffer(shape, dtype, device=self._device, io=self._views)
+
+    def _make_logits(self, shape: tuple[int, int]) -> Buffer:
+        """A buffer for logits [rows, V]. On the host, all sizes share their memory: a forward's logits are valid until
+        the next one. Pages of it that no forward has written take no memory."""
+        if self._views is not None:
+            return self._make_buffer(shape, "float32")
+        if self._logits is None or len(self._logits) < shape[0]:
+            most = max(shape[0], self.num_slots * self.geometry.max_block_size)
+            self._logits = np.empty((most, shape[1]), np.float32)
+        return HostBuffer(self._logits[: shape[0]])
 
     def _run_options(self, *, is_recorded: bool) -> Any:
         """Options of a binding's runs: its own graph id, or no graph for a prefill chunk, whose head has one row."""
@@ -469,8 +482,10 @@ class OrtEngine(EngineBase):
         path = self._bundle.graph_path(graph)
         options = _session_options(self._threads, self._log_severity, self._device)
         self._linked.hand_to(options)
-        session = self._open_session(path, options)
-        self._linked.release_pages()
+        with self._linked.releasing_pages():
+            session = self._open_session(path, options)
+        drop_file_pages(self._bundle.path / WEIGHTS_NAME)
+        trim_heap()
         return session
 
     def _open_session(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:

@@ -10,6 +10,7 @@ import pytest
 
 from cllm_export.bundle.manifest import TrainedWith
 from cllm_export.errors import EngineError, OptionError, PromptError, QueueFullError
+from cllm_export.runtime.decoding.block_size.exact_sizes import ExactSizes
 from cllm_export.runtime.decoding.request import RequestStatus
 from cllm_export.runtime.options import GenerateOptions
 from cllm_export.runtime.service import Service
@@ -308,7 +309,8 @@ def test_a_service_that_chooses_n_gives_every_request_its_own_tokens(model, bund
     assert found == [alone(bundle, prompt, max_new_tokens=20).token_ids for prompt in PROMPTS]
 
 
-def test_a_service_that_cannot_measure_its_engine_leaves_the_model_free(model):
+def test_a_service_that_cannot_measure_its_engine_leaves_the_model_free(bundle):
+    model = make_model(bundle, HashModel(vocab_size=VOCABULARY), exact_sizes=ExactSizes())
     model.engine.forward = None
     with pytest.raises(TypeError):
         Service(model, block_size="auto")

@@ -53,12 +53,15 @@ def settle_sizes(
     keep: Callable[[ExactSizes], None],
     budget: float = BUDGET_SECONDS,
 ) -> AutoSizes:
-    """Time and compare what is not known yet, and choose the sizes of ``auto``. Says once which are left out, and why.
+    """Compare what is not known yet, and choose the sizes of ``auto``. Says once which are left out, and why.
+
+    A few forwards are timed only to bound what a comparison costs. On a busy machine such times are wrong, so the
+    chooser learns its own.
 
     Args:
         candidates: sizes to choose among, the most useful first.
         first: the size that the model was trained with, or 1.
-        known_times: seconds of a forward by block size; None to measure them.
+        known_times: seconds of a forward by block size that ``bench`` measured; None if it did not.
         known_sizes: sizes that were compared before, under the same conditions.
         keep: takes what was found, with what was known.
         budget: seconds that the comparison may take, by the times of forwards; infinity for all candidates.
@@ -66,11 +69,12 @@ def settle_sizes(
     Raises:
         EngineError: the engine failed.
     """
-    seconds = known_times or time_forwards(engine, candidates, pad_token_id=pad_token_id)
     missing = [size for size in candidates if size > 1 and size not in known_sizes.compared]
-    if engine.has_logits and (affordable := affordable_sizes(missing, seconds, budget=budget)):
-        known_sizes = known_sizes.joined(compare_sizes(engine, affordable))
-        keep(known_sizes)
+    if missing and engine.has_logits:
+        seconds = known_times or time_forwards(engine, candidates, pad_token_id=pad_token_id)
+        if affordable := affordable_sizes(missing, seconds, budget=budget):
+            known_sizes = known_sizes.joined(compare_sizes(engine, affordable))
+            keep(known_sizes)
     sizes = tuple(sorted(size for size in candidates if size == 1 or size in known_sizes.equal))
     if not sizes or (sizes == (1,) and first in candidates):
         sizes = (first if first in candidates else candidates[0],)
@@ -78,7 +82,7 @@ def settle_sizes(
     if len(sizes) == 1:
         return AutoSizes(sizes, PinnedSize(sizes[0]))
     begin = first if first in sizes else sizes[0]
-    return AutoSizes(sizes, SizeChooser(sizes, first=begin, known_times=seconds))
+    return AutoSizes(sizes, SizeChooser(sizes, first=begin, known_times=known_times))
 
 
 def _say_what_is_left_out(

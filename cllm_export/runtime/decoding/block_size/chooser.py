@@ -20,8 +20,13 @@ BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Sizes worth a try; a model's own is one more."""
 MEMORY = 300
 """Forwards after which what was seen of a kind of drafts counts 1 / e: those of many requests, for requests differ."""
-TRIAL_SHARE = 0.01
-"""Part of all time that trials may cost, which is what a model loses whose drafts never pay."""
+TRIAL = SPELL // 2
+"""Forwards of a trial. The first one fills the window, and the others tell what drafts are worth."""
+TRIAL_SHARE, PAYING_TRIAL_SHARE = 0.005, 0.01
+"""Part of all time that trials may cost, which is what a model loses whose drafts never pay. The larger part is for a
+model that was tuned for several tokens, and while drafts pay: there, trials win more."""
+FIRST_CREDIT = 0.8
+"""What the first trials may cost, in forwards of n = 1. Within 64 tokens it is 1.3 %."""
 
 
 class SizePolicy(Protocol):
@@ -70,10 +75,10 @@ class SizeChooser:
         self._times = self._times_of[False]
         self._tables: dict[str, DraftTable] = {}
         self._records: tuple[DraftRecord, ...] = ()
-        self._num_left, self._is_trial = 0, False
-        self._credit = 0.0
+        self._num_left, self._is_trial, self._is_paid = 0, False, False
+        self._credit = 0.0 if first > 1 else FIRST_CREDIT * self._times.relative(1)
         """Time that trials may cost, in the unit of ``ForwardTimes.relative``."""
-        self._best_rate: float | None = None
+        self._best, self._best_rate = 1, 0.0
 
     def choose(self, records: Sequence[DraftRecord]) -> int:
         self._times = self._times_of[any(record.with_logits for record in records)]
@@ -88,26 +93,44 @@ class SizeChooser:
         for record, count in accepted:
             if record.kind is not None:
                 record.observe(size, count - 1, self._table(record.kind))
-        self._credit += TRIAL_SHARE * time
-        if self._is_trial and self._best_rate:
+        self._credit += (PAYING_TRIAL_SHARE if max(self._first, self._best) > 1 else TRIAL_SHARE) * time
+        if self._is_paid:
             self._credit -= time - sum(count for _, count in accepted) / self._best_rate
+            if self._credit < 0 and size <= self._times.largest:  # it costs more than was assumed
+                self._num_left = 0
 
     def _begin(self, records: Sequence[DraftRecord]) -> None:
         """A new spell: of the best size, or a trial of the one to hope most of among those that the credit covers."""
         self._records, self._num_left = tuple(records), SPELL
         spells = self._spells_of[any(record.with_logits for record in records)]
-        if spells and any(record.kind is not None for record in records):
-            self._size, self._is_trial = spells.pop(), True
+        has_drafts = any(record.kind is not None for record in records)
+        if spells and has_drafts:
+            self._size, self._is_trial, self._is_paid = spells.pop(), True, False
             return
         proven, hoped = self._tokens(records)
         times = {size: self._times.relative(size) for size in self._sizes}
         best = max(self._sizes, key=lambda size: proven[size] / times[size])
-        self._best_rate = rate = proven[best] / times[best]
-        hopes = {size: hoped[size] / self._times.least(size) for size in self._sizes if size != best}
-        costs = {size: SPELL * (times[size] - proven[size] / rate) for size in hopes}
-        trials = [size for size in hopes if hopes[size] > rate and costs[size] <= self._credit]
-        self._is_trial = bool(trials)
+        self._best, self._best_rate = best, (rate := proven[best] / times[best])
+        hopes = {size: hoped[size] / self._times.least(size) for size in self._sizes if size != best and has_drafts}
+        trials = [
+            size
+            for size, expected in self._trial_times().items()
+            if hopes.get(size, 0.0) > rate and TRIAL * (expected - proven[size] / rate) <= self._credit
+        ]
         self._size = max(trials, key=hopes.__getitem__, default=best)
+        self._is_trial = self._is_paid = bool(trials)
+        self._num_left = TRIAL if trials else SPELL
+
+    def _trial_times(self) -> dict[int, float]:
+        """Sizes that may be tried, and what a forward of each is expected to take.
+
+        At most one size is larger than all that were timed. What it takes is unknown. So it is tried for the time of
+        the largest one, and the trial ends as soon as it costs too much.
+        """
+        largest = self._times.largest
+        beyond = [size for size in self._sizes if size > largest][:1]
+        times = {size: self._times.relative(size) for size in self._sizes if size <= largest}
+        return times | dict.fromkeys(beyond, self._times.relative(largest))
 
     def _tokens(self, records: Sequence[DraftRecord]) -> tuple[dict[int, float], dict[int, float]]:
         """Tokens that a forward makes in all slots, by size: as proven, and as may be hoped for."""

@@ -54,12 +54,21 @@ class ForwardTimes:
             self._found.clear()
         self._levels.append(seconds / self.relative(size))
 
+    @property
+    def largest(self) -> int:
+        """The largest size that was timed, beforehand or since."""
+        return max(self._relative)
+
     def relative(self, size: int) -> float:
         """T(size) in a unit that all sizes share: no more than that of a larger one. A size never seen lies on the line
-        through those beside it; where only one was seen, each row takes as long as each of its."""
+        through those beside it; where only one was seen, each row takes as long as each of its. Forwards that ran here
+        bound what was known beforehand, and not the reverse."""
         if size not in self._found:
+            ran = size in self._samples
             own = self._relative[size] if size in self._relative else self._guess(size)
-            self._found[size] = min([own, *(time for other, time in self._relative.items() if other > size)])
+            larger = (t for other, t in self._relative.items() if other > size and (other in self._samples or not ran))
+            smaller = (self.relative(other) for other in self._samples if other < size and not ran)
+            self._found[size] = max([min([own, *larger]), *smaller])
         return self._found[size]
 
     def _guess(self, size: int) -> float:
