@@ -8,21 +8,23 @@
 forward is. Each tool, precision and number of threads has its own process for the whole run, pinned to as many cores as
 it has threads. A round runs all of them in turn, and each round starts with another one. A value is the median of the
 forwards of one round, after untimed ones. The table shows the median over rounds, with quartiles. Ratios are computed
-within a round. The table also counts the block's predictions that equal the first model's, to check that all compute
-the same model. With random weights, rounding changes some predictions.
+within a round. The table also counts the predictions that equal the first model's: of one block, to check that all
+compute the same model, or with ``--text`` of every token of a text, with its perplexity. With random weights, rounding
+changes some predictions. The peak is the largest resident memory of the process, mapped files included.
 
 Tokens per second are derived, not measured: 1 / T(1), and for our bundles also tokens per forward / T(n), with the
 given tokens per forward. They leave out loop, sampling and prefill, for our bundles and for the others.
 
 Several threads need as many idle cores. llama.cpp's threads wait for each other by spinning. If another process used
-one of the cores, its forwards were seen to take many times as long. OMP_WAIT_POLICY=passive in the environment fixes
-most of that. The load average before the run is reported.
+one of the cores, its forwards were seen to take many times as long. Do not set OMP_WAIT_POLICY=passive against that: on
+an idle machine it makes llama.cpp two to three times slower. The load average before the run is reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,11 +39,17 @@ from rich.console import Console
 from rich.table import Table
 
 from cllm_export.bundle.manifest import open_bundle
+from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.engines.machine import describe_machine
+from cllm_export.runtime.general_text import general_passages
+from cllm_export.runtime.teacher_forced import general_texts
 
 PEERS = Path(__file__).resolve().parent / "peers"
 OURS, GENAI, LLAMA = "cllm-export", "GenAI", "llama.cpp"
 SCRIPTS = {OURS: "cllm_forwards.py", GENAI: "genai_forwards.py", LLAMA: "llama_cpp_forwards.py"}
+GENERAL = Path("general")
+TEXT_LENGTH = 256
+"""Tokens of a text that are read as one: reading the past again for every block keeps texts short."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -85,6 +93,16 @@ class Worker:
         """The greedy token after each token of a block."""
         predictions: list[int] = self._ask(f"predict {block_size} {past}")
         return predictions
+
+    def read_text(self, tokens: tuple[int, ...]) -> tuple[list[int], float]:
+        """The greedy token after each inner token of a text, and the log-probability of the tokens after them."""
+        predicted, total = self._ask(" ".join(map(str, ("text", *tokens))))
+        return predicted, total
+
+    def memory(self) -> int:
+        """Bytes of the largest resident memory so far."""
+        largest: int = self._ask("memory")
+        return largest
 
     def _ask(self, request: str) -> Any:
         self._requests.write(request + "\n")
@@ -150,28 +168,53 @@ class Measured:
     predictions: list[int]
     milliseconds: dict[int, list[float]]
     """Block size -> one value per round."""
+    perplexity: float | None
+    """Of the text; None if there is none."""
+    memory: int
+    """Bytes of the largest resident memory of the process before the text was read."""
 
 
 def measure(rows: list[Row], args: argparse.Namespace) -> dict[Row, Measured]:
-    """Time every forward of every row, in turn."""
+    """Time every forward of every row, in turn. What a row predicts comes after that."""
+    sizes = (1, *args.block_sizes)
+    texts = read_texts(args.text, rows) if args.text else []
     with ExitStack() as stack:
         workers = {row: stack.enter_context(start(row, args.cores, args.context_length)) for row in rows}
-        measured = {
-            row: Measured(
-                facts=worker.facts,
-                predictions=worker.predict(args.block_size, args.past),
-                milliseconds={n: [] for n in (1, args.block_size)},
-            )
-            for row, worker in workers.items()
-        }
+        milliseconds: dict[Row, dict[int, list[float]]] = {row: {n: [] for n in sizes} for row in rows}
         for number in range(args.rounds + 1):
             first = number % len(rows)
             for row in rows[first:] + rows[:first]:
-                for n, values in measured[row].milliseconds.items():
+                for n, values in milliseconds[row].items():
                     value = median(workers[row].time(n, args.past, args.warm_up, args.timed))
                     if number > 0:  # the first round is a warm-up
                         values.append(value)
-    return measured
+        return {row: judged(worker, milliseconds[row], texts, args) for row, worker in workers.items()}
+
+
+def judged(
+    worker: Worker, milliseconds: dict[int, list[float]], texts: list[tuple[int, ...]], args: argparse.Namespace
+) -> Measured:
+    """What a row predicts: of the texts, or of one block if there are none."""
+    memory, perplexity = worker.memory(), None
+    if texts:
+        readings = [worker.read_text(text) for text in texts]
+        predictions = [token for predicted, _ in readings for token in predicted]
+        perplexity = math.exp(-sum(total for _, total in readings) / len(predictions))
+    else:
+        predictions = worker.predict(max(args.block_sizes), args.past)
+    return Measured(
+        facts=worker.facts, predictions=predictions, milliseconds=milliseconds, perplexity=perplexity, memory=memory
+    )
+
+
+def read_texts(text: Path, rows: list[Row]) -> list[tuple[int, ...]]:
+    """A file of text, or the package's own general text, as tokens of the first bundle's tokenizer."""
+    bundle = next((row.model for row in rows if row.tool == OURS), None)
+    if bundle is None:
+        raise SystemExit("--text needs a bundle, whose tokenizer reads it")
+    codec = TextCodec.of_bundle(open_bundle(bundle))
+    passages = general_passages(None if text == GENERAL else text)
+    return [each.tokens for each in general_texts(codec, passages, max_length=TEXT_LENGTH)]
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -185,8 +228,11 @@ def summarize(measured: dict[Row, Measured], args: argparse.Namespace) -> list[d
     expected = next(iter(measured.values())).predictions
     report = []
     for row, each in measured.items():
-        one, many = each.milliseconds[1], each.milliseconds[args.block_size]
+        one, many = each.milliseconds[1], each.milliseconds[args.block_sizes[-1]]
         entry: dict[str, Any] = {"name": row.name, "threads": row.threads, "bytes": row.bytes, "facts": each.facts}
+        entry["memory"] = each.memory
+        entry["perplexity"] = each.perplexity
+        entry["predictions"] = len(expected)
         entry["predictions_alike"] = sum(a == b for a, b in zip(each.predictions, expected, strict=True))
         entry["milliseconds"] = {str(n): spread(values) for n, values in each.milliseconds.items()}
         entry["of_each_round"] = {str(n): values for n, values in each.milliseconds.items()}
@@ -204,15 +250,17 @@ def summarize(measured: dict[Row, Measured], args: argparse.Namespace) -> list[d
 
 
 def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    sizes = [str(n) for n in (1, args.block_size)]
+    sizes = [str(n) for n in (1, *args.block_sizes)]
     for threads in args.threads:
         table = Table(
             title=f"{threads} thread(s), after {args.past} tokens: medians (quartiles) of {args.rounds} rounds"
         )
         table.add_column("", no_wrap=True)
-        headers = ["MB", f"alike, of {sizes[1]}", *(f"T({n}) ms" for n in sizes), f"T({sizes[1]}) / T(1)"]
+        predictions = report[0]["predictions"]
+        headers = ["MB", "peak MB", f"alike, of {predictions}", *(["perplexity"] if args.text else [])]
+        headers += [*(f"T({n}) ms" for n in sizes), f"T({sizes[-1]}) / T(1)"]
         headers += [f"T({n}) / {args.reference}'s" for n in sizes] if args.reference else []
-        headers += ["autoregressive, derived tokens/s", f"Jacobi n = {sizes[1]}, derived tokens/s"]
+        headers += ["autoregressive, derived tokens/s", f"Jacobi n = {sizes[-1]}, derived tokens/s"]
         for header in headers:
             table.add_column(header, justify="right")
         for entry in report:
@@ -233,7 +281,9 @@ def cells(entry: dict[str, Any], sizes: list[str]) -> list[str]:
     made = [
         entry["name"],
         f"{entry['bytes'] / 1e6:.0f}",
-        str(entry["predictions_alike"]),
+        f"{entry['memory'] / 1e6:.0f}",
+        alike(entry),
+        *([f"{entry['perplexity']:.3f}"] if entry["perplexity"] else []),
         *(text(entry["milliseconds"][n], 1) for n in sizes),
     ]
     made.append(f"{entry['ratio_of_sizes']['median']:.2f}")
@@ -243,6 +293,11 @@ def cells(entry: dict[str, Any], sizes: list[str]) -> list[str]:
     made.append(f"{derived['autoregressive']:.1f}")
     made.append(f"{derived['jacobi']:.1f}" if "jacobi" in derived else "-")
     return made
+
+
+def alike(entry: dict[str, Any]) -> str:
+    same, total = entry["predictions_alike"], entry["predictions"]
+    return f"{same} ({same / total:.1%})" if entry["perplexity"] else str(same)
 
 
 def named_model(text: str) -> tuple[str, Path]:
@@ -269,7 +324,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama-python", type=Path, help="Python with llama-cpp-python")
     parser.add_argument("--genai-python", type=Path, help="Python with onnxruntime-genai")
     parser.add_argument("--threads", type=positive, action="append", help="repeatable (1)")
-    parser.add_argument("--block-size", type=lambda text: at_least(2, text), default=16, help="n (16)")
+    parser.add_argument(
+        "--block-size",
+        type=lambda text: at_least(2, text),
+        action="append",
+        dest="block_sizes",
+        help="n; repeatable (16)",
+    )
+    parser.add_argument(
+        "--text", type=Path, help=f"compare predictions on a file of text, or on the package's own ({GENERAL})"
+    )
     parser.add_argument("--past", type=positive, default=64, help="tokens before the block (64)")
     parser.add_argument("--context-length", type=positive, default=512, help="of every peer's cache (512)")
     parser.add_argument("--rounds", type=lambda text: at_least(2, text), default=15)
@@ -280,6 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.threads = args.threads or [1]
+    args.block_sizes = sorted(set(args.block_sizes or [16]))
     args.load_average = os.getloadavg()[0]
     args.cores = sorted(os.sched_getaffinity(0), reverse=True)
     if max(args.threads) > len(args.cores):
@@ -296,7 +361,7 @@ def main() -> None:
         names = (
             "load_average",
             "past",
-            "block_size",
+            "block_sizes",
             "context_length",
             "rounds",
             "warm_up",
@@ -305,7 +370,7 @@ def main() -> None:
             "reference",
         )
         settings = {name: getattr(args, name) for name in (*names, "tokens_per_forward")}
-        settings["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY")
+        settings["text"] = str(args.text) if args.text else None
         processor = describe_machine(None)["processor"]
         written = {"processor": processor, "settings": settings, "rows": report}
         args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

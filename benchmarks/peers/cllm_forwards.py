@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 from forward_worker import serve
+from numpy.typing import NDArray
 
 from cllm_export.bundle.contract import Batch
 from cllm_export.bundle.manifest import open_bundle
@@ -45,11 +47,13 @@ class CllmForwards:
     def forward(self, block: Sequence[int]) -> float:
         blocks = [list(block)]
         started = perf_counter()
-        self._last = self._engine.forward(Batch(blocks, [1], [self._past]))
+        self._engine.forward(Batch(blocks, [1], [self._past]))
         return perf_counter() - started
 
-    def predictions(self, rows: int) -> list[int]:
-        return self._last.next_ids[0]
+    def logits(self, block: Sequence[int]) -> NDArray[np.float32]:
+        logits = self._engine.forward(Batch([list(block)], [1], [self._past]), with_logits=True).logits
+        assert logits is not None
+        return logits[0]
 
     def take_back(self) -> None:
         """Nothing to do: what the write index was not moved over does not count."""

@@ -1,10 +1,13 @@
 """One tool in a process of its own that times single forwards on request: what ``peer_forwards.py`` talks to.
 
-Standard library only, because it runs in the environment of every tool. A worker reads its model, says in a line of
-JSON what it is, and answers each line on standard input with another:
+Standard library and numpy only, because it runs in the environment of every tool. A worker reads its model, says in a
+line of JSON what it is, and answers each line on standard input with another:
 
     time N PAST WARM_UP TIMED     milliseconds of TIMED forwards of N tokens after PAST others, WARM_UP untimed before
     predict N PAST                the greedy token after each of the N
+    text TOKEN TOKEN ...          the greedy token after each inner token of a text, and the log-probability of
+                                  the tokens after them
+    memory                        bytes of the largest resident memory of this process
 
 Libraries' own words go to standard error.
 """
@@ -14,10 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+TEXT_BLOCK = 32
+"""Tokens of a forward that reads a text."""
 
 
 class Forwards(Protocol):
@@ -34,8 +44,8 @@ class Forwards(Protocol):
         """Seconds of one forward of these tokens after the sequence."""
         ...
 
-    def predictions(self, rows: int) -> list[int]:
-        """The greedy token after each token of the last forward, which had so many."""
+    def logits(self, block: Sequence[int]) -> NDArray[np.float32]:
+        """The logits [n, V] of a forward of these tokens after the sequence."""
         ...
 
     def take_back(self) -> None:
@@ -58,15 +68,64 @@ def serve(load: Callable[[Path, int, int], Forwards], description: str) -> None:
     answers = _take_standard_output()
     tool = load(args.model, args.threads, args.context_length)
     print(json.dumps(tool.facts), file=answers, flush=True)
-    past_length = None
+    requests = Requests(tool)
     for line in sys.stdin:
-        request, *numbers = line.split()
-        block_size, past, *counts = map(int, numbers)
-        if past != past_length:
-            tool.read(make_tokens(past))
-            past_length = past
-        answer = {"time": time_forwards, "predict": predict}[request](tool, make_tokens(block_size), *counts)
+        name, *numbers = line.split()
+        answer = getattr(requests, name)(*map(int, numbers))
         print(json.dumps(answer), file=answers, flush=True)
+
+
+class Requests:
+    """What a worker answers, by the first word of the request."""
+
+    def __init__(self, tool: Forwards) -> None:
+        self._tool = tool
+        self._past: list[int] | None = None
+
+    def time(self, block_size: int, past: int, warm_up: int, timed: int) -> list[float]:
+        """Milliseconds of each timed forward."""
+        self._read(make_tokens(past))
+        return time_forwards(self._tool, make_tokens(block_size), warm_up, timed)
+
+    def predict(self, block_size: int, past: int) -> list[int]:
+        self._read(make_tokens(past))
+        logits = self._tool.logits(make_tokens(block_size))
+        self._tool.take_back()
+        return greedy(logits)
+
+    def text(self, *tokens: int) -> tuple[list[int], float]:
+        """The text is read from its first token on for every block of it, since a tool has no other way back."""
+        predicted, total = [], 0.0
+        for start in range(1, len(tokens) - 1, TEXT_BLOCK):
+            self._read(list(tokens[:start]))
+            block = tokens[start : start + TEXT_BLOCK]
+            logits = self._tool.logits(block)
+            self._tool.take_back()
+            following = tokens[start + 1 : start + 1 + len(block)]
+            predicted += greedy(logits[: len(following)])
+            total += log_probability(logits[: len(following)], following)
+        return predicted, total
+
+    def memory(self) -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def _read(self, past: list[int]) -> None:
+        if past != self._past:
+            self._tool.read(past)
+            self._past = past
+
+
+def greedy(logits: NDArray[Any]) -> list[int]:
+    chosen: list[int] = logits.argmax(axis=-1).tolist()
+    return chosen
+
+
+def log_probability(logits: NDArray[Any], tokens: Sequence[int]) -> float:
+    """Sum of the log-probabilities of one token after each row."""
+    wide = logits.astype(np.float64)
+    largest = wide.max(axis=-1, keepdims=True)
+    normalisers = np.log(np.exp(wide - largest).sum(axis=-1)) + largest[:, 0]
+    return float((wide[np.arange(len(tokens)), list(tokens)] - normalisers).sum())
 
 
 def time_forwards(tool: Forwards, block: Sequence[int], warm_up: int, timed: int) -> list[float]:
@@ -76,13 +135,6 @@ def time_forwards(tool: Forwards, block: Sequence[int], warm_up: int, timed: int
         times.append(1e3 * tool.forward(block))
         tool.take_back()
     return times[warm_up:]
-
-
-def predict(tool: Forwards, block: Sequence[int]) -> list[int]:
-    tool.forward(block)
-    predictions = tool.predictions(len(block))
-    tool.take_back()
-    return predictions
 
 
 def _take_standard_output() -> TextIO:

@@ -2,7 +2,7 @@
 
 A forward is ``append_tokens`` of a block; ``rewind_to`` the past after it is not timed, nor is any choice of a token.
 Its model must compute logits of every row, as the builder makes it unless told ``prune_lm_head=true``: asking for
-predictions checks it. The cache is allocated for the whole context; attention reads as much of it as is filled.
+logits checks it. The cache is allocated for the whole context; attention reads as much of it as is filled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from time import perf_counter
 import numpy as np
 from forward_worker import serve
 from genai import GenAI
+from numpy.typing import NDArray
 
 
 class GenAIForwards:
@@ -41,14 +42,14 @@ class GenAIForwards:
         self._generator.append_tokens(tokens)
         return perf_counter() - started
 
-    def predictions(self, rows: int) -> list[int]:
-        logits = self._generator.get_output("logits")
-        if logits.shape[1] != rows:
+    def logits(self, block: Sequence[int]) -> NDArray[np.float32]:
+        self.forward(block)
+        logits: NDArray[np.float32] = self._generator.get_output("logits")
+        if logits.shape[1] != len(block):
             raise SystemExit(
-                f"this model gives logits of {logits.shape[1]} of {rows} rows: build it without prune_lm_head"
+                f"this model gives logits of {logits.shape[1]} of {len(block)} rows: build it without prune_lm_head"
             )
-        predicted: list[int] = logits[0].argmax(axis=-1).tolist()
-        return predicted
+        return logits[0]
 
     def take_back(self) -> None:
         self._generator.rewind_to(self._past)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from forward_worker import serve
 from llama_context import LlamaContext
+from numpy.typing import NDArray
 
 
 class LlamaForwards:
@@ -50,10 +51,13 @@ class LlamaForwards:
         self._llama.lib.llama_synchronize(self._llama.context)
         return perf_counter() - started
 
-    def predictions(self, rows: int) -> list[int]:
+    def logits(self, block: Sequence[int]) -> NDArray[np.float32]:
+        self.forward(block)
         lib, context = self._llama.lib, self._llama.context
-        logits = [np.ctypeslib.as_array(lib.llama_get_logits_ith(context, row), (self._width,)) for row in range(rows)]
-        return [int(row.argmax()) for row in logits]
+        rows = range(len(block))
+        return np.stack(
+            [np.ctypeslib.as_array(lib.llama_get_logits_ith(context, row), (self._width,)).copy() for row in rows]
+        )
 
     def take_back(self) -> None:
         if not self._llama.lib.llama_memory_seq_rm(self._memory, 0, self._past, -1):
