@@ -102,7 +102,7 @@ def measure_agreement(
     return agreement
 
 
-ADVICE = "Keep layers in full precision (cllm-export quantize finds them, keep names them) or choose a wider precision"
+ADVICE = "Keep layers unquantised with keep='TENSOR' (cllm-export quantize chooses them) or choose a wider precision"
 
 
 def doubt(agreement: Agreement) -> str | None:
