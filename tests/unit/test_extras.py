@@ -121,10 +121,15 @@ def test_the_packages_of_every_extra_are_found_in_the_real_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["optional-dependencies"]
     distribution = importlib.metadata.distribution("cllm-export")
-    for extra, packages in declared.items():
+
+    def packages_of(extra: str) -> list[str]:
+        packages = declared[extra]
         own = [name for text in packages if text.startswith("cllm-export[") for name in text[12:-1].split(",")]
-        wanted = [text for text in packages if not text.startswith("cllm-export[")]
-        wanted += [text for name in own for text in declared[name]]
+        others = [text for text in packages if not text.startswith("cllm-export[")]
+        return others + [text for name in own for text in packages_of(name)]
+
+    for extra in declared:
+        wanted = packages_of(extra)
         found = extras._packages(distribution, extra)
         assert sorted(map(name_of, found)) == sorted(map(name_of, wanted)), extra
 
