@@ -180,17 +180,24 @@ def _running_parts(bundle: Bundle, options: MemoryOptions) -> list[Figure]:
 
 
 def _second_copy(bundle: Bundle, weights: Figure) -> Figure:
-    """Weights that kernels for one row read in a layout of their own: those that read a layer's normed input."""
+    """Weights that kernels for one row read in a layout of their own: those of all layers, if weights are copied.
+
+    Linked weights have the checkpoint's order of axes. There the projections behind attention and behind the MLP's gate
+    share one layout.
+    """
     geometry, quantization = bundle.manifest.geometry, bundle.manifest.quantization
     parameters = bundle.weight_bytes // BYTES[KV_DTYPE[bundle.manifest.precision]]
-    projected = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    inner = inner_width(geometry, parameters)
-    copied = geometry.num_layers * geometry.hidden_size * (projected + 2 * inner)
+    attention = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    inner, matrices, parts = inner_width(geometry, parameters), 2, "q, k, v"
+    if not bundle.manifest.linked_weights:
+        attention, matrices, parts = attention + geometry.num_heads * geometry.head_dim, 3, "q, k, v, o"
+    copied = geometry.num_layers * geometry.hidden_size * (attention + matrices * inner)
     if quantization and quantization.scheme == "int4":
         copied = 0
     how = (
-        f"{geometry.num_layers} layers x {geometry.hidden_size} hidden x ({projected} for q, k, v + 2 x {inner} of the "
-        f"MLP, told from the number of weights) of {parameters:,} weights; int4 weights have no second copy"
+        f"{geometry.num_layers} layers x {geometry.hidden_size} hidden x ({attention} for {parts} + "
+        f"{matrices} x {inner} of the MLP, told from the number of weights, a head of its own included) of "
+        f"{parameters:,} weights; int4 weights have no second copy"
     )
     return Figure(name="second copy", bytes=weights.bytes * copied // parameters, how=how)
 

@@ -147,11 +147,14 @@ def _copies_cache(layer: re.Match[str]) -> bool:
 
 def _copied_bytes(layer: re.Match[str], kv_length: int) -> int:
     """Bytes of the cache's rows that a copy reads, and of all that it writes."""
-    read = [tensor for tensor in SIZED_TENSOR.findall(layer["inputs"]) if CACHE.match(tensor[0])]
-    written = SIZED_TENSOR.findall(layer["outputs"])
-    return sum(_size(*tensor[1:], kv_length, is_cache=True) for tensor in read) + sum(
-        _size(*tensor[1:], kv_length) for tensor in written
-    )
+    found = {side: SIZED_TENSOR.findall(layer[side]) for side in ("inputs", "outputs")}
+    read = [
+        _size(dimensions, datatype, kv_length, is_cache=True)
+        for name, dimensions, datatype in found["inputs"]
+        if CACHE.match(name)
+    ]
+    written = [_size(dimensions, datatype, kv_length) for _, dimensions, datatype in found["outputs"]]
+    return sum(read) + sum(written)
 
 
 def _size(dimensions: str, datatype: str, kv_length: int, *, is_cache: bool = False) -> int:

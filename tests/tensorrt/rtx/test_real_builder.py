@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from cllm_export.bundle.contract import BYTES, KV_DTYPE
 from cllm_export.bundle.manifest import GREEDY_GRAPH
 from cllm_export.exporter.checkpoint.families import FAMILIES
 from cllm_export.tensorrt import build_plan as build_module
+from cllm_export.tensorrt.memory import MemoryOptions, memory_figures
 from tests.checkpoints import REALISTIC
 from tests.conftest import PINNED, Workshop
 from tests.tensorrt.rtx.plans import (
@@ -77,6 +79,28 @@ def test_a_layer_copies_its_rows_in_one_kernel_and_each_row_once(
     cache = bundle.manifest.batch_size * geometry.cache_length * geometry.kv_bytes_per_token("fp16")
     for profile in contents.profiles:
         assert (profile.cache_copies, profile.cache_copy_bytes) == (NUM_LAYERS, 2 * cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "built"),
+    [("real-llama", {"precision": "fp16"}), ("real-gemma", {"precision": "fp16"}), ("real-llama", {"weights": "link"})],
+    ids=["copied", "one key/value head", "linked"],
+)
+def test_the_memory_that_kernels_for_one_row_add_is_predicted(
+    version: str, workshop: Workshop, tmp_path: Path, name: str, built: dict[str, Any]
+):
+    """A copy of all linear weights of the layers; of linked ones those of q, k, v, gate and up.
+
+    The manifest does not say how many weights are a head of its own or tables of positions. They count as layers.
+    """
+    bundle = workshop.bundle(name, **built)
+    predicted = {each.name: each.bytes for each in memory_figures(bundle, MemoryOptions(single_row_kernels=True))}
+    plain, bought = (
+        contents_of(bundle, tmp_path / str(single), single_row_kernels=single).weight_bytes for single in (False, True)
+    )
+    geometry, size = bundle.manifest.geometry, BYTES[KV_DTYPE[bundle.manifest.precision]]
+    tables = (geometry.vocab_size * geometry.hidden_size + geometry.cache_length * geometry.head_dim) * size
+    assert bought - plain <= predicted["second copy"] <= 1.02 * (bought - plain + tables)
 
 
 def test_an_attention_that_has_a_kernel_keeps_it_though_it_may_be_decomposed(

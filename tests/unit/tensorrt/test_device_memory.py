@@ -9,6 +9,7 @@ import pytest
 
 from cllm_export.bundle.contract import FixedShapes, Geometry, Precision
 from cllm_export.bundle.inspect import describe
+from cllm_export.bundle.linked_weights import LinkedFile, LinkedWeight
 from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle
 from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import OptionError
@@ -54,19 +55,40 @@ def llama(path: Path, weight_bytes: int, geometry: Geometry, precision: Precisio
     )
 
 
+def linked(bundle: Bundle) -> Bundle:
+    """The same weights, one of which lies in the checkpoint."""
+    size, files = 2 * bundle.manifest.geometry.hidden_size, bundle.manifest.files
+    weight = LinkedWeight(file="a.safetensors", offset=8, length=size, dtype="BF16", shape=(size // 2,))
+    return with_manifest(
+        bundle,
+        files={**files, WEIGHTS_NAME: replace(files[WEIGHTS_NAME], size=bundle.weight_bytes - size)},
+        linked_files={"a.safetensors": LinkedFile(path="/a.safetensors", size=size + 8, sha256="0" * 64)},
+        linked_weights={"norm": weight},
+    )
+
+
 LLAMA_1B = {"num_layers": 22, "num_heads": 32, "num_kv_heads": 4, "head_dim": 64, "hidden_size": 2048}
 
 
 def test_what_builds_of_a_billion_weights_took_is_predicted(tmp_path: Path):
     """`benchmarks/plan_size.py` measured the numbers on the right: weights on the device, and the host's peak."""
     geometry = Geometry(**LLAMA_1B, vocab_size=32000, cache_length=2111, max_block_size=64)
-    bundle = llama(tmp_path / "bundle", 2_200_383_992, geometry)
+    bundle = linked(llama(tmp_path / "bundle", 2_200_383_992, geometry))
     plain, doubled = figures(bundle), figures(bundle, MemoryOptions(single_row_kernels=True))
     assert plain["build, host"] == pytest.approx(7_095_008_000, rel=0.05)
     assert doubled["build, host"] == pytest.approx(9_593_092_000, rel=0.05)
     assert plain["weights"] == pytest.approx(2_200_204_288, rel=0.01)
     assert doubled["weights"] + doubled["second copy"] == pytest.approx(3_445_912_576, rel=0.05)
     assert doubled["running engine"] == plain["running engine"] + doubled["second copy"]
+
+
+def test_of_copied_weights_all_linear_ones_of_the_layers_are_copied_again(tmp_path: Path):
+    """The real builder's weights of three layers of the same width, less those of the plan without such kernels."""
+    geometry = Geometry(**{**LLAMA_1B, "num_layers": 3}, vocab_size=2048, cache_length=575, max_block_size=64)
+    bundle = llama(tmp_path / "bundle", 281_101_184, geometry)
+    for each, measured in ((bundle, 545_342_336 - 281_101_184), (linked(bundle), 450_970_496 - 281_101_184)):
+        found = figures(each, MemoryOptions(single_row_kernels=True))
+        assert found["second copy"] == pytest.approx(measured, rel=0.05)
 
 
 def test_int4_weights_have_no_second_copy(bundle: Bundle):
