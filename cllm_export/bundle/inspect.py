@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from cllm_export.bundle.manifest import PARITY_NAME, Bundle
+from cllm_export.bundle.manifest import LOOKAHEAD_GRAPH, PARITY_NAME, Bundle
 from cllm_export.bundle.memory import PREFIX_CACHE_BYTES, Load, running_figures
 
 LIBRARIES = {
@@ -52,14 +52,17 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def _memory(bundle: Bundle) -> dict[str, int]:
+    """Bytes of each part. The lookahead graph has a session of its own, which packs the weights a second time."""
     weights, cache, activations = (figure.bytes for figure in running_figures(bundle, Load.of(bundle)))
+    lookahead = {"weights_packed_again_for_lookahead": weights} if LOOKAHEAD_GRAPH in bundle.manifest.graphs else {}
     return {
         "weights": weights,
         "kv_per_token": bundle.manifest.geometry.kv_bytes_per_token(bundle.manifest.precision),
         "kv_cache": cache,
         "activations": activations,
         "prefix_cache": PREFIX_CACHE_BYTES,
-        "total": weights + cache + activations + PREFIX_CACHE_BYTES,
+        **lookahead,
+        "total": weights + cache + activations + PREFIX_CACHE_BYTES + sum(lookahead.values()),
     }
 
 

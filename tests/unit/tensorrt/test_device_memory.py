@@ -10,7 +10,7 @@ import pytest
 from cllm_export.bundle.contract import FixedShapes, Geometry, Precision
 from cllm_export.bundle.inspect import describe
 from cllm_export.bundle.linked_weights import LinkedFile, LinkedWeight
-from cllm_export.bundle.manifest import WEIGHTS_NAME, Bundle
+from cllm_export.bundle.manifest import GREEDY_GRAPH, LOOKAHEAD_GRAPH, WEIGHTS_NAME, Bundle
 from cllm_export.bundle.quantization import Quantization
 from cllm_export.errors import OptionError
 from cllm_export.tensorrt.memory import MemoryOptions, judge_memory, memory_figures
@@ -182,3 +182,13 @@ def test_a_quantised_bundle_is_planned_in_its_own_precision(bundle: Bundle):
     with pytest.raises(OptionError, match="precision is for bundles that are not quantised, and this one has int4"):
         memory_figures(quantised, MemoryOptions(precision="fp16"))
     assert memory_figures(quantised, MemoryOptions(precision="fp32"))
+
+
+def test_a_lookahead_graph_packs_the_weights_a_second_time(bundle: Bundle):
+    """Its session is another one, so the part has a name of its own and is in the total."""
+    graphs = bundle.manifest.graphs
+    memory = describe(with_manifest(bundle, graphs={**graphs, LOOKAHEAD_GRAPH: graphs[GREEDY_GRAPH]}))["memory"]
+    plain = describe(bundle)["memory"]
+    assert memory["weights_packed_again_for_lookahead"] == plain["weights"]
+    assert memory["total"] == plain["total"] + plain["weights"]
+    assert "weights_packed_again_for_lookahead" not in plain
