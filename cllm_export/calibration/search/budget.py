@@ -83,6 +83,7 @@ class FitOptions(SchemeOptions):
             group_size=self.group_size if spec.takes("group_size") else None,
             scales=self.scales if spec.takes("scales") else None,
             engine=self.engine if spec.takes("engine") else None,
+            rotate=self.rotate if spec.takes("rotate") else None,
         )
 
 
