@@ -313,7 +313,8 @@ def _manifest_from(raw: dict[str, Any]) -> Manifest:
 def _quantization_from(raw: dict[str, Any] | None) -> Quantization | None:
     if raw is None:
         return None
-    return from_fields(Quantization, {**raw, "engines": tuple(raw["engines"]), "weights": tuple(raw["weights"])})
+    lists = {name: tuple(raw.get(name, ())) for name in ("engines", "weights", "rotated")}
+    return from_fields(Quantization, {**raw, **lists})
 
 
 def _graph_entry_from(raw: dict[str, Any]) -> GraphEntry:

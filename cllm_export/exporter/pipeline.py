@@ -260,8 +260,9 @@ class _Work:
     def _rotate(self, graph: DecoderGraph, checkpoint: Checkpoint) -> RotationPlan:
         """Rotate the graph as far as possible, and report what was not rotated."""
         quantize = self._options.quantize
+        assert quantize is not None
         rotation = rotate(graph, checkpoint.read)
-        if quantize and quantize.rotate and (reason := rotation.refused.get("residual")):
+        if quantize.rotate and (reason := rotation.refused.get("residual")):
             raise OptionError(
                 f"rotate is for models whose residual stream can be rotated, and in this one {reason}: leave it out",
                 fields=("rotate",),

@@ -10,7 +10,7 @@ Whether a model can be rotated is read from its graph, and not from its family o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -65,6 +65,11 @@ class RotationPlan:
     """The look-up of the embedding; None if the residual stream is not rotated."""
     readers: list[Reader] = field(default_factory=list)
     writers: list[Writer] = field(default_factory=list)
+
+    @property
+    def unties(self) -> bool:
+        """Whether the head gets a weight of its own that was the embedding."""
+        return self.table is not None and any(reader.node.inputs[1] is self.table.inputs[0] for reader in self.readers)
 
 
 def rotate(graph: DecoderGraph, read: ReadTensor) -> RotationPlan:
@@ -156,10 +161,7 @@ def _residual(graph: ir.Graph, is_weight: IsWeight) -> RotationPlan:
     Raises:
         NotRotatable: something reads or writes it that a rotation would change.
     """
-    look_up = next(
-        (node for node in graph if node.op_type == "Gather" and _is(node.inputs[0], is_weight)),
-        None,
-    )
+    look_up = next((node for node in graph if _is_look_up(node, is_weight)), None)
     if look_up is None:
         raise NotRotatable("no embedding starts a residual stream")
     table = look_up.inputs[0]
@@ -365,6 +367,12 @@ def _one_of(node: ir.Node, holds: Callable[[ir.Value], bool]) -> tuple[ir.Value,
     if holds(first) and node.op_type != "MatMul":
         return first, second
     raise NotRotatable(f"the inputs of a {node.op_type} are not as expected")
+
+
+def _is_look_up(node: ir.Node, is_weight: IsWeight) -> bool:
+    """Whether a node looks up the embeddings of the input."""
+    inputs = list(node.inputs) if node.op_type == "Gather" else []
+    return len(inputs) == 2 and _is(inputs[0], is_weight) and inputs[1] is not None and inputs[1].name == "input_ids"
 
 
 def _is(value: ir.Value | None, is_weight: IsWeight) -> bool:
