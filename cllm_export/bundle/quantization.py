@@ -126,7 +126,7 @@ class Quantization:
     """sha256 of the calibration's scales file, if one was used."""
     rotated: tuple[Rotated, ...] = ()
     """What was rotated before the weights were rounded."""
-    unrotated: dict[str, str] = field(default_factory=dict)
+    unrotated: dict[Rotated, str] = field(default_factory=dict)
     """What could not be rotated without another function -> the reason."""
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ from cllm_export.errors import OptionError
 from cllm_export.exporter.checkpoint.adapter import Adapter, open_source
 from cllm_export.exporter.checkpoint.families import truncated_config
 from cllm_export.exporter.checkpoint.files import TensorInfo
-from cllm_export.exporter.checkpoint.read import Checkpoint
+from cllm_export.exporter.checkpoint.read import EMBEDDING, Checkpoint
 from cllm_export.exporter.checkpoint.stream import Piece, Use, rows_of, stream_files, stream_tensors
 from cllm_export.exporter.graph.layers import TRACED_PERIODS, repeat_layers, repeated_period
 from cllm_export.exporter.graph.linking import LINKED_PASSES
@@ -269,6 +269,12 @@ class _Work:
             )
         for part, reason in rotation.refused.items():
             self.stages.say(f"not rotated: the {ROTATED_TITLES[part]}, since {reason}")
+        if rotation.unties and not quantize.head:
+            size = math.prod(checkpoint.tensors[EMBEDDING].shape) * BYTES[KV_DTYPE[self._options.precision]]
+            self.stages.say(
+                f"the head no longer shares the embedding's matrix, which takes {size / 1e6:,.1f} MB more; "
+                "quantised it takes less"
+            )
         return rotation
 
     def _add_lookahead(self, graphs: dict[str, DecoderGraph], checkpoint: Checkpoint, settings: Settings) -> str | None:

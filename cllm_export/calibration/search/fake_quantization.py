@@ -176,7 +176,7 @@ class _Turns:
                 nodes.append(ir.node("Div", [rows, divisor]))
                 rows = nodes[-1].outputs[0]
             width, rotation = weight.shape[1], reader.rotation
-            blocks = torch.block_diag(*[rotation.matrix()] * (width // rotation.width)).float().numpy()
+            blocks = torch.kron(torch.eye(width // rotation.width), rotation.matrix()).float().numpy()
             turned = constants.add_values(f"rotation.{rotation.width}.{width}", blocks)
             nodes.append(ir.node("MatMul", [rows, turned]))
             weight = ColumnRotation(rotation=rotation, scale=None if scale is None else scale.double())(weight)

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from cllm_export.bundle.quantization import Rotated
+from cllm_export.exporter.checkpoint.read import HEAD
 from cllm_export.exporter.graph.model import DecoderGraph
 from cllm_export.exporter.graph.rotation import ColumnRotation, Rotation, RowRotation
 
 UNIT_NORM = "unit_norm"
 """Name of the constant that replaces the scale of a norm whose readers took it over."""
-HEAD = "lm_head.weight"
-"""Name of the head's weight after it has become another matrix than the embedding."""
 
 IsWeight = Callable[[ir.Value], bool]
 ReadTensor = Callable[[str], Tensor]
@@ -254,11 +253,12 @@ def _values(graph: ir.Graph, is_weight: IsWeight) -> RotationPlan:
         past = node.inputs[0] if node.op_type == "TensorScatter" else None
         if past is None or not str(past.name).startswith("past_value."):
             continue
-        _, kv_heads, _, width = past.shape or ()
-        rotation = Rotation(int(width))  # type: ignore[arg-type]
+        assert past.shape is not None
+        kv_heads, width = int(past.shape[1]), int(past.shape[3])  # type: ignore[arg-type]
+        rotation = Rotation(width)
         block = node.inputs[1]
         assert block is not None
-        plan.writers += _value_writers(block, rotation, int(kv_heads) * int(width), is_weight)  # type: ignore[arg-type]
+        plan.writers += _value_writers(block, rotation, kv_heads * width, is_weight)
         plan.readers.append(_value_reader(node.outputs[0], rotation, is_weight))
     if not plan.readers:
         raise NotRotatable("no layer has values in a KV cache")
