@@ -267,6 +267,7 @@ PAIRS = {
         *("checkpoint --output=new/out --group-size=32", "checkpoint --output=new/out --keep=model.norm.weight"),
         *("checkpoint --output=new/out --precision=int8", "checkpoint --output=new/out --compute=fp16"),
         *("checkpoint --output=new/out --base=checkpoint", "checkpoint --output=new/out --trained-loop=block"),
+        *("checkpoint --output=new/out --rotate", "checkpoint --output=new/out --precision=int4 --rotate"),
     ),
     "collect": ("bundle --prompts=prompts.jsonl --output=new/out --device=cuda",),
     "evaluate": (
@@ -283,6 +284,7 @@ PAIRS = {
     ),
     "quantize": (
         "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int8-dynamic --group-size=32",
+        "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int4 --no-rotate",
     ),
     "tune": (
         "checkpoint --prompts=prompts.jsonl --output=new/out",

@@ -13,8 +13,8 @@ from cllm_export.errors import OutputError
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.stream import Piece
 from cllm_export.exporter.graph.model import WeightSource
-from cllm_export.exporter.graph.rounding import GroupRounding, SignedGroups
 from cllm_export.exporter.graph.rotation import ColumnRotation, Rotation, RowRotation
+from cllm_export.exporter.graph.rounding import GroupRounding, SignedGroups
 from cllm_export.exporter.graph.trace import TORCH_DTYPE
 from cllm_export.exporter.weights.weights import Layout, Part, Place, WeightsFile, require_space
 
