@@ -125,6 +125,7 @@ def _round_layer(
             weight=turned,
             group_size=how.settled_group_size,
             amax=None if amax is None else torch.from_numpy(amax),
+            spread=bool(before),
         )
     )
     if nodes := [*before, *fake.nodes]:

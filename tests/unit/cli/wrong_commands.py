@@ -284,7 +284,7 @@ PAIRS = {
     ),
     "quantize": (
         "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int8-dynamic --group-size=32",
-        "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int4 --no-rotate",
+        "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int4 --rotate",
     ),
     "tune": (
         "checkpoint --prompts=prompts.jsonl --output=new/out",
