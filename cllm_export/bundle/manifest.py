@@ -314,11 +314,8 @@ def _quantization_from(raw: dict[str, Any] | None) -> Quantization | None:
     if raw is None:
         return None
     measured = raw.get("agreement")
-    settled = {
-        "engines": tuple(raw["engines"]),
-        "weights": tuple(raw["weights"]),
-        "agreement": from_fields(Agreement, measured) if measured is not None else None,
-    }
+    lists = {name: tuple(raw.get(name, ())) for name in ("engines", "weights", "rotated")}
+    settled = {**lists, "agreement": from_fields(Agreement, measured) if measured is not None else None}
     return from_fields(Quantization, raw | settled)
 
 

@@ -7,7 +7,7 @@ module can be imported without torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from cllm_export.bundle.contract import PRECISIONS, Precision
@@ -29,8 +29,12 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 ENGINE_TITLES: dict[Engine, str] = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 
+Rotated = Literal["residual", "values"]
+"""What a rotation turns before weights are rounded."""
+ROTATED_TITLES: dict[Rotated, str] = {"residual": "residual stream", "values": "values in the KV cache"}
 
-SchemeOption = Literal["scales", "group_size", "engine"]
+
+SchemeOption = Literal["scales", "group_size", "engine", "rotate"]
 """Options that only some schemes take."""
 
 
@@ -51,6 +55,8 @@ class SchemeSpec:
     """The graphs that the scheme makes. The first is the default."""
     scales: Literal["needed", "optional", "refused"]
     """Whether the scheme uses the scales of a calibration."""
+    rotates: bool = False
+    """Whether the model is rotated first, unless that is turned off. It helps schemes whose activations have 8 bits."""
     group_sizes: tuple[int, ...] = ()
     """Allowed numbers of input channels that share a weight scale, the default first. Empty if they all share one."""
 
@@ -60,6 +66,7 @@ class SchemeSpec:
             "scales": self.scales != "refused",
             "group_size": bool(self.group_sizes),
             "engine": len(self.forms) > 1,
+            "rotate": self.rotates,
         }
         return taken[option]
 
@@ -75,6 +82,7 @@ SCHEME_SPECS: dict[SchemeName, SchemeSpec] = {
             name="int8-dynamic",
             forms=(GraphForm(engines=("onnxruntime",), compute=("fp32",)),),
             scales="refused",
+            rotates=True,
         ),
         SchemeSpec(name="int8", forms=(GraphForm(engines=ENGINES),), scales="needed"),
         SchemeSpec(
@@ -145,6 +153,10 @@ class Quantization:
     """sha256 of the calibration's scales file, if one was used."""
     agreement: Agreement | None = None
     """Tokens of general text for which the bundle predicts the model's own token, measured when it was built."""
+    rotated: tuple[Rotated, ...] = ()
+    """What was rotated before the weights were rounded."""
+    unrotated: dict[Rotated, str] = field(default_factory=dict)
+    """What could not be rotated without another function -> the reason."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEME_NAMES or not self.engines or not set(self.engines) <= set(ENGINES):

@@ -30,14 +30,15 @@ from cllm_export.bundle.manifest import (
     tensorrt_graph_of,
     write_manifest,
 )
-from cllm_export.bundle.quantization import Agreement
+from cllm_export.bundle.quantization import ROTATED_TITLES, Agreement
 from cllm_export.bundle.scales import Scales, open_scales
 from cllm_export.bundle.storage import check_output, staged_output
 from cllm_export.checks import names_options
+from cllm_export.errors import OptionError
 from cllm_export.exporter.checkpoint.adapter import Adapter, open_source
 from cllm_export.exporter.checkpoint.families import truncated_config
 from cllm_export.exporter.checkpoint.files import TensorInfo, is_gguf
-from cllm_export.exporter.checkpoint.read import Checkpoint
+from cllm_export.exporter.checkpoint.read import EMBEDDING, Checkpoint
 from cllm_export.exporter.checkpoint.stream import Piece, Use, rows_of, stream_files, stream_tensors
 from cllm_export.exporter.gguf.convert import imported
 from cllm_export.exporter.graph.layers import TRACED_PERIODS, repeat_layers, repeated_period
@@ -45,6 +46,7 @@ from cllm_export.exporter.graph.linking import LINKED_PASSES
 from cllm_export.exporter.graph.lookahead import derive_lookahead, lookahead_obstacle
 from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
 from cllm_export.exporter.graph.passes import PASSES, Pass, run_passes
+from cllm_export.exporter.graph.rotate import RotationPlan, rotate
 from cllm_export.exporter.graph.tensorrt_graph import derive_tensorrt_graph
 from cllm_export.exporter.graph.trace import check_tensors, trace_greedy
 from cllm_export.exporter.options import BuildOptions, refuse_link
@@ -60,6 +62,7 @@ from cllm_export.exporter.weights.weights import (
     WeightsFile,
     attach_weights,
     check_dtypes,
+    gathered_bytes,
     plan_weights,
     require_space,
 )
@@ -242,7 +245,8 @@ class _Work:
         return plan_memory(
             self._options.max_memory,
             needed=smoke_bytes(tensors) if quantize else 0,
-            beside=factor_bytes(tensors) if reads_gram else 0,
+            beside=(factor_bytes(tensors) if reads_gram else 0)
+            + (gathered_bytes(tensors) if quantize is not None and quantize.is_rotated else 0),
         )
 
     def _quantize(
@@ -257,8 +261,29 @@ class _Work:
                 num_layers=int(checkpoint.config.num_hidden_layers),
                 scales=scales,
                 maximum=_column_maximum(checkpoint, adapter),
+                rotation=self._rotate(graph, checkpoint) if self._options.quantize.is_rotated else None,
             )
             graph.drop_unused_weights()
+
+    def _rotate(self, graph: DecoderGraph, checkpoint: Checkpoint) -> RotationPlan:
+        """Rotate the graph as far as possible, and report what was not rotated."""
+        quantize = self._options.quantize
+        assert quantize is not None
+        rotation = rotate(graph, checkpoint.read)
+        if quantize.rotate and (reason := rotation.refused.get("residual")):
+            raise OptionError(
+                f"rotate is for models whose residual stream can be rotated, and in this one {reason}: leave it out",
+                fields=("rotate",),
+            )
+        for part, reason in rotation.refused.items():
+            self.stages.say(f"not rotated: the {ROTATED_TITLES[part]}, since {reason}")
+        if rotation.unties and not quantize.head:
+            size = math.prod(checkpoint.tensors[EMBEDDING].shape) * BYTES[KV_DTYPE[self._options.precision]]
+            self.stages.say(
+                f"the head no longer shares the embedding's matrix, which takes {size / 1e6:,.1f} MB more; "
+                "quantised it takes less"
+            )
+        return rotation
 
     def _add_lookahead(self, graphs: dict[str, DecoderGraph], checkpoint: Checkpoint, settings: Settings) -> str | None:
         """Derive the lookahead graph if it was requested. Returns the reason if the model cannot have one."""

@@ -20,6 +20,7 @@ def test_an_int8_bundle_is_built_shown_and_verified(cli: Cli, workshop: Workshop
     shown = cli("inspect", target)
     assert shown.code == 0
     assert "int8-dynamic, round to nearest" in shown.out
+    assert "residual stream rotated; values in the KV cache rotated" in " ".join(shown.out.split())
     verified = cli("verify", target, "--max-new-tokens", 4)
     assert verified.code == 0, verified.out
 

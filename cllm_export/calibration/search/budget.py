@@ -84,6 +84,7 @@ class FitOptions(SchemeOptions):
             group_size=self.group_size if spec.takes("group_size") else None,
             scales=self.scales if spec.takes("scales") else None,
             engine=self.engine if spec.takes("engine") else None,
+            rotate=self.rotate if spec.takes("rotate") else None,
         )
 
 
@@ -179,7 +180,8 @@ def _stand_in(baseline: Bundle, scheme: SchemeName, options: FitOptions) -> Fake
     scales = open_scales(options.scales) if options.scales and SCHEME_SPECS[scheme].takes("scales") else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
-    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size)
+    rotate = options.rotate if SCHEME_SPECS[scheme].takes("rotate") else None
+    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size, rotate=rotate)
 
 
 def _fit(

@@ -26,6 +26,10 @@ from cllm_export.extras import needs_extra
 if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx import ModelProto
+    from torch import Tensor
+
+    from cllm_export.exporter.graph.rotate import Reader
+    from cllm_export.exporter.graph.rotation import RowRotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class FakeQuantization:
     """Source of the scheme's activation scales, if it needs any."""
     group_size: int | None = None
     """Input channels that share a weight scale. The default is the first of the scheme's sizes."""
+    rotate: bool | None = None
+    """Whether the model is rotated first. The default is what the scheme does."""
 
     def __post_init__(self) -> None:
         require_one_of("scheme", self.scheme, SCHEME_NAMES)
@@ -54,6 +60,10 @@ class FakeQuantization:
             )
 
     @property
+    def is_rotated(self) -> bool:
+        return SCHEME_SPECS[self.scheme].rotates if self.rotate is None else self.rotate
+
+    @property
     def settled_group_size(self) -> int | None:
         """Input channels that share a scale. None if the scheme has no groups."""
         return self.group_size or next(iter(SCHEME_SPECS[self.scheme].group_sizes), None)
@@ -63,6 +73,9 @@ def fake_quantized(
     bundle: Bundle, graph: ModelProto, layers: Iterable[LinearLayer], how: FakeQuantization
 ) -> tuple[ModelProto, dict[str, FloatArray]]:
     """A copy of a bundle's fp32 graph that rounds these layers, and the rounded weights to run it with.
+
+    Where a build would rotate the model, the rows of a layer are rotated before they are rounded, and its weight is
+    rounded as rotated. A bundle with linked weights is taken as one that cannot be rotated.
 
     Raises:
         CalibrationError: the bundle is not fp32, or a layer has no scales.
@@ -74,11 +87,12 @@ def fake_quantized(
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
     model = ir.serde.deserialize_model(graph)
     readers = {_weight_name(node): node for node in model.graph}
+    turns = _Turns(bundle, graph, model.graph if how.is_rotated else None)
     weights = {}
     for layer in layers:
         stored = read_weight(bundle, initializers[layer.weight])
         matrix = stored if layer.transposed else stored.T  # [out, in]
-        rounded = _round_layer(model.graph, readers[layer.weight], layer, matrix, how)
+        rounded = _round_layer(model.graph, readers[layer.weight], layer, matrix, how, turns)
         weights[layer.weight] = np.ascontiguousarray(rounded if layer.transposed else rounded.T)
     return ir.serde.serialize_model(model), weights
 
@@ -90,7 +104,7 @@ def _weight_name(node: ir.Node) -> str | None:
 
 
 def _round_layer(
-    graph: ir.Graph, node: ir.Node, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization
+    graph: ir.Graph, node: ir.Node, layer: LinearLayer, matrix: FloatArray, how: FakeQuantization, turns: _Turns
 ) -> FloatArray:
     """Insert nodes that round a layer's input rows before the layer. Return its rounded weight [out, in]."""
     import torch
@@ -98,24 +112,90 @@ def _round_layer(
     from cllm_export.exporter.quantize.scheme import FakeInput
     from cllm_export.exporter.quantize.schemes import SCHEMES
 
+    constants = _Constants(graph)
     rows = node.inputs[0]
     assert rows is not None
+    before, turned = turns.turn(layer.weight, rows, torch.tensor(matrix), constants)
     amax = how.scales.of(layer.tensors[0]).amax.copy() if how.scales else None
     fake = SCHEMES[how.scheme].fake(
         FakeInput(
-            constants=_Constants(graph),
+            constants=constants,
             name=f"fake.{layer.weight}",
-            rows=rows,
-            weight=torch.tensor(matrix),
+            rows=before[-1].outputs[0] if before else rows,
+            weight=turned,
             group_size=how.settled_group_size,
             amax=None if amax is None else torch.from_numpy(amax),
+            spread=bool(before),
         )
     )
-    if fake.nodes:
-        graph.insert_before(node, fake.nodes)
-        node.replace_input_with(0, fake.nodes[-1].outputs[0])
-    weight: FloatArray = fake.weight.numpy()
+    if nodes := [*before, *fake.nodes]:
+        graph.insert_before(node, nodes)
+        node.replace_input_with(0, nodes[-1].outputs[0])
+    weight: FloatArray = turns.turn_back(layer.weight, fake.weight).numpy()
     return weight
+
+
+class _Turns:
+    """What a build would rotate before it rounds.
+
+    Args:
+        rotated: the graph to find it in; None if nothing is rotated.
+    """
+
+    def __init__(self, bundle: Bundle, graph: ModelProto, rotated: ir.Graph | None) -> None:
+        self._bundle = bundle
+        self._initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
+        self._readers: dict[str | None, Reader] = {}
+        self._rows: dict[str | None, list[RowRotation]] = {}
+        if rotated is None:
+            return
+        from cllm_export.exporter.graph.rotate import plan_rotation
+        from cllm_export.exporter.graph.rotation import RowRotation
+
+        plan = plan_rotation(rotated, self._is_stored)
+        self._readers = {_weight_name(reader.node): reader for reader in plan.readers}
+        for value, rotation, start, stop in plan.writers:
+            self._rows.setdefault(value.name, []).append(RowRotation(rotation=rotation, start=start, stop=stop))
+
+    def _is_stored(self, value: ir.Value) -> bool:
+        """Whether a value is in a file of weights."""
+        tensor = self._initializers.get(str(value.name))
+        return tensor is not None and tensor.data_location == tensor.EXTERNAL
+
+    def turn(self, name: str, rows: ir.Value, weight: Tensor, constants: _Constants) -> tuple[list[ir.Node], Tensor]:
+        """The nodes that rotate the input of a layer, and its weight [out, in] for that, with a rotated output."""
+        import onnx_ir as ir
+        import torch
+
+        from cllm_export.exporter.graph.rotation import ColumnRotation
+
+        nodes: list[ir.Node] = []
+        if (reader := self._readers.get(name)) is not None:
+            scale = self._scale(reader)
+            if scale is not None:
+                divisor = constants.add_values(f"{name}.scale", torch.where(scale == 0, 1, scale).numpy())
+                nodes.append(ir.node("Div", [rows, divisor]))
+                rows = nodes[-1].outputs[0]
+            width, rotation = weight.shape[1], reader.rotation
+            blocks = torch.kron(torch.eye(width // rotation.width), rotation.matrix()).float().numpy()
+            turned = constants.add_values(f"rotation.{rotation.width}.{width}", blocks)
+            nodes.append(ir.node("MatMul", [rows, turned]))
+            weight = ColumnRotation(rotation=rotation, scale=None if scale is None else scale.double())(weight)
+        for turn in self._rows.get(name, ()):
+            turn.apply(weight, 0)
+        return nodes, weight
+
+    def turn_back(self, name: str, weight: Tensor) -> Tensor:
+        """A weight whose output is rotated -> the same weight with the output of the graph."""
+        for turn in self._rows.get(name, ()):
+            turn.apply(weight, 0, inverse=True)
+        return weight
+
+    def _scale(self, reader: Reader) -> Tensor | None:
+        import torch
+
+        norm = reader.norm.inputs[1] if reader.norm is not None else None
+        return None if norm is None else torch.tensor(read_weight(self._bundle, self._initializers[str(norm.name)]))
 
 
 class _Constants:

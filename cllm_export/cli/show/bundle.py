@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cllm_export.bundle.memory import Figure
-from cllm_export.bundle.quantization import Agreement
+from cllm_export.bundle.quantization import ROTATED_TITLES, Agreement
 from cllm_export.cli.show.console import MARKS, OUT, bytes_text, plain_table
 from cllm_export.tensorrt.doctor import Finding
 from cllm_export.tensorrt.memory import Verdict
@@ -111,9 +111,10 @@ def _quantization_text(quantization: Mapping[str, Any]) -> str:
     reasons = Counter(quantization["kept"].values())
     kept = "; ".join(f"{count} kept ({reason})" for reason, count in sorted(reasons.items()))
     scheme, engines = quantization["scheme"], ", ".join(quantization["engines"])
-    return f"{scheme}, {quantization['method']}{groups}, for {engines}: {len(quantization['weights'])} weights" + (
-        f"; {kept}" if kept else ""
-    )
+    turned = [f"{ROTATED_TITLES[part]} rotated" for part in quantization["rotated"]]
+    turned += [f"{ROTATED_TITLES[part]} not, since {reason}" for part, reason in quantization["unrotated"].items()]
+    weights = f"{scheme}, {quantization['method']}{groups}, for {engines}: {len(quantization['weights'])} weights"
+    return "; ".join([weights, *([kept] if kept else []), *turned])
 
 
 def _agreement_text(agreement: Mapping[str, int] | None) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import Quantization
+from cllm_export.exporter.graph.rotation import ColumnRotation, RowRotation
 from cllm_export.exporter.graph.rounding import INT4, Rounding
 
 Holds = Literal["values", "codes", "scales"]
@@ -39,7 +40,7 @@ class WeightSource:
     """How one weight of the graph is made from checkpoint tensors.
 
     They are stacked along their first axis, ``offset`` is added in fp32, and the sum is divided by ``divisor``. The
-    result is rounded if it is quantised, and then transposed.
+    result is rotated, rounded if it is quantised, and then transposed.
     """
 
     tensors: tuple[str, ...]
@@ -48,6 +49,10 @@ class WeightSource:
     """Number to add to the weight, for norms whose scale is 1 + weight."""
     divisor: Tensor | None = None
     """What each row of the sum is divided by. SmoothQuant divides a norm's output channels through the norm's scale."""
+    columns: ColumnRotation | None = None
+    """Set if the input of the layer is rotated."""
+    rows: RowRotation | None = None
+    """Set if the output of the layer is rotated."""
     rounding: Rounding | None = None
     holds: Holds = "values"
     """The part of the rounding's result that this weight holds; ``values`` if there is no rounding."""
@@ -63,6 +68,9 @@ class DecoderGraph:
     """Graph input -> how it is made from checkpoint tensors."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Graph input -> value that is not in a checkpoint (RoPE tables, row numbers)."""
+    spread: set[ir.Value] = field(default_factory=set)
+    """The inputs of linear layers whose channels a rotation mixed, so that none is far above the others. A copy of the
+    graph has none."""
     quantization: Quantization | None = None
     """What was quantised; None before quantisation."""
     spread: set[ir.Value] = field(default_factory=set)
@@ -74,7 +82,8 @@ class DecoderGraph:
 
     def copy(self) -> DecoderGraph:
         """A graph that can be changed while this one stays as it is. Both read the same weights."""
-        return replace(self, model=self.model.clone(), weights=dict(self.weights), constants=dict(self.constants))
+        weights, constants = dict(self.weights), dict(self.constants)
+        return replace(self, model=self.model.clone(), weights=weights, constants=constants, spread=set())
 
     @property
     def dtype(self) -> ir.DataType:
@@ -87,6 +96,16 @@ class DecoderGraph:
             if value.name == name:
                 return value
         return self._add_input(name, source, shape, like.type)
+
+    def add_shared(self, name: str, value: Tensor, *, like: ir.Value) -> ir.Value:
+        """Add a constant that is stored with the weights, with the dtype of ``like``. Equal names share one."""
+        for known in self.graph.inputs:
+            if known.name == name:
+                return known
+        added = ir.Value(name=name, shape=ir.Shape(value.shape), type=like.type)
+        self.graph.inputs.append(added)
+        self.constants[name] = value
+        return added
 
     def add_rounded(self, name: str, source: WeightSource, *, shape: tuple[int, ...]) -> ir.Value:
         """Add the codes or the scales of a quantised weight as a graph input."""

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cllm_export.bundle.contract import cache_names, hidden_name
 from cllm_export.bundle.manifest import Bundle
 from cllm_export.errors import EngineError, GraphError
+from cllm_export.exporter.graph.rotation import Rotation
 from cllm_export.exporter.parity.layer_reference import Float32Array, LayerRecord, LayerReference
 from cllm_export.progress import Progress
 from cllm_export.runtime.engines.onnxruntime import QDQ_AS_WRITTEN
@@ -59,6 +61,8 @@ class LayerError:
 class LayeredGraph:
     """The greedy graph of a bundle, run part by part in fp32. Shapes are those of ``contract.py``, B = 1 shown.
 
+    Hidden states are those of the checkpoint: where the graph's own are rotated, they are rotated back.
+
     Args:
         num_tokens: largest number of tokens to run; ``block_sizes`` says how many it will be.
 
@@ -79,6 +83,9 @@ class LayeredGraph:
         fixed = self._manifest.graphs["greedy"].fixed_shapes
         self._num_slots = fixed.batch_size if fixed else 1
         self._kv_length = fixed.kv_length if fixed else None
+        made = self._manifest.quantization
+        is_rotated = made is not None and "residual" in made.rotated
+        self._rotation = Rotation(self._manifest.geometry.hidden_size) if is_rotated else None
         longest = min(num_tokens, self._manifest.max_length)
         size = fixed.block_size if fixed else longest // 2
         self.block_sizes = (size,) * max(2, longest // size)
@@ -87,20 +94,28 @@ class LayeredGraph:
     def embed(self, token_ids: Sequence[int]) -> Float32Array:
         """The input of the first layer, [T, hidden size]."""
         embedded: Float32Array = self._run([hidden_name(0)], token_ids, {})
-        return embedded
+        return self._rotated_back(embedded)
 
     def layer(self, index: int, token_ids: Sequence[int], before: Float32Array) -> Float32Array:
         """The output of one layer for the input ``before`` [T, hidden size]."""
         caches = list(cache_names(self._manifest.geometry.num_layers))[2 * index : 2 * index + 2]
         outputs = [hidden_name(index + 1), *(present for _, present in caches)]
-        after: Float32Array = self._run(outputs, token_ids, {hidden_name(index): before}, caches)
-        return after
+        hidden = {hidden_name(index): self._rotated(before)}
+        after: Float32Array = self._run(outputs, token_ids, hidden, caches)
+        return self._rotated_back(after)
 
     def head(self, token_ids: Sequence[int], before: Float32Array) -> NDArray[np.int64]:
         """Greedy tokens [T] for ``before``, the output of the last layer."""
         last = hidden_name(self._manifest.geometry.num_layers)
-        tokens: NDArray[np.int64] = self._run(["next_ids"], token_ids, {last: before})
+        tokens: NDArray[np.int64] = self._run(["next_ids"], token_ids, {last: self._rotated(before)})
         return tokens
+
+    def _rotated(self, hidden: Float32Array) -> Float32Array:
+        """Hidden states [T, hidden size] of the checkpoint, as the graph takes them."""
+        return hidden if self._rotation is None else self._rotation(torch.tensor(hidden)).numpy()
+
+    def _rotated_back(self, hidden: Float32Array) -> Float32Array:
+        return hidden if self._rotation is None else self._rotation.inverse(torch.tensor(hidden)).numpy()
 
     def _run(
         self,

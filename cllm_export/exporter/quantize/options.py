@@ -45,6 +45,13 @@ class SchemeOptions:
         None, help="The scales file that `calibrate` wrote. int8 and fp8 need it; int4 uses GPTQ with it."
     )
     """File of a calibration. int8 and fp8 need one; with one, int4 is rounded by GPTQ; int8-dynamic takes none."""
+    rotate: bool | None = option(
+        None,
+        help="For int8-dynamic: rotate the model first, which changes no result and rounds it less.",
+        otherwise="as far as the model can be rotated",
+    )
+    """Rotate the residual stream and the values, so that no channel is far above the others. If True, a model whose
+    residual stream cannot be rotated is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +114,8 @@ class QuantizeOptions(LayerOptions):
                 "leave it out",
                 fields=("engine",),
             )
+        if self.rotate is not None:
+            require_takers("rotate", self.rotate, (self.scheme,))
 
     def _require_group_size(self, group_size: int) -> None:
         sizes = self.spec.group_sizes
@@ -130,6 +139,11 @@ class QuantizeOptions(LayerOptions):
         return form
 
     @property
+    def is_rotated(self) -> bool:
+        """Whether the model is rotated as far as it can be."""
+        return self.spec.rotates if self.rotate is None else self.rotate
+
+    @property
     def settled_group_size(self) -> int | None:
         """Number of input channels that share a scale; None if the scheme has no groups."""
         return self.group_size or next(iter(self.spec.group_sizes), None)
@@ -143,7 +157,7 @@ def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> Quantiz
     """
     if scheme is not None:
         return QuantizeOptions(scheme=scheme, **vars(layers))
-    names = ("head", "group_size", "keep", "scales", "engine", "min_agreement")
+    names = ("head", "group_size", "keep", "scales", "engine", "min_agreement", "rotate")
     if used := next((name for name in names if getattr(layers, name) not in (None, False, ())), None):
         raise OptionError(
             f"{used} needs a precision that quantises: {', '.join(SCHEME_NAMES)}", fields=(used, "precision")

@@ -9,6 +9,7 @@ from cllm_export.bundle.scales import Scales
 from cllm_export.bundle.storage import sha256_of
 from cllm_export.errors import OptionError, QuantizationError
 from cllm_export.exporter.graph.model import DecoderGraph
+from cllm_export.exporter.graph.rotate import RotationPlan
 from cllm_export.exporter.quantize.linear import Linear, linear_layers, nodes_of_head
 from cllm_export.exporter.quantize.options import QuantizeOptions
 from cllm_export.exporter.quantize.scheme import ColumnMaximum, Layers, Scheme
@@ -31,12 +32,14 @@ def quantize(
     num_layers: int,
     scales: Scales | None,
     maximum: ColumnMaximum,
+    rotation: RotationPlan | None = None,
 ) -> None:
     """Rewrite every linear layer except the kept ones, and record the result in ``graph.quantization``.
 
     Args:
         scales: the opened scales file of ``options``.
         maximum: gives the largest magnitude of each column of a checkpoint tensor.
+        rotation: what was rotated in the graph; None if nothing should be.
 
     Raises:
         OptionError: a layer to keep is not in the model.
@@ -72,6 +75,8 @@ def quantize(
         weights=tuple(sorted(quantized)),
         kept={name: reason for name, reason in _kept(graph, reasons).items() if name not in quantized},
         scales_sha256=sha256_of(scales.path) if scales else None,
+        rotated=rotation.rotated if rotation else (),
+        unrotated=dict(rotation.refused) if rotation else {},
     )
 
 

@@ -93,6 +93,8 @@ class FakeInput:
     group_size: int | None
     amax: Tensor | None
     """[in]: the largest magnitude of each channel of the rows in a calibration; None without a calibration."""
+    spread: bool = False
+    """Whether a rotation mixed the channels of the rows, so that none is far above the others."""
 
     def rounded(self, rounding: Rounding) -> Tensor:
         """The weight after rounding, converted back to fp32."""

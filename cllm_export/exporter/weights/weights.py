@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from cllm_export.exporter.checkpoint.stream import FiniteScan, Piece, rows_of
 from cllm_export.exporter.graph.model import IR_DTYPE, DecoderGraph, WeightSource
 from cllm_export.exporter.graph.rounding import INT4, Rounded
 from cllm_export.exporter.graph.trace import TORCH_DTYPE
+from cllm_export.exporter.weights.memory import MIN_PIECE_BYTES
 
 ALIGNMENT = 4096
 """Alignment of a weight in bytes: one page, so that engines can map it."""
@@ -203,6 +204,8 @@ class WeightsFile:
         self._file = path.open("w+b", buffering=0)
         _allocate(self._file.fileno(), layout.size)
         self._map = mmap.mmap(self._file.fileno(), layout.size)
+        self._gathered = torch.empty(0)
+        """The tensor whose rows are being gathered, in fp32."""
         self._left = {name: math.prod(place.shape) for name, place in layout.written.items()}
         self._whole = {name: threading.Event() for name in layout.written}
         self._stopped = False
@@ -236,12 +239,36 @@ class WeightsFile:
     def put(self, piece: Piece) -> None:
         """Cast or round some rows of a tensor and write them into every weight that uses them.
 
+        Rows that are rotated among themselves are gathered first, until the tensor is whole.
+
         Raises:
             CheckpointError: a value does not fit the engine's dtype.
         """
+        parts = self._layout.parts.get(piece.name, ())
+        turned = next((part for part in parts if _turns_rows(part, piece.info)), None)
+        if turned is None:
+            self._put(piece, self._change)
+        elif (whole := self._gather(piece)) is not None:
+            assert turned.source.rows is not None
+            turned.source.rows.apply(whole, turned.first_row)
+            info = replace(piece.info, dtype="F32", length=whole.nbytes)
+            step = max(1, MIN_PIECE_BYTES * len(whole) // whole.nbytes)
+            for start in range(0, len(whole), step):
+                stop = min(start + step, len(whole))
+                self._put(Piece(piece.name, info, start, stop, _bytes_of(whole[start:stop])), None)
+
+    def _gather(self, piece: Piece) -> Tensor | None:
+        """Keep the changed rows of a piece in fp32. Returns the tensor once it is whole."""
+        if piece.start == 0:
+            self._gathered = torch.empty(piece.info.shape, dtype=torch.float32)
+        rows = _stored_rows(piece)
+        self._gathered[piece.start : piece.stop] = self._change(piece, rows) if self._change else rows
+        return self._gathered if piece.stop == rows_of(piece.info) else None
+
+    def _put(self, piece: Piece, change: Change | None) -> None:
         rounded: dict[int, Rounded] = {}
         for part in self._layout.parts.get(piece.name, ()):
-            rows = self._rows(piece, part, rounded)
+            rows = self._rows(piece, part, change, rounded)
             target = self._target(part.weight)
             first = part.first_row + piece.start
             if self._layout.written[part.weight].dtype == INT4:
@@ -253,27 +280,28 @@ class WeightsFile:
                 target[first : first + rows.shape[0]].copy_(rows)
             self._count(part.weight, rows.numel())
 
-    def _rows(self, piece: Piece, part: Part, rounded: dict[int, Rounded]) -> Tensor:
+    def _rows(self, piece: Piece, part: Part, change: Change | None, rounded: dict[int, Rounded]) -> Tensor:
         """The rows of a piece in the form to store. Each rounding runs once for both its codes and its scales."""
         rounding = part.source.rounding
         if rounding is None:
-            return self._cast(piece, part.source, self._layout.written[part.weight].dtype)
+            return self._cast(piece, part.source, change, self._layout.written[part.weight].dtype)
         if id(rounding) not in rounded:
-            values = self._cast(piece, part.source, torch.float32)
-            stored = piece.info.dtype == "F32" and self._change is None and not part.source.offset
+            values = self._cast(piece, part.source, change, torch.float32)
+            stored = piece.info.dtype == "F32" and values.data_ptr() == _stored_rows(piece).data_ptr()
             rounded[id(rounding)] = rounding(values.clone() if stored else values)  # another thread hashes the piece
         return rounded[id(rounding)].codes if part.source.holds == "codes" else rounded[id(rounding)].scales
 
-    def _cast(self, piece: Piece, source: WeightSource, dtype: torch.dtype) -> Tensor:
+    def _cast(self, piece: Piece, source: WeightSource, change: Change | None, dtype: torch.dtype) -> Tensor:
         """The rows of a piece, cast to a dtype. Any change, offset or divisor is applied in fp32 before the cast."""
-        shape = (piece.stop - piece.start, *piece.info.shape[1:])
-        rows = stored = torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
-        if self._change:
-            rows = self._change(piece, rows)
+        rows = stored = _stored_rows(piece)
+        if change:
+            rows = change(piece, rows)
         if source.offset:
             rows = rows.float() + source.offset  # never in place: another thread hashes the piece now
         if source.divisor is not None:
             rows = rows.float() / source.divisor[piece.start : piece.stop]
+        if source.columns is not None:
+            rows = source.columns(rows)
         cast = rows.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(rows.dtype).max or rows.dtype != stored.dtype:
             self._require_fitting(piece, cast)
@@ -328,6 +356,21 @@ class WeightsFile:
         return digest.hexdigest()
 
 
+def gathered_bytes(tensors: Mapping[str, TensorInfo]) -> int:
+    """Anonymous memory for one tensor whose rows are gathered, in bytes, judged by the largest layer's in fp32."""
+    return max((4 * math.prod(info.shape) for name, info in tensors.items() if ".layers." in name), default=0)
+
+
+def _turns_rows(part: Part, info: TensorInfo) -> bool:
+    """Whether the rows of a tensor are rotated among themselves in this part of a weight."""
+    return part.source.rows is not None and part.source.rows.overlaps(part.first_row, rows_of(info))
+
+
+def _stored_rows(piece: Piece) -> Tensor:
+    shape = (piece.stop - piece.start, *piece.info.shape[1:])
+    return torch.frombuffer(piece.data, dtype=STORED_DTYPE[piece.info.dtype]).view(shape)
+
+
 def put_pairs(target: Tensor, columns: Tensor, first: int) -> None:
     """Put 4-bit integers [in, r] into bytes [in, out / 2] from column ``first`` on.
 
@@ -356,7 +399,8 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 def _stays(source: WeightSource, info: TensorInfo, precision: Precision) -> bool:
-    as_stored = len(source.tensors) == 1 and not source.transposed and not source.offset
+    changed = source.offset or source.columns is not None or source.rows is not None
+    as_stored = len(source.tensors) == 1 and not source.transposed and not changed
     return as_stored and is_linkable(info, precision)
 
 

@@ -276,6 +276,7 @@ PAIRS = {
         *("model.gguf --output=new/out --base=checkpoint", "model.gguf --output=new/out --weights=link"),
         *("model.gguf --output=new/out --max-length=65", "model.gguf --output=new/out --num-layers=3"),
         *("checkpoint --output=new/out --base=checkpoint", "checkpoint --output=new/out --trained-loop=block"),
+        *("checkpoint --output=new/out --rotate", "checkpoint --output=new/out --precision=int4 --rotate"),
     ),
     "collect": ("bundle --prompts=prompts.jsonl --output=new/out --device=cuda",),
     "evaluate": (
@@ -292,6 +293,7 @@ PAIRS = {
     ),
     "quantize": (
         "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int8-dynamic --group-size=32",
+        "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int4 --rotate",
     ),
     "tune": (
         "checkpoint --prompts=prompts.jsonl --output=new/out",
