@@ -73,8 +73,6 @@ class DecoderGraph:
     graph has none."""
     quantization: Quantization | None = None
     """What was quantised; None before quantisation."""
-    spread: set[ir.Value] = field(default_factory=set)
-    """Activations whose channels a rotation has mixed, so that none is much larger than the others."""
 
     @property
     def graph(self) -> ir.Graph:

@@ -126,6 +126,11 @@ class FineRows(RowRounding):
         return ir.node("Mul", [value, self._constants.add_scalar(name, np.float32(factor))])
 
 
+def row_rounding(constants: Constants, *, spread: bool) -> RowRounding:
+    """The rounding of rows whose channels a rotation has spread, or of others."""
+    return CoarseRows(constants) if spread else FineRows(constants)
+
+
 def _largest(rows: ir.Value, constants: Constants) -> list[ir.Node]:
     """Nodes that give the largest magnitude of each row, [..., n, 1]."""
     magnitude = ir.node("Abs", [rows])
@@ -146,7 +151,6 @@ class Int8DynamicLayers:
 
     def __init__(self, graph: DecoderGraph) -> None:
         self._graph = graph
-        self._coarse, self._fine = CoarseRows(graph), FineRows(graph)
         self._rounded: dict[ir.Value, RowCodes] = {}
         """Activation -> its codes. All layers that read it share them."""
 
@@ -155,7 +159,7 @@ class Int8DynamicLayers:
             raise QuantizationError(
                 f"{linear.name} takes {linear.shape[1]} channels, beyond {MAX_WIDTH} in 32-bit sums"
             )
-        rounding: RowRounding = self._coarse if linear.rows in self._graph.spread else self._fine
+        rounding = row_rounding(self._graph, spread=linear.rows in self._graph.spread)
         if linear.rows not in self._rounded:
             self._rounded[linear.rows] = rounding(linear.rows)
             self._graph.graph.insert_before(linear.node, self._rounded[linear.rows].nodes)
@@ -176,13 +180,13 @@ class Int8Dynamic(Scheme):
         return Int8DynamicLayers(layers.graph)
 
     def fake(self, layer: FakeInput) -> FakeLayer:
-        rounding = FineRows(layer.constants)
+        rounding = row_rounding(layer.constants, spread=layer.spread)
         nodes, codes, factors = rounding(layer.rows)
         whole = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT})
-        zero = layer.constants.add_scalar("fine_shift", np.float32(rounding.ZERO))
-        shifted = ir.node("Sub", [whole.outputs[0], zero])
+        zero = ir.node("Cast", [rounding.zero], {"to": ir.DataType.FLOAT})
+        shifted = ir.node("Sub", [whole.outputs[0], zero.outputs[0]])
         restored = ir.node("Mul", [shifted.outputs[0], factors])
-        nodes += [whole, shifted, restored, *rounding.joined(restored.outputs[0])]
+        nodes += [whole, zero, shifted, restored, *rounding.joined(restored.outputs[0])]
         return FakeLayer(layer.rounded(rounding.weight), nodes)
 
 

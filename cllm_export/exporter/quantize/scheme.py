@@ -73,7 +73,8 @@ class FakeLayer(NamedTuple):
     """The weight and the nodes with which one layer of an fp32 graph emulates its quantised form."""
 
     weight: Tensor
-    """[out, in], fp32: the values that codes and scales represent."""
+    """[out, in], fp32: the values that codes and scales represent. A factor that a scheme folds into the scales, the
+    nodes make up for."""
     nodes: list[ir.Node]
     """Nodes to insert before the layer; the last one gives the rows, rounded by the scheme. Empty if the scheme does
     not round rows."""
