@@ -20,8 +20,8 @@ GREEDY, SAMPLED = "", "sampled "
 DEFAULT_NUM_PROMPTS = 16
 
 HELD_BYTES = 10
-"""Bytes per parameter in ``verify``: fp32 in the engine or in PyTorch, never in both together, pages of the weight files,
-and working memory."""
+"""Bytes per parameter in ``verify``: fp32 in the engine or in PyTorch, never in both, pages of the weight
+files, and working memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
