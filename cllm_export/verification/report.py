@@ -21,7 +21,8 @@ GREEDY, SAMPLED = "", "sampled "
 DEFAULT_NUM_PROMPTS = 16
 
 HELD_BYTES = 10
-"""Bytes per parameter in ``verify``: fp32 in the engine, fp32 in PyTorch, and working memory of both."""
+"""Bytes per parameter in ``verify``: fp32 in the engine or in PyTorch, never in both, pages of the weight
+files, and working memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
