@@ -13,6 +13,7 @@ import typer
 
 from cllm_export.bundle.manifest import CHAT_TEMPLATE_NAME, open_bundle
 from cllm_export.cli.app import command
+from cllm_export.cli.before.arguments import check_plan
 from cllm_export.cli.before.commands import check_generate
 from cllm_export.cli.generate import METAVARS, PARSE, EngineChoice
 from cllm_export.cli.options import BundleArgument, given, require_use
@@ -44,6 +45,7 @@ def chat(
 ) -> None:
     """Talk with a model that has a chat template. In a pipe, each line of standard input is one message."""
     require_use(engine.draft_model, options.method, options.proposer)
+    check_plan(bundle, engine.provider, engine.plan)
     check_generate(bundle, options, draft_model=engine.draft_model)
     _require_template(bundle)
     with engine.load(bundle, num_prompts=1) as model, streaming_text(interactive=True):

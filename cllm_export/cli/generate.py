@@ -17,7 +17,7 @@ from cllm_export.bundle.manifest import GREEDY_GRAPH, ProposerName, open_bundle
 from cllm_export.bundle.storage import write_text
 from cllm_export.checks import OptionGroup, check_options, option
 from cllm_export.cli.app import command
-from cllm_export.cli.before.arguments import check_bundle, check_counts, check_prefix, check_report
+from cllm_export.cli.before.arguments import check_bundle, check_counts, check_plan, check_prefix, check_report
 from cllm_export.cli.before.commands import check_generate
 from cllm_export.cli.options import (
     BlockSizeOption,
@@ -203,6 +203,7 @@ def generate(
         with about("save_prefix"):
             check_target(save_prefix)
         check_report("save_prefix", save_prefix, force=force)
+    check_plan(bundle, engine.provider, engine.plan)
     check_generate(bundle, options, draft_model=engine.draft_model)
     check_prefix(load_prefix)
     progress = plain_progress()

@@ -191,7 +191,7 @@ def require_plan(bundle: Bundle, provider: Provider, plan: str | None) -> Plan |
         return None
     if provider in ("cpu", "cuda"):
         raise OptionError(
-            f"plan is for provider tensorrt and tensorrt-rtx, got provider {provider}: leave plan out",
+            f"plan is for provider tensorrt and tensorrt-rtx, got {plan!r} and provider {provider}: leave plan out",
             fields=("plan", "provider"),
         )
     from cllm_export.tensorrt.plan_files import named_plan

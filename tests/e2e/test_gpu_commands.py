@@ -60,7 +60,7 @@ def test_a_plan_is_refused_for_a_provider_that_runs_none_and_if_there_is_none(cl
     given = (command, bundle.path, *(["a prompt"] if command == "generate" else []), "--plan", "0123")
     outcome = cli(*given)
     assert outcome.code == 2
-    said = "error: --plan is for --provider tensorrt and tensorrt-rtx, got --provider cpu: leave --plan out"
+    said = "error: --plan is for --provider tensorrt and tensorrt-rtx, got '0123' and --provider cpu: leave --plan out"
     assert outcome.err.splitlines() == [said]
     outcome = cli(*given, "--provider", "tensorrt-rtx")
     assert outcome.code == 2

@@ -323,7 +323,7 @@ def test_a_plan_is_chosen_by_its_key_and_an_unknown_one_is_refused_with_those_th
     for key in ("old", "../plans", ""):
         with pytest.raises(OptionError, match=f"plan must be one of {', '.join(sorted(keys.values()))}, got"):
             load(bundle.path, provider="tensorrt", plan=key)
-    with pytest.raises(OptionError, match="plan is for provider tensorrt and tensorrt-rtx, got provider cpu"):
+    with pytest.raises(OptionError, match=r"plan is for provider tensorrt and tensorrt-rtx, got .* and provider cpu"):
         load(bundle.path, plan=keys[2])
 
 

@@ -61,6 +61,7 @@ WRONG_TEXTS = {
         "workspace": "much",
         "device_memory": "much",
         "targets": "sm1",
+        "plan": "no_such_key",
         "proposer": "guesswork",
     },
     **{"sha256": "12ab", "logit_bias": "five", "max_tpf_loss": "much", "max_quality_loss": "much", "keep": "the_attic"},
