@@ -141,7 +141,7 @@ def _largest(rows: ir.Value, constants: Constants) -> list[ir.Node]:
 class Int8DynamicLayers:
     """8-bit weights, and activations with one scale per row. Their integer product is exact on every processor.
 
-    The integer product is multiplied by w_scale / steps of its column and by the largest magnitude of its row.
+    The integer product is multiplied by the factor of its row and by the scale of its column.
 
     Raises:
         QuantizationError: a layer is too wide.
@@ -167,10 +167,11 @@ class Int8DynamicLayers:
         weight, scales = add_rounded(self._graph, linear, rounding.weight, transposed=True)
         product = ir.node("MatMulInteger", [codes, weight, rounding.zero])
         cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
-        scaled = ir.node("Mul", [cast.outputs[0], scales])  # one DequantizeLinear would do both, but is slower
-        result = ir.node("Mul", [scaled.outputs[0], factors])
-        nodes = [product, cast, scaled, result]
-        put_in_place(self._graph, linear.node, [*nodes, *rounding.joined(result.outputs[0])])
+        of_rows = ir.node("Mul", [cast.outputs[0], factors])
+        joined = rounding.joined(of_rows.outputs[0])
+        whole = [product, cast, of_rows, *joined][-1]
+        result = ir.node("Mul", [whole.outputs[0], scales])  # one DequantizeLinear would do it and the cast: slower
+        put_in_place(self._graph, linear.node, [product, cast, of_rows, *joined, result])
 
 
 class Int8Dynamic(Scheme):
