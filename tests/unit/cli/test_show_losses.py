@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from cllm_export.cli.show.calibration import change, show_choice, show_convergence
+from cllm_export.cli.show.console import OUT
 from cllm_export.cli.show.training import show_evaluation
+
+WIDE = 200
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cell is wrapped, whatever COLUMNS said when this process started."""
+    monkeypatch.setattr(OUT, "_width", WIDE)
+
 
 LOSSES = {
     "tpf_loss": -0.0292,
