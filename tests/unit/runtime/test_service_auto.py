@@ -80,7 +80,7 @@ def test_no_token_and_no_kv_row_comes_from_a_width_that_was_not_compared(
         assert set(model.auto_sizes or ()) == exact
         widths = widths_of(service, engine)
     assert widths <= exact
-    assert {1, max(exact)} < widths, "prompts are read in few forwards"
+    assert {1, max(exact)} <= widths, "prompts are read in few forwards"
 
 
 def test_where_auto_means_one_n_its_service_is_the_one_of_that_n(bundle: Bundle):
