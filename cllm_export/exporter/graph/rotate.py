@@ -64,11 +64,8 @@ class RotationPlan:
     """The look-up of the embedding; None if the residual stream is not rotated."""
     readers: list[Reader] = field(default_factory=list)
     writers: list[Writer] = field(default_factory=list)
-
-    @property
-    def unties(self) -> bool:
-        """Whether the head gets a weight of its own that was the embedding."""
-        return self.table is not None and any(reader.node.inputs[1] is self.table.inputs[0] for reader in self.readers)
+    unties: bool = False
+    """Whether the head gets a weight of its own, which was the embedding."""
 
 
 def rotate(graph: DecoderGraph, read: ReadTensor) -> RotationPlan:
@@ -95,7 +92,7 @@ def plan_rotation(graph: ir.Graph, is_weight: IsWeight) -> RotationPlan:
             plan.refused[name] = str(reason)
             continue
         plan.rotated += (name,)
-        plan.table = plan.table or found.table
+        plan.table, plan.unties = plan.table or found.table, plan.unties or found.unties
         plan.readers += found.readers
         plan.writers += found.writers
     return plan
@@ -240,6 +237,7 @@ def _require_tied_head(table: ir.Value, plan: RotationPlan) -> None:
     known = {reader.node for reader in plan.readers} | {plan.table}
     if others := [use.node for use in table.uses() if use.node not in known]:
         raise NotRotatable(f"a {others[0].op_type} reads the embedding too")
+    plan.unties = len(table.uses()) > 1
 
 
 def _values(graph: ir.Graph, is_weight: IsWeight) -> RotationPlan:

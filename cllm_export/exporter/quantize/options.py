@@ -158,7 +158,7 @@ def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> Quantiz
     if scheme is not None:
         return QuantizeOptions(scheme=scheme, **vars(layers))
     names = ("head", "group_size", "keep", "scales", "engine", "min_agreement", "rotate")
-    if used := next((name for name in names if getattr(layers, name) not in (None, False, ())), None):
+    if used := next((name for name in names if getattr(layers, name) != getattr(LayerOptions, name)), None):
         raise OptionError(
             f"{used} needs a precision that quantises: {', '.join(SCHEME_NAMES)}", fields=(used, "precision")
         )
