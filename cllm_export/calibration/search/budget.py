@@ -180,7 +180,7 @@ def _stand_in(baseline: Bundle, scheme: SchemeName, options: FitOptions) -> Fake
     scales = open_scales(options.scales) if options.scales and SCHEME_SPECS[scheme].takes("scales") else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
-    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size)
+    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size, engine=options.engine)
 
 
 def _fit(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, SchemeName
+from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, Engine, SchemeName
 from cllm_export.bundle.scales import FloatArray, Scales
 from cllm_export.calibration.linear_inputs import LinearLayer
 from cllm_export.calibration.stored_weights import read_weight
@@ -42,6 +42,8 @@ class FakeQuantization:
     """Source of the scheme's activation scales, if it needs any."""
     group_size: int | None = None
     """Input channels that share a weight scale. The default is the first of the scheme's sizes."""
+    engine: Engine | None = None
+    """Engine whose form of the scheme is emulated. The default is that of the scheme's first form."""
 
     def __post_init__(self) -> None:
         require_one_of("scheme", self.scheme, SCHEME_NAMES)
@@ -108,6 +110,7 @@ def _round_layer(
             rows=rows,
             weight=torch.tensor(matrix),
             group_size=how.settled_group_size,
+            engine=how.engine,
             amax=None if amax is None else torch.from_numpy(amax),
         )
     )

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from cllm_export.bundle.quantization import Engine
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.graph.groups import ByteGroupRounding, GroupRounding, SignedGroups, num_groups
 from cllm_export.exporter.graph.rounding import Rounding
@@ -163,16 +164,22 @@ class Int4ForTensorRT(Int4Layers):
             )
 
 
+def _form(engine: Engine | None) -> type[Int4ForTensorRT | Int4ForOnnxRuntime]:
+    """The layers of an engine's form; None stands for the default."""
+    return Int4ForTensorRT if engine == "tensorrt" else Int4ForOnnxRuntime
+
+
 class Int4(Scheme):
     """4-bit weights. Each group of input channels has a scale and, for ONNX Runtime, an offset."""
 
     def quantizer(self, layers: Layers) -> LayerQuantizer:
-        return Int4ForTensorRT(layers) if "tensorrt" in layers.engines else Int4ForOnnxRuntime(layers)
+        return _form("tensorrt" if "tensorrt" in layers.engines else "onnxruntime")(layers)
 
     def fake(self, layer: FakeInput) -> FakeLayer:
         """Round to nearest, even if there are scales: GPTQ would take too long to try on every layer."""
         assert layer.group_size is not None
-        return FakeLayer(layer.rounded(GroupRounding(group_size=layer.group_size)), [])
+        rounding = GroupRounding(group_size=layer.group_size, symmetric=_form(layer.engine).symmetric)
+        return FakeLayer(layer.rounded(rounding), [])
 
 
 INT4 = Int4(name="int4", max_flips=0.75, unjudged=frozenset({"MatMulNBits"}), reads_gram=True)

@@ -94,6 +94,8 @@ class FakeInput:
     weight: Tensor
     """[out, in], fp32; not changed."""
     group_size: int | None
+    engine: Engine | None
+    """The engine whose form is emulated; None for the scheme's default."""
     amax: Tensor | None
     """[in]: the largest magnitude of each channel of the rows in a calibration; None without a calibration."""
 
