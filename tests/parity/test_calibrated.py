@@ -242,10 +242,10 @@ def test_a_static_graph_is_clean_by_tensorrts_rules(shop: Shop, scheme: str):
 
 
 def test_int4_with_scales_is_gptq_and_says_so(workshop: Workshop, shop: Shop):
-    options = QuantizeOptions(scheme="int4", group_size=64, scales=shop.scales("llama"))
+    options = QuantizeOptions(scheme="int4", group_size=32, scales=shop.scales("llama"))
     record = workshop.bundle("llama", quantize=options).manifest.quantization
     assert record is not None
-    assert (record.method, record.group_size) == ("GPTQ", 64)
+    assert (record.method, record.group_size) == ("GPTQ", 32)
     assert record.scales_sha256 is not None
 
 
@@ -327,7 +327,7 @@ def test_scales_that_do_not_fit_are_refused_by_name(workshop: Workshop, shop: Sh
         ({"scheme": "int8"}, "needs scales"),
         ({"scheme": "int8-dynamic", "scales": Path("scales")}, "takes no scales"),
         ({"scheme": "int8-dynamic", "group_size": 32}, "group_size is for int4"),
-        ({"scheme": "int4", "group_size": 48}, "one of 32, 64, 128"),
+        ({"scheme": "int4", "group_size": 48}, "must be 32 for ONNX Runtime"),
         ({"scheme": "int3"}, "scheme must be one of"),
         ({"scheme": "int8-dynamic", "engine": "tensorrt"}, "int8-dynamic is for ONNX Runtime alone"),
         ({"scheme": "int8", "scales": Path("scales"), "engine": "tensorrt"}, "int8 is one graph for both engines"),

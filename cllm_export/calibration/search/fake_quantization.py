@@ -58,7 +58,8 @@ class FakeQuantization:
     @property
     def settled_group_size(self) -> int | None:
         """Input channels that share a scale. None if the scheme has no groups."""
-        return self.group_size or next(iter(SCHEME_SPECS[self.scheme].group_sizes), None)
+        form = SCHEME_SPECS[self.scheme].form(self.engine)
+        return self.group_size or next(iter(form.group_sizes if form else ()), None)
 
 
 def fake_quantized(

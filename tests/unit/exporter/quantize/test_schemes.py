@@ -54,7 +54,7 @@ def fake(scheme: str, matrix: np.ndarray, amax: np.ndarray | None = None, engine
         name="fake.layer",
         rows=ir.Value(name="rows"),
         weight=torch.from_numpy(matrix),
-        group_size=next(iter(SCHEME_SPECS[scheme].group_sizes), None),
+        group_size=next(iter(SCHEME_SPECS[scheme].forms[0].group_sizes), None),
         engine=engine,
         amax=None if amax is None else torch.from_numpy(amax),
     )
@@ -88,8 +88,17 @@ def test_advice_for_an_engine_names_every_scheme_that_has_a_graph_for_it():
 
 def test_a_group_size_is_settled_only_where_weights_have_groups():
     assert QuantizeOptions(scheme="int4").settled_group_size == 32
-    assert QuantizeOptions(scheme="int4", group_size=128).settled_group_size == 128
+    assert QuantizeOptions(scheme="int4", engine="tensorrt", group_size=128).settled_group_size == 128
     assert QuantizeOptions(scheme="int8-dynamic").settled_group_size is None
+
+
+def test_a_group_size_whose_kernels_depend_on_the_number_of_rows_is_refused():
+    """ONNX Runtime's kernels for groups of 64 and 128 give the only row of a forward other bits."""
+    with pytest.raises(OptionError, match="group_size must be 32 for ONNX Runtime, got 64") as refused:
+        QuantizeOptions(scheme="int4", group_size=64)
+    assert refused.value.fields == ("group_size",)
+    with pytest.raises(OptionError, match="group_size must be one of 32, 64, 128 for TensorRT, got 48"):
+        QuantizeOptions(scheme="int4", engine="tensorrt", group_size=48)
 
 
 def test_options_of_quantisation_need_a_scheme():
