@@ -109,7 +109,8 @@ class SignedGroups:
 
     def __call__(self, rows: Tensor) -> Rounded:
         width = rows.shape[1]
-        codes, scales, _ = self.inner(rows)
+        codes, scales, offsets = self.inner(rows)
+        assert offsets is None
         return Rounded(unpacked(codes).flatten(1)[:, :width], positive(scales))
 
 
