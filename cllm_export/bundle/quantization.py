@@ -44,6 +44,8 @@ class GraphForm:
 
     engines: tuple[Engine, ...]
     compute: tuple[Precision, ...] = PRECISIONS
+    group_sizes: tuple[int, ...] = ()
+    """Allowed numbers of input channels that share a weight scale, the default first. Empty if they all share one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +58,13 @@ class SchemeSpec:
     scales: Literal["needed", "optional", "refused"]
     """Whether the scheme uses the scales of a calibration."""
     rotates: bool = False
-    """Whether the model is rotated first, unless that is turned off. It helps schemes whose activations have 8 bits."""
-    group_sizes: tuple[int, ...] = ()
-    """Allowed numbers of input channels that share a weight scale, the default first. Empty if they all share one."""
+    """Whether the model can be rotated first. It helps schemes whose activations have 8 bits."""
 
     def takes(self, option: SchemeOption) -> bool:
         """Whether the scheme takes an option."""
         taken = {
             "scales": self.scales != "refused",
-            "group_size": bool(self.group_sizes),
+            "group_size": any(form.group_sizes for form in self.forms),
             "engine": len(self.forms) > 1,
             "rotate": self.rotates,
         }
@@ -74,6 +74,10 @@ class SchemeSpec:
         """The graph for an engine, or the default graph. None if the scheme makes no graph for the engine."""
         return next((form for form in self.forms if engine is None or engine in form.engines), None)
 
+
+ROW_BY_ROW = 32
+"""The group size whose 4-bit kernels in ONNX Runtime give a row the same bits, however many rows are beside it. Those
+of larger groups add up a last odd row in another way, so rows of one token would differ from those of a block."""
 
 SCHEME_SPECS: dict[SchemeName, SchemeSpec] = {
     spec.name: spec
@@ -87,9 +91,11 @@ SCHEME_SPECS: dict[SchemeName, SchemeSpec] = {
         SchemeSpec(name="int8", forms=(GraphForm(engines=ENGINES),), scales="needed"),
         SchemeSpec(
             name="int4",
-            forms=(GraphForm(engines=("onnxruntime",), compute=("fp32",)), GraphForm(engines=("tensorrt",))),
+            forms=(
+                GraphForm(engines=("onnxruntime",), compute=("fp32",), group_sizes=(ROW_BY_ROW,)),
+                GraphForm(engines=("tensorrt",), group_sizes=(32, 64, 128)),
+            ),
             scales="optional",
-            group_sizes=(32, 64, 128),
         ),
         SchemeSpec(name="fp8", forms=(GraphForm(engines=ENGINES),), scales="needed"),
     )

@@ -95,7 +95,11 @@ class Accumulator:
 
 
 class GramAccumulator:
-    """Sum of x x^T of one value, in float32. Its terms are of similar size, so many rows add no relevant error."""
+    """Sum of x x^T of one value, in float32, for rows x that are divided by their root mean square.
+
+    So every row counts alike. In pre-trained models a few rows, such as that of a text's first token, are a hundred
+    times as large as others. They would decide how GPTQ rounds. Sums of many rows add no relevant error either.
+    """
 
     def __init__(self, width: int) -> None:
         self._gram = np.zeros((width, width), np.float32)
@@ -117,6 +121,7 @@ class GramAccumulator:
     def _flush(self) -> None:
         if self._waiting:
             rows = np.concatenate(self._waiting)
+            rows /= np.maximum(np.sqrt(np.square(rows).mean(axis=1, keepdims=True)), np.finfo(np.float32).tiny)
             self._gram += rows.T @ rows
             self._waiting, self._num_waiting = [], 0
 

@@ -38,7 +38,7 @@ def test_a_head_is_quantised_only_with_a_precision_that_quantises(cli: Cli, work
         (("--precision", "int8"), "--precision int8 needs --scales"),
         (("--precision", "fp8"), "--precision fp8 needs --scales"),
         (("--precision", "int8-dynamic", "--group-size", 64), "--group-size is for int4"),
-        (("--precision", "int4", "--group-size", 48), "one of 32, 64, 128, got 48"),
+        (("--precision", "int4", "--group-size", 48), "--group-size must be 32 for ONNX Runtime, got 48"),
         (("--precision", "int4", "--keep", "no.such.weight"), "--keep no.such.weight names no linear layer"),
         (("--precision", "int4", "--scales", "no-such-file"), "no-such-file cannot be read"),
         (("--precision", "int8-dynamic", "--quantize-for", "tensorrt"), "--quantize-for is for int4"),

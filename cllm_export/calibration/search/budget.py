@@ -180,8 +180,13 @@ def _stand_in(baseline: Bundle, scheme: SchemeName, options: FitOptions) -> Fake
     scales = open_scales(options.scales) if options.scales and SCHEME_SPECS[scheme].takes("scales") else None
     if scales:
         scales.require_checkpoint(baseline.manifest.checkpoint_fingerprint)
-    rotate = options.rotate if SCHEME_SPECS[scheme].takes("rotate") else None
-    return FakeQuantization(scheme=scheme, scales=scales, group_size=options.group_size, rotate=rotate)
+    return FakeQuantization(
+        scheme=scheme,
+        scales=scales,
+        group_size=options.group_size,
+        engine=options.engine,
+        rotate=options.rotate if SCHEME_SPECS[scheme].takes("rotate") else None,
+    )
 
 
 def _fit(

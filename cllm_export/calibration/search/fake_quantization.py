@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cllm_export.bundle.manifest import Bundle
-from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, SchemeName
+from cllm_export.bundle.quantization import SCHEME_NAMES, SCHEME_SPECS, Engine, SchemeName
 from cllm_export.bundle.scales import FloatArray, Scales
 from cllm_export.calibration.linear_inputs import LinearLayer
 from cllm_export.calibration.stored_weights import read_weight
@@ -48,6 +48,8 @@ class FakeQuantization:
     """Input channels that share a weight scale. The default is the first of the scheme's sizes."""
     rotate: bool | None = None
     """Whether the model is rotated first. The default is what the scheme does."""
+    engine: Engine | None = None
+    """Engine whose form of the scheme is emulated. The default is that of the scheme's first form."""
 
     def __post_init__(self) -> None:
         require_one_of("scheme", self.scheme, SCHEME_NAMES)
@@ -66,7 +68,8 @@ class FakeQuantization:
     @property
     def settled_group_size(self) -> int | None:
         """Input channels that share a scale. None if the scheme has no groups."""
-        return self.group_size or next(iter(SCHEME_SPECS[self.scheme].group_sizes), None)
+        form = SCHEME_SPECS[self.scheme].form(self.engine)
+        return self.group_size or next(iter(form.group_sizes if form else ()), None)
 
 
 def fake_quantized(
@@ -124,6 +127,7 @@ def _round_layer(
             rows=before[-1].outputs[0] if before else rows,
             weight=turned,
             group_size=how.settled_group_size,
+            engine=how.engine,
             amax=None if amax is None else torch.from_numpy(amax),
             spread=bool(before),
         )

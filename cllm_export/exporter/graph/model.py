@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cllm_export.bundle.contract import Precision
 from cllm_export.bundle.quantization import Quantization
+from cllm_export.exporter.graph.groups import INT4
 from cllm_export.exporter.graph.rotation import ColumnRotation, RowRotation
-from cllm_export.exporter.graph.rounding import INT4, Rounding
+from cllm_export.exporter.graph.rounding import Part, Rounding
 
-Holds = Literal["values", "codes", "scales"]
+Holds = Literal["values", Part]
 
 IR_DTYPE = {
     torch.float32: ir.DataType.FLOAT,
@@ -106,7 +107,7 @@ class DecoderGraph:
         return added
 
     def add_rounded(self, name: str, source: WeightSource, *, shape: tuple[int, ...]) -> ir.Value:
-        """Add the codes or the scales of a quantised weight as a graph input."""
+        """Add a part of a quantised weight as a graph input."""
         assert source.rounding is not None
         dtype = IR_DTYPE[source.rounding.code_dtype] if source.holds == "codes" else self.dtype
         return self._add_input(name, source, shape, ir.TensorType(dtype))

@@ -16,7 +16,9 @@ from torch import Tensor
 from cllm_export.bundle.scales import Scales
 from cllm_export.errors import QuantizationError
 from cllm_export.exporter.checkpoint.files import TensorInfo
-from cllm_export.exporter.graph.rounding import GroupLayout, Rounded, group_scales, int4_codes, packed
+from cllm_export.exporter.graph.grids import Grid, codes_on, values_of
+from cllm_export.exporter.graph.groups import GroupLayout, num_groups
+from cllm_export.exporter.graph.rounding import Rounded
 
 DAMPING = 0.01
 """Share of the mean of the Gram matrix's diagonal that is added to the diagonal, as in the paper."""
@@ -78,23 +80,26 @@ class GptqRounding(GroupLayout):
     def __call__(self, rows: Tensor) -> Rounded:
         factor = self.factors.of(self.tensor)
         count, width = rows.shape
-        codes = torch.zeros(count, -(-width // self.group_size), self.group_size)
-        scales = torch.zeros(codes.shape[:2])
+        groups = num_groups(width, self.group_size)
+        codes = torch.zeros(count, groups, self.group_size)
+        grid = Grid(torch.zeros(count, groups), torch.zeros(count, groups))
         for group, start in enumerate(range(0, width, self.group_size)):
             stop = min(start + self.group_size, width)
-            scales[:, group] = group_scales(rows[:, start:stop])
-            chosen, errors = self._columns(rows[:, start:stop], scales[:, group], factor[start:stop, start:stop])
+            found = self.grid(rows[:, start:stop])
+            grid.scales[:, group], grid.offsets[:, group] = found
+            chosen, errors = self._columns(rows[:, start:stop], found, factor[start:stop, start:stop])
             codes[:, group, : stop - start] = chosen
             rows[:, stop:] -= errors @ factor[start:stop, stop:]
-        return Rounded(packed(codes), scales)
+        return self.stored(codes, grid)
 
     @staticmethod
-    def _columns(rows: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    def _columns(rows: Tensor, grid: Grid, factor: Tensor) -> tuple[Tensor, Tensor]:
         """The codes of a group [r, columns], and each column's error divided by its diagonal entry of the factor."""
         codes, errors = torch.empty_like(rows), torch.empty_like(rows)
         for column in range(rows.shape[1]):
-            values = rows[:, column]
-            codes[:, column] = int4_codes(values[:, None], scales)[:, 0]
-            errors[:, column] = (values - codes[:, column] * scales) / factor[column, column]
+            values = rows[:, column, None]
+            chosen = codes_on(grid, values)
+            codes[:, column, None] = chosen
+            errors[:, column] = (values - values_of(grid, chosen))[:, 0] / factor[column, column]
             rows[:, column + 1 :] -= errors[:, column, None] * factor[column, column + 1 :]
         return codes, errors

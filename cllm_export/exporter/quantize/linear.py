@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from cllm_export.bundle.contract import hidden_name
 from cllm_export.errors import GraphError
-from cllm_export.exporter.graph.model import DecoderGraph, Holds, WeightSource
+from cllm_export.exporter.graph.model import DecoderGraph, WeightSource
 from cllm_export.exporter.graph.rounding import Rounding
 
 
@@ -63,20 +63,19 @@ def nodes_of_head(graph: DecoderGraph, num_layers: int) -> set[ir.Node]:
     return set(nodes)
 
 
-def add_rounded(
-    graph: DecoderGraph, linear: Linear, rounding: Rounding, *, transposed: bool
-) -> tuple[ir.Value, ir.Value]:
-    """Add the codes and scales of a layer's weight to the graph. ``transposed`` applies only to those with two axes."""
+def add_rounded(graph: DecoderGraph, linear: Linear, rounding: Rounding, *, transposed: bool) -> list[ir.Value]:
+    """Add the parts of a layer's rounded weight to the graph: codes, scales, and offsets if it has them.
+
+    ``transposed`` applies only to those with two axes. Offsets are always [groups, out], since a MatMul reads them.
+    """
     out, width = linear.shape
-    code_shape, scale_shape = rounding.row_shapes(width)
     made = []
-    parts: tuple[tuple[Holds, tuple[int, ...]], ...] = (("codes", code_shape), ("scales", scale_shape))
-    for holds, row_shape in parts:
+    for holds, row_shape in rounding.row_shapes(width).items():
         shape = (out, *row_shape)
-        turned = transposed and len(shape) == 2
+        turned = len(shape) == 2 and (transposed or holds == "offsets")
         source = replace(linear.source, transposed=turned, rounding=rounding, holds=holds)
         made.append(graph.add_rounded(f"{linear.name}.{holds}", source, shape=shape[::-1] if turned else shape))
-    return made[0], made[1]
+    return made
 
 
 def put_in_place(graph: DecoderGraph, node: ir.Node, nodes: list[ir.Node]) -> None:

@@ -30,9 +30,11 @@ class SchemeOptions:
     GROUP: ClassVar[OptionGroup] = "Quantisation"
 
     group_size: int | None = option(
-        None, help="For int4: how many input channels share a scale: 32, 64 or 128.", minimum=1
+        None,
+        help="For int4: how many input channels share a scale: 32, or with --quantize-for tensorrt 64 or 128 too.",
+        minimum=1,
     )
-    """Number of input channels that share a scale of a weight; by default the first of the scheme's sizes."""
+    """Number of input channels that share a scale of a weight; by default the first of the form's sizes."""
     engine: Engine | None = option(
         None,
         help="For int4: the engine that runs the graph.",
@@ -118,10 +120,13 @@ class QuantizeOptions(LayerOptions):
             require_takers("rotate", self.rotate, (self.scheme,))
 
     def _require_group_size(self, group_size: int) -> None:
-        sizes = self.spec.group_sizes
+        sizes = self.form.group_sizes
         if group_size not in sizes:
-            known = ", ".join(map(str, sizes))
-            raise OptionError(f"group_size must be one of {known}, got {group_size}")
+            known = f"one of {', '.join(map(str, sizes))}" if len(sizes) > 1 else str(sizes[0])
+            raise OptionError(
+                f"group_size must be {known} for {ENGINE_TITLES[self.form.engines[0]]}, got {group_size}",
+                fields=("group_size",),
+            )
 
     def _engines_text(self) -> str:
         engines = self.spec.forms[0].engines
@@ -146,7 +151,7 @@ class QuantizeOptions(LayerOptions):
     @property
     def settled_group_size(self) -> int | None:
         """Number of input channels that share a scale; None if the scheme has no groups."""
-        return self.group_size or next(iter(self.spec.group_sizes), None)
+        return self.group_size or next(iter(self.form.group_sizes), None)
 
 
 def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> QuantizeOptions | None:

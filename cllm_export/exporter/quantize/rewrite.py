@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from cllm_export.bundle.quantization import Quantization
 from cllm_export.bundle.scales import Scales
@@ -48,7 +48,9 @@ def quantize(
         GraphError: a linear layer has a form that no pass of the exporter produces.
     """
     linears = list(linear_layers(graph))
-    reasons = _reasons(graph, linears, options, num_layers)
+    nodes = nodes_of_head(graph, num_layers)
+    head = {linear.name for linear in linears if linear.node in nodes}
+    reasons = _reasons(linears, head, options)
     chosen = [linear for linear in linears if linear.name not in reasons]
     if not chosen:
         raise QuantizationError("the graph has no linear layer left to quantise")
@@ -58,6 +60,7 @@ def quantize(
     layers = Layers(
         graph=graph,
         chosen=chosen,
+        head=head,
         engines=options.form.engines,
         group_size=options.settled_group_size,
         scales=scales,
@@ -88,7 +91,7 @@ def _require_scales(scales: Scales, chosen: Sequence[Linear], scheme: Scheme) ->
             scales.gram(linear.source.tensors[0])
 
 
-def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOptions, num_layers: int) -> dict[str, str]:
+def _reasons(linears: list[Linear], head: Set[str], options: QuantizeOptions) -> dict[str, str]:
     """Weight of a linear layer that is kept -> the reason."""
     known = {tensor for linear in linears for tensor in linear.source.tensors}
     if unknown := sorted(set(options.keep) - known):
@@ -97,8 +100,7 @@ def _reasons(graph: DecoderGraph, linears: list[Linear], options: QuantizeOption
             f"keep='{unknown[0]}' names no linear layer of the model; give a weight's name as the checkpoint has it, "
             f"such as {example}"
         )
-    head = nodes_of_head(graph, num_layers)
-    reasons = {linear.name: HEAD_KEPT for linear in linears if linear.node in head and not options.head}
+    reasons = {name: HEAD_KEPT for name in head if not options.head}
     asked = {linear.name: ASKED for linear in linears if set(linear.source.tensors) & set(options.keep)}
     return reasons | asked
 

@@ -6,7 +6,7 @@ Each scheme is one object in its own file; ``schemes.py`` lists them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cllm_export.bundle.quantization import SCHEME_SPECS, Engine, SchemeName, SchemeSpec
 from cllm_export.bundle.scales import Scales
+from cllm_export.exporter.graph.groups import restored
 from cllm_export.exporter.graph.model import DecoderGraph
-from cllm_export.exporter.graph.rounding import Rounding, restored
+from cllm_export.exporter.graph.rounding import Rounding
 from cllm_export.exporter.quantize.linear import Linear
 
 ROUND_TO_NEAREST = "round to nearest"
@@ -60,6 +61,8 @@ class Layers:
 
     graph: DecoderGraph
     chosen: Sequence[Linear]
+    head: Set[str]
+    """The names of those of the head."""
     engines: tuple[Engine, ...]
     """The engines that will run the graph."""
     group_size: int | None
@@ -92,6 +95,8 @@ class FakeInput:
     weight: Tensor
     """[out, in], fp32; not changed."""
     group_size: int | None
+    engine: Engine | None
+    """The engine whose form is emulated; None for the scheme's default."""
     amax: Tensor | None
     """[in]: the largest magnitude of each channel of the rows in a calibration; None without a calibration."""
     spread: bool = False

@@ -32,8 +32,9 @@ from cllm_export.bundle.manifest import WEIGHTS_NAME
 from cllm_export.errors import CheckpointError, GraphError, OutputError
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.stream import FiniteScan, Piece, rows_of
+from cllm_export.exporter.graph.groups import INT4
 from cllm_export.exporter.graph.model import IR_DTYPE, DecoderGraph, WeightSource
-from cllm_export.exporter.graph.rounding import INT4, Rounded
+from cllm_export.exporter.graph.rounding import Rounded
 from cllm_export.exporter.graph.trace import TORCH_DTYPE
 from cllm_export.exporter.weights.memory import MIN_PIECE_BYTES
 
@@ -281,7 +282,7 @@ class WeightsFile:
             self._count(part.weight, rows.numel())
 
     def _rows(self, piece: Piece, part: Part, change: Change | None, rounded: dict[int, Rounded]) -> Tensor:
-        """The rows of a piece in the form to store. Each rounding runs once for both its codes and its scales."""
+        """The rows of a piece in the form to store. Each rounding runs once for all its parts."""
         rounding = part.source.rounding
         if rounding is None:
             return self._cast(piece, part.source, change, self._layout.written[part.weight].dtype)
@@ -289,7 +290,8 @@ class WeightsFile:
             values = self._cast(piece, part.source, change, torch.float32)
             stored = piece.info.dtype == "F32" and values.data_ptr() == _stored_rows(piece).data_ptr()
             rounded[id(rounding)] = rounding(values.clone() if stored else values)  # another thread hashes the piece
-        return rounded[id(rounding)].codes if part.source.holds == "codes" else rounded[id(rounding)].scales
+        rows: Tensor = getattr(rounded[id(rounding)], part.source.holds)
+        return rows
 
     def _cast(self, piece: Piece, source: WeightSource, change: Change | None, dtype: torch.dtype) -> Tensor:
         """The rows of a piece, cast to a dtype. Any change, offset or divisor is applied in fp32 before the cast."""
@@ -406,14 +408,13 @@ def _stays(source: WeightSource, info: TensorInfo, precision: Precision) -> bool
 
 def _row_shape(source: WeightSource, info: TensorInfo) -> tuple[int, ...]:
     """The stored shape of one row of a tensor."""
-    if source.rounding is None:
+    if source.rounding is None or source.holds == "values":
         return info.shape[1:]
-    codes, scales = source.rounding.row_shapes(info.shape[1])
-    return codes if source.holds == "codes" else scales
+    return source.rounding.row_shapes(info.shape[1])[source.holds]
 
 
 def _dtype_of(source: WeightSource, precision: Precision) -> torch.dtype:
-    if source.rounding is None or source.holds == "scales":
+    if source.rounding is None or source.holds != "codes":
         return TORCH_DTYPE[precision]
     return source.rounding.code_dtype
 

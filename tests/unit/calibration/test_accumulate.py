@@ -66,11 +66,21 @@ def test_rows_that_are_all_the_same_are_constant():
 
 
 def test_the_gram_matrix_is_the_sum_of_outer_products():
+    """Of rows that are divided by their root mean square."""
     rows, gram = rows_of(1000, 2), GramAccumulator(WIDTH)
     for start in range(0, 1000, 7):
         gram.add(rows[start : start + 7])
     wide = rows.astype(np.float64)
+    wide /= np.sqrt(np.square(wide).mean(axis=1, keepdims=True))
     np.testing.assert_allclose(gram.result(), wide.T @ wide, atol=1e-3)  # 1000 terms of 1, summed in fp32
+
+
+def test_a_row_that_is_a_thousand_times_as_large_counts_as_any_other():
+    """A row of zeros counts as nothing."""
+    rows, plain, uneven = rows_of(64, 3), GramAccumulator(WIDTH), GramAccumulator(WIDTH)
+    plain.add(rows)
+    uneven.add(np.concatenate([rows * np.where(np.arange(64) == 5, 1000, 1)[:, None], np.zeros((1, WIDTH))]))
+    np.testing.assert_allclose(uneven.result(), plain.result(), atol=1e-3)
 
 
 def statistics(amax):

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from cllm_export.bundle.scales import Scales  # noqa: E402 - after the skip
 from cllm_export.errors import QuantizationError  # noqa: E402
-from cllm_export.exporter.graph.rounding import INT4_ZERO, GroupRounding, Rounded  # noqa: E402
+from cllm_export.exporter.graph.groups import GroupRounding, restored  # noqa: E402
 from cllm_export.exporter.quantize.gptq import Factors, GptqRounding  # noqa: E402
 
 WIDTH, GROUP = 72, 32
@@ -40,22 +40,18 @@ def correlated_rows(seed: int = 0) -> torch.Tensor:
     return rows
 
 
-def gptq(rows: torch.Tensor) -> GptqRounding:
-    return GptqRounding(group_size=GROUP, tensor="layer", factors=Factors(cast(Scales, OneInput(rows))))
+def gptq(rows: torch.Tensor, *, symmetric: bool = False) -> GptqRounding:
+    factors = Factors(cast(Scales, OneInput(rows)))
+    return GptqRounding(group_size=GROUP, symmetric=symmetric, tensor="layer", factors=factors)
 
 
-def restored(rounded: Rounded) -> torch.Tensor:
-    """The matrix [out, in] that codes and scales stand for."""
-    codes = torch.stack([rounded.codes & 15, rounded.codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
-    return (codes * rounded.scales[..., None]).flatten(1)[:, :WIDTH]
-
-
-def test_it_halves_the_error_of_the_output():
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_it_halves_the_error_of_the_output(symmetric: bool):
     rows = correlated_rows()
     weight = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1))
     error = {
-        type(rounding).__name__: float((rows @ (restored(rounding(weight.clone())) - weight).T).square().mean())
-        for rounding in (GroupRounding(group_size=GROUP), gptq(rows))
+        type(rounding).__name__: float((rows @ (restored(rounding(weight.clone()), WIDTH) - weight).T).square().mean())
+        for rounding in (GroupRounding(group_size=GROUP, symmetric=symmetric), gptq(rows, symmetric=symmetric))
     }
     assert error["GptqRounding"] < 0.5 * error["GroupRounding"], error
 
@@ -65,14 +61,23 @@ def test_rows_are_rounded_on_their_own():
     weight = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(2))
     whole, parts = rounding(weight.clone()), [rounding(weight[:4].clone()), rounding(weight[4:].clone())]
     # sums over fewer rows may be added in another order, and a code at the half between two go the other way
-    apart = (restored(whole) - torch.cat([restored(part) for part in parts])).abs()
+    apart = (restored(whole, WIDTH) - torch.cat([restored(part, WIDTH) for part in parts])).abs()
     assert (apart > 1e-5).float().mean() < 0.02
 
 
-def test_without_correlation_it_is_round_to_nearest():
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_without_correlation_it_is_round_to_nearest(symmetric: bool):
     rows = torch.eye(WIDTH)
     weight = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(gptq(rows)(weight.clone()).codes, GroupRounding(group_size=GROUP)(weight.clone()).codes)
+    nearest = GroupRounding(group_size=GROUP, symmetric=symmetric)(weight.clone())
+    assert torch.equal(gptq(rows, symmetric=symmetric)(weight.clone()).codes, nearest.codes)
+
+
+def test_a_weight_on_a_grid_stays_as_it_is():
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 16, (6, WIDTH), generator=generator)
+    weight = codes * torch.tensor(0.0625) - 0.3125  # steps and minimum of few bits, as in a file
+    assert torch.equal(restored(gptq(correlated_rows())(weight.clone()), WIDTH), weight)
 
 
 def test_a_gram_matrix_without_an_inverse_is_refused_by_name():

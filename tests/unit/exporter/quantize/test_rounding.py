@@ -8,17 +8,21 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from cllm_export.exporter.graph.rounding import (  # noqa: E402 - after the skip
-    INT4_ZERO,
+from cllm_export.exporter.graph.groups import (  # noqa: E402 - after the skip
+    INT8_ZERO,
+    ByteGroupRounding,
+    GroupRounding,
+    SignedGroups,
+    restored,
+)
+from cllm_export.exporter.graph.rounding import (  # noqa: E402
     MAX_PAIR,
     PAIRED,
     ChannelRounding,
     Float8Rounding,
-    GroupRounding,
     PairRounding,
     Rounding,
     ScaledRounding,
-    SignedGroups,
 )
 from tests.fakes import properties  # noqa: E402
 
@@ -36,9 +40,8 @@ def random_rows(rows: int, width: int, seed: int) -> torch.Tensor:
 def test_a_value_is_at_most_half_a_step_of_its_row_away(rows: int, width: int, seed: int):
     values = random_rows(rows, width, seed)
     for rounding in (ChannelRounding(), PairRounding()):
-        codes, scales = rounding(values.clone())
-        restored = codes.float() * scales[:, None]
-        assert ((restored - values).abs() <= scales[:, None] / 2 * FEW_ROUNDINGS).all()
+        codes, scales, _ = rounding(values.clone())
+        assert ((codes.float() * scales[:, None] - values).abs() <= scales[:, None] / 2 * FEW_ROUNDINGS).all()
         if isinstance(rounding, ChannelRounding):
             assert codes.int().abs().amax(dim=1).eq(127).all(), "a row does not use its range"
 
@@ -75,11 +78,11 @@ def test_rows_are_rounded_on_their_own(split: int, seed: int):
         ChannelRounding(),
         PairRounding(),
         Float8Rounding(largest=448.0),
-        SignedGroups(inner=GroupRounding(group_size=32)),
+        SignedGroups(inner=GroupRounding(group_size=32, symmetric=True)),
     ],
 )
 def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
-    codes, scales = rounding(torch.cat([torch.zeros(1, 32), torch.ones(1, 32)]))
+    codes, scales, _ = rounding(torch.cat([torch.zeros(1, 32), torch.ones(1, 32)]))
     assert (scales > 0).all()
     assert codes[0].float().eq(0).all() and codes[1].float().ne(0).all()
 
@@ -87,13 +90,14 @@ def test_a_row_of_zeros_has_zero_codes_and_a_positive_scale(rounding: Rounding):
 @properties
 @given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
 def test_signed_groups_hold_the_numbers_of_the_rounding_inside(rows: int, width: int, seed: int):
-    inner, values = GroupRounding(group_size=32), random_rows(rows, width, seed)
-    codes, scales = inner(values.clone())
-    signed = SignedGroups(inner=inner)(values.clone())
-    halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
-    assert torch.equal(signed.codes.float(), halves.flatten(1)[:, :width])
-    assert torch.equal(signed.scales, scales)
-    assert (signed.codes.shape[1:], signed.scales.shape[1:]) == SignedGroups(inner=inner).row_shapes(width)
+    inner, values = GroupRounding(group_size=32, symmetric=True), random_rows(rows, width, seed)
+    rounded, signed = inner(values.clone()), SignedGroups(inner=inner)(values.clone())
+    groups = torch.nn.functional.pad(signed.codes.float(), (0, -width % 32)).view(rows, -1, 32)
+    assert torch.equal((groups * rounded.scales[..., None]).flatten(1)[:, :width], restored(rounded, width))
+    assert torch.equal(signed.scales, rounded.scales)
+    assert {"codes": signed.codes.shape[1:], "scales": signed.scales.shape[1:]} == SignedGroups(inner=inner).row_shapes(
+        width
+    )
 
 
 def test_scales_carry_the_other_factor_of_a_product():
@@ -105,24 +109,37 @@ def test_scales_carry_the_other_factor_of_a_product():
 
 @properties
 @given(rows=st.integers(1, 5), width=st.integers(1, 90), seed=st.integers(0, 1000))
-def test_four_bit_values_are_a_step_away_at_most(rows: int, width: int, seed: int):
+def test_symmetric_four_bit_values_are_a_step_away_at_most(rows: int, width: int, seed: int):
     values = random_rows(rows, width, seed)
-    codes, scales = GroupRounding(group_size=32)(values.clone())
-    unpacked = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).float() - INT4_ZERO
-    restored = (unpacked * scales[..., None]).flatten(1)
-    padded = torch.nn.functional.pad(values, (0, restored.shape[1] - width))
-    largest = padded.view(rows, -1, 32).abs().amax(dim=-1)
+    rounded = GroupRounding(group_size=32, symmetric=True)(values.clone())
+    largest = in_groups(values).abs().amax(dim=-1)
     # the coarsest step is a seventh of the group's largest; the finest leaves 1.5 of 8.5 steps of it to be clipped
-    assert ((restored - padded).abs().view(rows, -1, 32) <= 1.5 / 8.5 * largest[..., None] * FEW_ROUNDINGS).all()
-    assert restored[:, width:].eq(0).all()
+    far = 1.5 / 8.5 * largest * FEW_ROUNDINGS
+    assert (in_groups(restored(rounded, width) - values).abs() <= far[..., None]).all()
+    whole = restored(rounded, rounded.codes.shape[1] * 32)
+    assert whole[:, width:].eq(0).all()
+
+
+def test_eight_bit_values_in_groups_are_half_a_step_away_at_most():
+    values = random_rows(5, 70, 0)
+    codes, scales, offsets = ByteGroupRounding(group_size=32)(values.clone())
+    assert {"codes": codes.shape[1:], "scales": scales.shape[1:]} == ByteGroupRounding(group_size=32).row_shapes(70)
+    whole = (codes.float() - INT8_ZERO) * scales[..., None]
+    assert offsets is None
+    assert ((whole - in_groups(values)).abs() <= scales[..., None] / 2 * FEW_ROUNDINGS).all()
+
+
+def in_groups(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [r, in] as [r, groups, 32], padded with zeros."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)).view(rows.shape[0], -1, 32)
 
 
 def test_eight_bit_floats_keep_three_bits_behind_the_first():
     values = random_rows(4, 40, 0)
-    codes, scales = Float8Rounding(largest=448.0)(values.clone())
-    restored = codes.float() * scales[:, None]
+    codes, scales, _ = Float8Rounding(largest=448.0)(values.clone())
+    whole = codes.float() * scales[:, None]
     coarse = values.abs() >= values.abs().amax(dim=1, keepdim=True) * 2**-14  # smaller ones have fewer bits
-    assert ((restored - values).abs()[coarse] <= values.abs()[coarse] / 16 * FEW_ROUNDINGS).all()
+    assert ((whole - values).abs()[coarse] <= values.abs()[coarse] / 16 * FEW_ROUNDINGS).all()
 
 
 def test_columns_are_scaled_before_they_are_rounded():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,6 +15,7 @@ from cllm_export.bundle.quantization import (  # noqa: E402
     ENGINES,
     SCHEME_NAMES,
     SCHEME_SPECS,
+    Engine,
     builds_for,
 )
 from cllm_export.errors import OptionError  # noqa: E402
@@ -46,13 +49,14 @@ def weights() -> np.ndarray:
     return matrix
 
 
-def fake(scheme: str, matrix: np.ndarray, amax: np.ndarray | None = None) -> FakeLayer:
+def fake(scheme: str, matrix: np.ndarray, amax: np.ndarray | None = None, engine: Engine | None = None) -> FakeLayer:
     given = FakeInput(
         constants=Constants(),
         name="fake.layer",
         rows=ir.Value(name="rows"),
         weight=torch.from_numpy(matrix),
-        group_size=next(iter(SCHEME_SPECS[scheme].group_sizes), None),
+        group_size=next(iter(SCHEME_SPECS[scheme].forms[0].group_sizes), None),
+        engine=engine,
         amax=None if amax is None else torch.from_numpy(amax),
     )
     return SCHEMES[scheme].fake(given)
@@ -85,8 +89,17 @@ def test_advice_for_an_engine_names_every_scheme_that_has_a_graph_for_it():
 
 def test_a_group_size_is_settled_only_where_weights_have_groups():
     assert QuantizeOptions(scheme="int4").settled_group_size == 32
-    assert QuantizeOptions(scheme="int4", group_size=128).settled_group_size == 128
+    assert QuantizeOptions(scheme="int4", engine="tensorrt", group_size=128).settled_group_size == 128
     assert QuantizeOptions(scheme="int8-dynamic").settled_group_size is None
+
+
+def test_a_group_size_whose_kernels_depend_on_the_number_of_rows_is_refused():
+    """ONNX Runtime's kernels for groups of 64 and 128 give the only row of a forward other bits."""
+    with pytest.raises(OptionError, match="group_size must be 32 for ONNX Runtime, got 64") as refused:
+        QuantizeOptions(scheme="int4", group_size=64)
+    assert refused.value.fields == ("group_size",)
+    with pytest.raises(OptionError, match="group_size must be one of 32, 64, 128 for TensorRT, got 48"):
+        QuantizeOptions(scheme="int4", engine="tensorrt", group_size=48)
 
 
 def test_options_of_quantisation_need_a_scheme():
@@ -137,7 +150,7 @@ def test_static_8_bit_weights_take_over_half_of_the_range_of_their_channel():
     assert np.allclose(fake("int8", matrix, amax).weight.numpy(), expected, rtol=10 * FEW_ROUNDINGS, atol=0)
 
 
-def test_4_bit_weights_take_the_step_of_least_error_in_each_group():
+def test_4_bit_weights_for_tensorrt_take_the_step_of_least_error_in_each_group():
     matrix = weights()
     groups = np.pad(matrix, ((0, 0), (0, 26))).reshape(9, 3, 32)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
@@ -147,9 +160,32 @@ def test_4_bit_weights_take_the_step_of_least_error_in_each_group():
         tried.append(np.clip(np.round(groups / scales), -8, 7) * scales)
     errors = np.stack([np.square(each - groups).sum(axis=-1) for each in tried])
     expected = np.take_along_axis(np.stack(tried), errors.argmin(axis=0)[None, ..., None], axis=0)[0]
-    found = fake("int4", matrix)
+    found = fake("int4", matrix, engine="tensorrt")
     assert np.allclose(found.weight.numpy(), expected.reshape(9, -1)[:, :70], rtol=FEW_ROUNDINGS, atol=0)
     assert found.nodes == []
+
+
+def test_4_bit_weights_take_the_straight_line_of_least_error_in_each_group():
+    """Through the points (code, value), for codes of five widths."""
+    matrix, found = weights(), fake("int4", weights())
+    for row, group in [(row, group) for row in range(9) for group in (slice(0, 32), slice(32, 64), slice(64, 70))]:
+        values, restored = matrix[row, group].astype(float), found.weight[row, group].numpy()
+        if np.ptp(values) == 0:
+            assert np.array_equal(restored, matrix[row, group])
+            continue
+        assert np.square(restored - values).sum() <= min(map(partial(line_error, values), SHARES)) * 1.0001
+    assert found.nodes == []
+
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Of the range of a group's values, over which codes are spread."""
+
+
+def line_error(values: np.ndarray, share: float) -> float:
+    """The squared error of the best line for codes that are spread over a share of the range."""
+    middle, step = (values.max() + values.min()) / 2, np.ptp(values) * share / 15
+    codes = np.clip(np.round((values - middle) / step - 0.5), -8, 7)
+    return float(np.square(np.polyval(np.polyfit(codes, values, 1), codes) - values).sum())
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEME_NAMES if name != "int4"])

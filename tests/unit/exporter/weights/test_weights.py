@@ -12,9 +12,9 @@ import torch
 from cllm_export.errors import OutputError
 from cllm_export.exporter.checkpoint.files import TensorInfo
 from cllm_export.exporter.checkpoint.stream import Piece
+from cllm_export.exporter.graph.groups import GroupRounding, SignedGroups
 from cllm_export.exporter.graph.model import WeightSource
 from cllm_export.exporter.graph.rotation import ColumnRotation, Rotation, RowRotation
-from cllm_export.exporter.graph.rounding import GroupRounding, SignedGroups
 from cllm_export.exporter.graph.trace import TORCH_DTYPE
 from cllm_export.exporter.weights.weights import Layout, Part, Place, WeightsFile, require_space
 
@@ -45,7 +45,7 @@ def test_an_offset_is_added_to_what_is_written_and_not_to_the_piece_which_is_has
 @pytest.mark.parametrize("ends", [(0, 6), (0, 1, 6), (0, 3, 4, 6)])
 def test_four_bits_share_a_byte_with_their_neighbour_wherever_pieces_end(tmp_path: Path, ends: tuple[int, ...]):
     stored = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
-    rounding = SignedGroups(inner=GroupRounding(group_size=32))
+    rounding = SignedGroups(inner=GroupRounding(group_size=32, symmetric=True))
     info = TensorInfo(file=tmp_path / "model.safetensors", dtype="F32", shape=(6, 32), offset=0, length=stored.nbytes)
     codes = WeightSource(tensors=("weight",), transposed=True, rounding=rounding, holds="codes")
     layout = Layout(
