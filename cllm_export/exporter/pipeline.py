@@ -246,7 +246,7 @@ class _Work:
             self._options.max_memory,
             needed=smoke_bytes(tensors) if quantize else 0,
             beside=(factor_bytes(tensors) if reads_gram else 0)
-            + (gathered_bytes(tensors) if quantize is not None and quantize.is_rotated else 0),
+            + (gathered_bytes(tensors) if quantize is not None and quantize.rotate else 0),
         )
 
     def _quantize(
@@ -261,16 +261,16 @@ class _Work:
                 num_layers=int(checkpoint.config.num_hidden_layers),
                 scales=scales,
                 maximum=_column_maximum(checkpoint, adapter),
-                rotation=self._rotate(graph, checkpoint) if self._options.quantize.is_rotated else None,
+                rotation=self._rotate(graph, checkpoint) if self._options.quantize.rotate else None,
             )
             graph.drop_unused_weights()
 
     def _rotate(self, graph: DecoderGraph, checkpoint: Checkpoint) -> RotationPlan:
-        """Rotate the graph as far as possible, and report what was not rotated."""
+        """Rotate the residual stream of a graph, and its values if that is possible."""
         quantize = self._options.quantize
         assert quantize is not None
         rotation = rotate(graph, checkpoint.read)
-        if quantize.rotate and (reason := rotation.refused.get("residual")):
+        if reason := rotation.refused.get("residual"):
             raise OptionError(
                 f"rotate is for models whose residual stream can be rotated, and in this one {reason}: leave it out",
                 fields=("rotate",),

@@ -234,23 +234,27 @@ def test_a_rotation_that_is_asked_for_is_refused_where_the_function_would_change
     assert not list(tmp_path.iterdir())
 
 
-def test_the_manifest_and_the_build_say_what_was_rotated(workshop: Workshop, tmp_path: Path):
-    said: list[str] = []
-    options = BuildOptions(quantize=QuantizeOptions(scheme="int8-dynamic"))
-    export = pipeline.export(workshop.checkpoint("gemma2"), tmp_path / "bundle", options, say=said.append)
-    made = export.bundle.manifest.quantization
-    assert made is not None and made.rotated == ("values",)
-    assert made.unrotated == {"residual": "a RMSNormalization is added to the residual stream"}
-    assert "not rotated: the residual stream, since a RMSNormalization is added to the residual stream" in said
+def test_the_manifest_and_the_build_say_what_was_rotated(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     whole = workshop.bundle("llama", **ROTATE).manifest.quantization
     assert whole is not None and whole.rotated == ("residual", "values") and whole.unrotated == {}
-    plain = workshop.bundle("llama", quantize=QuantizeOptions(scheme="int8-dynamic", rotate=False))
+    plain = workshop.bundle("llama", quantize=QuantizeOptions(scheme="int8-dynamic"))
     assert plain.manifest.quantization is not None and plain.manifest.quantization.rotated == ()
+    reason, said = "a Slice reads the values of a layer too", []
+    found = RotationPlan(rotated=("residual",), refused={"values": reason}, unties=False)
+    monkeypatch.setattr(pipeline, "rotate", lambda *_: found)
+    export = pipeline.export(
+        workshop.checkpoint("small"), tmp_path / "bundle", BuildOptions(**ROTATE, min_agreement=0), say=said.append
+    )
+    made = export.bundle.manifest.quantization
+    assert made is not None and made.rotated == ("residual",) and made.unrotated == {"values": reason}
+    assert f"not rotated: the values, since {reason}" in said
 
 
 def test_a_head_that_shared_the_embedding_is_said_to_become_a_matrix_of_its_own(workshop: Workshop, tmp_path: Path):
     said: list[str] = []
-    options = BuildOptions(quantize=QuantizeOptions(scheme="int8-dynamic"))
+    options = BuildOptions(**ROTATE)
     export = pipeline.export(workshop.checkpoint("llama"), tmp_path / "bundle", options, say=said.append)
     assert any(line.startswith("the head no longer shares the embedding's matrix, which takes 0.1 MB") for line in said)
     made = export.bundle.manifest.quantization
@@ -268,7 +272,9 @@ def test_parts_of_a_rotated_bundle_are_compared_in_the_basis_of_the_checkpoint(w
     assert all(part["error"] < 1 for part in parts[:-1])
 
 
-def test_outliers_of_the_residual_stream_cost_a_rotated_bundle_less(workshop: Workshop, tmp_path: Path):
+def test_outliers_of_the_residual_stream_cost_rows_of_8_bits_less_in_a_rotated_bundle(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """One channel of the embedding is 100 times as large as the others, as in pre-trained models."""
     from tests.checkpoints import edit_weights, make_checkpoint
 
@@ -278,6 +284,8 @@ def test_outliers_of_the_residual_stream_cost_a_rotated_bundle_less(workshop: Wo
     edit_weights(checkpoint, **{"model.embed_tokens.weight": table})
     plain = logits(workshop.build(checkpoint))
     inner = tuple(f"model.layers.0.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj"))
+
+    monkeypatch.setattr(int8_dynamic, "FineRows", int8_dynamic.CoarseRows)
 
     def apart(*, rotated: bool) -> float:
         options = QuantizeOptions(scheme="int8-dynamic", rotate=rotated, keep=inner)

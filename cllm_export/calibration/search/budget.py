@@ -71,7 +71,7 @@ class FitOptions(SchemeOptions):
                 fields=("schemes",),
             )
         for name in get_args(SchemeOption):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, False):
                 require_takers(name, getattr(self, name), self.schemes)
 
     def quantize(self, scheme: SchemeName, keep: tuple[str, ...]) -> QuantizeOptions:
@@ -84,7 +84,7 @@ class FitOptions(SchemeOptions):
             group_size=self.group_size if spec.takes("group_size") else None,
             scales=self.scales if spec.takes("scales") else None,
             engine=self.engine if spec.takes("engine") else None,
-            rotate=self.rotate if spec.takes("rotate") else None,
+            rotate=self.rotate and spec.takes("rotate"),
         )
 
 
@@ -185,7 +185,7 @@ def _stand_in(baseline: Bundle, scheme: SchemeName, options: FitOptions) -> Fake
         scales=scales,
         group_size=options.group_size,
         engine=options.engine,
-        rotate=options.rotate if SCHEME_SPECS[scheme].takes("rotate") else None,
+        rotate=options.rotate and SCHEME_SPECS[scheme].takes("rotate"),
     )
 
 

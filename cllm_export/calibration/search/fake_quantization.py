@@ -46,8 +46,8 @@ class FakeQuantization:
     """Source of the scheme's activation scales, if it needs any."""
     group_size: int | None = None
     """Input channels that share a weight scale. The default is the first of the scheme's sizes."""
-    rotate: bool | None = None
-    """Whether the model is rotated first. The default is what the scheme does."""
+    rotate: bool = False
+    """Whether the model is rotated first."""
     engine: Engine | None = None
     """Engine whose form of the scheme is emulated. The default is that of the scheme's first form."""
 
@@ -62,10 +62,6 @@ class FakeQuantization:
             )
 
     @property
-    def is_rotated(self) -> bool:
-        return SCHEME_SPECS[self.scheme].rotates if self.rotate is None else self.rotate
-
-    @property
     def settled_group_size(self) -> int | None:
         """Input channels that share a scale. None if the scheme has no groups."""
         form = SCHEME_SPECS[self.scheme].form(self.engine)
@@ -77,8 +73,8 @@ def fake_quantized(
 ) -> tuple[ModelProto, dict[str, FloatArray]]:
     """A copy of a bundle's fp32 graph that rounds these layers, and the rounded weights to run it with.
 
-    Where a build would rotate the model, the rows of a layer are rotated before they are rounded, and its weight is
-    rounded as rotated. A bundle with linked weights is taken as one that cannot be rotated.
+    Where a build rotates the model, the rows of a layer are rotated before they are rounded, and its weight is rounded
+    as rotated. A bundle with linked weights is taken as one that cannot be rotated.
 
     Raises:
         CalibrationError: the bundle is not fp32, or a layer has no scales.
@@ -90,7 +86,7 @@ def fake_quantized(
     initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
     model = ir.serde.deserialize_model(graph)
     readers = {_weight_name(node): node for node in model.graph}
-    turns = _Turns(bundle, graph, model.graph if how.is_rotated else None)
+    turns = _Turns(bundle, graph, model.graph if how.rotate else None)
     weights = {}
     for layer in layers:
         stored = read_weight(bundle, initializers[layer.weight])

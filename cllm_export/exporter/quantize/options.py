@@ -47,13 +47,13 @@ class SchemeOptions:
         None, help="The scales file that `calibrate` wrote. int8 and fp8 need it; int4 uses GPTQ with it."
     )
     """File of a calibration. int8 and fp8 need one; with one, int4 is rounded by GPTQ; int8-dynamic takes none."""
-    rotate: bool | None = option(
-        None,
-        help="For int8-dynamic: rotate the model first, which changes no result and rounds it less.",
-        otherwise="as far as the model can be rotated",
+    rotate: bool = option(
+        False,
+        help="For int8-dynamic: rotate the model first, and round activations to 8 bits instead of 14: faster blocks.",
+        flag="--rotate",
     )
-    """Rotate the residual stream and the values, so that no channel is far above the others. If True, a model whose
-    residual stream cannot be rotated is refused."""
+    """Rotate the residual stream and the values, so that no channel is far above the others. The rows of layers that
+    read them then take 8 bits. A model whose residual stream cannot be rotated is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class QuantizeOptions(LayerOptions):
                 "leave it out",
                 fields=("engine",),
             )
-        if self.rotate is not None:
+        if self.rotate:
             require_takers("rotate", self.rotate, (self.scheme,))
 
     def _require_group_size(self, group_size: int) -> None:
@@ -142,11 +142,6 @@ class QuantizeOptions(LayerOptions):
         form = self.spec.form(self.engine)
         assert form is not None
         return form
-
-    @property
-    def is_rotated(self) -> bool:
-        """Whether the model is rotated as far as it can be."""
-        return self.spec.rotates if self.rotate is None else self.rotate
 
     @property
     def settled_group_size(self) -> int | None:

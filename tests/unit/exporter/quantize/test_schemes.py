@@ -202,12 +202,10 @@ def test_only_schemes_whose_activations_have_eight_bits_by_row_are_rotated():
     """Scales of a calibration are of activations that were not rotated."""
     assert [name for name, spec in SCHEME_SPECS.items() if spec.rotates] == ["int8-dynamic"]
     assert all(spec.scales == "refused" for spec in SCHEME_SPECS.values() if spec.rotates)
-    assert QuantizeOptions(scheme="int8-dynamic").is_rotated and not QuantizeOptions(scheme="int4").is_rotated
-    assert not QuantizeOptions(scheme="int8-dynamic", rotate=False).is_rotated
     with pytest.raises(OptionError, match="rotate is for int8-dynamic, got True with int4: leave it out"):
         QuantizeOptions(scheme="int4", rotate=True)
 
 
-def test_a_rotation_needs_a_precision_that_quantises_even_if_it_is_turned_off():
+def test_a_rotation_needs_a_precision_that_quantises():
     with pytest.raises(OptionError, match="rotate needs a precision that quantises"):
-        quantize_options(None, LayerOptions(rotate=False))
+        quantize_options(None, LayerOptions(rotate=True))
