@@ -46,8 +46,7 @@ from tests.parity.compare import random_prompts  # noqa: E402
 DYNAMIC = QuantizeOptions(scheme="int8-dynamic")
 INT8 = {"quantize": DYNAMIC}
 INT4 = QuantizeOptions(scheme="int4")
-UNROTATED = {"quantize": QuantizeOptions(scheme="int8-dynamic", rotate=False)}
-UNROTATED_HEAD = {"quantize": QuantizeOptions(scheme="int8-dynamic", rotate=False, head=True)}
+INT8_HEAD = {"quantize": QuantizeOptions(scheme="int8-dynamic", head=True)}
 FAMILIES = ("llama", "llama-linear-bias-mqa", "qwen3", "gemma2", "phi3")
 NUM_NEW_TOKENS = 24
 MIN_SHARE_OF_TPF = 0.97
@@ -117,7 +116,7 @@ def assert_lossless(model: Model, prompts: list[Any], **options: Any) -> list[An
 def test_the_arithmetic_is_that_of_integers_with_a_scale_for_each_row_and_channel(workshop: Workshop, name: str):
     tokens = random_prompts(280, [20], seed=3)[0]
     checkpoint = workshop.checkpoint(name)
-    ours = engine_logits(workshop.bundle(name, **UNROTATED), tokens)
+    ours = engine_logits(workshop.bundle(name, **INT8), tokens)
     apart = differences(ours, stock_logits(checkpoint, tokens, quantized=True))
     assert np.median(apart) < TYPICAL and apart.max() < LARGEST, (np.median(apart), apart.max())
     plain = differences(ours, stock_logits(checkpoint, tokens, quantized=False))
@@ -154,7 +153,7 @@ def test_no_processor_saturates_a_product_of_the_largest_activations(
 @pytest.mark.parametrize("name", ["llama", "phi3"], ids=["tied", "untied"])
 def test_the_head_is_quantised_where_that_is_asked_for(workshop: Workshop, name: str):
     tokens = random_prompts(280, [20], seed=4)[0]
-    bundle = workshop.bundle(name, **UNROTATED_HEAD)
+    bundle = workshop.bundle(name, **INT8_HEAD)
     apart = differences(
         engine_logits(bundle, tokens), stock_logits(workshop.checkpoint(name), tokens, quantized=True, head=True)
     )
@@ -200,7 +199,7 @@ def test_verify_requires_losslessness_and_reports_the_distance(workshop: Worksho
 
 
 def test_every_weight_is_listed_as_quantised_or_kept_for_a_reason(workshop: Workshop):
-    bundle, plain = workshop.bundle("llama", **UNROTATED), workshop.bundle("llama")
+    bundle, plain = workshop.bundle("llama", **INT8), workshop.bundle("llama")
     record = bundle.manifest.quantization
     assert record is not None
     assert record.kept["model.embed_tokens.weight"] == "embedding, head: kept unless asked for"
@@ -224,7 +223,7 @@ def test_zero_weights_and_zero_rows_give_zeros(workshop: Workshop, tmp_path: Pat
     down[5], table[7] = 0, 0  # a channel without a scale, and a token whose every activation is 0
     edit_weights(checkpoint, **{"model.layers.0.mlp.down_proj.weight": down, "model.embed_tokens.weight": table})
     tokens = [7, 7, 3, 9, 7]
-    ours = engine_logits(workshop.build(checkpoint, **UNROTATED), tokens)
+    ours = engine_logits(workshop.build(checkpoint, **INT8), tokens)
     assert np.isfinite(ours).all()
     assert differences(ours[2:], stock_logits(checkpoint, tokens, quantized=True)[2:]).max() < LARGEST
 

@@ -18,9 +18,11 @@ from cllm_export.bundle.manifest import Bundle  # noqa: E402
 from cllm_export.errors import OptionError  # noqa: E402
 from cllm_export.exporter import pipeline  # noqa: E402
 from cllm_export.exporter.checkpoint.read import Checkpoint, open_checkpoint  # noqa: E402
+from cllm_export.exporter.graph import rotate as rotations  # noqa: E402
 from cllm_export.exporter.graph.model import DecoderGraph  # noqa: E402
 from cllm_export.exporter.graph.rotate import RotationPlan, plan_rotation, rotate  # noqa: E402
 from cllm_export.exporter.options import BuildOptions  # noqa: E402
+from cllm_export.exporter.quantize import int8_dynamic  # noqa: E402
 from cllm_export.exporter.quantize.linear import linear_layers  # noqa: E402
 from cllm_export.exporter.quantize.options import QuantizeOptions  # noqa: E402
 from cllm_export.exporter.settle import settle  # noqa: E402
@@ -240,14 +242,15 @@ def test_the_manifest_and_the_build_say_what_was_rotated(
     plain = workshop.bundle("llama", quantize=QuantizeOptions(scheme="int8-dynamic"))
     assert plain.manifest.quantization is not None and plain.manifest.quantization.rotated == ()
     reason, said = "a Slice reads the values of a layer too", []
-    found = RotationPlan(rotated=("residual",), refused={"values": reason}, unties=False)
-    monkeypatch.setattr(pipeline, "rotate", lambda *_: found)
-    export = pipeline.export(
-        workshop.checkpoint("small"), tmp_path / "bundle", BuildOptions(**ROTATE, min_agreement=0), say=said.append
-    )
+
+    def refuse(*_: object) -> RotationPlan:
+        raise rotations.NotRotatable(reason)
+
+    monkeypatch.setattr(rotations, "_values", refuse)
+    export = pipeline.export(workshop.checkpoint("small"), tmp_path / "bundle", BuildOptions(**ROTATE), say=said.append)
     made = export.bundle.manifest.quantization
     assert made is not None and made.rotated == ("residual",) and made.unrotated == {"values": reason}
-    assert f"not rotated: the values, since {reason}" in said
+    assert f"not rotated: the values in the KV cache, since {reason}" in said
 
 
 def test_a_head_that_shared_the_embedding_is_said_to_become_a_matrix_of_its_own(workshop: Workshop, tmp_path: Path):

@@ -19,7 +19,8 @@ from cllm_export.bundle.quantization import (  # noqa: E402
     builds_for,
 )
 from cllm_export.errors import OptionError  # noqa: E402
-from cllm_export.exporter.graph.rounding import PairRounding, restored  # noqa: E402
+from cllm_export.exporter.graph.groups import restored  # noqa: E402
+from cllm_export.exporter.graph.rounding import PairRounding  # noqa: E402
 from cllm_export.exporter.lint.rules import DTYPES  # noqa: E402
 from cllm_export.exporter.quantize.options import LayerOptions, QuantizeOptions, quantize_options  # noqa: E402
 from cllm_export.exporter.quantize.scheme import FakeInput, FakeLayer  # noqa: E402
