@@ -20,6 +20,7 @@ import numpy as np
 TYPES = {
     "F32": gguf.GGMLQuantizationType.F32,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "Q4_1": gguf.GGMLQuantizationType.Q4_1,
     "Q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
 
