@@ -33,6 +33,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from time import sleep
 from typing import IO, Any
 
 from rich.console import Console
@@ -50,6 +51,8 @@ SCRIPTS = {OURS: "cllm_forwards.py", GENAI: "genai_forwards.py", LLAMA: "llama_c
 GENERAL = Path("general")
 TEXT_LENGTH = 256
 """Tokens of a text that are read as one: reading the past again for every block keeps texts short."""
+PAUSE = 0.3
+"""Seconds before a row is timed: threads of the one before spin for a while after their last forward."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -184,6 +187,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict[Row, Measured]:
         for number in range(args.rounds + 1):
             first = number % len(rows)
             for row in rows[first:] + rows[:first]:
+                sleep(PAUSE)
                 for n, values in milliseconds[row].items():
                     value = median(workers[row].time(n, args.past, args.warm_up, args.timed))
                     if number > 0:  # the first round is a warm-up
