@@ -6,7 +6,7 @@ linear layer, *in* channels wide, it holds:
     amax/NAME       [in]      largest |x| of each channel: static int8 with smoothing (arXiv 2211.10438), fp8
     high/NAME       [in]      bound that |x| of each channel keeps in ``HIGH_SHARE`` of the rows: a robust amax
     mean_abs/NAME   [in]      mean |x| of each channel: AWQ (arXiv 2306.00978)
-    gram/NAME       [in, in]  sum of x x^T over the rows, only if requested: GPTQ (arXiv 2210.17323)
+    gram/NAME       [in, in]  sum of x x^T over rows of root mean square 1, only if requested: GPTQ (arXiv 2210.17323)
 
 Layers that read the same value (the three projections of an attention; gate and up) share one input. Its NAME is the
 first of their tensors. A layer is looked up by the checkpoint name of its weight, which exporter and bundle both know.
@@ -34,7 +34,7 @@ from cllm_export.bundle.storage import output_error, whole_file
 from cllm_export.checks import from_fields, require_at_least
 from cllm_export.errors import OutputError, ScalesError
 
-SCALES_VERSION = 1
+SCALES_VERSION = 2
 HIGH_SHARE = 0.999
 """Share of the rows whose magnitude is at most ``high``."""
 AGAIN = "calibrate again with: cllm-export calibrate"
@@ -138,7 +138,9 @@ class Scales:
         return entry
 
     def gram(self, tensor: str) -> FloatArray:
-        """Sum of x x^T [in, in] over the rows of this layer's input, as a read-only memory map of the file.
+        """Sum of x x^T [in, in] over the rows x of this layer's input, each divided by its root mean square.
+
+        It is a read-only memory map of the file.
 
         Raises:
             ScalesError: the file holds no Gram matrices.

@@ -315,7 +315,7 @@ class _Work:
             return None
         bundle, least = open_bundle(staging), quantize.min_agreement
         with self.stages.stage("agreement"):
-            agreement = measure_agreement(
+            agreement, perplexity = measure_agreement(
                 bundle,
                 checkpoint,
                 adapter,
@@ -324,7 +324,7 @@ class _Work:
                 progress=self.stages.progress,
             )
         self.stages.say(f"the bundle predicts the model's own token for {agreement} tokens of general text")
-        if warning := doubt(agreement):
+        if warning := doubt(agreement, perplexity):
             self.stages.say(warning)
         assert bundle.manifest.quantization is not None
         record = replace(bundle.manifest.quantization, agreement=agreement)

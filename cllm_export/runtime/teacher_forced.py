@@ -24,6 +24,10 @@ CHUNK = 32
 WINDOW = 512
 """Most tokens of general text that are read as one text."""
 MOST_WINDOWS = 8
+KNOWN_PERPLEXITY = 100.0
+"""A model whose perplexity on a text is above this one does not know such text, and what it predicts there is no
+evidence. Pre-trained models of a hundred million parameters have about 10 on general text. A model that was tuned from
+nothing for one task has thousands."""
 MOST_PERPLEXITY = 1e30
 """A larger perplexity counts as this one, so that it is a finite number."""
 
@@ -89,6 +93,12 @@ def perplexity(readings: Iterable[Reading]) -> float:
     """exp of the mean negative log-probability of every token that is to be predicted."""
     readings = list(readings)
     mean = -sum(each.log_probability for each in readings) / sum(len(each.predicted) for each in readings)
+    return math.exp(min(mean, math.log(MOST_PERPLEXITY)))
+
+
+def perplexity_of(logits: NDArray[np.float32], following: Sequence[int]) -> float:
+    """exp of the mean negative log-probability of one token after each row of logits [m, V]."""
+    mean = -float(_log_probabilities(logits, following).mean())
     return math.exp(min(mean, math.log(MOST_PERPLEXITY)))
 
 

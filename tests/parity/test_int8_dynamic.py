@@ -232,7 +232,7 @@ def test_a_bundle_that_does_not_compute_its_model_is_not_left_behind(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The count of greedy tokens finds it as well, with other words: these are the layer's."""
-    monkeypatch.setattr(int8_dynamic, "ChannelRounding", lambda: ChannelRounding(scale_factor=127))
+    monkeypatch.setattr(int8_dynamic, "ChannelRounding", lambda: PairRounding(scale_factor=127))
     with pytest.raises(QuantizationError, match=r"does not compute its model any more: layer 0 is off by \S+ of its"):
         build(
             workshop.checkpoint("small"),
@@ -288,8 +288,9 @@ def test_a_build_warns_of_a_bundle_that_agrees_too_little(workshop: Workshop, tm
 
 
 def test_a_bundle_that_agrees_gets_no_warning():
-    assert smoke.doubt(Agreement(equal=92, of=100)) is None
-    assert "fewer than 92%" in (smoke.doubt(Agreement(equal=91, of=100)) or "")
+    assert smoke.doubt(Agreement(equal=92, of=100), 9.0) is None
+    assert "fewer than 92%" in (smoke.doubt(Agreement(equal=91, of=100), 9.0) or "")
+    assert "does not know general text" in (smoke.doubt(Agreement(equal=91, of=100), 3420.0) or "")
 
 
 def test_linking_is_refused_by_name(workshop: Workshop):

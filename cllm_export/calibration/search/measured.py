@@ -141,7 +141,7 @@ class Losses:
     agreement: float
     """Share of the tokens of given texts for which both predict the same token."""
     perplexity: float
-    """Share by which the perplexity on general text is higher. Below 0 if it is lower."""
+    """Share by which the perplexity is higher, see ``Readings.perplexity_rise``. Below 0 if it is lower."""
     same_text: float
     """Share of prompts with an equal text."""
 

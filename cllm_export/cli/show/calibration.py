@@ -15,7 +15,7 @@ from cllm_export.progress import counted
 
 MAX_SHOWN = 10
 AGREEMENTS = {
-    "same token, all texts": "agreement",
+    "same token, known texts": "agreement",
     "same token, general text": "general_agreement",
     "same token, texts of the prompts": "prompts_agreement",
 }

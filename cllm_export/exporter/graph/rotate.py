@@ -28,7 +28,7 @@ UNIT_NORM = "unit_norm"
 
 IsWeight = Callable[[ir.Value], bool]
 ReadTensor = Callable[[str], Tensor]
-"""Gives a checkpoint tensor by its name, after any adapter is merged."""
+"""Gives a checkpoint tensor by its name, as stored. Only norms are read, and no adapter changes them."""
 
 
 class NotRotatable(Exception):  # noqa: N818 - an answer within this module, not an error of the project

@@ -63,7 +63,7 @@ class ColumnRotation:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Some rows [r, in] of the weight, changed, in fp32."""
-        return self.rotation(rows if self.scale is None else rows.double().mul_(self.scale))
+        return self.rotation(rows if self.scale is None else rows.double() * self.scale)  # not in place: fp64 is stored
 
 
 @dataclass(frozen=True, kw_only=True)

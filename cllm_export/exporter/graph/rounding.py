@@ -72,12 +72,9 @@ class ChannelRounding(_SignedChannels):
     A row of zeros has scale 1, since TensorRT takes only positive scales.
     """
 
-    scale_factor: float = 1.0
-    """A constant factor of the product that is folded into the scales, so that it needs no node of its own."""
-
     def __call__(self, rows: Tensor) -> Rounded:
         scales = positive(rows.abs().amax(dim=1).div_(INT8_MAX))
-        return Rounded(_signed_codes(rows, scales), scales * self.scale_factor)
+        return Rounded(_signed_codes(rows, scales), scales)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from cllm_export.exporter.parity.layer_reference import Float32Array, LayerRecor
 from cllm_export.progress import Progress
 from cllm_export.runtime.decoding.text import TextCodec
 from cllm_export.runtime.general_text import KINDS, general_passages
-from cllm_export.runtime.teacher_forced import general_texts
+from cllm_export.runtime.teacher_forced import KNOWN_PERPLEXITY, general_texts, perplexity_of
 
 MAX_DISTANCE = 1.5
 """Largest ratio of root mean squares, a layer's error to its output. At 1.5 nothing is left of the model. A few large
@@ -59,8 +59,10 @@ def measure_agreement(
     least: float,
     threads: int,
     progress: Progress = lambda *_: None,
-) -> Agreement:
+) -> tuple[Agreement, float]:
     """Compare forwards of the bundle over general text with the checkpoint, after any adapter is merged.
+
+    Returns the agreement, and the checkpoint's perplexity on that text.
 
     Args:
         least: smallest accepted share of tokens for which the bundle predicts the checkpoint's token.
@@ -90,29 +92,35 @@ def measure_agreement(
         num_layers=manifest.geometry.num_layers,
         adapter=adapter,
     )
-    expected = reference.run(token_ids, visit).argmax(axis=-1)
-    equal = int(np.sum(graph.head(token_ids, hidden.pop()) == expected))
+    logits = reference.run(token_ids, visit)
+    equal = int(np.sum(graph.head(token_ids, hidden.pop()) == logits.argmax(axis=-1)))
     agreement = Agreement(equal=equal, of=len(token_ids))
     if agreement.share < least:
         raise QuantizationError(
             f"the {_scheme(bundle)} bundle predicts the model's own token for only {agreement} tokens of general text, "
-            f"and at least {least:.0%} are asked for; nothing was written. {ADVICE}, or allow less with min_agreement",
+            f"and at least {100 * least:g}% are asked for; nothing was written. {ADVICE}, or allow less with "
+            "min_agreement",
             fields=("min_agreement",),
         )
-    return agreement
+    return agreement, perplexity_of(logits[:-1], token_ids[1:])
 
 
 ADVICE = "Keep layers unquantised with keep='TENSOR' (cllm-export quantize chooses them) or choose a wider precision"
 
 
-def doubt(agreement: Agreement) -> str | None:
-    """A warning about a bundle that differs from its model more than a good one does; None for a good one."""
+def doubt(agreement: Agreement, perplexity: float) -> str | None:
+    """A warning about a bundle that differs from its model more than a good one does; None for a good one.
+
+    Args:
+        perplexity: that of the model on the same text.
+    """
     if agreement.share >= GOOD_AGREEMENT:
         return None
-    return (
-        f"warning: fewer than {GOOD_AGREEMENT:.0%} of the tokens agree, so most texts will differ from the model's. "
-        f"{ADVICE}; cllm-export convergence measures the agreement on your prompts"
-    )
+    measure = "cllm-export convergence measures the agreement on your prompts"
+    if perplexity > KNOWN_PERPLEXITY:
+        known = f"the model does not know general text (its perplexity is {perplexity:,.0f})"
+        return f"{known}, so this says little: {measure}"
+    return f"warning: fewer than {GOOD_AGREEMENT:.0%} of the tokens agree. {ADVICE}; {measure}"
 
 
 def general_tokens(bundle: Bundle, count: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from cllm_export.bundle.quantization import (
     ENGINE_TITLES,
@@ -159,9 +159,8 @@ def quantize_options(scheme: SchemeName | None, layers: LayerOptions) -> Quantiz
         return QuantizeOptions(scheme=scheme, **vars(layers))
     names = ("head", "group_size", "keep", "scales", "engine", "min_agreement", "rotate")
     if used := next((name for name in names if getattr(layers, name) != getattr(LayerOptions, name)), None):
-        raise OptionError(
-            f"{used} needs a precision that quantises: {', '.join(SCHEME_NAMES)}", fields=(used, "precision")
-        )
+        takers = next((schemes_that_take(name) for name in get_args(SchemeOption) if name == used), SCHEME_NAMES)
+        raise OptionError(f"{used} needs a precision that quantises: {', '.join(takers)}", fields=(used, "precision"))
     return None
 
 
@@ -169,7 +168,7 @@ def require_takers(name: SchemeOption, given: object, schemes: Collection[Scheme
     """Raise OptionError unless at least one of the schemes takes the given option."""
     takers = schemes_that_take(name)
     if not set(takers) & set(schemes):
+        got = "it" if given is True else given
         raise OptionError(
-            f"{name} is for {' and '.join(takers)}, got {given} with {', '.join(schemes)}: leave it out",
-            fields=(name,),
+            f"{name} is for {' and '.join(takers)}, got {got} with {', '.join(schemes)}: leave it out", fields=(name,)
         )

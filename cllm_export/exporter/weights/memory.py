@@ -54,6 +54,10 @@ class MemoryPlan:
     """Predicted peak of the whole build."""
 
 
+BASE_MARGIN = 32 << 20
+"""Bytes by which the memory of this process may differ in the next run, which is told what is enough."""
+
+
 def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> MemoryPlan:
     """Divide the part of ``max_memory`` that is not used yet: pieces get theirs first, staged weights the rest.
 
@@ -68,7 +72,7 @@ def plan_memory(max_memory: int | None, *, needed: int = 0, beside: int = 0) -> 
         max_memory = base + max(PIECE_COPIES * MAX_PIECE_BYTES + STAGE_BYTES, needed)
     smallest = base + max(PIECE_COPIES * MIN_PIECE_BYTES, needed)
     if max_memory < smallest:
-        needed = -(-smallest // 10_000_000) * 10
+        needed = -(-(smallest + BASE_MARGIN) // 10_000_000) * 10
         raise OptionError(f"max_memory={max_memory / 1e6:.0f}MB is too small; the smallest that works is {needed}MB")
     piece = min(MAX_PIECE_BYTES, (max_memory - base) // PIECE_COPIES)
     stage = min(STAGE_BYTES, max_memory - base - PIECE_COPIES * piece)

@@ -194,7 +194,10 @@ def require_space(directory: Path, needed: int, target: Path, *, can_link: bool 
 
 
 class WeightsFile:
-    """``weights.bin`` while it is filled. Pieces may come in any order; a separate thread computes the checksum."""
+    """``weights.bin`` while it is filled. A separate thread computes the checksum.
+
+    Tensors may come in any order, each with its pieces in a row, from its first to its last.
+    """
 
     def __init__(self, path: Path, layout: Layout, stage_bytes: int, change: Change | None = None) -> None:
         self._layout = layout
@@ -257,6 +260,7 @@ class WeightsFile:
             for start in range(0, len(whole), step):
                 stop = min(start + step, len(whole))
                 self._put(Piece(piece.name, info, start, stop, _bytes_of(whole[start:stop])), None)
+            self._gathered = torch.empty(0)
 
     def _gather(self, piece: Piece) -> Tensor | None:
         """Keep the changed rows of a piece in fp32. Returns the tensor once it is whole."""

@@ -125,7 +125,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
 
 def test_a_newer_version_is_refused_with_what_to_do(path, monkeypatch):
     monkeypatch.setattr("cllm_export.bundle.scales.SCALES_VERSION", 0)
-    with pytest.raises(ScalesError, match="has version 1, this cllm-export reads 0: upgrade cllm-export"):
+    with pytest.raises(ScalesError, match="has version 2, this cllm-export reads 0: upgrade cllm-export"):
         open_scales(path)
 
 

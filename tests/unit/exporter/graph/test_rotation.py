@@ -55,6 +55,9 @@ def test_a_layer_that_takes_over_a_scale_and_a_rotation_gives_the_same_from_a_ro
     rows, weight, scale = (torch.randn(*shape, generator=generator) for shape in ((4, 24), (10, 24), (24,)))
     rotation = Rotation(24)
     changed = ColumnRotation(rotation=rotation, scale=scale.double())(weight)
+    stored = weight.double()
+    ColumnRotation(rotation=rotation, scale=scale.double())(stored)
+    assert torch.equal(stored, weight.double()), "another thread hashes the stored rows"
     assert torch.allclose(rotation(rows) @ changed.T, (rows * scale) @ weight.T, atol=10 * FP32)
 
 
