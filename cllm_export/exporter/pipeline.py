@@ -147,8 +147,10 @@ def export(
     check_output(output, force=force, marker=MANIFEST_NAME)
     if is_gguf(path):
         refuse_link(path, options)
-        with imported(path, output, voice=Voice(progress=progress or (lambda *_: None))) as checkpoint:
-            return export(checkpoint, output, options, force=force, progress=progress, say=say)
+        voice = Voice(progress=progress or (lambda *_: None))
+        with watched_memory() as whole, imported(path, output, voice=voice) as checkpoint:
+            done = export(checkpoint, output, options, force=force, progress=progress, say=say)
+        return replace(done, report=replace(done.report, peak=max(whole.peak, done.report.peak)))
     with watched_memory() as memory:
         work = _Work(options, output, Stages(say or (lambda _: None), progress or (lambda *_: None)))
         report = work.run(path, force=force)
