@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -148,6 +149,7 @@ def _check_tokenizer(file: GgufFile) -> None:
         )
     if not _are_texts(tokens):
         raise CheckpointError(f"{file.path} is damaged: its tokens are no texts; download it again")
+    _check_vocabulary(file, tokens)
     needed = "merges" if kind == "gpt2" else "scores"
     if not isinstance(fields.get(f"tokenizer.ggml.{needed}"), list) and "tokenizer.ggml.merges" not in fields:
         raise CheckpointError(f"{file.path} has a tokenizer without tokenizer.ggml.{needed}; download it again")
@@ -160,6 +162,19 @@ def _check_tokenizer(file: GgufFile) -> None:
             )
     for key in ("bos", "eos", "unknown", "padding", "eot", "eom"):
         _check_token_id(file, f"tokenizer.ggml.{key}_token_id", len(tokens))
+
+
+def _check_vocabulary(file: GgufFile, tokens: list[str]) -> None:
+    """Refuse a token that is there twice, and more tokens than the embedding has rows."""
+    if len(set(tokens)) < len(tokens):
+        twice, count = Counter(tokens).most_common(1)[0]
+        raise CheckpointError(
+            f"{file.path} is damaged: it has the token {reprlib.repr(twice)} {count} times; download it again"
+        )
+    if len(tokens) > (rows := file.tensors[EMBEDDING].shape[0]):
+        raise CheckpointError(
+            f"{file.path} is damaged: it has {len(tokens)} tokens, and {EMBEDDING} has {rows} rows; download it again"
+        )
 
 
 def _check_token_id(file: GgufFile, key: str, num_tokens: int) -> None:

@@ -83,6 +83,8 @@ def _longrope(file: GgufFile, base: dict[str, Any]) -> dict[str, Any]:
     original = file.get("rope.scaling.original_context_length")
     if original is None or {LONG_FACTORS, SHORT_FACTORS} - set(file.tensors) or file.architecture != "phi3":
         raise _unknown(file, "scales rope by length, and does not say all that this needs")
+    if original <= 1:
+        raise _unknown(file, f"scales rope by length from an original context of {original} tokens")
     factors = {
         "long_factor": read_tensor(file, file.tensors[LONG_FACTORS]).tolist(),
         "short_factor": read_tensor(file, file.tensors[SHORT_FACTORS]).tolist(),

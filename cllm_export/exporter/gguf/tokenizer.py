@@ -6,13 +6,19 @@ transformers splits as GPT-2 where it does not know the name, and llama.cpp refu
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.errors import CheckpointError, OutputError, UnsupportedError
 from cllm_export.exporter.gguf.header import GgufFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -49,20 +55,47 @@ def write_tokenizer(file: GgufFile, directory: Path) -> None:
 
     Raises:
         CheckpointError: transformers cannot convert the tokenizer.
+        OutputError: the directory cannot hold a symbolic link.
     """
+    with _alone(file, directory) as path:
+        try:
+            tokenizer = _converted(file, path)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # many unrelated types, and a panic of tokenizers is no Exception
+            raise CheckpointError(
+                f"{file.path} has a tokenizer that cannot be converted: {type(error).__name__}: {error}; take another "
+                "file of the model"
+            ) from None
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _alone(file: GgufFile, directory: Path) -> Iterator[Path]:
+    """A link to the file in an empty directory below ``directory``, for the time of the block.
+
+    transformers prefers a ``tokenizer.json`` beside a GGUF file to the tokenizer in it.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        link = Path(scratch) / "model.gguf"
+        try:
+            link.symlink_to(file.path.resolve())
+        except OSError as error:
+            raise OutputError(
+                f"cannot link {file.path} into {directory.parent}: {error.strerror or error}; choose an output on a "
+                "file system that has symbolic links"
+            ) from None
+        yield link
+
+
+def _converted(file: GgufFile, path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     begins = {} if "tokenizer.ggml.add_bos_token" in file.metadata else _bos(file)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name, **begins)
-    except Exception as error:  # transformers and tokenizers raise many unrelated types
-        raise CheckpointError(
-            f"{file.path} has a tokenizer that cannot be converted: {type(error).__name__}: {error}; take another file "
-            "of the model"
-        ) from None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name, **begins)
     if file.metadata["tokenizer.ggml.model"] == "gpt2":
         _split(tokenizer.backend_tokenizer, _name_of_split(file))
-    tokenizer.save_pretrained(directory)
+    return tokenizer
 
 
 def check_split(file: GgufFile) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cllm_export.exporter.gguf.convert import import_gguf
 from cllm_export.exporter.gguf.header import GgufFile, read_gguf
 from cllm_export.exporter.gguf.options import ImportOptions
 from cllm_export.progress import Voice
+from tests.checkpoints import LONGROPE, Variant
 from tests.conftest import Workshop
 from tests.unit.exporter.gguf.made import write_gguf
 
@@ -240,6 +242,55 @@ WRONG_FIELDS: dict[str, tuple[dict[str, object], str]] = {
 def test_wrong_metadata_is_named(checkpoint: Path, tmp_path: Path, case: str):
     fields, says = WRONG_FIELDS[case]
     assert says in refused(write_gguf(tmp_path / "wrong.gguf", checkpoint, **fields))
+
+
+def test_a_token_that_is_there_twice(checkpoint: Path, good: Path, tmp_path: Path):
+    tokens = read_gguf(good).metadata["tokenizer.ggml.tokens"]
+    twice = [*tokens[:-1], tokens[9]]
+    assert f"the token {tokens[9]!r} 2 times" in refused(write_gguf(tmp_path / "a.gguf", checkpoint, **{TOKENS: twice}))
+
+
+def test_more_tokens_than_rows(checkpoint: Path, good: Path, tmp_path: Path):
+    metadata = read_gguf(good).metadata
+    fields = {
+        TOKENS: [*metadata["tokenizer.ggml.tokens"], "one more"],
+        "tokenizer__ggml__token_type": [*metadata["tokenizer.ggml.token_type"], 1],
+        "llama__vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+    }
+    assert "token_embd.weight has" in refused(write_gguf(tmp_path / "a.gguf", checkpoint, **fields))
+
+
+def test_a_panic_of_tokenizers_is_refused(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is no Exception, so a plain handler lets it through. To stop the program is no panic."""
+
+    class PanicException(BaseException):
+        pass
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(good.read_bytes())
+
+    def convert(kind: type[BaseException]) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise kind("no such entry")
+
+        return fail
+
+    monkeypatch.setattr("cllm_export.exporter.gguf.tokenizer._converted", convert(PanicException))
+    assert "PanicException: no such entry" in refused(path)
+    monkeypatch.setattr("cllm_export.exporter.gguf.tokenizer._converted", convert(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("original", [0, 1])
+def test_a_length_from_which_nothing_scales(workshop: Workshop, tmp_path: Path, original: int):
+    source = workshop.new_checkpoint(
+        "gguf-no-length", Variant(family="phi3", rope=LONGROPE, config={"original_max_position_embeddings": 64})
+    )
+    field = {"phi3__rope__scaling__original_context_length": original}
+    path = write_gguf(tmp_path / "a.gguf", source, **field)
+    assert f"original context of {original} tokens" in refused(path, kind=UnsupportedError)
 
 
 MISSING = {

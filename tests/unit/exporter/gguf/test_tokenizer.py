@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.gguf.convert import import_gguf
@@ -46,6 +47,29 @@ def test_the_tokens_are_those_of_the_checkpoint(checkpoint: Path, tmp_path: Path
     source = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     for text in TEXTS:
         assert tokenizer.encode(text).ids == source.encode(text).ids, text
+
+
+def test_a_tokenizer_beside_the_file_is_not_taken(checkpoint: Path, tmp_path: Path):
+    """The file has its own, and a download of another model may lie there."""
+    expected, own = imported(checkpoint, tmp_path / "alone")
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    foreign = Tokenizer(WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    foreign.save(str(beside / "tokenizer.json"))
+    (beside / "chat_template.jinja").write_text("foreign")
+    (beside / "tokenizer_config.json").write_text('{"eos_token": "[UNK]", "chat_template": "foreign"}')
+    file = write_gguf(beside / "model.gguf", checkpoint)
+    made = import_gguf(file, tmp_path / "imported").path
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in expected.iterdir())
+    for path in expected.iterdir():
+        assert (made / path.name).read_bytes() == path.read_bytes() or path.name == "import.json", path.name
+    assert Tokenizer.from_file(str(made / "tokenizer.json")).to_str() == own.to_str()
+
+
+def test_a_file_is_found_by_a_relative_path(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_gguf(tmp_path / "model.gguf", checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert (import_gguf("model.gguf", "imported").path / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o"])
