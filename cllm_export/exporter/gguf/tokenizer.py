@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from cllm_export.errors import CheckpointError, OutputError, UnsupportedError
 from cllm_export.exporter.gguf.header import GgufFile
@@ -46,6 +46,21 @@ DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exao
 """Names for which each digit stands alone, and the rest is split as that of GPT-2."""
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Names for which a word of the vocabulary is one token whatever the merges are, and a text begins with BOS."""
+
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""Fields whose token ends a text in llama.cpp: end of sequence, of turn and of message."""
+END_TEXTS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>"),
+    *("<|end_of_text|>", "<end_of_utterance>"),
+)
+"""Tokens that end a text in llama.cpp whatever the fields say, because many files leave them out."""
+
+
+def ends_of(file: GgufFile) -> list[int]:
+    """The tokens that end a text: those that the fields name, and then those with a text of an end."""
+    named = [file.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS]
+    by_text = [token for token, text in enumerate(file.metadata["tokenizer.ggml.tokens"]) if text in END_TEXTS]
+    return list(dict.fromkeys(token for token in (*named, *by_text) if token is not None))
 
 
 def write_tokenizer(file: GgufFile, directory: Path) -> None:
@@ -95,6 +110,8 @@ def _converted(file: GgufFile, path: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name, **begins)
     if file.metadata["tokenizer.ggml.model"] == "gpt2":
         _split(tokenizer.backend_tokenizer, _name_of_split(file))
+    elif not file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        _begin_without_space(tokenizer.backend_tokenizer)
     return tokenizer
 
 
@@ -132,3 +149,12 @@ def _split(tokenizer: Tokenizer, name: str) -> None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     if name in WHOLE_WORDS:
         tokenizer.model.ignore_merges = True
+
+
+def _begin_without_space(tokenizer: Tokenizer) -> None:
+    """Let a sentencepiece tokenizer put no space before a text, and take none away after decoding."""
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
+        tokenizer.pre_tokenizer.prepend_scheme = "never"
+    if isinstance(tokenizer.normalizer, normalizers.Sequence):
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

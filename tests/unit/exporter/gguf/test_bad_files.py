@@ -234,6 +234,8 @@ WRONG_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "types of tokens": ({"tokenizer__ggml__token_type": [1]}, "token_type does not fit"),
     "end of sequence": ({"tokenizer__ggml__eos_token_id": 10**6}, "eos_token_id is 1000000"),
     "chat template": ({"tokenizer__chat_template": 5}, "chat_template is 5"),
+    "space before a text": ({"tokenizer__ggml__add_space_prefix": 2}, "add_space_prefix is 2"),
+    "odd rotation": ({"llama__rope__dimension_count": 15}, "rotates 15 of"),
     "flag": ({"tokenizer__ggml__add_bos_token": 2}, "add_bos_token is 2"),
 }
 
@@ -300,6 +302,7 @@ MISSING = {
     "llama.attention.head_count": "no llama.attention.head_count",
     "tokenizer.ggml.tokens": "no tokenizer (tokenizer.ggml.tokens is missing)",
     "tokenizer.ggml.model": "no tokenizer (tokenizer.ggml.model is missing)",
+    "tokenizer.ggml.eos_token_id": "no token that ends a text",
     "tokenizer.ggml.merges": "without tokenizer.ggml.merges",
     "token_embd.weight": "no tensor 'token_embd.weight'",
     "blk.0.attn_q.weight": "no tensor 'blk.0.attn_q.weight'",
@@ -327,6 +330,9 @@ def test_factors_of_rope_that_no_scaling_gives(checkpoint: Path, tmp_path: Path)
     factors = np.array([1, 2, 1, 2, 1, 2, 1, 2], np.float32)
     path = write_gguf(tmp_path / "rope.gguf", checkpoint, tensors={"rope_freqs.weight": factors})
     assert "that no llama3 scaling gives" in refused(path, kind=UnsupportedError)
+    fields = {"llama__rope__scaling__factor": 2.0}
+    path = write_gguf(tmp_path / "twice.gguf", checkpoint, tensors={"rope_freqs.weight": factors}, **fields)
+    assert "scales rope twice" in refused(path, kind=UnsupportedError)
 
 
 def test_a_checksum_of_another_version(good: Path, tmp_path: Path):
