@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cllm_export.errors import CheckpointError, UnsupportedError
 from cllm_export.exporter.checkpoint.families import FAMILIES
 from cllm_export.exporter.gguf.header import GgufFile
-from cllm_export.exporter.gguf.tokenizer import check_split
+from cllm_export.exporter.gguf.tokenizer import check_split, ends_of
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "starcoder2")
 """The architectures of GGUF whose family is supported, and for which transformers has tables. Mistral is ``llama``."""
@@ -38,6 +39,7 @@ _NUMBERS = (
     *("attn_logit_softcapping", "final_logit_softcapping"),
 )
 _TEXTS = ("general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
+_FLAGS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix")
 TOKENIZERS = ("gpt2", "llama")
 """Kinds of tokenizers that the families have: byte-level BPE and sentencepiece."""
 
@@ -104,8 +106,9 @@ def _check_kinds(file: GgufFile) -> None:
     for key in _TEXTS:
         if not isinstance(value := file.metadata.get(key, ""), str):
             raise _wrong(file, key, value, "no text")
-    if not isinstance(value := file.metadata.get("tokenizer.ggml.add_bos_token", True), bool):
-        raise _wrong(file, "tokenizer.ggml.add_bos_token", value, "neither true nor false")
+    for key in _FLAGS:
+        if not isinstance(value := file.metadata.get(key, True), bool):
+            raise _wrong(file, key, value, "neither true nor false")
     if not isinstance(value := file.get("rope.scaling.type", ""), str):
         raise _wrong(file, f"{file.architecture}.rope.scaling.type", value, "no text")
     for name in ("attention.sliding_window", "rope.scaling.original_context_length"):
@@ -148,6 +151,7 @@ def _check_tokenizer(file: GgufFile) -> None:
         )
     if not _are_texts(tokens):
         raise CheckpointError(f"{file.path} is damaged: its tokens are no texts; download it again")
+    _check_vocabulary(file, tokens)
     needed = "merges" if kind == "gpt2" else "scores"
     if not isinstance(fields.get(f"tokenizer.ggml.{needed}"), list) and "tokenizer.ggml.merges" not in fields:
         raise CheckpointError(f"{file.path} has a tokenizer without tokenizer.ggml.{needed}; download it again")
@@ -160,6 +164,24 @@ def _check_tokenizer(file: GgufFile) -> None:
             )
     for key in ("bos", "eos", "unknown", "padding", "eot", "eom"):
         _check_token_id(file, f"tokenizer.ggml.{key}_token_id", len(tokens))
+    if not ends_of(file):
+        raise CheckpointError(
+            f"{file.path} names no token that ends a text (tokenizer.ggml.eos_token_id is missing): a model would not "
+            "stop; take another file of the model"
+        )
+
+
+def _check_vocabulary(file: GgufFile, tokens: list[str]) -> None:
+    """Refuse a token that is there twice, and more tokens than the embedding has rows."""
+    if len(set(tokens)) < len(tokens):
+        twice, count = Counter(tokens).most_common(1)[0]
+        raise CheckpointError(
+            f"{file.path} is damaged: it has the token {reprlib.repr(twice)} {count} times; download it again"
+        )
+    if len(tokens) > (rows := file.tensors[EMBEDDING].shape[0]):
+        raise CheckpointError(
+            f"{file.path} is damaged: it has {len(tokens)} tokens, and {EMBEDDING} has {rows} rows; download it again"
+        )
 
 
 def _check_token_id(file: GgufFile, key: str, num_tokens: int) -> None:

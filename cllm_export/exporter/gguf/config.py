@@ -13,6 +13,7 @@ from cllm_export.errors import CheckpointError, UnsupportedError
 from cllm_export.exporter.gguf.architectures import HEAD
 from cllm_export.exporter.gguf.header import GgufFile
 from cllm_export.exporter.gguf.rope import rope_parameters
+from cllm_export.exporter.gguf.tokenizer import ends_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,8 +23,6 @@ MISTRAL = "mistral"
 WINDOWED = ("gemma2", "gemma3", "phi3", "starcoder2")
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
 """Layers of the 27B models, whose attention is scaled by another size than that of a head, as llama.cpp knows."""
-END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""Fields whose token ends a text in llama.cpp: end of sequence, of turn and of message."""
 
 
 def config_of(file: GgufFile) -> PretrainedConfig:
@@ -56,7 +55,7 @@ def _by_table(file: GgufFile) -> dict[str, Any]:
         values |= _renamed(file, prefix, table)
     values |= _renamed(file, "tokenizer", GGUF_CONFIG_MAPPING["tokenizer"])
     if name == "llama" and values.get("_model_name_or_path") == MISTRAL:
-        values["model_type"] = MISTRAL
+        values |= {"model_type": MISTRAL, "sliding_window": None}
     elif name == "gemma3":
         values["model_type"] = "gemma3_text"
     values.setdefault("vocab_size", len(file.metadata["tokenizer.ggml.tokens"]))
@@ -138,7 +137,6 @@ def _layer_types(file: GgufFile, pattern: int | list[bool]) -> list[str]:
 
 
 def _ends(file: GgufFile) -> dict[str, Any]:
-    """The tokens that end a text: one, or a list if the file names several."""
-    found = [file.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS]
-    ids = list(dict.fromkeys(token for token in found if token is not None))
-    return {} if not ids else {"eos_token_id": ids[0] if len(ids) == 1 else ids}
+    """The tokens that end a text: one, or a list if there are several."""
+    ids = ends_of(file)
+    return {"eos_token_id": ids[0] if len(ids) == 1 else ids}

@@ -40,6 +40,8 @@ def _partial(file: GgufFile) -> dict[str, float]:
     """The share of a head that is rotated."""
     head = file.get("attention.key_length", file.get("embedding_length") // file.get("attention.head_count"))
     rotated = file.get("rope.dimension_count", head)
+    if rotated % 2 or (rotated > head and file.architecture in PARTIAL):
+        raise _unknown(file, f"rotates {rotated} of {head} values of a head, and values are rotated in pairs")
     if file.architecture in PARTIAL:
         return {"partial_rotary_factor": rotated / head}
     if rotated != head and not (file.architecture == "llama" and file.get("attention.key_length") is None):
@@ -51,15 +53,16 @@ def _partial(file: GgufFile) -> dict[str, float]:
 
 
 def _scaled(file: GgufFile, base: dict[str, Any]) -> dict[str, Any]:
+    """The scaling, with llama.cpp's defaults: a missing type is linear, and a factor of 0 is none."""
     if LONG_FACTORS in file.tensors or SHORT_FACTORS in file.tensors:
         return _longrope(file, base)
+    kind = file.get("rope.scaling.type", "linear")
+    factor = file.get("rope.scaling.factor", file.get("rope.scale_linear", 0.0)) or 1.0
     if FACTORS in file.tensors:
+        if kind != "none" and factor != 1.0:
+            raise _unknown(file, f"scales rope twice, by {factor} and by a tensor {FACTORS!r}")
         return _llama3(file, base)
-    kind = file.get("rope.scaling.type", "none")
-    factor = file.get("rope.scaling.factor", file.get("rope.scale_linear", 1.0))
-    if kind == "none" and file.get("rope.scale_linear"):
-        kind = "linear"
-    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return base | {"rope_type": "default"}
     if kind == "linear":
         return base | {"rope_type": "linear", "factor": factor}
@@ -83,6 +86,8 @@ def _longrope(file: GgufFile, base: dict[str, Any]) -> dict[str, Any]:
     original = file.get("rope.scaling.original_context_length")
     if original is None or {LONG_FACTORS, SHORT_FACTORS} - set(file.tensors) or file.architecture != "phi3":
         raise _unknown(file, "scales rope by length, and does not say all that this needs")
+    if original <= 1:
+        raise _unknown(file, f"scales rope by length from an original context of {original} tokens")
     factors = {
         "long_factor": read_tensor(file, file.tensors[LONG_FACTORS]).tolist(),
         "short_factor": read_tensor(file, file.tensors[SHORT_FACTORS]).tolist(),

@@ -6,13 +6,19 @@ transformers splits as GPT-2 where it does not know the name, and llama.cpp refu
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-from cllm_export.errors import CheckpointError, UnsupportedError
+from cllm_export.errors import CheckpointError, OutputError, UnsupportedError
 from cllm_export.exporter.gguf.header import GgufFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -41,6 +47,21 @@ DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exao
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Names for which a word of the vocabulary is one token whatever the merges are, and a text begins with BOS."""
 
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""Fields whose token ends a text in llama.cpp: end of sequence, of turn and of message."""
+END_TEXTS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>"),
+    *("<|end_of_text|>", "<end_of_utterance>"),
+)
+"""Tokens that end a text in llama.cpp whatever the fields say, because many files leave them out."""
+
+
+def ends_of(file: GgufFile) -> list[int]:
+    """The tokens that end a text: those that the fields name, and then those with a text of an end."""
+    named = [file.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS]
+    by_text = [token for token, text in enumerate(file.metadata["tokenizer.ggml.tokens"]) if text in END_TEXTS]
+    return list(dict.fromkeys(token for token in (*named, *by_text) if token is not None))
+
 
 def write_tokenizer(file: GgufFile, directory: Path) -> None:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template, as transformers saves them.
@@ -49,20 +70,49 @@ def write_tokenizer(file: GgufFile, directory: Path) -> None:
 
     Raises:
         CheckpointError: transformers cannot convert the tokenizer.
+        OutputError: the directory cannot hold a symbolic link.
     """
+    with _alone(file, directory) as path:
+        try:
+            tokenizer = _converted(file, path)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # many unrelated types, and a panic of tokenizers is no Exception
+            raise CheckpointError(
+                f"{file.path} has a tokenizer that cannot be converted: {type(error).__name__}: {error}; take another "
+                "file of the model"
+            ) from None
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _alone(file: GgufFile, directory: Path) -> Iterator[Path]:
+    """A link to the file in an empty directory below ``directory``, for the time of the block.
+
+    transformers prefers a ``tokenizer.json`` beside a GGUF file to the tokenizer in it.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        link = Path(scratch) / "model.gguf"
+        try:
+            link.symlink_to(file.path.resolve())
+        except OSError as error:
+            raise OutputError(
+                f"cannot link {file.path} into {directory.parent}: {error.strerror or error}; choose an output on a "
+                "file system that has symbolic links"
+            ) from None
+        yield link
+
+
+def _converted(file: GgufFile, path: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     begins = {} if "tokenizer.ggml.add_bos_token" in file.metadata else _bos(file)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name, **begins)
-    except Exception as error:  # transformers and tokenizers raise many unrelated types
-        raise CheckpointError(
-            f"{file.path} has a tokenizer that cannot be converted: {type(error).__name__}: {error}; take another file "
-            "of the model"
-        ) from None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name, **begins)
     if file.metadata["tokenizer.ggml.model"] == "gpt2":
         _split(tokenizer.backend_tokenizer, _name_of_split(file))
-    tokenizer.save_pretrained(directory)
+    elif not file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        _begin_without_space(tokenizer.backend_tokenizer)
+    return tokenizer
 
 
 def check_split(file: GgufFile) -> None:
@@ -99,3 +149,12 @@ def _split(tokenizer: Tokenizer, name: str) -> None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     if name in WHOLE_WORDS:
         tokenizer.model.ignore_merges = True
+
+
+def _begin_without_space(tokenizer: Tokenizer) -> None:
+    """Let a sentencepiece tokenizer put no space before a text, and take none away after decoding."""
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace):
+        tokenizer.pre_tokenizer.prepend_scheme = "never"
+    if isinstance(tokenizer.normalizer, normalizers.Sequence):
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

@@ -39,6 +39,7 @@ def make_gguf(path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b"])
     writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
     for name in ("token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight"):
         writer.add_tensor(name, np.ones(32, np.float32))
     writer.write_header_to_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from cllm_export.exporter.gguf.convert import import_gguf
 from cllm_export.exporter.gguf.header import GgufFile, read_gguf
 from cllm_export.exporter.gguf.options import ImportOptions
 from cllm_export.progress import Voice
+from tests.checkpoints import LONGROPE, Variant
 from tests.conftest import Workshop
 from tests.unit.exporter.gguf.made import write_gguf
 
@@ -232,6 +234,8 @@ WRONG_FIELDS: dict[str, tuple[dict[str, object], str]] = {
     "types of tokens": ({"tokenizer__ggml__token_type": [1]}, "token_type does not fit"),
     "end of sequence": ({"tokenizer__ggml__eos_token_id": 10**6}, "eos_token_id is 1000000"),
     "chat template": ({"tokenizer__chat_template": 5}, "chat_template is 5"),
+    "space before a text": ({"tokenizer__ggml__add_space_prefix": 2}, "add_space_prefix is 2"),
+    "odd rotation": ({"llama__rope__dimension_count": 15}, "rotates 15 of"),
     "flag": ({"tokenizer__ggml__add_bos_token": 2}, "add_bos_token is 2"),
 }
 
@@ -242,6 +246,55 @@ def test_wrong_metadata_is_named(checkpoint: Path, tmp_path: Path, case: str):
     assert says in refused(write_gguf(tmp_path / "wrong.gguf", checkpoint, **fields))
 
 
+def test_a_token_that_is_there_twice(checkpoint: Path, good: Path, tmp_path: Path):
+    tokens = read_gguf(good).metadata["tokenizer.ggml.tokens"]
+    twice = [*tokens[:-1], tokens[9]]
+    assert f"the token {tokens[9]!r} 2 times" in refused(write_gguf(tmp_path / "a.gguf", checkpoint, **{TOKENS: twice}))
+
+
+def test_more_tokens_than_rows(checkpoint: Path, good: Path, tmp_path: Path):
+    metadata = read_gguf(good).metadata
+    fields = {
+        TOKENS: [*metadata["tokenizer.ggml.tokens"], "one more"],
+        "tokenizer__ggml__token_type": [*metadata["tokenizer.ggml.token_type"], 1],
+        "llama__vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+    }
+    assert "token_embd.weight has" in refused(write_gguf(tmp_path / "a.gguf", checkpoint, **fields))
+
+
+def test_a_panic_of_tokenizers_is_refused(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is no Exception, so a plain handler lets it through. To stop the program is no panic."""
+
+    class PanicException(BaseException):
+        pass
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(good.read_bytes())
+
+    def convert(kind: type[BaseException]) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise kind("no such entry")
+
+        return fail
+
+    monkeypatch.setattr("cllm_export.exporter.gguf.tokenizer._converted", convert(PanicException))
+    assert "PanicException: no such entry" in refused(path)
+    monkeypatch.setattr("cllm_export.exporter.gguf.tokenizer._converted", convert(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("original", [0, 1])
+def test_a_length_from_which_nothing_scales(workshop: Workshop, tmp_path: Path, original: int):
+    source = workshop.new_checkpoint(
+        "gguf-no-length", Variant(family="phi3", rope=LONGROPE, config={"original_max_position_embeddings": 64})
+    )
+    field = {"phi3__rope__scaling__original_context_length": original}
+    path = write_gguf(tmp_path / "a.gguf", source, **field)
+    assert f"original context of {original} tokens" in refused(path, kind=UnsupportedError)
+
+
 MISSING = {
     "general.architecture": "no general.architecture",
     "llama.block_count": "no llama.block_count",
@@ -249,6 +302,7 @@ MISSING = {
     "llama.attention.head_count": "no llama.attention.head_count",
     "tokenizer.ggml.tokens": "no tokenizer (tokenizer.ggml.tokens is missing)",
     "tokenizer.ggml.model": "no tokenizer (tokenizer.ggml.model is missing)",
+    "tokenizer.ggml.eos_token_id": "no token that ends a text",
     "tokenizer.ggml.merges": "without tokenizer.ggml.merges",
     "token_embd.weight": "no tensor 'token_embd.weight'",
     "blk.0.attn_q.weight": "no tensor 'blk.0.attn_q.weight'",
@@ -276,6 +330,9 @@ def test_factors_of_rope_that_no_scaling_gives(checkpoint: Path, tmp_path: Path)
     factors = np.array([1, 2, 1, 2, 1, 2, 1, 2], np.float32)
     path = write_gguf(tmp_path / "rope.gguf", checkpoint, tensors={"rope_freqs.weight": factors})
     assert "that no llama3 scaling gives" in refused(path, kind=UnsupportedError)
+    fields = {"llama__rope__scaling__factor": 2.0}
+    path = write_gguf(tmp_path / "twice.gguf", checkpoint, tensors={"rope_freqs.weight": factors}, **fields)
+    assert "scales rope twice" in refused(path, kind=UnsupportedError)
 
 
 def test_a_checksum_of_another_version(good: Path, tmp_path: Path):

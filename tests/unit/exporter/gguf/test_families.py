@@ -12,9 +12,12 @@ from cllm_export.exporter.checkpoint.families import FAMILIES
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.gguf.architectures import ARCHITECTURES
 from cllm_export.exporter.gguf.convert import import_gguf
+from cllm_export.exporter.gguf.header import read_gguf
+from cllm_export.exporter.gguf.rope import rope_parameters
+from cllm_export.exporter.gguf.tokenizer import END_TEXTS
 from tests.checkpoints import LAYERED_ROPE, LINEAR_ROPE, LLAMA3_ROPE, LONGROPE, PARTIAL_ROPE, WINDOW, YARN_ROPE, Variant
 from tests.conftest import Workshop
-from tests.unit.exporter.gguf.made import write_gguf
+from tests.unit.exporter.gguf.made import CONTROL, write_gguf
 
 torch = pytest.importorskip("torch")
 
@@ -86,7 +89,9 @@ def test_the_architectures_are_those_of_the_families_for_which_transformers_has_
 def test_a_name_of_mistral_gives_its_family(workshop: Workshop, tmp_path: Path):
     """As transformers decides, since llama.cpp has no architecture of that name."""
     file = write_gguf(tmp_path / "model.gguf", make_checkpoint(workshop, "mistral"), general__name="mistral")
-    assert import_gguf(file, tmp_path / "imported").family == "mistral"
+    made = import_gguf(file, tmp_path / "imported")
+    assert made.family == "mistral"
+    assert json.loads((made.path / "config.json").read_text())["sliding_window"] is None, "the file states no window"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "starcoder2", "stablelm"])
@@ -116,3 +121,47 @@ def test_every_token_that_ends_a_text_is_in_the_configs(workshop: Workshop, tmp_
     for name in ("config.json", "generation_config.json"):
         assert json.loads((made / name).read_text())["eos_token_id"] == [2, 7]
     assert open_checkpoint(made).eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize("text", END_TEXTS)
+def test_an_end_that_only_its_text_tells_is_in_the_configs(workshop: Workshop, tmp_path: Path, text: str):
+    """As in llama.cpp, with an end of sequence beside it and without. Without, it is not the default of a family."""
+    checkpoint = workshop.checkpoint("llama")
+    metadata = read_gguf(write_gguf(tmp_path / "plain.gguf", checkpoint)).metadata
+    tokens, types, merges = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges"))
+    fields = {
+        "tokenizer__ggml__tokens": [*tokens[:-1], text],
+        "tokenizer__ggml__token_type": [*types[:-1], CONTROL],
+        "tokenizer__ggml__merges": merges[:1],
+    }
+    last = len(tokens) - 1
+    for name, drop, expected in (("both", (), (2, last)), ("alone", ("tokenizer.ggml.eos_token_id",), (last,))):
+        made = import_gguf(write_gguf(tmp_path / f"{name}.gguf", checkpoint, drop=drop, **fields), tmp_path / name).path
+        assert open_checkpoint(made).eos_token_ids == expected
+
+
+ROPE = "llama__rope__"
+SCALINGS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "no type": ({f"{ROPE}scaling__factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    "old field": ({f"{ROPE}scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    "both fields": (
+        {f"{ROPE}scale_linear": 2.0, f"{ROPE}scaling__factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "none": ({f"{ROPE}scaling__type": "none", f"{ROPE}scaling__factor": 2.0}, {"rope_type": "default"}),
+    "none, old field": ({f"{ROPE}scaling__type": "none", f"{ROPE}scale_linear": 2.0}, {"rope_type": "default"}),
+    "factor 0": ({f"{ROPE}scaling__type": "linear", f"{ROPE}scaling__factor": 0.0}, {"rope_type": "default"}),
+    "yarn, factor 0": (
+        {f"{ROPE}scaling__type": "yarn", f"{ROPE}scaling__factor": 0.0},
+        {"rope_type": "yarn", "factor": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_rope_is_scaled_with_the_defaults_of_llama_cpp(workshop: Workshop, tmp_path: Path, case: str):
+    fields, expected = SCALINGS[case]
+    file = read_gguf(write_gguf(tmp_path / "model.gguf", workshop.checkpoint("llama"), **fields))
+    found = rope_parameters(file)
+    assert {key: found[key] for key in expected} == expected
+    assert expected["rope_type"] != "default" or found.keys() == {"rope_type", "rope_theta"}

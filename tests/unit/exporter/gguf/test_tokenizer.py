@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cllm_export.exporter.checkpoint.read import open_checkpoint
 from cllm_export.exporter.gguf.convert import import_gguf
 from cllm_export.exporter.gguf.tokenizer import DIGIT_SPLITS, GPT2_SPLITS, SPLITS, WHOLE_WORDS
-from tests.checkpoints import CHAT_TEMPLATE
+from tests.checkpoints import CHAT_TEMPLATE, Variant
 from tests.conftest import Workshop
 from tests.unit.exporter.gguf.made import write_gguf
 
@@ -46,6 +47,29 @@ def test_the_tokens_are_those_of_the_checkpoint(checkpoint: Path, tmp_path: Path
     source = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     for text in TEXTS:
         assert tokenizer.encode(text).ids == source.encode(text).ids, text
+
+
+def test_a_tokenizer_beside_the_file_is_not_taken(checkpoint: Path, tmp_path: Path):
+    """The file has its own, and a download of another model may lie there."""
+    expected, own = imported(checkpoint, tmp_path / "alone")
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    foreign = Tokenizer(WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    foreign.save(str(beside / "tokenizer.json"))
+    (beside / "chat_template.jinja").write_text("foreign")
+    (beside / "tokenizer_config.json").write_text('{"eos_token": "[UNK]", "chat_template": "foreign"}')
+    file = write_gguf(beside / "model.gguf", checkpoint)
+    made = import_gguf(file, tmp_path / "imported").path
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in expected.iterdir())
+    for path in expected.iterdir():
+        assert (made / path.name).read_bytes() == path.read_bytes() or path.name == "import.json", path.name
+    assert Tokenizer.from_file(str(made / "tokenizer.json")).to_str() == own.to_str()
+
+
+def test_a_file_is_found_by_a_relative_path(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_gguf(tmp_path / "model.gguf", checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert (import_gguf("model.gguf", "imported").path / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o"])
@@ -113,10 +137,8 @@ def test_special_tokens_and_the_chat_template_arrive(workshop: Workshop, tmp_pat
     assert tokenizer.encode("the</s>", add_special_tokens=False).ids[-1] == 2
 
 
-def test_a_sentencepiece_vocabulary_gives_the_tokens_of_transformers(checkpoint: Path, tmp_path: Path):
-    """Merges are derived from scores, bytes fall back, and a space comes first."""
-    from transformers import PreTrainedTokenizerFast
-
+def sentencepiece(checkpoint: Path) -> tuple[dict[str, object], list[str]]:
+    """The fields of a sentencepiece vocabulary, and those that it does not have."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"thecasonm"]
     pieces += ["▁t", "he", "▁the", "at", "▁c"]
     pieces += [f"filler{number}" for number in range(300 - len(pieces))]
@@ -132,11 +154,35 @@ def test_a_sentencepiece_vocabulary_gives_the_tokens_of_transformers(checkpoint:
         "unknown_token_id": 0,
     }
     drop = ["tokenizer.ggml.merges", "tokenizer.ggml.padding_token_id"]
-    file = write_gguf(
-        tmp_path / "model.gguf", checkpoint, drop=drop, **{f"{BYTES}{key}": value for key, value in fields.items()}
-    )
+    return {f"{BYTES}{key}": value for key, value in fields.items()}, drop
+
+
+def test_a_sentencepiece_vocabulary_gives_the_tokens_of_transformers(checkpoint: Path, tmp_path: Path):
+    """Merges are derived from scores, bytes fall back, and a space comes first."""
+    from transformers import PreTrainedTokenizerFast
+
+    fields, drop = sentencepiece(checkpoint)
+    file = write_gguf(tmp_path / "model.gguf", checkpoint, drop=drop, **fields)
     tokenizer = Tokenizer.from_file(str(import_gguf(file, tmp_path / "out").path / "tokenizer.json"))
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
         assert tokenizer.encode(text).ids == theirs(text)["input_ids"], text
     assert "▁the" in tokenizer.encode("the cat").tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_no_space_comes_first_where_the_file_says_so(workshop: Workshop, tmp_path: Path, family: str):
+    """A text gives what it gives inside a word, and decoding gives its own spaces back."""
+    from transformers import AutoTokenizer
+
+    checkpoint = workshop.new_checkpoint(f"gguf-space-{family}", Variant(family=family))
+    fields, drop = sentencepiece(checkpoint)
+    fields[f"{BYTES}add_space_prefix"] = False
+    file = write_gguf(tmp_path / "model.gguf", checkpoint, drop=drop[:1], **fields)
+    made = import_gguf(file, tmp_path / "out").path
+    tokenizer = Tokenizer.from_file(str(made / "tokenizer.json"))
+    assert tokenizer.encode("he cat", add_special_tokens=False).tokens == ["he", "▁c", "at"]
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert AutoTokenizer.from_pretrained(made)(text, add_special_tokens=False)["input_ids"] == ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
