@@ -121,9 +121,7 @@ def test_slots_vary_where_they_may(tmp_path, monkeypatch: pytest.MonkeyPatch, pr
 
     with_engines(monkeypatch, opened)
     monkeypatch.setattr(exact, "PASTS", (5,))
-    found = exactness_of(
-        write_bundle(tmp_path / "bundle"), EngineRun(provider, None), VerifyOptions(provider=provider)
-    )
+    found = exactness_of(write_bundle(tmp_path / "bundle"), EngineRun(provider, None), VerifyOptions(provider=provider))
     assert asked == slots
     assert found.num_slots == [each or 3 for each in slots]
 
