@@ -142,9 +142,7 @@ def _not_rotatable(bundle: Bundle, reason: str) -> str:
             f"{bundle.path} links to the weights of its checkpoint, and such a graph cannot be rotated: give a bundle "
             "that was built with weights='copy', or leave rotate out"
         )
-    return (
-        f"rotate is for models whose residual stream can be rotated, and in {bundle.path} {reason}: leave rotate out"
-    )
+    return f"rotate is for models whose residual stream can be rotated, and in {bundle.path} {reason}: leave rotate out"
 
 
 class _Turns:
