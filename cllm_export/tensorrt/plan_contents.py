@@ -103,7 +103,7 @@ def read_contents(report: Sequence[str], *, kv_length: int) -> PlanContents | No
         return None
     try:
         profiles = tuple(_contents(group, size, kv_length) for group, size in zip(groups, activations, strict=True))
-    except KeyError:  # a datatype that no cache is known to have
+    except (KeyError, ValueError, IndexError):  # a datatype or a shape that no cache is known to have
         return None
     return PlanContents(weight_bytes=weights[-1], profiles=profiles)
 

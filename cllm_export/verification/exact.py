@@ -40,12 +40,13 @@ class Exactness(NamedTuple):
         return None if self.sizes is None else {**self.sizes.to_dict(), "num_slots": self.num_slots}
 
 
-def exactness_of(bundle: Bundle, options: VerifyOptions) -> Exactness:
+def exactness_of(bundle: Bundle, run: EngineRun, options: VerifyOptions) -> Exactness:
     """Compare with one slot and with several, where the number may vary.
 
-    The block sizes of the options are compared besides those of ``auto``.
+    The block sizes of the options are compared besides those of ``auto``. ``run`` says what the engines run on: the
+    plan whose tokens were compared too.
     """
-    manifest, run, own_sizes = bundle.manifest, EngineRun(options.provider, options.threads), options.block_sizes
+    manifest, own_sizes = bundle.manifest, options.block_sizes
     may_vary = options.slots_may_vary and manifest.graphs[GREEDY_GRAPH].fixed_shapes is None
     several = options.num_slots or max(2, manifest.batch_size)
     sizes = {manifest.block_size, *own_sizes, *([manifest.trained_with.block_size] if manifest.trained_with else [])}

@@ -142,7 +142,7 @@ def _decode(
     progress("checks of the engine", 0, 1)
     run = EngineRun(options.provider, options.threads, facts.get("plan"))
     checks += [check(bundle, run) for check in ENGINE_CHECKS]
-    exact = exactness_of(bundle, options)
+    exact = exactness_of(bundle, run, options)
     return [*checks, exact.check], facts, exact
 
 

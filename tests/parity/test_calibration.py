@@ -235,6 +235,22 @@ def test_a_stand_in_of_every_layer_computes_what_a_bundle_does(workshop, bundle,
     assert np.median(np.abs(fake - real)) < STAND_IN_TOLERANCE * np.median(np.abs(whole - real))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "small", "weights": "link"}, "give a bundle that was built with weights='copy', or leave rotate out"),
+        ({"name": "starcoder2"}, "a LayerNormalization reads the residual stream: leave rotate out"),
+    ],
+    ids=["linked", "not rotatable"],
+)
+def test_a_bundle_that_cannot_be_rotated_has_no_rotated_stand_in(workshop, prompts, monkeypatch, options, words):
+    """Nothing is decoded first."""
+    monkeypatch.setattr(StandIn, "_decode", lambda *_: pytest.fail("it was decoded"))
+    how = FakeQuantization(scheme="int8-dynamic", rotate=True)
+    with pytest.raises(CalibrationError, match=words):
+        StandIn(workshop.bundle(**options), read_questions(prompts, limit=1), how)
+
+
 def test_a_fit_on_a_real_bundle_measures_that_bundle(bundle, prompts):
     how = FakeQuantization(scheme="int8-dynamic")
     stand_in = StandIn(bundle, read_questions(prompts, limit=3), how, HeldOutOptions(max_new_tokens=8, threads=THREADS))

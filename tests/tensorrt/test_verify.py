@@ -69,3 +69,11 @@ def test_a_certificate_of_a_plan_names_its_gpu_and_counts_for_it_alone(
         assert model.auto_sizes == tuple(CHOSEN)
     with load(bundle.path, threads=THREADS, num_slots=2) as model:
         assert not auto_sizes_without_comparison(model, monkeypatch)
+
+
+def test_the_sizes_of_the_plan_that_was_asked_for_are_compared(machine: SimulatedGpu, bundle: Bundle):
+    """A newer plan beside it has other sizes."""
+    (key,) = (path.parent.name for path in bundle.path.glob("plans/*/plan.json"))
+    build_plan(bundle, PlanOptions(batch_size=1, block_sizes=(4,), kv_lengths=(159,)), gpu=machine.gpu)
+    options = VerifyOptions(provider="tensorrt", plan=key, threads=THREADS, max_new_tokens=6)
+    assert verify(bundle, options=options).exact_sizes == {"equal": CHOSEN, "different": [], "num_slots": [2]}

@@ -39,7 +39,7 @@ class FitOptions(SchemeOptions):
 
     Raises:
         OptionError: there is no scheme, a scheme is repeated, several schemes are for an engine that is not timed here,
-            or no scheme takes an option.
+            no scheme takes an option, or a scheme does not take the value of one.
     """
 
     GROUP: ClassVar[OptionGroup] = "Quantisation"
@@ -73,6 +73,9 @@ class FitOptions(SchemeOptions):
         for name in get_args(SchemeOption):
             if getattr(self, name) not in (None, False):
                 require_takers(name, getattr(self, name), self.schemes)
+        for scheme in self.schemes:
+            if self.scales is not None or SCHEME_SPECS[scheme].scales != "needed":  # missing scales are reported later
+                self.quantize(scheme, ())
 
     def quantize(self, scheme: SchemeName, keep: tuple[str, ...]) -> QuantizeOptions:
         """The build options of one scheme: those of these options that it takes. The budget judges the bundle."""

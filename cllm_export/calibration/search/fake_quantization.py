@@ -74,10 +74,11 @@ def fake_quantized(
     """A copy of a bundle's fp32 graph that rounds these layers, and the rounded weights to run it with.
 
     Where a build rotates the model, the rows of a layer are rotated before they are rounded, and its weight is rounded
-    as rotated. A bundle with linked weights is taken as one that cannot be rotated.
+    as rotated.
 
     Raises:
-        CalibrationError: the bundle is not fp32, or a layer has no scales.
+        CalibrationError: the bundle is not fp32, a layer has no scales, or the graph cannot be rotated. The graph of
+            linked weights cannot.
     """
     if bundle.manifest.precision != "fp32":
         raise CalibrationError(f"{bundle.path} is {bundle.manifest.precision}; stand-ins need an fp32 bundle")
@@ -135,6 +136,15 @@ def _round_layer(
     return weight
 
 
+def _not_rotatable(bundle: Bundle, reason: str) -> str:
+    if bundle.manifest.linked_weights:
+        return (
+            f"{bundle.path} links to the weights of its checkpoint, and such a graph cannot be rotated: give a bundle "
+            "that was built with weights='copy', or leave rotate out"
+        )
+    return f"rotate is for models whose residual stream can be rotated, and in {bundle.path} {reason}: leave rotate out"
+
+
 class _Turns:
     """What a build would rotate before it rounds.
 
@@ -153,6 +163,8 @@ class _Turns:
         from cllm_export.exporter.graph.rotation import RowRotation
 
         plan = plan_rotation(rotated, self._is_stored)
+        if reason := plan.refused.get("residual"):
+            raise CalibrationError(_not_rotatable(bundle, reason), fields=("rotate",))
         self._readers = {_weight_name(reader.node): reader for reader in plan.readers}
         for value, rotation, start, stop in plan.writers:
             self._rows.setdefault(value.name, []).append(RowRotation(rotation=rotation, start=start, stop=stop))

@@ -53,7 +53,7 @@ class StandIn:
     """An unquantised bundle on held-out prompts, and the losses if layers are rounded in its graph.
 
     Raises:
-        CalibrationError: the bundle is quantised, or not fp32.
+        CalibrationError: the bundle is quantised, not fp32, or cannot be rotated.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class StandIn:
         self._codec = TextCodec.of_bundle(bundle)
         self.layers = [layer for layer in linear_layers(self._graph) if not layer.is_head]
         """The layers that can be quantised: every linear layer except the head."""
+        fake_quantized(bundle, self._graph, (), how)  # it refuses what cannot be done, before anything is decoded
         model = load(bundle.path, threads=self._options.threads, prefix_cache_bytes=0)
         self._settings = self._options.settings(model)
         self.before: Measured = self._decode(model)

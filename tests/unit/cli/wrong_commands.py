@@ -295,6 +295,7 @@ PAIRS = {
     "quantize": (
         "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int8-dynamic --group-size=32",
         "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int4 --rotate",
+        "checkpoint --against=bundle --prompts=prompts.jsonl --output=new/out --precision=int4 --group-size=64",
     ),
     "tune": (
         "checkpoint --prompts=prompts.jsonl --output=new/out",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cllm_export.tensorrt.plan_contents import ProfileContents, read_contents
 
 BUFFER = "{{ Name: {}, Dimensions: [{}], Strides: [4099,1], StrideOrder: [1,0], Datatype: {} }}"
@@ -54,7 +56,11 @@ def test_a_kernel_that_reads_the_cache_only_to_write_it_elsewhere_is_a_copy():
     assert profile_of(in_fp32).cache_copy_bytes == 2 * (2 * KV_LENGTH * 64 * 4)
 
 
-def test_a_log_with_a_datatype_that_no_cache_has_says_nothing_instead_of_a_wrong_figure():
+@pytest.mark.parametrize(
+    ("there", "instead"), [("Half", "Unheard"), ("[1,2,48,64]", "[]"), ("[1,2,48,64]", "[96]"), ("[1,2,-1,64]", "[]")]
+)
+def test_a_log_with_a_datatype_or_shape_that_no_cache_has_says_nothing_instead_of_a_wrong_figure(there, instead):
     report = ["Total Activation Memory: 512 bytes", "Total Weights Memory: 1024 bytes"]
-    copy = layer("__myl_SlicMul_myl1_2", "kgen", "present_key.0", "b", datatype="Unheard")
-    assert read_contents([*report, f"Layers:\n{copy}"], kv_length=KV_LENGTH) is None
+    copy = layer("__myl_SlicMul_myl1_2", "kgen", "present_key.0", "b")
+    assert read_contents([*report, f"Layers:\n{copy}"], kv_length=KV_LENGTH) is not None
+    assert read_contents([*report, f"Layers:\n{copy.replace(there, instead)}"], kv_length=KV_LENGTH) is None

@@ -17,6 +17,7 @@ from tests.fakes import FakeEngine, HashModel, RoundingEngine, make_geometry, wr
 
 SIZES = [2, 3, 4, 8, 12, 16]
 """Those of ``auto`` up to 16, and 3."""
+CPU = EngineRun("cpu", None)
 
 
 def compared(*engines: Engine, pasts: tuple[int, ...] = (5, 20)) -> Exactness:
@@ -120,7 +121,7 @@ def test_slots_vary_where_they_may(tmp_path, monkeypatch: pytest.MonkeyPatch, pr
 
     with_engines(monkeypatch, opened)
     monkeypatch.setattr(exact, "PASTS", (5,))
-    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions(provider=provider))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), EngineRun(provider, None), VerifyOptions(provider=provider))
     assert asked == slots
     assert found.num_slots == [each or 3 for each in slots]
 
@@ -129,7 +130,7 @@ def test_slots_vary_where_they_may(tmp_path, monkeypatch: pytest.MonkeyPatch, pr
 def test_the_slots_of_a_service_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch, num_slots, slots):
     with_engines(monkeypatch, lambda number: RoundingEngine(num_slots=number or 1))
     monkeypatch.setattr(exact, "PASTS", (5,))
-    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions(num_slots=num_slots))
+    found = exactness_of(write_bundle(tmp_path / "bundle"), CPU, VerifyOptions(num_slots=num_slots))
     assert (found.to_dict() or {})["num_slots"] == slots
 
 
@@ -151,7 +152,7 @@ def test_an_engine_that_fails_fails_the_check(tmp_path, monkeypatch: pytest.Monk
         raise EngineError("it broke")
 
     with_engines(monkeypatch, broken)
-    found = exactness_of(write_bundle(tmp_path / "bundle"), VerifyOptions())
+    found = exactness_of(write_bundle(tmp_path / "bundle"), CPU, VerifyOptions())
     assert (found.check.passed, found.check.detail, found.to_dict()) == (False, "it broke", None)
 
 

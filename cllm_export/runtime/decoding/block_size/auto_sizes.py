@@ -93,10 +93,12 @@ def _say_what_is_left_out(
     unknown = [size for size in left_out if size not in known.compared]
     reasons = []
     if different:
-        reasons.append(f"n = {_listed(different)} rounds otherwise than n = 1 on this engine")
+        verb = "rounds" if len(different) == 1 else "round"
+        reasons.append(f"n = {_listed(different)} {verb} otherwise than n = 1 on this engine")
     if unknown and has_logits:
+        verb = "was" if len(unknown) == 1 else "were"
         reasons.append(
-            f"n = {_listed(unknown)} was not compared with n = 1, which takes more than {BUDGET_SECONDS:g} s: "
+            f"n = {_listed(unknown)} {verb} not compared with n = 1, which takes more than {BUDGET_SECONDS:g} s: "
             "compare once with Model.compare_sizes() or cllm-export bench"
         )
     elif unknown:

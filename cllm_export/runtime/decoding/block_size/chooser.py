@@ -26,7 +26,8 @@ TRIAL_SHARE, PAYING_TRIAL_SHARE = 0.005, 0.01
 """Part of all time that trials may cost, which is what a model loses whose drafts never pay. The larger part is for a
 model that was tuned for several tokens, and while drafts pay: there, trials win more."""
 FIRST_CREDIT = 0.8
-"""What the first trials may cost, in forwards of n = 1. Within 64 tokens it is 1.3 %."""
+"""What the first trials may cost, in forwards of n = 1. Within 64 tokens it is 1.3 %. Unspent credit grows no larger,
+unless a trial that would be of use costs more: so no history makes the next tokens dear."""
 
 
 class SizePolicy(Protocol):
@@ -78,6 +79,8 @@ class SizeChooser:
         self._num_left, self._is_trial, self._is_paid = 0, False, False
         self._credit = 0.0 if first > 1 else FIRST_CREDIT * self._times.relative(1)
         """Time that trials may cost, in the unit of ``ForwardTimes.relative``."""
+        self._wanted = 0.0
+        """Cost of the cheapest trial that would be of use and is not paid for yet: what credit is saved for."""
         self._best, self._best_rate = 1, 0.0
 
     def choose(self, records: Sequence[DraftRecord]) -> int:
@@ -93,7 +96,9 @@ class SizeChooser:
         for record, count in accepted:
             if record.kind is not None:
                 record.observe(size, count - 1, self._table(record.kind))
-        self._credit += (PAYING_TRIAL_SHARE if max(self._first, self._best) > 1 else TRIAL_SHARE) * time
+        share = PAYING_TRIAL_SHARE if max(self._first, self._best) > 1 else TRIAL_SHARE
+        ceiling = max(FIRST_CREDIT * self._times.relative(1), self._wanted)
+        self._credit = min(self._credit + share * time, ceiling)
         if self._is_paid:
             self._credit -= time - sum(count for _, count in accepted) / self._best_rate
             if self._credit < 0 and size <= self._times.largest:  # it costs more than was assumed
@@ -112,11 +117,13 @@ class SizeChooser:
         best = max(self._sizes, key=lambda size: proven[size] / times[size])
         self._best, self._best_rate = best, (rate := proven[best] / times[best])
         hopes = {size: hoped[size] / self._times.least(size) for size in self._sizes if size != best and has_drafts}
-        trials = [
-            size
+        costs = {
+            size: TRIAL * (expected - proven[size] / rate)
             for size, expected in self._trial_times().items()
-            if hopes.get(size, 0.0) > rate and TRIAL * (expected - proven[size] / rate) <= self._credit
-        ]
+            if hopes.get(size, 0.0) > rate
+        }
+        self._wanted = (max if best > 1 else min)(costs.values(), default=0.0)
+        trials = [size for size, cost in costs.items() if cost <= self._credit]
         self._size = max(trials, key=hopes.__getitem__, default=best)
         self._is_trial = self._is_paid = bool(trials)
         self._num_left = TRIAL if trials else SPELL

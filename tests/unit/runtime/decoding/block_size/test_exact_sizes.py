@@ -70,7 +70,7 @@ def test_sizes_that_add_1e_7_are_found_and_auto_leaves_them_out(caplog):
     found, kept = settle(engine)
     assert found.sizes == (1, 2, 4)
     assert kept == [ExactSizes(equal=frozenset({2, 4}), different=frozenset({8, 12, 16}))]
-    assert "auto uses n = 1, 2, 4 alone. n = 8, 12, 16 rounds otherwise than n = 1 on this engine" in caplog.text
+    assert "auto uses n = 1, 2, 4 alone. n = 8, 12, 16 round otherwise than n = 1 on this engine" in caplog.text
 
 
 @pytest.mark.parametrize("row", [0, 5, 11])
@@ -145,7 +145,7 @@ def test_an_engine_too_slow_to_compare_them_all_compares_what_fits_and_names_the
     found, kept = settle(RoundingEngine(), seconds=0.07)
     assert found.sizes == (1, 2, 4)
     assert kept == [ExactSizes(equal=frozenset({2, 4}))]
-    assert "n = 8, 12, 16 was not compared with n = 1, which takes more than 2 s" in caplog.text
+    assert "n = 8, 12, 16 were not compared with n = 1, which takes more than 2 s" in caplog.text
     assert "compare once with Model.compare_sizes()" in caplog.text
 
 

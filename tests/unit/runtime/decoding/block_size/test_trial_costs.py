@@ -30,6 +30,10 @@ class Text:
         self._random = random.Random(0)
         self.sizes = []
 
+    def turn_to(self, kind):
+        """Another request begins, with drafts of this kind."""
+        self._record = DraftRecord(kind)
+
     def decode(self, num_tokens, *, right=0.0):
         """Time that so many tokens take, over that of as many forwards of n = 1."""
         spent, made = 0.0, 0
@@ -54,6 +58,20 @@ def test_an_ordinary_model_is_within_one_percent_of_decoding_without_drafts(time
     assert costs[256] <= 1.01
     assert costs[1024] <= 1.007
     assert costs[4096] <= 1.006
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("kinds", [(None,), ("others",), (None, "others", None)], ids=["none", "others", "both"])
+def test_no_history_lets_drafts_that_never_pay_cost_more(times, kinds):
+    """Ten thousand tokens were decoded without drafts, or with drafts of another kind. A text costs what it costs
+    first of all."""
+    for count, most in ((64, 1.02), (128, 1.015), (256, 1.01)):
+        text = Text(TIMES[times], known=TIMES[times])
+        for kind in kinds:
+            text.turn_to(kind)
+            text.decode(10_000)
+        text.turn_to("drafts")
+        assert 1 < text.decode(count) <= most
 
 
 def test_times_that_were_taken_on_a_busy_machine_cost_little():
