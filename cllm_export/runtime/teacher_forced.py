@@ -92,14 +92,18 @@ def read_texts(
 def perplexity(readings: Iterable[Reading]) -> float:
     """exp of the mean negative log-probability of every token that is to be predicted."""
     readings = list(readings)
-    mean = -sum(each.log_probability for each in readings) / sum(len(each.predicted) for each in readings)
-    return math.exp(min(mean, math.log(MOST_PERPLEXITY)))
+    total = sum(each.log_probability for each in readings)
+    return _perplexity(total / sum(len(each.predicted) for each in readings))
 
 
 def perplexity_of(logits: NDArray[np.float32], following: Sequence[int]) -> float:
     """exp of the mean negative log-probability of one token after each row of logits [m, V]."""
-    mean = -float(_log_probabilities(logits, following).mean())
-    return math.exp(min(mean, math.log(MOST_PERPLEXITY)))
+    return _perplexity(float(_log_probabilities(logits, following).mean()))
+
+
+def _perplexity(mean: float) -> float:
+    """The perplexity of a mean log-probability, as a finite number."""
+    return math.exp(min(-mean, math.log(MOST_PERPLEXITY)))
 
 
 def agreement(before: Sequence[Reading], after: Sequence[Reading]) -> Agreement:

@@ -105,6 +105,13 @@ def test_a_model_whose_residual_stream_cannot_turn_is_rotated_in_its_values_alon
     assert np.abs(logits(bundle) - plain).max() < SAME * plain.std()
 
 
+def plan_of_changed(checkpoint: Path, change: Callable[[ir.Graph], None]) -> RotationPlan:
+    """What can be rotated in the graph of a checkpoint after a change of its nodes."""
+    graph, _ = graph_of(checkpoint)
+    change(graph.graph)
+    return plan_rotation(graph.graph, lambda value: value.name in graph.weights)
+
+
 def _read_residual(graph: ir.Graph) -> None:
     residual = next(node for node in graph if node.op_type == "Gather").outputs[0]
     graph.append(ir.node("Relu", [residual]))
@@ -156,9 +163,7 @@ def _share_projection(graph: ir.Graph) -> None:
 def test_a_residual_stream_that_something_else_reads_or_writes_is_left_alone(
     workshop: Workshop, change: Callable[[ir.Graph], None], reason: str
 ):
-    graph, _ = graph_of(workshop.checkpoint("llama"))
-    change(graph.graph)
-    plan = plan_rotation(graph.graph, lambda value: value.name in graph.weights)
+    plan = plan_of_changed(workshop.checkpoint("llama"), change)
     assert plan.refused == {"residual": reason} and plan.rotated == ("values",)
 
 
@@ -210,9 +215,7 @@ def _normalise_result(graph: ir.Graph) -> None:
 def test_values_that_something_else_reads_or_changes_are_left_alone(
     workshop: Workshop, change: Callable[[ir.Graph], None], reason: str
 ):
-    graph, _ = graph_of(workshop.checkpoint("llama"))
-    change(graph.graph)
-    plan = plan_rotation(graph.graph, lambda value: value.name in graph.weights)
+    plan = plan_of_changed(workshop.checkpoint("llama"), change)
     assert plan.refused == {"values": reason} and plan.rotated == ("residual",)
 
 

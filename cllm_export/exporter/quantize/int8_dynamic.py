@@ -168,10 +168,9 @@ class Int8DynamicLayers:
         product = ir.node("MatMulInteger", [codes, weight, rounding.zero])
         cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
         of_rows = ir.node("Mul", [cast.outputs[0], factors])
-        joined = rounding.joined(of_rows.outputs[0])
-        whole = [product, cast, of_rows, *joined][-1]
-        result = ir.node("Mul", [whole.outputs[0], scales])  # one DequantizeLinear would do it and the cast: slower
-        put_in_place(self._graph, linear.node, [product, cast, of_rows, *joined, result])
+        nodes = [product, cast, of_rows, *rounding.joined(of_rows.outputs[0])]
+        result = ir.node("Mul", [nodes[-1].outputs[0], scales])  # one DequantizeLinear would do it and the cast: slower
+        put_in_place(self._graph, linear.node, [*nodes, result])
 
 
 class Int8Dynamic(Scheme):
